@@ -1,0 +1,28 @@
+"""Fixtures that several test files share."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The project's root folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Real data and golden vectors kept beside the project; tests that need them skip without."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared (real data and golden vectors)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir() -> Path:
+    """The folder of the tokenizer that ships with the project."""
+    return ROOT / "model" / "minimind_tokenizer"
