@@ -1,0 +1,177 @@
+"""Every number that fixes the shape of a MiniMind model."""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+
+class LMConfig(PretrainedConfig):
+    """Shape and routing of a MiniMindLM.
+
+    Args:
+        dim: width of the residual stream.
+        n_layers: number of transformer blocks.
+        n_heads: query heads; the head size is dim / n_heads.
+        n_kv_heads: key and value heads, each shared by n_heads / n_kv_heads query heads
+            (GQA, https://arxiv.org/abs/2305.13245).
+        vocab_size: entries of the tokenizer.
+        hidden_dim: inner width of the feed-forward layer. None: 2/3 · 4 · dim, which gives SwiGLU
+            the parameters of an ungated layer of 4 · dim (https://arxiv.org/abs/2002.05202),
+            rounded up to `multiple_of`.
+        multiple_of: rounding of a derived `hidden_dim`.
+        norm_eps: added to the mean square in RMSNorm.
+        max_seq_len: context length, in positions.
+        rope_theta: base of the rotary frequencies.
+        dropout: probability, on embeddings, attention weights and residual branches.
+        flash_attn: use `F.scaled_dot_product_attention`; False computes the softmax in the open.
+        use_moe: replace each feed-forward layer by a mixture of experts.
+        num_experts_per_tok: routed experts that a token visits (top-k).
+        n_routed_experts: routed experts of a layer.
+        n_shared_experts: experts that every token visits, as one layer of that many times the
+            width. True means 1; 0, False or None means none.
+        scoring_func: how gate logits become scores; "softmax".
+        aux_loss_alpha: weight of the load-balancing loss.
+        seq_aux: balance within each sequence (True) or over the whole batch (False).
+        norm_topk_prob: scale the top-k scores of a token to sum 1. With top-1 the raw score stays,
+            or the gate would get no gradient.
+
+    Raises:
+        ValueError: for a combination that no model can have; the message names the fields.
+    """
+
+    model_type = "minimind"
+    attribute_map = {
+        "hidden_size": "dim",
+        "intermediate_size": "hidden_dim",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "max_position_embeddings": "max_seq_len",
+    }
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "last_hidden_state",
+        "aux_loss",
+        "expert_load",
+    ]
+
+    def __init__(
+        self,
+        dim: int = 512,
+        n_layers: int = 8,
+        n_heads: int = 8,
+        n_kv_heads: int = 2,
+        vocab_size: int = 6400,
+        hidden_dim: int | None = None,
+        multiple_of: int = 64,
+        norm_eps: float = 1e-5,
+        max_seq_len: int = 8192,
+        rope_theta: float = 1e6,
+        dropout: float = 0.0,
+        flash_attn: bool = True,
+        use_moe: bool = False,
+        num_experts_per_tok: int = 2,
+        n_routed_experts: int = 4,
+        n_shared_experts: int | bool | None = 1,
+        scoring_func: str = "softmax",
+        aux_loss_alpha: float = 0.1,
+        seq_aux: bool = True,
+        norm_topk_prob: bool = True,
+        **kwargs: Any,
+    ):
+        self.dim = dim
+        self.n_layers = n_layers
+        self.n_heads = n_heads
+        self.n_kv_heads = n_kv_heads
+        self.vocab_size = vocab_size
+        self.multiple_of = multiple_of
+        self.norm_eps = norm_eps
+        self.max_seq_len = max_seq_len
+        self.rope_theta = rope_theta
+        self.dropout = dropout
+        self.flash_attn = flash_attn
+        self.use_moe = use_moe
+        self.num_experts_per_tok = num_experts_per_tok
+        self.n_routed_experts = n_routed_experts
+        self.n_shared_experts = int(n_shared_experts or 0)
+        self.scoring_func = scoring_func
+        self.aux_loss_alpha = aux_loss_alpha
+        self.seq_aux = seq_aux
+        self.norm_topk_prob = norm_topk_prob
+        self.hidden_dim = hidden_dim
+        self._check()
+        if hidden_dim is None:
+            self.hidden_dim = -(-int(2 * 4 * dim / 3) // multiple_of) * multiple_of
+
+        kwargs = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **kwargs}
+        super().__init__(**{**kwargs, "tie_word_embeddings": True})
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.dim // self.n_heads
+
+    @classmethod
+    def from_size(cls, size: str, **overrides: Any) -> "LMConfig":
+        """A published size by name: "small" (26 M), "base" (104 M) or "moe" (145 M).
+
+        Raises:
+            ValueError: for another name.
+        """
+        if size not in PUBLISHED_SIZES:
+            raise ValueError(f"size {size!r} is none of {', '.join(PUBLISHED_SIZES)}")
+        return cls(**{**PUBLISHED_SIZES[size], **overrides})
+
+    def _check(self) -> None:
+        sizes = [
+            "dim",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "vocab_size",
+            "multiple_of",
+            "max_seq_len",
+        ]
+        if self.use_moe:
+            sizes += ["num_experts_per_tok", "n_routed_experts"]
+        if self.hidden_dim is not None:
+            sizes.append("hidden_dim")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("norm_eps", "rope_theta"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        if self.dim % self.n_heads:
+            raise ValueError(f"dim {self.dim} is not divisible by n_heads {self.n_heads}")
+        if self.head_dim % 2:
+            raise ValueError(
+                f"dim {self.dim} / n_heads {self.n_heads} gives a head of {self.head_dim}; "
+                "rotary embeddings need an even size"
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}"
+            )
+        if not self.use_moe:
+            return
+        if self.num_experts_per_tok > self.n_routed_experts:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} is above "
+                f"n_routed_experts {self.n_routed_experts}"
+            )
+        if self.n_shared_experts < 0:
+            raise ValueError(f"n_shared_experts must be at least 0, not {self.n_shared_experts}")
+        if self.aux_loss_alpha < 0:
+            raise ValueError(f"aux_loss_alpha must be at least 0, not {self.aux_loss_alpha}")
+        if self.scoring_func != "softmax":
+            raise ValueError(f"scoring_func must be 'softmax', not {self.scoring_func!r}")
+
+
+PUBLISHED_SIZES: dict[str, dict[str, Any]] = {
+    "small": {"dim": 512, "n_layers": 8},
+    "base": {"dim": 768, "n_layers": 16},
+    "moe": {"dim": 640, "n_layers": 8, "use_moe": True},
+}

@@ -1,0 +1,485 @@
+"""The network, in the order in which a token meets it."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .generation import GenerationMixin, KVCache
+from .LMConfig import LMConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation, computed in fp32 (https://arxiv.org/abs/1910.07467).
+
+    (…, dim) → (…, dim), in the dtype of the input.
+    """
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale each vector to root mean square 1, then by the learnt weight."""
+        normed = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        return normed.type_as(x)
+
+
+def precompute_pos_cis(dim: int, positions: int | Tensor, theta: float = 1e6) -> Tensor:
+    """Cosine and sine of every rotary angle (RoFormer, https://arxiv.org/abs/2104.09864).
+
+    Pair i of a head turns by position · theta^(−2i / dim). The table is made for the positions of
+    one forward pass and not kept as a buffer: casting a model to bf16 would round it, and loading
+    through the meta device would lose it.
+
+    Args:
+        dim: head size, even.
+        positions: how many positions, counted from 0, or a tensor (…) of positions.
+        theta: base of the frequencies.
+
+    Returns:
+        (…, dim / 2, 2) fp32: cosine and sine.
+    """
+    if isinstance(positions, int):
+        positions = torch.arange(positions)
+    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
+    angles = positions[..., None].float() * theta**-exponents
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+def apply_rotary_emb(xq: Tensor, xk: Tensor, pos_cis: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn each adjacent pair of components by its position's angle, in fp32.
+
+    Args:
+        xq: (B, T, n_heads, head_dim).
+        xk: (B, T, n_kv_heads, head_dim).
+        pos_cis: (T, head_dim / 2, 2) or (B, T, head_dim / 2, 2) from `precompute_pos_cis`.
+
+    Returns:
+        Both inputs, turned, in their own dtypes.
+    """
+    pos_cis = pos_cis[..., None, :, :]  # (…, T, 1, head_dim / 2, 2)
+
+    def rotate(x: Tensor) -> Tensor:
+        pairs = x.float().unflatten(-1, (-1, 2))
+        if torch.compiler.is_compiling():  # which generates no code for complex numbers
+            (even, odd), (cos, sin) = pairs.unbind(-1), pos_cis.unbind(-1)
+            turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+        else:  # one pass over memory instead of seven
+            turned = torch.view_as_real(
+                torch.view_as_complex(pairs) * torch.view_as_complex(pos_cis)
+            )
+        return turned.flatten(-2).type_as(x)
+
+    return rotate(xq), rotate(xk)
+
+
+def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
+    """Repeat each head: (B, n_kv_heads, S, head_dim) → (B, n_kv_heads · n_rep, S, head_dim)."""
+    return x if n_rep == 1 else x.repeat_interleave(n_rep, dim=1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with shared key and value heads."""
+
+    def __init__(self, config: LMConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.n_heads = config.n_heads
+        self.n_kv_heads = config.n_kv_heads
+        self.head_dim = config.head_dim
+        self.flash_attn = config.flash_attn
+        self.dropout = config.dropout
+        kv_dim = self.n_kv_heads * self.head_dim
+        self.wq = nn.Linear(config.dim, config.dim, bias=False)
+        self.wk = nn.Linear(config.dim, kv_dim, bias=False)
+        self.wv = nn.Linear(config.dim, kv_dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.wo.writes_residual = True
+
+    def forward(
+        self, x: Tensor, pos_cis: Tensor, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (B, T, dim).
+            pos_cis: rotary table of these T positions.
+            mask: (B or 1, 1, T, S) bool, True where a query sees a key. None: causal, which needs
+                an empty cache or a single query.
+            cache: keys and values of the S − T earlier positions; the new ones are written to it.
+
+        Returns:
+            (B, T, dim).
+        """
+        batch, length, _ = x.shape
+        q = self.wq(x).view(batch, length, self.n_heads, self.head_dim)
+        k = self.wk(x).view(batch, length, self.n_kv_heads, self.head_dim)
+        v = self.wv(x).view(batch, length, self.n_kv_heads, self.head_dim)
+        q, k = apply_rotary_emb(q, k, pos_cis)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+
+        dropout = self.dropout if self.training else 0.0
+        causal = mask is None and length > 1
+        n_rep = self.n_heads // self.n_kv_heads
+        if not self.flash_attn:
+            scores = q @ repeat_kv(k, n_rep).transpose(-1, -2) * self.head_dim**-0.5
+            if causal:
+                mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+            if mask is not None:
+                scores = scores.masked_fill(~mask, float("-inf"))
+            weights = F.dropout(scores.float().softmax(-1).type_as(q), dropout)
+            out = weights @ repeat_kv(v, n_rep)
+        elif mask is None:
+            out = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=n_rep > 1
+            )
+        else:
+            # CUDA's fused kernels take a mask only without enable_gqa. So each group of query heads
+            # becomes a batch entry, whose one key and value head is shared by a view.
+            mask = mask.expand(batch, self.n_kv_heads, -1, -1).flatten(0, 1)[:, None]
+            k, v = (t.flatten(0, 1)[:, None].expand(-1, n_rep, -1, -1) for t in (k, v))
+            out = F.scaled_dot_product_attention(
+                q.unflatten(1, (-1, n_rep)).flatten(0, 1), k, v, attn_mask=mask, dropout_p=dropout
+            ).view_as(q)
+        return self.wo(out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) · w3 x) (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2.writes_residual = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, dim) → (…, dim)."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class MoEGate(nn.Module):
+    """Chooses the experts of each token and measures how evenly they are used.
+
+    The load-balancing loss is alpha · Σ_e f_e · P_e: f_e the share of (token, choice) pairs that
+    went to expert e, times the number of experts, P_e its mean score; over each sequence and then
+    averaged (`seq_aux`; DeepSeekMoE, https://arxiv.org/abs/2401.06066) or over the batch (Switch
+    Transformer, https://arxiv.org/abs/2101.03961). Padding counts in neither.
+    """
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.n_experts = config.n_routed_experts
+        self.alpha = config.aux_loss_alpha
+        self.seq_aux = config.seq_aux
+        self.norm_topk_prob = config.norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(self.n_experts, config.dim))
+
+    def forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Route.
+
+        Args:
+            x: (B, T, dim).
+            valid: (B, T) bool, False at padding; None where all is text.
+
+        Returns:
+            Expert numbers (B, T, top_k) int64, their weights (B, T, top_k) fp32, the auxiliary loss
+            (scalar, alpha included), and the number of (token, choice) pairs per expert
+            (n_experts,) int64, padding left out.
+        """
+        with torch.autocast(x.device.type, enabled=False):  # bf16 scores would route unsteadily
+            scores = F.linear(x.float(), self.weight.float()).softmax(-1)  # (B, T, n_experts)
+        weights, experts = scores.topk(self.top_k, dim=-1)
+        if self.top_k > 1 and self.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+
+        if valid is None:
+            valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        chosen = F.one_hot(experts, self.n_experts).sum(2) * valid[..., None]  # (B, T, n_experts)
+        load = chosen.sum((0, 1))
+        if not self.seq_aux:
+            chosen, scores, valid = chosen.flatten(0, 1), scores.flatten(0, 1), valid.flatten()
+        tokens = valid.sum(-1).clamp(min=1)[..., None]  # (B, 1), or (1,) over the batch
+        share = chosen.sum(-2) * self.n_experts / (tokens * self.top_k)
+        mean_score = (scores * valid[..., None]).sum(-2) / tokens
+        aux_loss = self.alpha * (share * mean_score).sum(-1).mean()
+        return experts, weights, aux_loss, load
+
+
+class MOEFeedForward(nn.Module):
+    """A gate, routed experts and optionally a shared one, in place of one feed-forward layer."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.experts = nn.ModuleList(
+            FeedForward(config.dim, config.hidden_dim) for _ in range(config.n_routed_experts)
+        )
+        self.gate = MoEGate(config)
+        if config.n_shared_experts:
+            self.shared_experts = FeedForward(
+                config.dim, config.hidden_dim * config.n_shared_experts
+            )
+        else:
+            self.shared_experts = None
+
+    def forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Send each token through its experts.
+
+        Args:
+            x: (B, T, dim).
+            valid: (B, T) bool, False at padding; None where all is text.
+
+        Returns:
+            (B, T, dim), the auxiliary loss and the load per expert of `MoEGate`.
+        """
+        experts, weights, aux_loss, load = self.gate(x, valid)
+        tokens = x.flatten(0, 1)  # (N, dim)
+        top_k = experts.shape[-1]
+        order = experts.flatten().argsort(stable=True)  # (N · top_k,) pairs, grouped by expert
+        counts = experts.flatten().bincount(minlength=len(self.experts)).tolist()
+        # An expert without tokens runs on an empty tensor, so that its gradient is 0, not None.
+        groups = tokens[order // top_k].split(counts)
+        outputs = torch.cat(
+            [expert(group) for expert, group in zip(self.experts, groups, strict=True)]
+        )
+        outputs = outputs[order.argsort()].view(-1, top_k, x.shape[-1])  # back in token order
+        y = (outputs * weights.view(-1, top_k, 1).type_as(outputs)).sum(1)
+        y = y.view_as(x)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x)
+        return y, aux_loss, load
+
+
+class MiniMindBlock(nn.Module):
+    """Attention and feed-forward, each on a normalised input and added to the residual stream."""
+
+    def __init__(self, config: LMConfig, layer: int):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        if config.use_moe:
+            self.feed_forward = MOEFeedForward(config)
+        else:
+            self.feed_forward = FeedForward(config.dim, config.hidden_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        pos_cis: Tensor,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        valid: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(B, T, dim) → (B, T, dim), and a MoE layer's auxiliary loss and expert load."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), pos_cis, mask, cache))
+        aux_loss = load = None
+        if isinstance(self.feed_forward, MOEFeedForward):
+            y, aux_loss, load = self.feed_forward(self.ffn_norm(x), valid)
+        else:
+            y = self.feed_forward(self.ffn_norm(x))
+        return x + self.dropout(y), aux_loss, load
+
+
+@dataclass
+class MiniMindOutput(ModelOutput):
+    """What one forward pass gives.
+
+    Attributes:
+        loss: scalar, where labels were given.
+        logits: (B, T, vocab_size), or the last `logits_to_keep` positions of them.
+        past_key_values: the cache, where asked for.
+        last_hidden_state: (B, T, dim), after the last norm.
+        aux_loss: scalar, load-balancing loss summed over layers, alpha included; 0 if dense.
+        expert_load: (n_layers, n_experts) int64, (token, choice) pairs that each expert got,
+            padding left out; None if dense.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: KVCache | None = None
+    last_hidden_state: Tensor | None = None
+    aux_loss: Tensor | None = None
+    expert_load: Tensor | None = None
+
+
+class MiniMindLM(GenerationMixin, PreTrainedModel):
+    """A decoder-only language model whose output layer is its embedding."""
+
+    config_class = LMConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["MiniMindBlock"]
+    _tied_weights_keys = {"output.weight": "tok_embeddings.weight"}
+
+    def __init__(self, config: LMConfig | None = None):
+        config = config or LMConfig()
+        super().__init__(config)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(MiniMindBlock(config, i) for i in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output.weight = self.tok_embeddings.weight
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal(0, 0.02); what writes to the residual stream is scaled by 1 / √(2 · n_layers).
+
+        There are two such projections a layer, so that the stream's variance does not grow with
+        depth (GPT-2).
+        """
+        if isinstance(module, nn.Linear):
+            residual = getattr(module, "writes_residual", False)
+            scale = (2 * self.config.n_layers) ** -0.5 if residual else 1.0
+            nn.init.normal_(module.weight, std=0.02 * scale)
+        elif isinstance(module, nn.Embedding | MoEGate):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding layer."""
+        return self.tok_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the embedding layer; `tie_weights` makes the output layer follow."""
+        self.tok_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The output layer, whose weight is the embedding's."""
+        return self.output
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replace the output layer."""
+        self.output = value
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+        labels: Tensor | None = None,
+    ) -> MiniMindOutput:
+        """Predict the next token at every position.
+
+        A query in slot s with position p attends to the slots s − p … s that `attention_mask`
+        keeps; without `position_ids`, to every kept slot up to s. Rows that hold several documents
+        give `position_ids` that restart at 0 with each document.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, past + T), 0 at padding.
+            position_ids: (B, T) int64. Default: the slot's number, padding not counted.
+            past_key_values: cache of the earlier slots. It is extended in place if `use_cache`,
+                else left as it is.
+            use_cache: return a cache, with which the next call goes on.
+            logits_to_keep: compute logits of the last so many positions only; 0 for all.
+            labels: (B, T) int64, as `input_ids` (not shifted); -100 is ignored.
+
+        Returns:
+            A new MiniMindOutput. `loss` is the mean over labels; in train mode a MoE's auxiliary
+            loss is added to it, so that any outside trainer balances the experts.
+
+        Raises:
+            ValueError: if the slots exceed max_seq_len (rows with `position_ids` may be longer),
+                `labels` come with `logits_to_keep`, or a cache with gradient checkpointing.
+        """
+        length = input_ids.shape[1]
+        past = past_key_values.length if past_key_values is not None else 0
+        if position_ids is None and past + length > self.config.max_seq_len:
+            raise ValueError(
+                f"{past + length} positions exceed the context of max_seq_len "
+                f"{self.config.max_seq_len}"
+            )
+        if use_cache and self.gradient_checkpointing and self.training:
+            raise ValueError("gradient checkpointing runs layers twice and cannot fill a cache")
+        if labels is not None and logits_to_keep:
+            raise ValueError("labels need all logits: leave logits_to_keep at 0")
+        mask = attention_slots(attention_mask, position_ids, past, length, input_ids.device)
+        valid = None if attention_mask is None else attention_mask[:, past:].bool()
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+        elif position_ids is None:
+            position_ids = torch.arange(past, past + length, device=input_ids.device)
+        pos_cis = precompute_pos_cis(self.config.head_dim, position_ids, self.config.rope_theta)
+
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = KVCache(self.config.n_layers)
+        x = self.dropout(self.tok_embeddings(input_ids))
+        aux_losses, loads = [], []
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                x, aux_loss, load = self._gradient_checkpointing_func(
+                    layer.__call__, x, pos_cis, mask, cache, valid
+                )
+            else:
+                x, aux_loss, load = layer(x, pos_cis, mask, cache, valid)
+            if aux_loss is not None:
+                aux_losses.append(aux_loss)
+                loads.append(load)
+        if use_cache:
+            cache.length += length
+        x = self.norm(x)
+        logits = self.output(x[:, -logits_to_keep:])  # -0 keeps all
+
+        aux_loss = torch.stack(aux_losses).sum() if aux_losses else x.new_zeros(())
+        loss = None
+        if labels is not None:
+            targets = labels[:, 1:].flatten()
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum")
+            loss = loss / (targets != -100).sum().clamp(min=1)
+            if self.training:
+                loss = loss + aux_loss
+        return MiniMindOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache if use_cache else None,
+            last_hidden_state=x,
+            aux_loss=aux_loss,
+            expert_load=torch.stack(loads) if loads else None,
+        )
+
+
+def attention_slots(
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    past: int,
+    length: int,
+    device: torch.device,
+) -> Tensor | None:
+    """Which slots each of `length` queries after `past` slots sees.
+
+    A query with nothing to see (padding) sees itself: a softmax over nothing would be NaN.
+
+    Returns:
+        (B or 1, 1, T, S) bool for `Attention`, or None where plain causal attention is meant.
+    """
+    if attention_mask is None and position_ids is None and (past == 0 or length == 1):
+        return None
+    keys = torch.arange(past + length, device=device)
+    queries = keys[past:]
+    mask = (keys <= queries[:, None])[None]  # (1, T, S)
+    if position_ids is not None:
+        mask = mask & (keys >= (queries - position_ids)[..., None])  # (B, T, S)
+    if attention_mask is not None:
+        mask = mask & attention_mask[:, None].bool()
+        itself = keys == queries[:, None]
+        mask = mask | (itself & ~mask.any(-1, keepdim=True))
+    return mask[:, None]

@@ -1,0 +1,114 @@
+import json
+
+import pytest
+import torch
+
+from model import LMConfig, MiniMindLM
+from training import UserError, check_overwrite, load_model, load_weights, save_weights
+from training.checkpoint import weights_path, write_atomically
+
+TINY = LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return MiniMindLM(TINY)
+
+
+def test_names(tmp_path):
+    assert weights_path(tmp_path, "pretrain", LMConfig()) == tmp_path / "pretrain_512.pth"
+    moe = LMConfig(dim=640, use_moe=True)
+    assert weights_path(tmp_path, "full_sft", moe) == tmp_path / "full_sft_640_moe.pth"
+
+
+def test_a_plain_state_dict_and_its_description(tmp_path, model):
+    path = tmp_path / "pretrain_32.pth"
+    save_weights(path, model, TINY, "pretrain", "abc")
+    state = torch.load(path, weights_only=True)
+    assert state.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    assert state["output.weight"].data_ptr() == state["tok_embeddings.weight"].data_ptr()
+    about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert about["stage"] == "pretrain"
+    assert about["tokenizer"] == "abc"
+    assert about["config"]["dim"] == 32
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "pretrain_32.json",
+        "pretrain_32.pth",
+    ]
+
+
+def test_load_model_rebuilds_the_shape(tmp_path, model):
+    path = tmp_path / "x.pth"
+    save_weights(path, model, TINY, "pretrain", "abc")
+    again = load_model(path, LMConfig())
+    ids = torch.arange(10)[None]
+    assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
+
+
+def test_half_precision_is_half_the_size_and_loads(tmp_path, model):
+    full, half = tmp_path / "full.pth", tmp_path / "half.pth"
+    save_weights(full, model, TINY, "pretrain", "abc")
+    save_weights(half, model, TINY, "pretrain", "abc", torch.float16)
+    assert half.stat().st_size < 0.65 * full.stat().st_size
+    other = MiniMindLM(TINY)
+    load_weights(half, other)
+    assert other.norm.weight.dtype == torch.float32
+    assert torch.allclose(other.output.weight, model.output.weight, atol=1e-4)
+
+
+def test_what_fails_half_way_leaves_the_old_file(tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(b"old")
+
+    def fail(file):
+        file.write(b"new")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_weights_of_another_shape_are_named(tmp_path, model):
+    path = tmp_path / "x.pth"
+    save_weights(path, model, TINY, "pretrain", "abc")
+    wider = MiniMindLM(LMConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64))
+    deeper = MiniMindLM(LMConfig(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=64))
+    with pytest.raises(UserError, match=r"tok_embeddings.weight is \(64, 32\) there, \(64, 64\)"):
+        load_weights(path, wider)
+    with pytest.raises(UserError, match=r"it has no layers\.2\."):
+        load_weights(path, deeper)
+    with pytest.raises(UserError, match="holds another model"):
+        check_overwrite(path, deeper)
+    shallower = MiniMindLM(LMConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=64))
+    with pytest.raises(UserError, match="is not part of this model"):
+        check_overwrite(path, shallower)
+    check_overwrite(path, model)
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("run by unpickling",)
+
+
+def test_damaged_and_dangerous_files_are_refused(tmp_path, model, capsys):
+    path = tmp_path / "x.pth"
+    save_weights(path, model, TINY, "pretrain", "abc")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="damaged"):
+        load_weights(path, model)
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="damaged"):
+        load_weights(path, model)
+    torch.save({"norm.weight": Malicious()}, path)
+    with pytest.raises(UserError, match="refused"):
+        load_weights(path, model)
+    assert "run by unpickling" not in capsys.readouterr().out
+    torch.save([1, 2], path)
+    with pytest.raises(UserError, match="not a state_dict"):
+        load_weights(path, model)

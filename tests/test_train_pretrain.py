@@ -1,0 +1,240 @@
+"""The script as users start it: real processes, real files."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoTokenizer
+
+from model import LMConfig, MiniMindLM
+
+SHAPE = ["--dim", "32", "--n_layers", "2", "--device", "cpu"]
+
+
+def write_lines(path, texts):
+    path.write_text(
+        "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts),
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """61 documents of very different lengths, from 3 to some 90 tokens."""
+    words = ["red", "green", "blue", "一座山", "河流", "stone", "云"]
+    texts = [
+        " ".join(words[(i * k) % len(words)] for k in range(1, 2 + (7 * i) % 41)) for i in range(61)
+    ]
+    return write_lines(tmp_path_factory.mktemp("data") / "train.jsonl", texts)
+
+
+@pytest.fixture(scope="module")
+def run(root):
+    """Start a stage script and wait; `processes` above 1 start it by torchrun."""
+
+    def start(*words, processes=1, script="train_pretrain.py", code=0):
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone"]
+            launcher += ["--nproc_per_node", str(processes)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+        done = subprocess.run(
+            [*launcher, str(root / script), *map(str, words)],
+            env=env,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr
+        return done
+
+    return start
+
+
+def metrics(out_dir, name="pretrain_32"):
+    path = out_dir / "logs" / name / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+SPLIT = ["--max_seq_len", "32", "--log_interval", "1", "--save_interval", "1000", "--epochs", "2"]
+
+
+@pytest.fixture(scope="module")
+def splits(run, data, tmp_path_factory):
+    """The same run as 1 process × 8, 1 × 2 × 4 and 2 × 2 × 2; rows divide by none of them."""
+    results = {}
+    for processes, batch, accumulation in [(1, 8, 1), (1, 2, 4), (2, 2, 2)]:
+        out = tmp_path_factory.mktemp("split")
+        run(
+            *SHAPE, *SPLIT, "--data_path", data, "--out_dir", out, "--learning_rate", 1e-3,
+            "--batch_size", batch, "--accumulation_steps", accumulation,
+            processes=processes,
+        )  # fmt: skip
+        state = torch.load(out / "pretrain_32.pth", weights_only=True)
+        results[processes, batch, accumulation] = metrics(out), state
+    return results
+
+
+def test_one_gradient_however_it_is_split(splits):
+    (whole_metrics, whole), *others = splits.values()
+    assert len(whole_metrics) > 20
+    for split_metrics, split in others:
+        assert len(split_metrics) == len(whole_metrics)
+        for ours, theirs in zip(split_metrics, whole_metrics, strict=True):
+            assert ours["tokens"] == theirs["tokens"]
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        for name, tensor in whole.items():
+            torch.testing.assert_close(split[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+def test_every_token_is_used_in_every_epoch(splits, data, tokenizer_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    texts = [json.loads(line)["text"] for line in data.read_text(encoding="utf-8").splitlines()]
+    targets = sum(len(ids) + 1 for ids in tokenizer(texts)["input_ids"])
+    for split_metrics, _ in splits.values():
+        assert split_metrics[-1]["tokens"] == 2 * targets
+
+
+def test_the_first_step_by_hand(run, tmp_path, tokenizer_dir):
+    """One document, one step: loss, gradient norm and the new weights, worked out here.
+
+    AdamW's first step moves each weight by lr · g / (|g| + eps) after decay by lr · decay.
+    """
+    text = "The same words, 同样的话."
+    data = write_lines(tmp_path / "one.jsonl", [text])
+    run(
+        *SHAPE, "--data_path", data, "--out_dir", tmp_path, "--warmup_iters", 0, "--seed", 7,
+        "--grad_clip", 0.25, "--learning_rate", 1e-3, "--max_seq_len", 64,
+    )  # fmt: skip
+    ids = torch.tensor([1, *AutoTokenizer.from_pretrained(tokenizer_dir)(text)["input_ids"], 2])
+    torch.manual_seed(7)
+    model = MiniMindLM(LMConfig(dim=32, n_layers=2))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    loss = F.cross_entropy(model(ids[None, :-1]).logits[0], ids[1:])
+    loss.backward()
+    norm = sum(p.grad.pow(2).sum() for p in model.parameters()).sqrt()
+    figures = metrics(tmp_path)[0]
+    assert figures["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert figures["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert figures["lr"] == 1e-3
+    after = torch.load(tmp_path / "pretrain_32.pth", weights_only=True)
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad * min(1.0, 0.25 / norm.item())
+        decay = 0.0 if "norm" in name or "tok_embeddings" in name else 0.1
+        expected = before[name] * (1 - 1e-3 * decay) - 1e-3 * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(after[name], expected, rtol=0, atol=2e-5, msg=name)
+
+
+def test_a_repeated_text_is_learnt_and_continued(run, tmp_path):
+    """Loss starts near ln(6400); at the end the model says the text by heart."""
+    data = write_lines(tmp_path / "poem.jsonl", ["白日依山尽，黄河入海流。"] * 64)
+    done = run(
+        *SHAPE, "--data_path", data, "--val_data_path", data, "--out_dir", tmp_path,
+        "--batch_size", 4, "--epochs", 30, "--learning_rate", 1e-2, "--max_seq_len", 48,
+    )  # fmt: skip
+    assert "saved" in done.stdout
+    figures = metrics(tmp_path)
+    assert figures[0]["loss"] > 2
+    assert figures[-1]["val_loss"] < 0.1
+    bits = figures[-1]["val_loss"] / math.log(2)
+    tokens = figures[-1]["tokens"] / 30 / 64
+    assert figures[-1]["val_bits_per_byte"] == pytest.approx(bits * tokens / 36, rel=1e-4)
+    said = run(
+        "--out_dir", tmp_path, "--dim", 32, "--prompt", "白日", "--temperature", 0,
+        script="eval_model.py",
+    )  # fmt: skip
+    assert said.stdout == "白日依山尽，黄河入海流。\n"
+
+
+def test_moe_trains_on_two_processes(run, data, tmp_path):
+    run(
+        *SHAPE, "--use_moe", "--data_path", data, "--out_dir", tmp_path, "--batch_size", 4,
+        "--max_seq_len", 32, "--log_interval", 5, "--epochs", 2,
+        processes=2,
+    )  # fmt: skip
+    figures = metrics(tmp_path, "pretrain_32_moe")
+    assert figures[-1]["loss"] < figures[0]["loss"]
+    # Perfect balance costs alpha for each of the two layers, and nothing costs less.
+    assert 0.19 < figures[0]["aux_loss"] < 0.4
+
+
+def test_continued_pretraining_starts_from_the_weights(run, data, tmp_path):
+    common = [*SHAPE, "--data_path", data, "--batch_size", 8, "--max_seq_len", 32]
+    run(*common, "--out_dir", tmp_path / "a", "--epochs", 8, "--learning_rate", 3e-3)
+    weights = tmp_path / "a" / "pretrain_32.pth"
+    run(*common, "--out_dir", tmp_path / "b", "--from_weight", weights, "--log_interval", 1)
+    last, first = metrics(tmp_path / "a")[-1], metrics(tmp_path / "b")[0]
+    assert first["loss"] == pytest.approx(last["loss"], abs=0.5)
+    assert first["loss"] < 6
+
+
+def test_unpacked_rows_and_checkpointing_give_the_same_losses(run, data, tmp_path):
+    """Rows differ between packed and unpacked, but the validation loss is over all tokens."""
+    common = [*SHAPE, "--data_path", data, "--val_data_path", data, "--learning_rate", 1e-9]
+    losses = []
+    for name, words in [
+        ("packed", []),
+        ("unpacked", ["--no-packing"]),
+        ("plain", ["--no-flash_attn", "--gradient_checkpointing"]),
+    ]:
+        out = tmp_path / name
+        run(*common, *words, "--out_dir", out, "--max_seq_len", 64)
+        losses.append(metrics(out)[-1]["val_loss"])
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--data_path", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--max_seq_len", "9000"], "--max_seq_len"),
+        (["--dim", "100"], "--dim"),
+        (["--ddp"], "--ddp"),
+        (["--device", "cuda:99"], "--device"),
+        (["--dtype", "float16"], "--dtype"),
+        (["--min_lr", "1"], "--min_lr"),
+        (["--from_weight", "full_sft"], "--from_weight"),
+        (["--tokenizer_path", "nowhere"], "--tokenizer_path"),
+    ],
+)
+def test_mistakes_end_with_one_line(run, data, tmp_path, words, named):
+    done = run(*SHAPE, "--data_path", data, "--out_dir", tmp_path / "out", *words, code=2)
+    assert named in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "pretrain_32.pth").exists()
+
+
+def test_bad_lines_are_listed_or_skipped(run, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "good"}\n{"text": 5}\n{"text": "good too"}\n{"te\n', encoding="utf-8")
+    done = run(*SHAPE, "--data_path", path, "--out_dir", tmp_path, code=2)
+    assert f"{path}:2: " in done.stderr
+    assert f"{path}:4: " in done.stderr
+    assert "Traceback" not in done.stderr
+    done = run(*SHAPE, "--data_path", path, "--out_dir", tmp_path, "--skip_bad_lines")
+    assert "2 bad lines" in done.stdout
+
+
+def test_weights_of_another_shape_are_not_overwritten(run, data, tmp_path):
+    common = ["--data_path", data, "--max_seq_len", "32", "--out_dir", tmp_path]
+    run(*SHAPE, *common)
+    path = tmp_path / "pretrain_32.pth"
+    before = path.read_bytes()
+    done = run(*SHAPE, *common, "--n_layers", "3", code=2)
+    assert "pretrain_32.pth" in done.stderr
+    assert path.read_bytes() == before
+
+
+def test_wandb_offline(run, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run(*SHAPE, "--data_path", data, "--out_dir", tmp_path, "--max_seq_len", "32", "--use_wandb")
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))

@@ -1,0 +1,201 @@
+"""Command-line flags that mean the same thing in every stage, and errors that users can mend."""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class UserError(Exception):
+    """Something that the user can mend; its text is one line that names the flag or the file."""
+
+
+@contextmanager
+def report_user_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """End with exit status 2 and the error's text, no traceback, on UserError and `kinds`.
+
+    Under torchrun only rank 0 prints.
+    """
+    try:
+        yield
+    except (UserError, *kinds) as error:
+        exit_with(str(error))
+
+
+def exit_with(message: str) -> NoReturn:
+    """Print the message on stderr (rank 0 only) and leave with exit status 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+class flag(argparse.Action):
+    """A switch in every form users write: `--x`, `--no-x`, `--x True`, `--x false`."""
+
+    WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
+        negations = [f"--no-{name.removeprefix('--')}" for name in option_strings]
+        super().__init__([*option_strings, *negations], dest, nargs="?", **kwargs)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | None,
+        option_string: str | None = None,
+    ) -> None:
+        """Set the switch."""
+        negated = option_string is not None and option_string.startswith("--no-")
+        if values is None:
+            value = True
+        elif not negated and values.lower() in self.WORDS:
+            value = self.WORDS[values.lower()]
+        else:
+            parser.error(f"argument {option_string}: takes true or false, not {values!r}")
+        setattr(namespace, self.dest, value != negated)
+
+    def format_usage(self) -> str:
+        """The spelling shown in the help text."""
+        return " | ".join(self.option_strings)
+
+
+class StageParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line and which suggests the flag that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Report the message, without the usage text, and leave with exit status 2."""
+        exit_with(message)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Parse; an unknown flag is an error that names the nearest known one."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+            self.error(f"unknown argument {unknown[0]}" + (f"; {near[0]}?" if near else ""))
+        return parsed
+
+
+def make_parser(description: str) -> StageParser:
+    """A parser that shows defaults and takes flags by their whole names only."""
+    return StageParser(
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _number(kind: type, low: float, high: float = float("inf"), open_low: bool = False):
+    """An argparse type for numbers within bounds."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not low <= value <= high or (open_low and value == low):
+            bounds = f"{'above' if open_low else 'at least'} {low:g}"
+            bounds += "" if high == float("inf") else f" and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
+        return value
+
+    return parse
+
+
+count = _number(int, 1)
+count_or_zero = _number(int, 0)
+positive = _number(float, 0, open_low=True)
+positive_or_zero = _number(float, 0)
+fraction = _number(float, 0, 0.999999)
+fraction_or_one = _number(float, 0, 1, open_low=True)
+
+
+def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Add the flags that every training stage has.
+
+    Args:
+        parser: where to add them.
+        defaults: the stage's own defaults, by flag name: data_path, from_weight, learning_rate,
+            weight_decay, epochs, grad_clip, max_seq_len, batch_size.
+    """
+    model = parser.add_argument_group("model")
+    model.add_argument("--dim", type=count, default=512, help="width")
+    model.add_argument("--n_layers", type=count, default=8, help="blocks")
+    model.add_argument("--use_moe", action=flag, default=False, help="mixture of experts")
+    model.add_argument("--dropout", type=fraction, default=0.0)
+    model.add_argument(
+        "--flash_attn", action=flag, default=True, help="PyTorch's fused attention kernels"
+    )
+    model.add_argument(
+        "--from_weight",
+        default=defaults["from_weight"],
+        help="weights to start from: a .pth file, a stage's name, or none",
+    )
+    model.add_argument(
+        "--tokenizer_path", type=Path, default=ROOT / "model" / "minimind_tokenizer", help="folder"
+    )
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_path", type=Path, default=defaults["data_path"], help="JSONL file")
+    data.add_argument("--val_data_path", type=Path, help="JSONL file to evaluate on")
+    data.add_argument(
+        "--max_seq_len", type=count, default=defaults["max_seq_len"], help="positions of a row"
+    )
+    data.add_argument(
+        "--packing", action=flag, default=True, help="fill each row from several documents"
+    )
+    data.add_argument(
+        "--skip_bad_lines", action=flag, default=False, help="go on without lines that have errors"
+    )
+    data.add_argument("--cache_dir", type=Path, help="where token stores go; default: by the data")
+    data.add_argument(
+        "--num_workers", type=count_or_zero, help="loader processes; default: 2 on cuda, else 0"
+    )
+
+    loop = parser.add_argument_group("optimisation")
+    loop.add_argument("--epochs", type=count, default=defaults["epochs"])
+    loop.add_argument(
+        "--batch_size", type=count, default=defaults["batch_size"], help="rows per process"
+    )
+    loop.add_argument(
+        "--accumulation_steps", type=count, default=1, help="batches per optimizer step"
+    )
+    loop.add_argument("--learning_rate", type=positive, default=defaults["learning_rate"])
+    loop.add_argument("--min_lr", type=positive_or_zero, help="default: learning_rate / 10")
+    loop.add_argument(
+        "--warmup_iters", type=count_or_zero, help="optimizer steps; default: 3 %% of the run"
+    )
+    loop.add_argument("--weight_decay", type=positive_or_zero, default=defaults["weight_decay"])
+    loop.add_argument("--beta1", type=fraction, default=0.9)
+    loop.add_argument("--beta2", type=fraction, default=0.95)
+    loop.add_argument(
+        "--grad_clip", type=positive, default=defaults["grad_clip"], help="largest gradient norm"
+    )
+    loop.add_argument("--seed", type=count_or_zero, default=42)
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
+    machine.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    machine.add_argument("--compile", action=flag, default=False, help="torch.compile the model")
+    machine.add_argument(
+        "--gradient_checkpointing", action=flag, default=False, help="less memory, more time"
+    )
+    machine.add_argument("--ddp", action=flag, default=False, help="insist on torchrun")
+    machine.add_argument(
+        "--local_rank", "--local-rank", type=int, help="accepted from launchers; not used"
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--out_dir", type=Path, default=Path("out"))
+    output.add_argument("--log_interval", type=count, default=10, help="optimizer steps")
+    output.add_argument("--save_interval", type=count, default=100, help="optimizer steps")
+    output.add_argument("--save_dtype", choices=("float32", "float16"), default="float32")
+    output.add_argument("--use_wandb", action=flag, default=False)
+    output.add_argument("--wandb_project", default="MiniMind")

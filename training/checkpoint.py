@@ -1,0 +1,166 @@
+"""Weights on disk: a state_dict, and beside it a JSON file that says what it is."""
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from model import LMConfig, MiniMindLM
+
+from .arguments import UserError
+
+
+def weights_path(out_dir: Path, stage: str, config: LMConfig) -> Path:
+    """`{out_dir}/{stage}_{dim}{_moe}.pth`."""
+    return out_dir / f"{stage}_{config.dim}{'_moe' if config.use_moe else ''}.pth"
+
+
+def resolve_weights(flag: str, name: str, out_dir: Path, config: LMConfig) -> Path:
+    """The file that a flag means: a .pth file, or the weights of a stage in `out_dir`.
+
+    Raises:
+        UserError: if there is no such file.
+    """
+    path = Path(name) if name.endswith(".pth") else weights_path(out_dir, name, config)
+    if not path.is_file():
+        raise UserError(f"{flag} {name}: no file {path}")
+    return path
+
+
+def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
+    """Call `write` with a binary file that becomes `path` once it is complete and on disk.
+
+    Whatever goes wrong, the file that was there before stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_weights(
+    path: Path,
+    model: nn.Module,
+    config: LMConfig,
+    stage: str,
+    tokenizer_hash: str,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write `path` (a state_dict on the CPU) and `path` with .json (how to rebuild the model).
+
+    Args:
+        path: the .pth file.
+        model: the bare model, not its DDP or compiled wrapper.
+        config: its shape.
+        stage: pretrain, full_sft, dpo or distill.
+        tokenizer_hash: identifies the tokenizer that its ids belong to.
+        dtype: of the saved tensors.
+    """
+    shared: dict[int, torch.Tensor] = {}  # the tied embedding stays one tensor in the file
+    state = {
+        name: shared.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", dtype))
+        for name, tensor in model.state_dict().items()
+    }
+    about = {"stage": stage, "tokenizer": tokenizer_hash, "config": config.to_dict()}
+    text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: torch.save(state, file))
+    write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+
+
+def read_about(path: Path) -> dict[str, Any] | None:
+    """What the JSON file beside the weights says, or None where there is none.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    about_path = path.with_suffix(".json")
+    if not about_path.is_file():
+        return None
+    try:
+        return json.loads(about_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{about_path}: not JSON ({error})") from None
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """The state_dict in a .pth file, memory-mapped; only tensors are unpickled.
+
+    Raises:
+        UserError: if the file is damaged, or holds anything but named tensors.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: refused, since it holds more than tensors") from None
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: damaged or not a weight file ({reason})") from None
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise UserError(f"{path}: not a state_dict")
+    return state
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Copy the weights in `path` into the model, whatever their precision.
+
+    Raises:
+        UserError: if the file is damaged or its names or shapes are not the model's.
+    """
+    state = read_state(path)
+    difference = _first_difference(state, model)
+    if difference:
+        raise UserError(f"{path}: weights of another model: {difference}")
+    model.load_state_dict(state)
+
+
+def load_model(path: Path, shape: LMConfig) -> MiniMindLM:
+    """Build the model that the JSON file beside the weights describes, and load them.
+
+    Args:
+        path: the .pth file.
+        shape: used where there is no JSON file, as beside weights from elsewhere.
+
+    Raises:
+        UserError: as `load_weights` and `read_about`.
+    """
+    about = read_about(path)
+    model = MiniMindLM(LMConfig(**about["config"]) if about else shape)
+    load_weights(path, model)
+    return model
+
+
+def check_overwrite(path: Path, model: nn.Module) -> None:
+    """Refuse to write over weights of another shape.
+
+    Raises:
+        UserError: if `path` holds a model whose shape differs from this one's.
+    """
+    if path.is_file():
+        difference = _first_difference(read_state(path), model)
+        if difference:
+            raise UserError(
+                f"{path} holds another model ({difference}): move it, or choose another --out_dir"
+            )
+
+
+def _first_difference(state: dict[str, torch.Tensor], model: nn.Module) -> str | None:
+    own = model.state_dict()
+    for name, tensor in own.items():
+        if name not in state:
+            return f"it has no {name}"
+        if state[name].shape != tensor.shape:
+            return f"{name} is {tuple(state[name].shape)} there, {tuple(tensor.shape)} here"
+    extra = next((name for name in state if name not in own), None)
+    return extra and f"{extra} is not part of this model"

@@ -1,0 +1,135 @@
+"""Processes and devices."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from .arguments import UserError
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """Where this process stands.
+
+    Attributes:
+        rank: number of the process over all hosts.
+        local_rank: its number on this host.
+        world_size: processes over all hosts; 1 without torchrun.
+        device: what it computes on.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and saves."""
+        return self.rank == 0
+
+    def log(self, message: str) -> None:
+        """Print on the main process."""
+        if self.is_main:
+            print(message, flush=True)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Add a tensor up over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def find_processes(device: str | None, ddp: bool) -> Distributed:
+    """Read torchrun's environment and choose the device. Opens nothing.
+
+    Args:
+        device: "cuda", "cuda:1", "mps" or "cpu"; None takes cuda, mps or cpu, the first there is.
+        ddp: whether `--ddp` was given.
+
+    Raises:
+        UserError: for `--ddp` without torchrun, or a device that is not there.
+    """
+    launched = "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if ddp and not launched:
+        raise UserError(
+            "--ddp: start with torchrun, e.g. torchrun --nproc_per_node 2 train_pretrain.py"
+        )
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, default)) if launched else default
+        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
+    if device is None:
+        if torch.cuda.is_available():
+            device = "cuda"
+        else:
+            device = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device}: use cuda, cuda:N, mps or cpu") from None
+    if chosen.type not in ("cuda", "mps", "cpu"):
+        raise UserError(f"--device {device}: use cuda, cuda:N, mps or cpu")
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {device}: PyTorch sees no CUDA device here")
+        index = local_rank if launched else (chosen.index or 0)
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"--device {device}: device {index} asked for, "
+                f"but only {torch.cuda.device_count()} there"
+            )
+        chosen = torch.device("cuda", index)
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {device}: PyTorch sees no MPS device here")
+    return Distributed(rank, local_rank, world_size, chosen)
+
+
+@contextmanager
+def open_process_group(world: Distributed) -> Iterator[None]:
+    """Join the processes of torchrun (nccl on GPUs, gloo on CPUs) for as long as the block runs.
+
+    Slow preparations of a single process, such as tokenising a file, belong before it: the others
+    would time out in their first collective.
+    """
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if world.world_size == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def autocast_dtype(dtype: str, world: Distributed) -> torch.dtype:
+    """The precision of matrix products: what was asked for, where the hardware has it.
+
+    bfloat16 falls back to float32 with a line that says so: emulated, it would be slower than
+    float32.
+
+    Raises:
+        UserError: for float16 on a CPU, where it is emulated too and no scaler helps.
+    """
+    if dtype == "float16" and world.device.type == "cpu":
+        raise UserError("--dtype float16: not on a CPU; use bfloat16 or float32")
+    if dtype == "bfloat16" and not _has_bfloat16(world.device):
+        world.log(f"bfloat16 is not in this {world.device.type}'s hardware: using float32 instead")
+        return torch.float32
+    return getattr(torch, dtype)
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    # PyTorch has no public query for a CPU's instructions.
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)

@@ -1,0 +1,24 @@
+"""The tokenizer of a run."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .arguments import UserError
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a local folder; nothing is fetched.
+
+    Raises:
+        UserError: if the folder holds none, or one without tokens that begin and end a text.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"--tokenizer_path {folder}: no tokenizer.json there")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--tokenizer_path {folder}: {str(error).splitlines()[0]}") from None
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise UserError(f"--tokenizer_path {folder}: it has no bos or no eos token")
+    return tokenizer
