@@ -1,0 +1,374 @@
+"""The sample data: reproducible, in two balanced languages, and never in contradiction to itself.
+
+What the text says is read back by patterns written here, without the generator's help.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "dataset" / "sample" / "pretrain.jsonl"
+
+EN = r"([A-Z][a-z]+)"
+ZH = r"([\u4e00-\u9fff]{1,6}?)"
+START_EN = r"(?:^|[.!] )"
+START_ZH = r"(?:^|[。！])"
+
+# Patterns that find one fact in several phrasings: the groups are the subject and the value.
+FACTS_EN = {
+    "town of a person": [
+        rf"{START_EN}{EN} lives in {EN}\.",
+        rf"{START_EN}{EN}'s home is in {EN}\.",
+        rf"{START_EN}{EN} has a house in {EN}\.",
+        rf"Letters for {EN} are sent to {EN}\.",
+        rf"{START_EN}{EN}, born in \d+, lives in {EN}\.",
+        rf"Name: {EN}\n(?:.+\n)*?Town: {EN}",
+    ],
+    "year of a person": [
+        rf"{START_EN}{EN} was born in (\d+)\.",
+        rf"{EN}'s year of birth is (\d+)\.",
+        rf"{EN}, born in (\d+), (?:lives|is older)",
+        rf"{EN} \((\d+)\)",
+        rf"Name: {EN}\nYear of birth: (\d+)",
+    ],
+    "friend of a person": [
+        rf"{EN}'s best friend is {EN}\.",
+        rf"{EN} and {EN} are best friends",
+        rf"The person {EN} trusts most is {EN}\.",
+        rf"{EN} and {EN} have been best friends",
+        rf"Name: {EN}\n(?:.+\n)*?Best friend: {EN}",
+    ],
+    "pet of a person": [
+        rf"{START_EN}{EN} (?:has|keeps) an? ([a-z]+)\.",
+        rf"{START_EN}{EN}'s ([a-z]+) sleeps beside",
+        rf"{START_EN}{EN} of \w+ keeps an? ([a-z]+) and",
+        rf"{EN}'s ([a-z]+) was gone\.",
+        rf"Name: {EN}\n(?:.+\n)*?Pet: ([a-z]+)",
+    ],
+    "river of a town": [
+        rf"{START_EN}{EN} lies on the river {EN}\.",
+        rf"{EN} is a town on the river {EN}\.",
+        rf"The river at {EN} is called the {EN}\.",
+        rf"{START_EN}{EN} stands on the banks of the {EN}\.",
+        rf"Town: {EN}\nRiver: {EN}\n",
+        rf"In {EN}, on the river {EN},",
+    ],
+    "maker of a thing": [
+        rf"{START_EN}{EN} was made by {EN}\.",
+        rf"{EN}'s maker is {EN}\.",
+        rf"{EN} is the work of {EN}\.",
+        rf"Thing: {EN}\n(?:.+\n)*?Maker: {EN}",
+    ],
+}
+FACTS_ZH = {
+    "town of a person": [
+        rf"{START_ZH}{ZH}住在{ZH}。",
+        rf"{START_ZH}{ZH}的家在{ZH}。",
+        rf"写给{ZH}的信要寄到{ZH}。",
+        rf"{START_ZH}{ZH}的家乡是{ZH}。",
+        rf"{START_ZH}{ZH}出生于\d+年，住在{ZH}。",
+        rf"姓名：{ZH}\n(?:.+\n)*?居住地：{ZH}\n",
+    ],
+    "year of a person": [
+        rf"{START_ZH}{ZH}出生于(\d+)年",
+        rf"{START_ZH}{ZH}是(\d+)年出生的",
+        rf"[：、]{ZH}（(\d+)年）",
+        rf"姓名：{ZH}\n出生年份：(\d+)",
+    ],
+    "friend of a person": [
+        rf"{START_ZH}{ZH}最好的朋友是{ZH}。",
+        rf"{START_ZH}{ZH}和{ZH}(?<!从小就)是最好的朋友",
+        rf"{START_ZH}{ZH}最信任的人是{ZH}。",
+        rf"姓名：{ZH}\n(?:.+\n)*?最好的朋友：{ZH}\n",
+    ],
+    "pet of a person": [
+        rf"{START_ZH}{ZH}养了一[只条匹头]{ZH}。",
+        rf"{START_ZH}{ZH}的宠物是一[只条匹头]{ZH}。",
+        rf"{START_ZH}和{ZH}做伴的是一[只条匹头]{ZH}。",
+        rf"{START_ZH}{ZH}养的动物是一[只条匹头]{ZH}。",
+        rf"{START_ZH}住在\w+的{ZH}养了一[只条匹头]{ZH}，还会",
+        rf"姓名：{ZH}\n(?:.+\n)*?宠物：{ZH}\n",
+        rf"{START_ZH}{ZH}养的{ZH}不见了。",
+    ],
+    "river of a town": [
+        rf"{START_ZH}{ZH}位于{ZH}边。",
+        rf"{START_ZH}{ZH}是{ZH}边的一座小镇",
+        rf"{START_ZH}{ZH}旁边的那条河叫{ZH}。",
+        rf"小镇：{ZH}\n河流：{ZH}\n",
+    ],
+    "maker of a thing": [
+        rf"{START_ZH}{ZH}是(?!用){ZH}做的。",
+        rf"{START_ZH}{ZH}的制作者是{ZH}。",
+        rf"{START_ZH}{ZH}是{ZH}的作品。",
+        rf"{START_ZH}做出{ZH}的人是{ZH}。",
+        rf"{START_ZH}{ZH}上刻着{ZH}的名字。",
+        rf"名称：{ZH}\n(?:.+\n)*?制作者：{ZH}\n",
+    ],
+}
+SUBJECTS = {"person": 40, "town": 24, "thing": 24}
+PRONOUNS = {"He", "She", "It", "他", "她", "它", "这里"}
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    data = SAMPLE.read_bytes()
+    assert data.endswith(b"\n") and b"\r" not in data
+    records = [json.loads(line) for line in data.decode("utf-8").split("\n")[:-1]]
+    assert all(record.keys() == {"text"} for record in records)
+    return [record["text"] for record in records]
+
+
+def is_chinese(text: str) -> bool:
+    """Whether Chinese characters outweigh Latin words."""
+    return len(re.findall(r"[\u4e00-\u9fff]", text)) > len(re.findall(r"[A-Za-z]+", text))
+
+
+def told(texts: list[str], patterns: list[str]) -> dict[str, set[str]]:
+    """Collect, for each subject, every value that the patterns find."""
+    values = defaultdict(set)
+    whole = "\n\n".join(texts)
+    for pattern in patterns:
+        for subject, value in re.findall(pattern, whole, flags=re.MULTILINE):
+            if subject not in PRONOUNS and value not in PRONOUNS:
+                values[subject].add(value)
+    return dict(values)
+
+
+def contradictions(values: dict[str, set[str]]) -> dict[str, set[str]]:
+    return {subject: found for subject, found in values.items() if len(found) != 1}
+
+
+def generate(folder: Path, *arguments: str, **environment: str) -> bytes:
+    command = [sys.executable, ROOT / "scripts" / "make_sample_data.py", "--out_dir", folder]
+    subprocess.run([*command, *arguments], check=True, env={**os.environ, **environment})
+    return (folder / "pretrain.jsonl").read_bytes()
+
+
+def test_another_process_writes_the_same_bytes(tmp_path):
+    again = generate(tmp_path, PYTHONHASHSEED="12345", PYTHONUTF8="0", LC_ALL="C")
+    assert again == SAMPLE.read_bytes()
+    assert [file.name for file in tmp_path.iterdir()] == ["pretrain.jsonl"]
+
+
+def test_another_seed_makes_another_world(tmp_path, texts):
+    data = generate(tmp_path, "--seed", "7").decode("utf-8")
+    other = [json.loads(line)["text"] for line in data.splitlines()]
+    for facts in FACTS_EN["town of a person"], FACTS_ZH["town of a person"]:
+        values = told(other, facts)
+        assert len(values) >= 36 and contradictions(values) == {}
+        assert values != told(texts, facts)
+
+
+def test_an_unusable_folder_is_told_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    command = [sys.executable, ROOT / "scripts" / "make_sample_data.py", "--out_dir"]
+    result = subprocess.run([*command, tmp_path / "file"], capture_output=True)
+    assert result.returncode == 2
+    assert b"--out_dir" in result.stderr and result.stderr.count(b"\n") == 1
+
+
+def test_size_and_form(texts):
+    assert 700_000 < SAMPLE.stat().st_size < 1_000_000
+    assert len(set(texts)) == len(texts)
+    for text in texts:
+        assert text == text.strip() and text
+        # No template left unfilled, no question, no stray space, no escaped character.
+        assert not re.search(r"[{}?？\\\t\ufffd]|  | [.,]|None|，，|。。", text), text
+
+
+def test_half_is_chinese_and_half_english(texts):
+    chinese = [text for text in texts if is_chinese(text)]
+    assert 0.4 < len(chinese) / len(texts) < 0.6
+    size = sum(len(text.encode("utf-8")) for text in texts)
+    assert 0.4 < sum(len(text.encode("utf-8")) for text in chinese) / size < 0.6
+    lengths = sorted(len(text) for text in chinese)
+    assert lengths[0] < 20 and lengths[-1] > 200  # from a sentence to several paragraphs
+    assert any(text.count("\n") > 3 for text in texts)
+
+
+@pytest.mark.parametrize("language", ["English", "Chinese"])
+@pytest.mark.parametrize("fact", FACTS_EN)
+def test_a_fact_is_always_told_the_same(texts, language, fact):
+    patterns = (FACTS_EN if language == "English" else FACTS_ZH)[fact]
+    mine = [text for text in texts if is_chinese(text) == (language == "Chinese")]
+    values = told(mine, patterns)
+    # These are only some of the phrasings, so a few subjects may escape them.
+    subjects = SUBJECTS[fact.split()[-1]]
+    assert 0.9 * subjects <= len(values) <= subjects
+    assert contradictions(values) == {}
+    assert len(set.union(*values.values())) >= 20  # so that guessing does not pay
+    assert all(told(mine, [pattern]) for pattern in patterns)
+
+
+def test_a_contradiction_is_found(texts):
+    patterns = FACTS_EN["town of a person"]
+    (town,) = told(texts, patterns)["Mira"]
+    assert contradictions(told([*texts, f"Mira lives in {town}."], patterns)) == {}
+    assert contradictions(told([*texts, "Mira lives in Nowhere."], patterns)) == {
+        "Mira": {town, "Nowhere"}
+    }
+
+
+def translations(texts: list[str]) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    """Read the dictionary entries of the text: English to Chinese and back."""
+    english, chinese = r"([A-Za-z][a-z ]*)", r"([\u4e00-\u9fff]+)"
+    forward = [
+        rf'^The Chinese word for "{english}" is {chinese}\.$',
+        rf'^In Chinese, "{english}" is {chinese}\.$',
+        rf'^"{english}" is written {chinese} in Chinese\.$',
+        rf"^{english}: {chinese}$",
+        rf"^In Chinese, the name {english} is written {chinese}\.$",
+        rf"^{english} is called {chinese} in Chinese\.$",
+    ]
+    backward = [
+        rf'^{chinese} means "{english}" in English\.$',
+        rf"^{chinese} is how {english} is written in Chinese\.$",
+        rf"^“{chinese}”的英文是 {english}。$",
+        rf"^“{chinese}”用英文写作 {english}。$",
+        rf"^{chinese}：{english}$",
+        rf"^{chinese}的英文名字写作 {english}。$",
+        rf"^{chinese}在英文里叫 {english}。$",
+    ]
+    return told(texts, forward), told(texts, backward)
+
+
+def test_the_dictionary_is_one_to_one(texts):
+    forward, backward = translations(texts)
+    assert len(forward) > 300 and len(backward) > 300
+    assert contradictions(forward) == {} and contradictions(backward) == {}
+    pairs = {(en, zh) for en, found in forward.items() for zh in found}
+    pairs |= {(en, zh) for zh, found in backward.items() for en in found}
+    assert len({en for en, _ in pairs}) == len({zh for _, zh in pairs}) == len(pairs)
+
+
+@pytest.mark.parametrize("fact", ["town of a person", "year of a person", "friend of a person"])
+def test_both_languages_tell_of_one_world(texts, fact):
+    forward, backward = translations(texts)
+    to_chinese = {en: zh for en, (zh,) in forward.items()}
+    to_chinese |= {en: zh for zh, (en,) in backward.items()}
+    english, chinese = told(texts, FACTS_EN[fact]), told(texts, FACTS_ZH[fact])
+    both = [person for person in english if to_chinese.get(person) in chinese]
+    assert len(both) >= 36
+    for person in both:
+        (value,) = english[person]
+        assert chinese[to_chinese[person]] == {to_chinese.get(value, value)}
+
+
+def test_best_friends_are_so_on_both_sides(texts):
+    friends = told(texts, FACTS_EN["friend of a person"])
+    assert len(friends) >= 36
+    for person, (friend,) in friends.items():
+        assert friends.get(friend, {person}) == {person}
+
+
+# Numbers
+
+UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+)
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+ENGLISH = {name: value for value, name in enumerate(UNITS.split())}
+ENGLISH |= {name: value for value, name in zip(range(20, 100, 10), TENS.split(), strict=True)}
+CHINESE = {name: value for value, name in enumerate("零一二三四五六七八九")} | {"两": 2}
+
+
+def value_of(text: str) -> int:
+    """Read a number in digits, English or Chinese."""
+    text = text.lower()
+    if text.isascii() and text.isdigit():
+        return int(text)
+    if text.isascii():
+        return sum(ENGLISH[part] for part in text.split("-"))
+    if "十" not in text:
+        return CHINESE[text]
+    tens, ones = text.split("十")
+    return 10 * (CHINESE[tens] if tens else 1) + (CHINESE[ones] if ones else 0)
+
+
+def test_numbers_are_read():
+    words = ["17", "Seventeen", "forty-two", "ninety", "zero", "两", "十", "十七", "四十", "四十二"]
+    assert [value_of(word) for word in words] == [17, 17, 42, 90, 0, 2, 10, 17, 40, 42]
+
+
+N = r"(\d+|[A-Za-z-]+|[零一二两三四五六七八九十]+)"
+SUMS = {
+    "+": [rf"^{N} \+ {N} = {N}$", rf"^{N} plus {N} is {N}\.", rf"^{N}加{N}等于{N}。"],
+    "-": [rf"^{N} - {N} = {N}$", rf"^{N} minus {N} is {N}\.", rf"^从{N}里去掉{N}，剩下{N}。"],
+    "×": [rf"^{N} × {N} = {N}$", rf"^The product of {N} and {N} is {N}\.", rf"^{N}乘{N}等于{N}。"],
+    "÷": [
+        rf"^{N} ÷ {N} = {N}$",
+        rf"^Dividing {N} by {N} gives {N}\.",
+        rf"^把{N}平均分成{N}份，每份是{N}。",
+    ],
+}
+RIGHT = {
+    "+": lambda a, b, c: a + b == c,
+    "-": lambda a, b, c: a - b == c,
+    "×": lambda a, b, c: a * b == c,
+    "÷": lambda a, b, c: b > 0 and a == b * c,
+}
+
+
+@pytest.mark.parametrize("sign", SUMS)
+def test_sums_are_right(texts, sign):
+    for pattern in SUMS[sign]:
+        found = [match for text in texts for match in re.findall(pattern, text, re.MULTILINE)]
+        assert len(found) > 20, pattern
+        for numbers in found:
+            assert RIGHT[sign](*map(value_of, numbers)), numbers
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        rf" had {N} ([a-z]+) and gave {N} \2 to \w+\. {N} \2 were left",
+        rf" bought {N} ([a-z]+)\. On the way home {N} \2 got lost, and {N} \2 remained",
+        rf"有{N}([^零一二两三四五六七八九十，]+)，送给\w+?{N}\2，还剩{N}\2。",
+        rf"买了{N}([^零一二两三四五六七八九十，]+)，路上丢了{N}\2，最后剩下{N}\2。",
+    ],
+)
+def test_told_sums_are_right(texts, pattern):
+    found = [match for text in texts for match in re.findall(pattern, text)]
+    assert len(found) > 20
+    for have, _, gone, left in found:
+        assert value_of(have) - value_of(gone) == value_of(left)
+
+
+def test_sorting_and_comparing_are_right(texts):
+    text = "\n".join(texts)
+    row = r"(\d+(?:(?:, |、)\d+)+)"
+    rising = re.findall(rf"From the smallest to the largest, {row} become {row}\.", text)
+    rising += re.findall(rf"把{row}从小到大排列，得到{row}。", text)
+    assert len(rising) > 40
+    for mixed, ordered in rising:
+        numbers = [[int(one) for one in re.findall(r"\d+", part)] for part in (mixed, ordered)]
+        assert sorted(numbers[0]) == numbers[1]
+    greater = re.findall(rf"^{N} is greater than {N}\.", text, re.MULTILINE)
+    greater += re.findall(rf"^{N}大于{N}。", text, re.MULTILINE)
+    assert len(greater) > 40
+    assert all(value_of(high) > value_of(low) for high, low in greater)
+    counted = re.findall(r"^The row (.+) has (\w+) words; (\w+) appears (\w+)", text, re.MULTILINE)
+    counted += re.findall(r"^(.+)，这一行有(.+)个词，其中“(.+)”出现了(.)次", text, re.MULTILINE)
+    assert len(counted) > 30
+    often = {"once": 1, "twice": 2, "three": 3, "four": 4, "一": 1, "两": 2, "三": 3, "四": 4}
+    for words, count, one, times in counted:
+        words = re.split(", |、", words)
+        assert len(words) == value_of(count) and words.count(one) == often[times]
+    older = re.findall(
+        r"(\w+) is (\S+) years older than \w+: .* in (\d+), the other in (\d+)", text
+    )
+    assert older
+    for _, gap, first, second in older:
+        assert value_of(gap) == int(second) - int(first)
+
+
+def test_the_model_has_a_name(texts):
+    assert sum("MiniMind" in text for text in texts) > 100
