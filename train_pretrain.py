@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import islice
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +29,8 @@ from dataset import (
     PretrainDataset,
     RowBatches,
     collate,
+    tokenizer_hash,
 )
-from dataset.token_store import TextTokenizer
 from model import LMConfig, MiniMindLM
 from training import (
     ROOT,
@@ -272,15 +273,89 @@ def evaluate(
     return {"val_loss": nats / tokens, "val_bits_per_byte": nats / math.log(2) / text_bytes}
 
 
+def train(
+    args: argparse.Namespace,
+    world: Distributed,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: PackedRows | PaddedRows,
+    val_rows: PackedRows | PaddedRows | None,
+) -> None:
+    """Set up the model and the optimizer, go through the epochs, save."""
+    dtype = autocast_dtype(args.dtype, world)
+    bare_model = init_model(args, tokenizer, world.device)
+    path = weights_path(args.out_dir, STAGE, bare_model.config)
+    check_overwrite(path, bare_model)
+    optimizer = make_optimizer(
+        bare_model, args.learning_rate, args.weight_decay, (args.beta1, args.beta2)
+    )
+    model = torch.compile(bare_model) if args.compile else bare_model
+    if world.world_size > 1:
+        on_cuda = world.device.type == "cuda"
+        model = DistributedDataParallel(model, [world.device.index] if on_cuda else None)
+    torch.manual_seed(args.seed + world.rank)  # for dropout, which differs between processes
+    autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+
+    micro_batches = len(make_loader(args, rows, world, epoch=0, shuffle=True))
+    total_steps = args.epochs * math.ceil(micro_batches / args.accumulation_steps)
+    world.log(
+        f"{path.stem}: {sum(p.numel() for p in bare_model.parameters()) / 1e6:.2f} M parameters"
+        f" on {world.world_size} × {world.device} in {str(dtype).removeprefix('torch.')}\n"
+        f"{args.data_path}: {rows.dataset.n_documents:,} documents,"
+        f" {rows.dataset.n_tokens:,} tokens in {len(rows):,} rows, {rows.fill:.1%} filled\n"
+        f"{total_steps:,} steps of {args.batch_size} × {args.accumulation_steps}"
+        f" × {world.world_size} rows"
+    )
+    reporter = Reporter(
+        world,
+        total_steps,
+        args.out_dir / "logs" / path.stem / "metrics.jsonl",
+        start_wandb(args, path.stem) if args.use_wandb and world.is_main else None,
+    )
+
+    def checkpoint(step: int) -> None:
+        if val_rows is not None:
+            loader = make_loader(args, val_rows, world, epoch=0, shuffle=False)
+            scores = evaluate(bare_model, autocast, world, loader, val_rows.dataset.text_bytes)
+            reporter.log_scores(step, **scores)
+        if world.is_main:
+            save_weights(
+                path,
+                bare_model,
+                bare_model.config,
+                STAGE,
+                tokenizer_hash(tokenizer),
+                getattr(torch, args.save_dtype),
+            )
+
+    step = 0
+    for epoch in range(args.epochs):
+        loader = make_loader(args, rows, world, epoch, shuffle=True)
+        step = train_epoch(
+            epoch,
+            step,
+            total_steps,
+            args,
+            world,
+            model,
+            optimizer,
+            scaler,
+            autocast,
+            loader,
+            reporter,
+            checkpoint,
+        )
+    reporter.close()
+    world.log(f"saved {path}")
+
+
 def main() -> None:
-    """Train."""
+    """Read the command line, open the data, train."""
     args = parse_args()
     world = find_processes(args.device, args.ddp)
-    dtype = autocast_dtype(args.dtype, world)
     tokenizer = load_tokenizer(args.tokenizer_path)
 
-    # Files are tokenised here, before the process group opens: it would time out meanwhile.
-    def open_rows(path):
+    def open_rows(path: Path) -> PackedRows | PaddedRows:
         dataset = PretrainDataset(
             path,
             tokenizer,
@@ -294,72 +369,8 @@ def main() -> None:
 
     rows = open_rows(args.data_path)
     val_rows = open_rows(args.val_data_path) if args.val_data_path else None
-
     with open_process_group(world):
-        bare_model = init_model(args, tokenizer, world.device)
-        config = bare_model.config
-        path = weights_path(args.out_dir, STAGE, config)
-        check_overwrite(path, bare_model)
-        optimizer = make_optimizer(
-            bare_model, args.learning_rate, args.weight_decay, (args.beta1, args.beta2)
-        )
-        model = torch.compile(bare_model) if args.compile else bare_model
-        if world.world_size > 1:
-            on_cuda = world.device.type == "cuda"
-            model = DistributedDataParallel(model, [world.device.index] if on_cuda else None)
-        # Dropout differs between processes; the weights above are the same.
-        torch.manual_seed(args.seed + world.rank)
-
-        autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
-        scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
-        micro_batches = len(make_loader(args, rows, world, epoch=0, shuffle=True))
-        total_steps = args.epochs * math.ceil(micro_batches / args.accumulation_steps)
-        world.log(
-            f"{path.stem}: {sum(p.numel() for p in bare_model.parameters()) / 1e6:.2f} M parameters"
-            f" on {world.world_size} × {world.device} in {str(dtype).removeprefix('torch.')}\n"
-            f"{args.data_path}: {rows.dataset.n_documents:,} documents,"
-            f" {rows.dataset.n_tokens:,} tokens in {len(rows):,} rows, {rows.fill:.1%} filled\n"
-            f"{total_steps:,} steps of {args.batch_size} × {args.accumulation_steps}"
-            f" × {world.world_size} rows"
-        )
-        name = path.stem
-        reporter = Reporter(
-            world,
-            total_steps,
-            args.out_dir / "logs" / name / "metrics.jsonl",
-            start_wandb(args, name) if args.use_wandb and world.is_main else None,
-        )
-
-        def checkpoint(step: int) -> None:
-            if val_rows is not None:
-                loader = make_loader(args, val_rows, world, epoch=0, shuffle=False)
-                scores = evaluate(bare_model, autocast, world, loader, val_rows.dataset.text_bytes)
-                reporter.log_scores(step, **scores)
-            if world.is_main:
-                save_dtype = getattr(torch, args.save_dtype)
-                save_weights(
-                    path, bare_model, config, STAGE, TextTokenizer(tokenizer).hash, save_dtype
-                )
-
-        step = 0
-        for epoch in range(args.epochs):
-            loader = make_loader(args, rows, world, epoch, shuffle=True)
-            step = train_epoch(
-                epoch,
-                step,
-                total_steps,
-                args,
-                world,
-                model,
-                optimizer,
-                scaler,
-                autocast,
-                loader,
-                reporter,
-                checkpoint,
-            )
-        reporter.close()
-        world.log(f"saved {path}")
+        train(args, world, tokenizer, rows, val_rows)
 
 
 if __name__ == "__main__":

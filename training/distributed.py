@@ -1,5 +1,6 @@
 """Processes and devices."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,7 +95,8 @@ def open_process_group(world: Distributed) -> Iterator[None]:
     """Join the processes of torchrun (nccl on GPUs, gloo on CPUs) for as long as the block runs.
 
     Slow preparations of a single process, such as tokenising a file, belong before it: the others
-    would time out in their first collective.
+    would time out in their first collective. Models that DDP wraps belong to functions called
+    inside it, so that they are gone when it ends.
     """
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
@@ -105,6 +107,9 @@ def open_process_group(world: Distributed) -> Iterator[None]:
     try:
         yield
     finally:
+        # A DDP wrapper that outlives the group would destroy it under the interpreter lock, for
+        # which gloo's threads wait: the process would never end.
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -1,0 +1,220 @@
+"""Measure the way from a JSONL file to batches: speed, start-up, memory, and how full rows are.
+
+    python benchmarks/data_pipeline.py                      64 MB of generated text
+    python benchmarks/data_pipeline.py --size 2000          2 GB
+    python benchmarks/data_pipeline.py --data my.jsonl      a file of yours
+
+The peer is what many training scripts do: `tokenizer(text)` line by line, ids written as JSON. It
+and ours tokenise the beginning of the file in turns. Each measurement has a process of its own.
+Memory is the peak of RssAnon, resident memory that is not backed by a file, sampled every 10 ms;
+it is known on Linux only. Whatever is written is deleted.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from dataset import PackedRows, PretrainDataset, RowBatches, collate  # noqa: E402
+
+ENGLISH = """
+    the of and to in is that for it as was with be by on not he his but at are this have from or
+    had an they which one you were all her she there would their we him been has when who will no
+    more if out so up said what its about than into them can only other time new some could these
+    two may first then do any like my now over such our man me even most made after also did many
+    system file user network memory language model water river mountain yesterday, however,
+    """
+CHINESE = """
+    我们 他们 可以 这个 一个 没有 什么 自己 因为 所以 但是 如果 已经 时候 现在 知道
+    问题 进行 使用 系统 文件 用户 网络 语言 模型 需要 工作 中国 社会 发展 生活 学习
+    时间 世界 国家 人民 的 了 在 是 和 有 也 就 都 而 ， 、 今天 天气 很好 山上 河水
+    老师 学生 开始 认为 方法 安装 程序 数据 结果 不同 通过 其中 一些 这样 主要
+    """
+SAMPLE_BYTES = 8_000_000  # what both sides tokenise in turn
+ROUNDS = 3
+STATUS = Path("/proc/self/status")
+Figures = dict[str, float]
+
+
+def main() -> None:
+    """Run the measurements one after the other and print the table."""
+    parser = argparse.ArgumentParser(description="Measure the data pipeline.")
+    parser.add_argument("--data", type=Path, help='JSONL file of {"text"} lines (default: made up)')
+    parser.add_argument("--size", type=int, default=64, help="MB of text to make up (default 64)")
+    parser.add_argument("--max_seq_len", type=int, default=512, help="positions in a row")
+    parser.add_argument("--batch_size", type=int, default=32, help="rows in a batch")
+    parser.add_argument(
+        "--tokenizer_path", type=Path, default=ROOT / "model" / "minimind_tokenizer"
+    )
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="data_pipeline_") as folder:
+        if args.data is None:
+            path = Path(folder) / "generated.jsonl"
+            generate(path, args.size * 1_000_000)
+        else:
+            path = args.data
+        options = (path, args.tokenizer_path, Path(folder), args.max_seq_len)
+        sample = Path(folder) / "sample.jsonl"
+        with path.open("rb") as source:
+            sample.write_bytes(b"".join(source.readlines(SAMPLE_BYTES)))
+        sample_mb = sample.stat().st_size / 1e6
+        seconds: dict[str, list[float]] = {"peer": [], "ours": []}
+        for turn in range(ROUNDS):
+            round_folder = Path(folder) / f"round{turn}"
+            round_options = (sample, args.tokenizer_path, round_folder)
+            seconds["peer"].append(in_own_process(measure_peer, *round_options)["s"])
+            opened = in_own_process(measure_open, *round_options, args.max_seq_len)
+            seconds["ours"].append(opened["store_s"])
+        cold = in_own_process(measure_open, *options)
+        warm = in_own_process(measure_open, *options)
+        epoch = in_own_process(measure_epoch, *options, args.batch_size)
+        size = path.stat().st_size / 1e6
+    ours, theirs = (sample_mb / statistics.median(seconds[who]) for who in ("ours", "peer"))
+    print(
+        f"file                       {size:,.0f} MB, {epoch['documents']:,.0f} documents, "
+        f"{epoch['tokens'] / 1e6:,.1f} M tokens, {epoch['bytes_per_token']:.2f} bytes each\n"
+        f"tokenising, whole file     {size / cold['store_s']:.2f} MB/s ({cold['store_s']:.1f} s)\n"
+        f"tokenising, first {sample_mb:.0f} MB     {ours:.2f} MB/s, peer {theirs:.2f} MB/s, "
+        f"ratio {ours / theirs:.2f} (medians of {ROUNDS})\n"
+        f"table of items and rows    {cold['rows_s']:.2f} s\n"
+        f"start with a warm store    {(warm['store_s'] + warm['rows_s']) * 1e3:.1f} ms\n"
+        f"one epoch of packed rows   {epoch['rows'] / epoch['s']:,.0f} rows/s in this process, "
+        f"{epoch['tokens'] / 1e6 / epoch['s']:.2f} M tokens/s\n"
+        f"memory, RssAnon            {cold['peak_mb']:,.0f} MB building, "
+        f"{epoch['peak_mb']:,.0f} MB reading, {epoch['before_mb']:,.0f} MB before either\n"
+        f"rows of {args.max_seq_len}, packed         {epoch['fill']:.2%} real tokens, "
+        f"{epoch['used']:.2%} of the text\n"
+        f"  one document a row       {epoch['padded_fill']:.2%} real tokens, "
+        f"{epoch['padded_used']:.2%} of the text"
+    )
+
+
+def measure_peer(path: Path, tokenizer_path: Path, folder: Path) -> Figures:
+    """Tokenise a file in a plain loop."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    folder.mkdir()
+    start = time.perf_counter()
+    with (
+        path.open(encoding="utf-8") as source,
+        (folder / "peer.jsonl").open("w", encoding="utf-8") as target,
+    ):
+        for line in source:
+            ids = tokenizer(json.loads(line)["text"])["input_ids"]
+            target.write(json.dumps(ids) + "\n")
+    return {"s": time.perf_counter() - start}
+
+
+def measure_open(path: Path, tokenizer_path: Path, folder: Path, row_length: int) -> Figures:
+    """Open the data as a stage script does, building what is not there yet."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    with peak_memory() as memory:
+        start = time.perf_counter()
+        dataset = PretrainDataset(path, tokenizer, row_length + 1, cache_dir=folder)
+        opened = time.perf_counter()
+        PackedRows(dataset, row_length)
+        end = time.perf_counter()
+    return {"store_s": opened - start, "rows_s": end - opened, **memory}
+
+
+def measure_epoch(
+    path: Path, tokenizer_path: Path, folder: Path, row_length: int, batch_size: int
+) -> Figures:
+    """Make all batches of one shuffled epoch, and count what is in them."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    with peak_memory() as memory:
+        dataset = PretrainDataset(path, tokenizer, row_length + 1, cache_dir=folder)
+        rows = PackedRows(dataset, row_length)
+        real = 0
+        start = time.perf_counter()
+        for batch in RowBatches(len(rows), batch_size, seed=1, epoch=0):
+            real += int(collate([rows[index] for index in batch])["attention_mask"].sum())
+        seconds = time.perf_counter() - start
+    positions = np.diff(dataset.store.offsets) - 1
+    kept = int(np.minimum(positions, row_length).sum())
+    return {
+        "s": seconds,
+        **memory,
+        "documents": dataset.n_documents,
+        "tokens": dataset.n_tokens,
+        "bytes_per_token": dataset.text_bytes / (dataset.n_tokens - dataset.n_documents),
+        "rows": len(rows),
+        "fill": real / (len(rows) * row_length),
+        "used": real / dataset.n_tokens,
+        "padded_fill": kept / (len(positions) * row_length),
+        "padded_used": kept / dataset.n_tokens,
+    }
+
+
+def in_own_process(measure: Callable[..., Figures], *arguments: Any) -> Figures:
+    """Call `measure` in a new interpreter, so that no measurement feels the one before."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, *arguments).result()
+
+
+@contextmanager
+def peak_memory() -> Iterator[Figures]:
+    """A dict that holds `before_mb` and, at the end, `peak_mb`: RssAnon, NaN where unknown."""
+    memory = {"before_mb": rss_anon(), "peak_mb": rss_anon()}
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.01):
+            memory["peak_mb"] = max(memory["peak_mb"], rss_anon())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield memory
+    finally:
+        stop.set()
+        thread.join()
+
+
+def rss_anon() -> float:
+    """This process's RssAnon in MB."""
+    if STATUS.exists():
+        for line in STATUS.read_text(encoding="utf-8").splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024 / 1e6
+    return float("nan")
+
+
+def generate(path: Path, size: int) -> None:
+    """Write `size` bytes of made-up English and Chinese documents, the same each time."""
+    generator = np.random.default_rng(0)
+
+    def sentences(words: list[str], space: str, stop: str) -> list[str]:
+        return [
+            space.join(words[n] for n in generator.integers(len(words), size=length)) + stop
+            for length in generator.integers(4, 30, 50_000)
+        ]
+
+    languages = [sentences(ENGLISH.split(), " ", ".\n"), sentences(CHINESE.split(), "", "。\n")]
+    written = 0
+    with path.open("w", encoding="utf-8") as file:
+        while written < size:
+            language = languages[generator.integers(2)]
+            chosen = generator.integers(len(language), size=1 + int(generator.pareto(1.5) * 5))
+            text = "".join([language[n] for n in chosen.tolist()])
+            line = json.dumps({"text": text}, ensure_ascii=False) + "\n"
+            file.write(line)
+            written += len(line.encode("utf-8"))
+
+
+if __name__ == "__main__":
+    main()

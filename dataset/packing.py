@@ -1,0 +1,226 @@
+"""Rows and batches for training, made of the items of a data set.
+
+A data set here is anything whose item `i` is `(X, Y, loss_mask)` and that has `max_length`,
+`lengths(start, stop)` and a `store`, as the classes of `dataset.lm_dataset` do.
+
+A row is a dict of tensors, each (T,):
+
+    input_ids       int64
+    targets         int64, the id to predict after each position
+    loss_mask       float32, the weight of each target, 0 where nothing is to be learnt
+    position_ids    int64, from 0 at the start of each item
+    attention_mask  int64, 0 on padding
+
+and `sample`, the index of its first item. Padding has id 0, and restarts the positions as an item
+of its own would.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset, Sampler, default_collate
+
+from dataset.token_store import INDEX_DTYPE, ArrayWriter
+
+PLAN_VERSION = 1
+WINDOW = 2048  # items that are packed together; neighbours in the file, so that reads stay local
+
+Row = dict[str, torch.Tensor | int]
+
+
+class PackedRows(Dataset):
+    """Rows of exactly `row_length` positions, each of one or several whole items.
+
+    Every item of the data set is in one row. Which items share a row is settled once and kept on
+    disk, so that the number of rows is the same in each epoch.
+
+    Raises ValueError if an item may be longer than a row, DataError if the plan cannot be written.
+    """
+
+    def __init__(self, dataset: Any, row_length: int) -> None:
+        if dataset.max_length - 1 > row_length:
+            raise ValueError(
+                f"items of up to {dataset.max_length - 1} positions do not fit rows of {row_length}"
+            )
+        self.dataset = dataset
+        self.row_length = row_length
+        self._plan = dataset.store.derived(
+            f"rows_{dataset.max_length}_{row_length}_v{PLAN_VERSION}", self._build_plan
+        )
+
+    def __len__(self) -> int:
+        return len(self._plan.arrays["ends"])
+
+    def __getitem__(self, index: int) -> Row:
+        items = self.items(index)
+        row = make_row([self.dataset[item] for item in items], items[0])
+        return pad_row(row, self.row_length)
+
+    def items(self, index: int) -> list[int]:
+        """The items of a row, in their order in the row and in the file."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        ends = self._plan.arrays["ends"]
+        start = int(ends[index - 1]) if index > 0 else 0
+        return self._plan.arrays["items"][start : ends[index]].tolist()
+
+    @property
+    def fill(self) -> float:
+        """The share of all positions that hold a real token."""
+        return self.dataset.n_tokens / (len(self) * self.row_length)
+
+    def _build_plan(self, folder: Path) -> dict[str, Any]:
+        """Write the items of all rows, one row after the other, and where each row ends."""
+        with ArrayWriter(folder, items=INDEX_DTYPE, ends=INDEX_DTYPE) as writer:
+            for start in range(0, len(self.dataset), WINDOW):
+                lengths = self.dataset.lengths(start, start + WINDOW)
+                rows = best_fit(lengths, self.row_length)
+                writer.append("items", start + np.argsort(rows, kind="stable"))
+                writer.append("ends", start + np.cumsum(np.bincount(rows)))
+        return {"arrays": writer.description()}
+
+
+class PaddedRows(Dataset):
+    """Each item as a row of its own; `collate` pads the rows of a batch to the longest."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Row:
+        return make_row([self.dataset[index]], index)
+
+    @property
+    def fill(self) -> float:
+        """The share of real tokens if each row were padded to the most that an item may have."""
+        return self.dataset.n_tokens / (len(self) * (self.dataset.max_length - 1))
+
+
+def best_fit(lengths: np.ndarray, row_length: int) -> np.ndarray:
+    """Put items into few rows: the row of each item, rows numbered by their first item.
+
+    Best-fit decreasing: the longest item first, each into the row with the least room that is
+    enough. Lengths are between 1 and `row_length`.
+    """
+    rows = np.empty(len(lengths), dtype=np.int64)
+    with_room: list[list[int]] = [[] for _ in range(row_length + 1)]
+    rooms = 0  # bit r is set where with_room[r] is not empty
+    count = 0
+    for item in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[item])
+        enough = rooms >> length
+        if enough:
+            room = length + (enough & -enough).bit_length() - 1
+            row = with_room[room].pop()
+            if not with_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = row_length, count
+            count += 1
+        rows[item] = row
+        with_room[room - length].append(row)
+        rooms |= 1 << (room - length)
+    first_items = np.unique(rows, return_index=True)[1]
+    numbers = np.empty(count, dtype=np.int64)
+    numbers[np.argsort(first_items)] = np.arange(count)
+    return numbers[rows]
+
+
+def make_row(items: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], sample: int) -> Row:
+    """The row of `(X, Y, loss_mask)` items, one after the other, without padding."""
+    inputs, targets, masks = zip(*items, strict=True)
+    input_ids = torch.cat(inputs)
+    return {
+        "input_ids": input_ids,
+        "targets": torch.cat(targets),
+        "loss_mask": torch.cat(masks),
+        "position_ids": torch.cat([torch.arange(len(x)) for x in inputs]),
+        "attention_mask": torch.ones_like(input_ids),
+        "sample": sample,
+    }
+
+
+def pad_row(row: Row, length: int) -> Row:
+    """The row with padding up to `length`."""
+    padding = length - len(row["input_ids"])
+    if padding == 0:
+        return row
+    padded = {
+        name: values if name == "sample" else F.pad(values, (0, padding))
+        for name, values in row.items()
+    }
+    padded["position_ids"][-padding:] = torch.arange(padding)
+    return padded
+
+
+def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    """Stack rows into a batch: (B, T) each, `sample` (B,) int64; shorter rows are padded.
+
+    No rows at all give a batch of one position that is padding, with `sample` -1, so that a
+    process that is left without data can still take part in a step.
+    """
+    if not rows:
+        nothing = torch.empty(0, dtype=torch.int64)
+        rows = [pad_row(make_row([(nothing, nothing, nothing.float())], sample=-1), 1)]
+    length = max(len(row["input_ids"]) for row in rows)
+    return default_collate([pad_row(row, length) for row in rows])
+
+
+class RowBatches(Sampler[list[int]]):
+    """The rows of each micro-batch of one epoch, for one process: a DataLoader's `batch_sampler`.
+
+    All processes walk through one order of the rows, a permutation that follows from `seed` and
+    `epoch` alone (the order in the file without `shuffle`). A micro-batch takes the next
+    `batch_size` rows for each of the `world_size` processes; the last one is split as evenly as
+    can be, and may leave a process an empty list. So an accumulation window holds the same rows
+    however it is split into batches and processes, and no row is dropped or repeated.
+
+    `start` is the number of rows that the epoch has already used, for resuming.
+    """
+
+    def __init__(
+        self,
+        n_rows: int,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        self.n_rows = n_rows
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = epoch
+        self.rank = rank
+        self.world_size = world_size
+        self.start = start
+        self.shuffle = shuffle
+
+    def __len__(self) -> int:
+        return -(-max(0, self.n_rows - self.start) // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self._order()
+        together = self.batch_size * self.world_size
+        for start in range(self.start, self.n_rows, together):
+            rows = order[start : start + together]
+            share, extra = divmod(len(rows), self.world_size)
+            begin = self.rank * share + min(self.rank, extra)
+            yield rows[begin : begin + share + (self.rank < extra)].tolist()
+
+    def _order(self) -> torch.Tensor:
+        """(n_rows,) the order of this epoch."""
+        if not self.shuffle:
+            return torch.arange(self.n_rows)
+        state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)
+        generator = torch.Generator().manual_seed(int(state[0]))
+        return torch.randperm(self.n_rows, generator=generator)

@@ -1,0 +1,452 @@
+"""Tokenise a JSONL file once, into a memory-mapped store beside it.
+
+The store of `data.jsonl` is the folder `data.jsonl.{key}.tokens/`:
+
+    ids        token ids of all documents in file order, uint16 or uint32
+    offsets    (documents + 1,) int64; document d is ids[offsets[d] : offsets[d + 1]]
+    lines      (documents,) int64; the line that each document stands on, from 1
+    weights    float32, one for each id; only where the encoder gives weights
+    meta.json  what it was made of, and the bad lines that were found
+
+All numbers are little-endian. Tables derived from a store are folders inside it. Every such folder
+is made under a temporary name, flushed, and renamed: it is there whole or not at all.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from filelock import FileLock, Timeout
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from dataset.records import BadLines, DataError, RecordError, check_file
+
+FORMAT_VERSION = 1
+MAX_LINE_BYTES = 1 << 30
+BATCH_BYTES = 1 << 21  # of lines encoded at a time; the library's results take 50 times as much
+PIECE_CHARS = 1 << 16  # longer texts are encoded in pieces
+SAMPLED_BLOCKS = 16
+SAMPLED_BLOCK_BYTES = 1 << 16
+POLL_SECONDS = 0.2
+
+INDEX_DTYPE = np.dtype("<i8")
+WEIGHT_DTYPE = np.dtype("<f4")
+
+
+class Encoded(NamedTuple):
+    """Documents as numbers, one after the other.
+
+    `ids` (N,) of an integer dtype, `lengths` (documents,) in ids, `weights` (N,) float32 or None.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    weights: np.ndarray | None = None
+
+
+class Encoder(Protocol):
+    """How the lines of a file become ids.
+
+    `key` tells apart everything that changes the ids: kind of record, options, tokenizer.
+    `dtype` is that of the ids; `weighted` says whether `encode` gives weights.
+    """
+
+    key: str
+    dtype: np.dtype
+    weighted: bool
+
+    def parse(self, line: bytes) -> tuple[Any, int]:
+        """What `encode` takes, and the UTF-8 bytes of text in it. Raises RecordError."""
+
+    def encode(self, records: Sequence[Any]) -> Encoded:
+        """One document, of at least two ids, for each record."""
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """What identifies a tokenizer: the sha256 of its tokenizer.json, without length settings."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    return hashlib.sha256(backend.to_str().encode("utf-8")).hexdigest()
+
+
+class TextTokenizer:
+    """Text to ids by a transformers tokenizer, such that no text can produce a control token.
+
+    It works on a private copy of the tokenizer's backend. `hash` is its `tokenizer_hash`; `dtype`
+    is the smallest that holds its ids: uint16 or uint32. Raises DataError where there is no such
+    backend.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise DataError("--tokenizer_path: this tokenizer has no tokenizer.json")
+        # The tokenizers library warns in every process that is forked after it ran in parallel,
+        # DataLoader workers included, unless this is set.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        self._backend = Tokenizer.from_str(backend.to_str())
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self.hash = tokenizer_hash(tokenizer)
+        self._backend.encode_special_tokens = True
+        largest_id = max(self._backend.get_vocab(with_added_tokens=True).values())
+        self.dtype = np.dtype("<u2" if largest_id < 1 << 16 else "<u4")
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text, of `dtype`, without `<s>` and `</s>`.
+
+        Long texts are encoded in pieces, cut after a newline where there is one near enough. With
+        a newline as a token of its own that changes nothing; other tokenizers may see one token
+        in tens of thousands split in two.
+        """
+        pieces = ((owner, piece) for owner, text in enumerate(texts) for piece in cut_text(text))
+        parts: list[list[np.ndarray]] = [[] for _ in texts]
+        for batch in _batches_of_pieces(pieces):
+            encodings = self._backend.encode_batch_fast(
+                [piece for _, piece in batch], add_special_tokens=False
+            )
+            for (owner, _), encoding in zip(batch, encodings, strict=True):
+                parts[owner].append(np.array(encoding.ids, dtype=self.dtype))
+        return [np.concatenate(part) for part in parts]
+
+
+def cut_text(text: str, limit: int = PIECE_CHARS) -> Iterator[str]:
+    """Cut `text` into pieces of at most `limit` characters, at the end of a line if possible."""
+    start = 0
+    while len(text) - start > limit:
+        newline = text.rfind("\n", start, start + limit)
+        end = newline + 1 if newline >= 0 else start + limit
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _batches_of_pieces(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """As many pieces together as make BATCH_BYTES characters."""
+    batch: list[tuple[int, str]] = []
+    chars = 0
+    for owner, piece in pieces:
+        batch.append((owner, piece))
+        chars += len(piece)
+        if chars >= BATCH_BYTES:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+class ArrayFolder:
+    """Memory-mapped arrays of a folder that `build_once` made. It pickles as the folder's path.
+
+    `arrays` has them by name, `meta` is the content of meta.json.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.arrays = {
+            name: _map_array(folder / name, dtype, length)
+            for name, (dtype, length) in self.meta["arrays"].items()
+        }
+
+    def __reduce__(self) -> tuple[type["ArrayFolder"], tuple[Path]]:
+        return ArrayFolder, (self.folder,)
+
+
+class ArrayWriter:
+    """Append numbers to the arrays of a folder that is being built."""
+
+    def __init__(self, folder: Path, **dtypes: np.dtype) -> None:
+        self._dtypes = dtypes
+        self._lengths = dict.fromkeys(dtypes, 0)
+        self._stack = ExitStack()
+        self._files = {
+            name: self._stack.enter_context((folder / name).open("wb")) for name in dtypes
+        }
+
+    def __enter__(self) -> "ArrayWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def append(self, name: str, values: Any) -> None:
+        """Add `values`, converted to the array's dtype, at the end of the array `name`."""
+        array = np.ascontiguousarray(values, dtype=self._dtypes[name])
+        self._files[name].write(array.data)
+        self._lengths[name] += len(array)
+
+    def description(self) -> dict[str, tuple[str, int]]:
+        """dtype and length of each array, as meta.json keeps them."""
+        return {name: (dtype.str, self._lengths[name]) for name, dtype in self._dtypes.items()}
+
+
+def build_once(folder: Path, build: Callable[[Path], dict[str, Any]]) -> ArrayFolder:
+    """The arrays of `folder`, built now if they are not there yet, by one process only.
+
+    `build` fills the empty folder that it is given and returns the content of meta.json, with
+    ArrayWriter's description under "arrays". Other processes wait for the one that holds the lock,
+    which the operating system takes back when that process dies. Under torchrun only the first
+    process of each host asks for the lock; the others wait for the folder to appear.
+
+    Raises DataError if the folder cannot be written.
+    """
+    try:
+        if _is_complete(folder):
+            return ArrayFolder(folder)
+        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+            while not _is_complete(folder):
+                time.sleep(POLL_SECONDS)
+            return ArrayFolder(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{folder}.lock")
+        try:
+            lock.acquire(timeout=POLL_SECONDS)
+        except Timeout:
+            print(f"waiting for another process that builds {folder}", file=sys.stderr)
+            lock.acquire()
+        try:
+            if not _is_complete(folder):
+                _build_folder(folder, build)
+        finally:
+            lock.release()
+        return ArrayFolder(folder)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(
+            f"{folder.parent}: cannot be written ({reason}); --cache_dir names another folder"
+        ) from error
+
+
+def _build_folder(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
+    """Build under a temporary name, flush, rename. The caller holds the lock."""
+    for leftover in folder.parent.glob(f"{glob.escape(folder.name)}.*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir()
+    try:
+        meta = json.dumps(build(temporary), ensure_ascii=False, indent=1)
+        (temporary / "meta.json").write_text(meta, encoding="utf-8")
+        for path in temporary.iterdir():
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)  # incomplete: a copy that was broken off, or a damaged file
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not _is_complete(folder):  # else another host was faster
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether the folder is there with arrays of the lengths that meta.json names."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        return all(
+            (folder / name).stat().st_size == np.dtype(dtype).itemsize * length
+            for name, (dtype, length) in meta["arrays"].items()
+        )
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return False
+
+
+def _map_array(path: Path, dtype: str, length: int) -> np.ndarray:
+    if length == 0:  # nothing that could be mapped
+        return np.empty(0, dtype)
+    return np.asarray(np.memmap(path, dtype, mode="r", shape=(length,)))
+
+
+class TokenStore:
+    """The documents of one JSONL file as token ids on disk.
+
+    `ids`, `offsets`, `lines` and `weights` (None without) are the arrays that this module's
+    docstring describes, `path` is the file. `text_bytes` counts the UTF-8 bytes of its texts, and
+    `bad_lines` the lines that gave no document.
+    """
+
+    def __init__(self, path: Path, files: ArrayFolder) -> None:
+        self.path = path
+        self._files = files
+        self.text_bytes: int = files.meta["text_bytes"]
+        self.bad_lines = BadLines(**files.meta["bad_lines"])
+
+    @classmethod
+    def open_or_build(
+        cls,
+        path: str | Path,
+        encoder: Encoder,
+        *,
+        cache_dir: str | Path | None = None,
+        skip_bad_lines: bool = False,
+        batch_bytes: int = BATCH_BYTES,
+    ) -> "TokenStore":
+        """Open the store of `path`, in `cache_dir` or beside the file, and build it if need be.
+
+        Raises DataError: the file cannot be used, it has bad lines and `skip_bad_lines` is not
+        set, no good line is left, or the store cannot be written.
+        """
+        path = Path(path)
+        check_file(path)
+        parent = path.parent if cache_dir is None else Path(cache_dir)
+        folder = parent / f"{path.name}.{_store_key(path, encoder)}.tokens"
+        build = partial(_build_store, path, encoder, batch_bytes)
+        store = cls(path, build_once(folder, build))
+        if store.bad_lines.count and not skip_bad_lines:
+            raise DataError(store.bad_lines.report(path))
+        if len(store.lines) == 0:
+            raise DataError(f"{path}: not one good line in {store.bad_lines.count:,}")
+        return store
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Ids of all documents in file order."""
+        return self._files.arrays["ids"]
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """(documents + 1,) where each document starts in `ids`, and the end."""
+        return self._files.arrays["offsets"]
+
+    @property
+    def lines(self) -> np.ndarray:
+        """(documents,) the line of each, from 1."""
+        return self._files.arrays["lines"]
+
+    @property
+    def weights(self) -> np.ndarray | None:
+        """How much each id of `ids` counts as a target, if the encoder said."""
+        return self._files.arrays.get("weights")
+
+    def derived(self, name: str, build: Callable[[Path], dict[str, Any]]) -> ArrayFolder:
+        """A table made from this store by `build` (see `build_once`), kept inside it."""
+        return build_once(self._files.folder / name, build)
+
+
+def _store_key(path: Path, encoder: Encoder) -> str:
+    """16 hex digits that differ when the file, the encoder or the format differs."""
+    stat = path.stat()
+    digest = hashlib.sha256()
+    digest.update(f"{FORMAT_VERSION} {stat.st_size} {stat.st_mtime_ns} {encoder.key}".encode())
+    last = max(0, stat.st_size - SAMPLED_BLOCK_BYTES)
+    with path.open("rb") as file:
+        for block in range(SAMPLED_BLOCKS):
+            file.seek(last * block // (SAMPLED_BLOCKS - 1))
+            digest.update(file.read(SAMPLED_BLOCK_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _build_store(path: Path, encoder: Encoder, batch_bytes: int, folder: Path) -> dict[str, Any]:
+    """Write the store's arrays into `folder` and return its meta."""
+    before = path.stat()
+    bad_lines = BadLines()
+    dtypes = {
+        "ids": encoder.dtype,
+        "offsets": INDEX_DTYPE,
+        "lines": INDEX_DTYPE,
+    }
+    if encoder.weighted:
+        dtypes["weights"] = WEIGHT_DTYPE
+
+    end = text_bytes = 0
+    with ArrayWriter(folder, **dtypes) as writer, _progress(path, before.st_size) as progress:
+        writer.append("offsets", [0])
+        for batch in _read_batches(path, encoder, bad_lines, batch_bytes):
+            encoded = encoder.encode(batch.records)
+            offsets = end + np.cumsum(encoded.lengths, dtype=np.int64)
+            end += len(encoded.ids)
+            text_bytes += batch.text_bytes
+            writer.append("ids", encoded.ids)
+            writer.append("offsets", offsets)
+            writer.append("lines", batch.lines)
+            if encoder.weighted:
+                writer.append("weights", encoded.weights)
+            progress.update(batch.file_bytes)
+    after = path.stat()
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise DataError(f"{path}: changed while it was being read; start again")
+    return {
+        "source": path.name,
+        "encoder": encoder.key,
+        "arrays": writer.description(),
+        "text_bytes": text_bytes,
+        "bad_lines": {"count": bad_lines.count, "first": bad_lines.first},
+    }
+
+
+class _Batch(NamedTuple):
+    """Consecutive lines of a file: the good ones' numbers and records, and the bytes of all."""
+
+    lines: list[int]
+    records: list[Any]
+    text_bytes: int
+    file_bytes: int
+
+
+def _read_batches(
+    path: Path, encoder: Encoder, bad_lines: BadLines, batch_bytes: int
+) -> Iterator[_Batch]:
+    """Parse the file in batches of at least `batch_bytes`, the last one excepted."""
+    lines: list[int] = []
+    records: list[Any] = []
+    text_bytes = file_bytes = 0
+    for number, line in enumerate(_read_lines(path), 1):
+        file_bytes += len(line)
+        try:
+            if len(line) > MAX_LINE_BYTES:
+                raise RecordError(f"longer than {MAX_LINE_BYTES:,} bytes")
+            record, size = encoder.parse(line)
+        except RecordError as error:
+            bad_lines.add(number, str(error))
+        else:
+            lines.append(number)
+            records.append(record)
+            text_bytes += size
+        if file_bytes >= batch_bytes:
+            yield _Batch(lines, records, text_bytes, file_bytes)
+            lines, records = [], []
+            text_bytes = file_bytes = 0
+    yield _Batch(lines, records, text_bytes, file_bytes)
+
+
+def _read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, each with its line end. Raises DataError.
+
+    Of a line beyond MAX_LINE_BYTES comes only as much as shows that it is too long.
+    """
+    try:
+        with path.open("rb", buffering=1 << 20) as file:
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                yield line
+                while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+                    line = file.readline(MAX_LINE_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _progress(path: Path, size: int) -> tqdm:
+    """A bar in bytes of the file, on rank 0; where it is no terminal, a line now and then."""
+    return tqdm(
+        total=size,
+        desc=f"tokenising {path.name}",
+        unit="B",
+        unit_scale=True,
+        delay=1.0,
+        mininterval=0.5 if sys.stderr.isatty() else 30.0,
+        disable=int(os.environ.get("RANK", "0")) > 0,
+    )
