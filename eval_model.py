@@ -75,7 +75,7 @@ def continue_text(
         torch.tensor([[tokenizer.bos_token_id, *ids]], device=model.device),
         max_new_tokens=args.max_new_tokens,
         do_sample=args.temperature > 0,
-        temperature=args.temperature or 1.0,
+        temperature=args.temperature,
         top_p=args.top_p,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -109,7 +109,9 @@ def init_model(
         path = resolve_weights("--from_weight", args.from_weight, args.out_dir, config)
         load_weights(path, model)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Named so from transformers 5 on, where the older name is deprecated.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model.to(device)
 
 

@@ -1,9 +1,9 @@
 """What goes into the network: JSONL lines, token ids and loss masks, packed batches."""
 
-from dataset.lm_dataset import PretrainDataset
-from dataset.packing import PackedRows, PaddedRows, RowBatches, collate
-from dataset.records import DataError
-from dataset.token_store import tokenizer_hash
+from .lm_dataset import PretrainDataset
+from .packing import PackedRows, PaddedRows, RowBatches, collate
+from .records import DataError
+from .token_store import tokenizer_hash
 
 __all__ = [
     "DataError",

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset.records import DataError, parse_text
-from dataset.token_store import INDEX_DTYPE, ArrayWriter, Encoded, TextTokenizer, TokenStore
+from .records import DataError, parse_text
+from .token_store import INDEX_DTYPE, ArrayWriter, Encoded, TextTokenizer, TokenStore
 
 _CHUNK = 1 << 20  # documents looked at together when a table is made
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from dataset.token_store import INDEX_DTYPE, ArrayWriter
+from .token_store import INDEX_DTYPE, ArrayWriter
 
 PLAN_VERSION = 1
 WINDOW = 2048  # items that are packed together; neighbours in the file, so that reads stay local

@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from dataset.records import BadLines, DataError, RecordError, check_file
+from .records import BadLines, DataError, RecordError, check_file
 
 FORMAT_VERSION = 1
 MAX_LINE_BYTES = 1 << 30

@@ -44,9 +44,10 @@ class KVCache:
     def _append(self, store: list[Tensor | None], layer: int, new: Tensor) -> Tensor:
         old = store[layer]
         end = self.length + new.shape[2]
-        if old is not None and new.requires_grad:
-            store[layer] = torch.cat((old[:, :, : self.length], new), dim=2)
-            return store[layer]
+        if torch.is_grad_enabled():
+            joined = new if old is None else torch.cat((old[:, :, : self.length], new), dim=2)
+            store[layer] = joined
+            return joined
         if old is None or end > old.shape[2]:
             room = max(end, self.capacity, 0 if old is None else 2 * old.shape[2])
             store[layer] = new.new_zeros(*new.shape[:2], room, new.shape[3])
@@ -139,15 +140,20 @@ class GenerationMixin:
             )
         if attention_mask is not None and not attention_mask[:, -1].all():
             raise ValueError("pad prompts on the left: a row's last position must be a token")
-        if temperature <= 0:
+        if do_sample and temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {temperature}")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], not {top_p}")
+        if top_k is not None and top_k < 0:
+            raise ValueError(f"top_k must be at least 0, not {top_k}")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
         if eos_token_id is None:
             eos_token_id = self.config.eos_token_id
         if pad_token_id is None:
-            pad_token_id = self.config.pad_token_id
-        ends = torch.as_tensor(eos_token_id, device=input_ids.device).flatten()
+            pad_token_id = self.config.pad_token_id or 0
+        ends = [] if eos_token_id is None else eos_token_id
+        ends = torch.as_tensor(ends, dtype=torch.long, device=input_ids.device).flatten()
         room = self.config.max_seq_len - input_ids.shape[1]
         sampling = (do_sample, temperature, top_k, top_p, generator)
         tokens = self._continue(

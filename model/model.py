@@ -147,7 +147,7 @@ class Attention(nn.Module):
             k, v = (t.flatten(0, 1)[:, None].expand(-1, n_rep, -1, -1) for t in (k, v))
             out = F.scaled_dot_product_attention(
                 q.unflatten(1, (-1, n_rep)).flatten(0, 1), k, v, attn_mask=mask, dropout_p=dropout
-            ).view_as(q)
+            ).reshape(q.shape)
         return self.wo(out.transpose(1, 2).flatten(2))
 
 
@@ -211,7 +211,8 @@ class MoEGate(nn.Module):
         tokens = valid.sum(-1).clamp(min=1)[..., None]  # (B, 1), or (1,) over the batch
         share = chosen.sum(-2) * self.n_experts / (tokens * self.top_k)
         mean_score = (scores * valid[..., None]).sum(-2) / tokens
-        aux_loss = self.alpha * (share * mean_score).sum(-1).mean()
+        balance = (share * mean_score).sum(-1)  # 0 for a sequence of padding alone
+        aux_loss = self.alpha * balance.sum() / valid.any(-1).sum().clamp(min=1)
         return experts, weights, aux_loss, load
 
 
@@ -398,7 +399,8 @@ class MiniMindLM(GenerationMixin, PreTrainedModel):
 
         Raises:
             ValueError: if the slots exceed max_seq_len (rows with `position_ids` may be longer),
-                `labels` come with `logits_to_keep`, or a cache with gradient checkpointing.
+                `attention_mask` has another width, `labels` come with `logits_to_keep`, or a cache
+                with gradient checkpointing.
         """
         length = input_ids.shape[1]
         past = past_key_values.length if past_key_values is not None else 0
@@ -411,6 +413,11 @@ class MiniMindLM(GenerationMixin, PreTrainedModel):
             raise ValueError("gradient checkpointing runs layers twice and cannot fill a cache")
         if labels is not None and logits_to_keep:
             raise ValueError("labels need all logits: leave logits_to_keep at 0")
+        if attention_mask is not None and attention_mask.shape[1] != past + length:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} slots, not past + present = "
+                f"{past} + {length}"
+            )
         mask = attention_slots(attention_mask, position_ids, past, length, input_ids.device)
         valid = None if attention_mask is None else attention_mask[:, past:].bool()
         if position_ids is None and attention_mask is not None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,3 +27,12 @@ def shared_dir() -> Path:
 def tokenizer_dir() -> Path:
     """The folder of the tokenizer that ships with the project."""
     return ROOT / "model" / "minimind_tokenizer"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors gain nothing from threads, and waiting threads cost much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -355,12 +355,12 @@ def wait_for(path):
 def test_two_processes_build_once(data, start, tmp_path):
     first, second = start(data), start(data)
     wait_for(tmp_path / "events")
-    builder = int((tmp_path / "events").read_text())
+    builder = int((tmp_path / "events").read_text(encoding="utf-8"))
     waiter = first if second.pid == builder else second
     assert "waiting for another process" in waiter.stderr.readline()
     (tmp_path / "go").touch()
     assert [p.communicate(timeout=60)[0] for p in (first, second)] == ["30\n", "30\n"]
-    assert (tmp_path / "events").read_text() == f"{builder}\n"
+    assert (tmp_path / "events").read_text(encoding="utf-8") == f"{builder}\n"
 
 
 def test_local_ranks_wait_for_the_first_and_see_its_bad_lines(data, start, tmp_path):
@@ -374,7 +374,7 @@ def test_local_ranks_wait_for_the_first_and_see_its_bad_lines(data, start, tmp_p
     assert (first.returncode, second.returncode) == (2, 2)
     assert outputs[0] == outputs[1]
     assert f"{data}:31: broken JSON" in outputs[0]
-    assert (tmp_path / "events").read_text() == f"{first.pid}\n"
+    assert (tmp_path / "events").read_text(encoding="utf-8") == f"{first.pid}\n"
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
