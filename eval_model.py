@@ -5,7 +5,6 @@ python eval_model.py --weight pretrain --prompt "春天来了"
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,19 +12,23 @@ import torch
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
+from dataset import tokenizer_hash
 from model import LMConfig, MiniMindLM
 from training import (
     ROOT,
     UserError,
+    count,
     find_processes,
     flag,
+    fraction_or_one,
     load_model,
     load_tokenizer,
     make_parser,
+    positive_or_zero,
     report_user_errors,
     resolve_weights,
+    seed,
 )
-from training.arguments import count, count_or_zero, fraction_or_one, positive_or_zero
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,7 +50,7 @@ def parse_args() -> argparse.Namespace:
         default=0.9,
         help="draw among the likeliest tokens that reach this probability together",
     )
-    parser.add_argument("--seed", type=count_or_zero, help="default: another text every time")
+    parser.add_argument("--seed", type=seed, help="default: another text every time")
     parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
     parser.add_argument(
         "--tokenizer_path", type=Path, default=ROOT / "model" / "minimind_tokenizer", help="folder"
@@ -92,18 +95,19 @@ def continue_text(
 def main() -> None:
     """Write one continuation, or one for every text that is typed."""
     args = parse_args()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")  # Windows consoles may differ
     device = find_processes(args.device, ddp=False).device
     tokenizer = load_tokenizer(args.tokenizer_path)
-    shape = LMConfig(dim=args.dim, n_layers=args.n_layers, use_moe=args.use_moe)
-    path = resolve_weights("--weight", args.weight, args.out_dir, shape)
-    model = load_model(path, shape).to(device).eval()
-    if model.config.vocab_size != len(tokenizer):
-        raise UserError(
-            f"--tokenizer_path {args.tokenizer_path}: {len(tokenizer)} tokens, "
-            f"but {path} was trained with {model.config.vocab_size}"
+    try:
+        shape = LMConfig(
+            dim=args.dim,
+            n_layers=args.n_layers,
+            use_moe=args.use_moe,
+            vocab_size=len(tokenizer),
         )
+    except ValueError as error:
+        raise UserError(f"--dim {args.dim}: {error}") from None
+    path = resolve_weights("--weight", args.weight, args.out_dir, shape)
+    model = load_model(path, shape, tokenizer_hash(tokenizer)).to(device).eval()
     generator = torch.Generator(device)
     if args.seed is None:
         generator.seed()
@@ -111,12 +115,13 @@ def main() -> None:
         generator.manual_seed(args.seed)
 
     def write(text: str) -> None:
+        text = text.encode("utf-8", "replace").decode("utf-8")  # stray bytes of a terminal
         print(text, end="", flush=True)
         try:
             for piece in continue_text(model, tokenizer, text, args, generator):
                 print(piece, end="", flush=True)
         except ValueError as error:
-            raise UserError(f"--prompt: {error}") from None
+            raise UserError(f"the text is not usable: {error}") from None
         print()
 
     if args.prompt is not None:

@@ -39,7 +39,7 @@ from training import (
     UserError,
     add_stage_arguments,
     autocast_dtype,
-    check_overwrite,
+    check_output,
     find_processes,
     get_lr,
     load_tokenizer,
@@ -80,9 +80,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def init_model(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, device: torch.device
-) -> MiniMindLM:
+def init_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> MiniMindLM:
     """Build the network, the same on every process, or load the weights to go on from.
 
     Raises:
@@ -97,6 +95,9 @@ def init_model(
             dropout=args.dropout,
             flash_attn=args.flash_attn,
             use_moe=args.use_moe,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
     except ValueError as error:
         raise UserError(f"--dim {args.dim} --n_layers {args.n_layers}: {error}") from None
@@ -107,12 +108,12 @@ def init_model(
     model = MiniMindLM(config)
     if args.from_weight != "none":
         path = resolve_weights("--from_weight", args.from_weight, args.out_dir, config)
-        load_weights(path, model)
+        load_weights(path, model, tokenizer_hash(tokenizer))
     if args.gradient_checkpointing:
         # Named so from transformers 5 on, where the older name is deprecated.
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    return model.to(device)
+    return model
 
 
 def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -153,8 +154,19 @@ def make_loader(
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The batch on the device, copied while the device computes."""
-    return {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+    """The batch on the device; to a GPU it is copied from pinned memory while that computes."""
+    background = device.type == "cuda"
+    return {name: values.to(device, non_blocking=background) for name, values in batch.items()}
+
+
+def text_rows(batch: dict[str, Tensor]) -> Tensor:
+    """How many rows are not padding alone, scalar fp32."""
+    return batch["attention_mask"].any(1).sum().float()
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What long sums are kept in: float64, which mps does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def train_epoch(
@@ -175,7 +187,7 @@ def train_epoch(
 
     The loss of a step is the mean over all target tokens of its window: of every micro-batch and
     every process. So the window is read first, its targets are counted everywhere, and each
-    micro-batch adds its own share of the gradient.
+    micro-batch adds its own share of the gradient. The auxiliary loss is a mean over rows alike.
 
     Args:
         epoch: number of the epoch, from 0.
@@ -189,14 +201,15 @@ def train_epoch(
     """
     model.train()
     warmup = warmup_steps(args.warmup_iters, total_steps)
-    seen = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, aux, targets
+    seen = torch.zeros(3, dtype=sum_dtype(world.device), device=world.device)  # loss, aux, targets
     since, since_step = time.perf_counter(), step
     micro_batches = iter(loader)
     windows = math.ceil(len(loader) / args.accumulation_steps)
     for index in range(windows):
         window = list(islice(micro_batches, args.accumulation_steps))
         window = [to_device(batch, world.device) for batch in window]
-        targets = world.sum(sum(batch["loss_mask"].sum() for batch in window))
+        local = sum(torch.stack((b["loss_mask"].sum(), text_rows(b))) for b in window)
+        targets, n_rows = world.sum(local.clone())
         lr = get_lr(step, total_steps, args.learning_rate, warmup, args.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -207,11 +220,12 @@ def train_epoch(
             with nullcontext() if exchange else model.no_sync():
                 with autocast:
                     losses, aux_loss = token_losses(model, batch)
-                loss = losses.sum() / targets * world.world_size + aux_loss / len(window)
+                aux_loss = aux_loss * text_rows(batch) / n_rows
+                loss = (losses.sum() / targets + aux_loss) * world.world_size
                 scaler.scale(loss).backward()
             seen[0] += losses.detach().sum()
-            seen[1] += aux_loss.detach() / len(window) / world.world_size
-        seen[2] += targets / world.world_size
+            seen[1] += aux_loss.detach()
+        seen[2] += local[0]
 
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
@@ -221,8 +235,14 @@ def train_epoch(
         step += 1
         reporter.advance(step)
 
-        if step % args.log_interval == 0 or index == windows - 1:
+        save = step % args.save_interval == 0 or step == total_steps
+        if save or step % args.log_interval == 0 or index == windows - 1:
             loss_sum, aux_sum, tokens = world.sum(seen).tolist()
+            if not math.isfinite(loss_sum):
+                raise UserError(
+                    f"step {step}: the loss is {loss_sum}; try a smaller --learning_rate "
+                    f"(it is {args.learning_rate:g}); the weights saved before are kept"
+                )
             seconds = time.perf_counter() - since
             figures = {
                 "loss": loss_sum / tokens,
@@ -236,7 +256,7 @@ def train_epoch(
             reporter.log(step, round(tokens), **figures)
             seen.zero_()
             since, since_step = time.perf_counter(), step
-        if step % args.save_interval == 0 or step == total_steps:
+        if save:
             paused = time.perf_counter()
             checkpoint(step)
             model.train()
@@ -265,7 +285,7 @@ def evaluate(
         tokenizers.
     """
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    sums = torch.zeros(2, dtype=sum_dtype(world.device), device=world.device)
     for batch in loader:
         batch = to_device(batch, world.device)
         with autocast:
@@ -278,15 +298,15 @@ def evaluate(
 def train(
     args: argparse.Namespace,
     world: Distributed,
+    dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase,
+    bare_model: MiniMindLM,
+    path: Path,
     rows: PackedRows | PaddedRows,
     val_rows: PackedRows | PaddedRows | None,
 ) -> None:
-    """Set up the model and the optimizer, go through the epochs, save."""
-    dtype = autocast_dtype(args.dtype, world)
-    bare_model = init_model(args, tokenizer, world.device)
-    path = weights_path(args.out_dir, STAGE, bare_model.config)
-    check_overwrite(path, bare_model)
+    """Set up optimizer, precision and processes, go through the epochs, save to `path`."""
+    bare_model.to(world.device)
     optimizer = make_optimizer(
         bare_model, args.learning_rate, args.weight_decay, (args.beta1, args.beta2)
     )
@@ -352,27 +372,32 @@ def train(
 
 
 def main() -> None:
-    """Read the command line, open the data, train."""
+    """Check what can be checked at once, then open the data, then train."""
     args = parse_args()
     world = find_processes(args.device, args.ddp)
+    dtype = autocast_dtype(args.dtype, world)
     tokenizer = load_tokenizer(args.tokenizer_path)
+    model = init_model(args, tokenizer)
+    path = weights_path(args.out_dir, STAGE, model.config)
+    if world.is_main:
+        check_output(path, model)
 
-    def open_rows(path: Path) -> PackedRows | PaddedRows:
+    def open_rows(data_path: Path) -> PackedRows | PaddedRows:
         dataset = PretrainDataset(
-            path,
+            data_path,
             tokenizer,
             args.max_seq_len + 1,  # so that X, one id shorter, can fill a row
             cache_dir=args.cache_dir,
             skip_bad_lines=args.skip_bad_lines,
         )
         if dataset.n_bad_lines:
-            world.log(f"{path}: {dataset.n_bad_lines} bad lines left out")
+            world.log(f"{data_path}: {dataset.n_bad_lines} bad lines left out")
         return PackedRows(dataset, args.max_seq_len) if args.packing else PaddedRows(dataset)
 
-    rows = open_rows(args.data_path)
     val_rows = open_rows(args.val_data_path) if args.val_data_path else None
+    rows = open_rows(args.data_path)
     with open_process_group(world):
-        train(args, world, tokenizer, rows, val_rows)
+        train(args, world, dtype, tokenizer, model, path, rows, val_rows)
 
 
 if __name__ == "__main__":

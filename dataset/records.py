@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MAX_LINE_BYTES = 1 << 30
 SHOWN_BAD_LINES = 10
 
 _BOM = "\ufeff"

@@ -207,7 +207,7 @@ def build_once(folder: Path, build: Callable[[Path], dict[str, Any]]) -> ArrayFo
     try:
         if _is_complete(folder):
             return ArrayFolder(folder)
-        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        if "WORLD_SIZE" in os.environ and int(os.environ.get("LOCAL_RANK", "0")) > 0:
             while not _is_complete(folder):
                 time.sleep(POLL_SECONDS)
             return ArrayFolder(folder)
@@ -262,7 +262,7 @@ def _is_complete(folder: Path) -> bool:
             (folder / name).stat().st_size == np.dtype(dtype).itemsize * length
             for name, (dtype, length) in meta["arrays"].items()
         )
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return False
 
 

@@ -66,7 +66,8 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, pos_cis: Tensor) -> tuple[Tensor, T
 
     def rotate(x: Tensor) -> Tensor:
         pairs = x.float().unflatten(-1, (-1, 2))
-        if torch.compiler.is_compiling():  # which generates no code for complex numbers
+        # Compilers generate no code for complex numbers, and older macOS has none.
+        if torch.compiler.is_compiling() or x.device.type == "mps":
             (even, odd), (cos, sin) = pairs.unbind(-1), pos_cis.unbind(-1)
             turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
         else:  # one pass over memory instead of seven

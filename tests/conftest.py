@@ -1,6 +1,15 @@
 """Fixtures that several test files share."""
 
+import io
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -36,3 +45,70 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+class Done(NamedTuple):
+    """What a script printed."""
+
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def run(root) -> Callable[..., Done]:
+    """Run a script of the project as `python script words…` would and check its exit status.
+
+    It runs inside the test process, which has PyTorch loaded already; with `fresh` in a process of
+    its own, with `processes` above 1 under torchrun. Relative paths start at the root.
+    """
+
+    def start(*words, script="train_pretrain.py", code=0, typed=b"", processes=1, fresh=False):
+        words = [str(word) for word in words]
+        if processes == 1 and not fresh:
+            status, done = run_here(root, script, words, typed)
+        else:
+            status, done = run_apart(root, script, words, processes)
+        assert status == code, done.stderr
+        return done
+
+    return start
+
+
+def run_here(root: Path, script: str, words: list[str], typed: bytes) -> tuple[int, Done]:
+    stdout, stderr = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    stdin = io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8", errors="surrogateescape")
+    before, status = Path.cwd(), 0
+    os.chdir(root)
+    try:
+        with (
+            redirect_stdout(stdout),
+            redirect_stderr(stderr),
+            mock.patch.object(sys, "stdin", stdin),
+            mock.patch.object(sys, "argv", [script, *words]),
+        ):
+            runpy.run_path(str(root / script), run_name="__main__")
+    except SystemExit as exit_:
+        status = exit_.code
+    finally:
+        os.chdir(before)
+    texts = []
+    for stream in (stdout, stderr):
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode("utf-8"))
+    return status, Done(*texts)
+
+
+def run_apart(root: Path, script: str, words: list[str], processes: int) -> tuple[int, Done]:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [*launcher, str(root / script), *words],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=240,
+    )
+    return done.returncode, Done(done.stdout, done.stderr)

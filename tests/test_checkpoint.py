@@ -1,10 +1,12 @@
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from model import LMConfig, MiniMindLM
-from training import UserError, check_overwrite, load_model, load_weights, save_weights
+from training import UserError, check_output, load_model, load_weights, save_weights
 from training.checkpoint import weights_path, write_atomically
 
 TINY = LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64)
@@ -43,7 +45,7 @@ def test_a_plain_state_dict_and_its_description(tmp_path, model):
 def test_load_model_rebuilds_the_shape(tmp_path, model):
     path = tmp_path / "x.pth"
     save_weights(path, model, TINY, "pretrain", "abc")
-    again = load_model(path, LMConfig())
+    again = load_model(path, LMConfig(), "abc")
     ids = torch.arange(10)[None]
     assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
 
@@ -54,7 +56,7 @@ def test_half_precision_is_half_the_size_and_loads(tmp_path, model):
     save_weights(half, model, TINY, "pretrain", "abc", torch.float16)
     assert half.stat().st_size < 0.65 * full.stat().st_size
     other = MiniMindLM(TINY)
-    load_weights(half, other)
+    load_weights(half, other, "abc")
     assert other.norm.weight.dtype == torch.float32
     assert torch.allclose(other.output.weight, model.output.weight, atol=1e-4)
 
@@ -79,15 +81,41 @@ def test_weights_of_another_shape_are_named(tmp_path, model):
     wider = MiniMindLM(LMConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64))
     deeper = MiniMindLM(LMConfig(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=64))
     with pytest.raises(UserError, match=r"tok_embeddings.weight is \(64, 32\) there, \(64, 64\)"):
-        load_weights(path, wider)
+        load_weights(path, wider, "abc")
     with pytest.raises(UserError, match=r"it has no layers\.2\."):
-        load_weights(path, deeper)
+        load_weights(path, deeper, "abc")
     with pytest.raises(UserError, match="holds another model"):
-        check_overwrite(path, deeper)
+        check_output(path, deeper)
     shallower = MiniMindLM(LMConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=64))
     with pytest.raises(UserError, match="is not part of this model"):
-        check_overwrite(path, shallower)
-    check_overwrite(path, model)
+        check_output(path, shallower)
+    check_output(path, model)
+
+
+def test_weights_of_another_tokenizer_are_refused(tmp_path, model):
+    path = tmp_path / "x.pth"
+    save_weights(path, model, TINY, "pretrain", "abc")
+    with pytest.raises(UserError, match="another tokenizer"):
+        load_weights(path, model, "def")
+    path.with_suffix(".json").unlink()
+    load_weights(path, model, "def")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"stage": 1, "tokenizer": 2, "config": {"dim": 7}}']
+)
+def test_a_damaged_description_is_named(tmp_path, model, text):
+    path = tmp_path / "x.pth"
+    save_weights(path, model, TINY, "pretrain", "abc")
+    path.with_suffix(".json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"x\.json"):
+        load_model(path, TINY, "abc")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs /dev/null")
+def test_an_unwritable_folder_is_named(model):
+    with pytest.raises(UserError, match="--out_dir"):
+        check_output(Path("/dev/null/out/x.pth"), model)
 
 
 class Malicious:
@@ -101,14 +129,14 @@ def test_damaged_and_dangerous_files_are_refused(tmp_path, model, capsys):
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="damaged"):
-        load_weights(path, model)
+        load_weights(path, model, "abc")
     path.write_bytes(b"")
     with pytest.raises(UserError, match="damaged"):
-        load_weights(path, model)
+        load_weights(path, model, "abc")
     torch.save({"norm.weight": Malicious()}, path)
     with pytest.raises(UserError, match="refused"):
-        load_weights(path, model)
+        load_weights(path, model, "abc")
     assert "run by unpickling" not in capsys.readouterr().out
     torch.save([1, 2], path)
     with pytest.raises(UserError, match="not a state_dict"):
-        load_weights(path, model)
+        load_weights(path, model, "abc")

@@ -366,8 +366,8 @@ def test_two_processes_build_once(data, start, tmp_path):
 def test_local_ranks_wait_for_the_first_and_see_its_bad_lines(data, start, tmp_path):
     with data.open("a", encoding="utf-8") as file:
         file.write("bad\n")
-    second = start(data, LOCAL_RANK="1", RANK="1")
-    first = start(data, LOCAL_RANK="0", RANK="0")
+    second = start(data, LOCAL_RANK="1", RANK="1", WORLD_SIZE="2")
+    first = start(data, LOCAL_RANK="0", RANK="0", WORLD_SIZE="2")
     wait_for(tmp_path / "events")
     (tmp_path / "go").touch()
     outputs = [p.communicate(timeout=60)[0] for p in (first, second)]

@@ -1,10 +1,7 @@
-"""The script as users start it: real processes, real files."""
+"""The script as users start it, on small files; by torchrun where several processes matter."""
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -34,30 +31,6 @@ def data(tmp_path_factory):
     return write_lines(tmp_path_factory.mktemp("data") / "train.jsonl", texts)
 
 
-@pytest.fixture(scope="module")
-def run(root):
-    """Start a stage script and wait; `processes` above 1 start it by torchrun."""
-
-    def start(*words, processes=1, script="train_pretrain.py", code=0):
-        launcher = [sys.executable]
-        if processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone"]
-            launcher += ["--nproc_per_node", str(processes)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-        done = subprocess.run(
-            [*launcher, str(root / script), *map(str, words)],
-            env=env,
-            capture_output=True,
-            encoding="utf-8",
-            timeout=240,
-            check=False,
-        )
-        assert done.returncode == code, done.stderr
-        return done
-
-    return start
-
-
 def metrics(out_dir, name="pretrain_32"):
     path = out_dir / "logs" / name / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -66,19 +39,21 @@ def metrics(out_dir, name="pretrain_32"):
 SPLIT = ["--max_seq_len", "32", "--log_interval", "1", "--save_interval", "1000", "--epochs", "2"]
 
 
-@pytest.fixture(scope="module")
-def splits(run, data, tmp_path_factory):
+@pytest.fixture(scope="module", params=["dense", "moe"])
+def splits(request, run, data, tmp_path_factory):
     """The same run as 1 process × 8, 1 × 2 × 4 and 2 × 2 × 2; rows divide by none of them."""
     results = {}
+    moe = request.param == "moe"
+    name = "pretrain_32_moe" if moe else "pretrain_32"
     for processes, batch, accumulation in [(1, 8, 1), (1, 2, 4), (2, 2, 2)]:
         out = tmp_path_factory.mktemp("split")
         run(
             *SHAPE, *SPLIT, "--data_path", data, "--out_dir", out, "--learning_rate", 1e-3,
-            "--batch_size", batch, "--accumulation_steps", accumulation,
+            "--batch_size", batch, "--accumulation_steps", accumulation, "--use_moe", moe,
             processes=processes,
         )  # fmt: skip
-        state = torch.load(out / "pretrain_32.pth", weights_only=True)
-        results[processes, batch, accumulation] = metrics(out), state
+        state = torch.load(out / f"{name}.pth", weights_only=True)
+        results[processes, batch, accumulation] = metrics(out, name), state
     return results
 
 
@@ -90,6 +65,7 @@ def test_one_gradient_however_it_is_split(splits):
         for ours, theirs in zip(split_metrics, whole_metrics, strict=True):
             assert ours["tokens"] == theirs["tokens"]
             assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+            assert ours.get("aux_loss") == pytest.approx(theirs.get("aux_loss"), abs=1e-5)
         for name, tensor in whole.items():
             torch.testing.assert_close(split[name], tensor, rtol=0, atol=1e-5, msg=name)
 
@@ -202,6 +178,9 @@ def test_unpacked_rows_and_checkpointing_give_the_same_losses(run, data, tmp_pat
         (["--min_lr", "1"], "--min_lr"),
         (["--from_weight", "full_sft"], "--from_weight"),
         (["--tokenizer_path", "nowhere"], "--tokenizer_path"),
+        (["--out_dir", "train_pretrain.py/out"], "--out_dir"),
+        (["--seed", "99999999999999999999999"], "--seed"),
+        (["--learning_rate", "inf"], "--learning_rate"),
     ],
 )
 def test_mistakes_end_with_one_line(run, data, tmp_path, words, named):
@@ -236,5 +215,19 @@ def test_wandb_offline(run, data, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    run(*SHAPE, "--data_path", data, "--out_dir", tmp_path, "--max_seq_len", "32", "--use_wandb")
+    run(
+        *SHAPE, "--data_path", data, "--out_dir", tmp_path, "--max_seq_len", "32", "--use_wandb",
+        fresh=True,
+    )  # fmt: skip
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_a_loss_that_is_no_number_ends_the_run(run, data, tmp_path):
+    out = ["--out_dir", tmp_path]
+    words = [*SHAPE, "--data_path", data, *out, "--max_seq_len", "32", "--batch_size", "4"]
+    run(*words)
+    before = (tmp_path / "pretrain_32.pth").read_bytes()
+    done = run(*words, "--learning_rate", "1e30", "--grad_clip", "1e30", code=2)
+    assert "--learning_rate" in done.stderr.splitlines()[-1]
+    assert (tmp_path / "pretrain_32.pth").read_bytes() == before
+    assert (tmp_path / "logs" / "pretrain_32" / "metrics.prev.jsonl").is_file()

@@ -20,12 +20,18 @@ class UserError(Exception):
 def report_user_errors(*kinds: type[Exception]) -> Iterator[None]:
     """End with exit status 2 and the error's text, no traceback, on UserError and `kinds`.
 
-    Under torchrun only rank 0 prints.
+    Ctrl-C ends with 130.
+
+    Under torchrun only rank 0 prints. What is printed inside may be any text.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")  # Windows consoles may differ
     try:
         yield
     except (UserError, *kinds) as error:
         exit_with(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def exit_with(message: str) -> NoReturn:
@@ -58,7 +64,8 @@ class flag(argparse.Action):
         elif not negated and values.lower() in self.WORDS:
             value = self.WORDS[values.lower()]
         else:
-            parser.error(f"argument {option_string}: takes true or false, not {values!r}")
+            takes = "no value" if negated else "true or false"
+            parser.error(f"argument {option_string}: takes {takes}, not {values!r}")
         setattr(namespace, self.dest, value != negated)
 
     def format_usage(self) -> str:
@@ -99,8 +106,9 @@ def _number(kind: type, low: float, high: float = float("inf"), open_low: bool =
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not low <= value <= high or (open_low and value == low):
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+        if not low <= value <= high or value == float("inf") or (open_low and value == low):
             bounds = f"{'above' if open_low else 'at least'} {low:g}"
             bounds += "" if high == float("inf") else f" and at most {high:g}"
             raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
@@ -109,6 +117,7 @@ def _number(kind: type, low: float, high: float = float("inf"), open_low: bool =
     return parse
 
 
+seed = _number(int, 0, 2**63 - 1)
 count = _number(int, 1)
 count_or_zero = _number(int, 0)
 positive = _number(float, 0, open_low=True)
@@ -178,7 +187,7 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
     loop.add_argument(
         "--grad_clip", type=positive, default=defaults["grad_clip"], help="largest gradient norm"
     )
-    loop.add_argument("--seed", type=count_or_zero, default=42)
+    loop.add_argument("--seed", type=seed, default=42)
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from torch import nn
 from model import LMConfig, MiniMindLM
 
 from .arguments import UserError
+
+# What torch.load has been seen to raise on files with a few bytes changed.
+DAMAGE = (RuntimeError, EOFError, ValueError, OSError, KeyError, TypeError, IndexError)
 
 
 def weights_path(out_dir: Path, stage: str, config: LMConfig) -> Path:
@@ -67,6 +71,9 @@ def save_weights(
         stage: pretrain, full_sft, dpo or distill.
         tokenizer_hash: identifies the tokenizer that its ids belong to.
         dtype: of the saved tensors.
+
+    Raises:
+        UserError: if the disk is full or cannot be written; an older file is kept.
     """
     shared: dict[int, torch.Tensor] = {}  # the tied embedding stays one tensor in the file
     state = {
@@ -75,23 +82,33 @@ def save_weights(
     }
     about = {"stage": stage, "tokenizer": tokenizer_hash, "config": config.to_dict()}
     text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda file: torch.save(state, file))
-    write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+    try:
+        write_atomically(path, lambda file: torch.save(state, file))
+        write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        raise UserError(f"{path}: cannot be saved ({error}); what was there is kept") from None
 
 
 def read_about(path: Path) -> dict[str, Any] | None:
-    """What the JSON file beside the weights says, or None where there is none.
+    """What the JSON file beside the weights says: stage, tokenizer (a hash), config (LMConfig).
+
+    None where there is no such file.
 
     Raises:
-        UserError: if it cannot be read.
+        UserError: if it cannot be used.
     """
     about_path = path.with_suffix(".json")
     if not about_path.is_file():
         return None
     try:
-        return json.loads(about_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{about_path}: not JSON ({error})") from None
+        about = json.loads(about_path.read_text(encoding="utf-8"))
+        return {
+            "stage": about["stage"],
+            "tokenizer": about["tokenizer"],
+            "config": LMConfig(**about["config"]),
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{about_path}: does not describe a model ({error})") from None
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
@@ -101,61 +118,82 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         UserError: if the file is damaged, or holds anything but named tensors.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mmap = zipfile.is_zipfile(path)  # older files are not
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: refused, since it holds more than tensors") from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: refused: damaged, or it holds more than tensors") from None
+    except DAMAGE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: damaged or not a weight file ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise UserError(f"{path}: not a state_dict")
     return state
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
+def load_weights(path: Path, model: nn.Module, tokenizer_hash: str) -> None:
     """Copy the weights in `path` into the model, whatever their precision.
 
+    Args:
+        path: the .pth file.
+        model: takes the weights.
+        tokenizer_hash: of the tokenizer in use.
+
     Raises:
-        UserError: if the file is damaged or its names or shapes are not the model's.
+        UserError: if the file is damaged, its names or shapes are not the model's, or the JSON file
+            beside it names another tokenizer.
     """
+    about = read_about(path)
+    if about is not None and about["tokenizer"] != tokenizer_hash:
+        raise UserError(f"{path}: trained with another tokenizer; --tokenizer_path names it")
     state = read_state(path)
-    difference = _first_difference(state, model)
+    difference = _first_difference(path, state, model)
     if difference:
         raise UserError(f"{path}: weights of another model: {difference}")
     model.load_state_dict(state)
 
 
-def load_model(path: Path, shape: LMConfig) -> MiniMindLM:
+def load_model(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
     """Build the model that the JSON file beside the weights describes, and load them.
 
     Args:
         path: the .pth file.
         shape: used where there is no JSON file, as beside weights from elsewhere.
+        tokenizer_hash: of the tokenizer in use.
 
     Raises:
         UserError: as `load_weights` and `read_about`.
     """
     about = read_about(path)
-    model = MiniMindLM(LMConfig(**about["config"]) if about else shape)
-    load_weights(path, model)
+    model = MiniMindLM(about["config"] if about else shape)
+    load_weights(path, model, tokenizer_hash)
     return model
 
 
-def check_overwrite(path: Path, model: nn.Module) -> None:
-    """Refuse to write over weights of another shape.
+def check_output(path: Path, model: nn.Module) -> None:
+    """Make sure, before training, that the weights can be saved to `path`.
 
     Raises:
-        UserError: if `path` holds a model whose shape differs from this one's.
+        UserError: if the folder cannot be written, or `path` holds a model of another shape.
     """
-    if path.is_file():
-        difference = _first_difference(read_state(path), model)
+    try:
+        write_atomically(path.with_suffix(".probe"), lambda file: None)
+        path.with_suffix(".probe").unlink()
+    except OSError as error:
+        raise UserError(f"--out_dir {path.parent}: {error.strerror or error}") from None
+    if path.exists():
+        difference = _first_difference(path, read_state(path), model)
         if difference:
             raise UserError(
                 f"{path} holds another model ({difference}): move it, or choose another --out_dir"
             )
 
 
-def _first_difference(state: dict[str, torch.Tensor], model: nn.Module) -> str | None:
+def _first_difference(path: Path, state: dict[str, torch.Tensor], model: nn.Module) -> str | None:
+    about = read_about(path)
+    for name in ("n_heads", "n_kv_heads") if about else ():  # which no tensor's shape tells
+        there, here = getattr(about["config"], name), getattr(model.config, name)
+        if there != here:
+            return f"{name} is {there} there, {here} here"
     own = model.state_dict()
     for name, tensor in own.items():
         if name not in state:

@@ -18,13 +18,11 @@ class Distributed:
 
     Attributes:
         rank: number of the process over all hosts.
-        local_rank: its number on this host.
         world_size: processes over all hosts; 1 without torchrun.
         device: what it computes on.
     """
 
     rank: int
-    local_rank: int
     world_size: int
     device: torch.device
 
@@ -79,15 +77,20 @@ def find_processes(device: str | None, ddp: bool) -> Distributed:
         if not torch.cuda.is_available():
             raise UserError(f"--device {device}: PyTorch sees no CUDA device here")
         index = local_rank if launched else (chosen.index or 0)
-        if index >= torch.cuda.device_count():
+        needed = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched else index + 1
+        if needed > torch.cuda.device_count():
             raise UserError(
-                f"--device {device}: device {index} asked for, "
-                f"but only {torch.cuda.device_count()} there"
+                f"--device {device}: {needed} CUDA devices needed, "
+                f"{torch.cuda.device_count()} there"
             )
         chosen = torch.device("cuda", index)
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device {device}: PyTorch sees no MPS device here")
-    return Distributed(rank, local_rank, world_size, chosen)
+        torch.cuda.set_device(chosen)
+    if chosen.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError(f"--device {device}: PyTorch sees no MPS device here")
+        if world_size > 1:
+            raise UserError("--device mps: several processes need --device cpu")
+    return Distributed(rank, world_size, chosen)
 
 
 @contextmanager
@@ -98,19 +101,16 @@ def open_process_group(world: Distributed) -> Iterator[None]:
     would time out in their first collective. Models that DDP wraps belong to functions called
     inside it, so that they are gone when it ends.
     """
-    if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)
     if world.world_size == 1:
         yield
         return
     dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        # A DDP wrapper that outlives the group would destroy it under the interpreter lock, for
-        # which gloo's threads wait: the process would never end.
-        gc.collect()
-        dist.destroy_process_group()
+    yield
+    # A DDP wrapper that outlives the group would destroy it under the interpreter lock, for which
+    # gloo's threads wait: the process would never end. After an error nothing is destroyed: the
+    # others may be in a collective, and torchrun ends them.
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def autocast_dtype(dtype: str, world: Distributed) -> torch.dtype:

@@ -17,14 +17,20 @@ def start_wandb(args: argparse.Namespace, name: str) -> Any:
     """Begin a run of wandb with all arguments; WANDB_MODE=offline keeps it on this machine.
 
     Raises:
-        UserError: if wandb is not installed.
+        UserError: if wandb is not installed, or does not let the run begin.
     """
     try:
         import wandb
     except ImportError:
         raise UserError("--use_wandb: wandb is not installed; pip install wandb") from None
     config = {key: str(value) for key, value in vars(args).items()}
-    return wandb.init(project=args.wandb_project, name=name, config=config)
+    try:
+        return wandb.init(project=args.wandb_project, name=name, config=config)
+    except wandb.errors.Error as error:
+        raise UserError(f"--use_wandb: {error}; WANDB_MODE=offline needs no account") from None
+
+
+BAR_FORMAT = "{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 
 
 class Reporter:
@@ -51,9 +57,11 @@ class Reporter:
         self.metrics = None
         if world.is_main:
             metrics_path.parent.mkdir(parents=True, exist_ok=True)
+            if metrics_path.exists():
+                metrics_path.replace(metrics_path.with_name("metrics.prev.jsonl"))
             self.metrics = metrics_path.open("w", encoding="utf-8")
             if sys.stderr.isatty():
-                self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
+                self.bar = tqdm(total=total_steps, bar_format=BAR_FORMAT, dynamic_ncols=True)
 
     def advance(self, step: int) -> None:
         """Move the bar to `step`."""
@@ -71,7 +79,10 @@ class Reporter:
         self.tokens += tokens
         shown = "  ".join(f"{name} {_format(value)}" for name, value in figures.items())
         if self.bar is not None:
-            self.bar.set_postfix_str(shown)
+            self.bar.set_postfix_str(
+                f"loss {_format(figures['loss'])}, lr {_format(figures['lr'])}, "
+                f"{_format(figures['tokens_per_second'])} tokens/s"
+            )
         else:
             elapsed = time.perf_counter() - self.started
             left = elapsed / step * (self.total_steps - step)

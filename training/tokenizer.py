@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .arguments import UserError
@@ -16,9 +17,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"--tokenizer_path {folder}: no tokenizer.json there")
     try:
+        Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--tokenizer_path {folder}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # which is what the tokenizers library raises
+        raise UserError(f"--tokenizer_path {folder}: cannot be loaded ({error})") from None
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise UserError(f"--tokenizer_path {folder}: it has no bos or no eos token")
     return tokenizer
