@@ -62,12 +62,21 @@ def peer_of(config: LMConfig) -> nn.Module:
     )
 
 
-def own_loss(model: nn.Module, ids: Tensor) -> Tensor:
-    """As train_pretrain.py computes it."""
-    output = model(ids[:, :-1])
-    return F.cross_entropy(output.logits.flatten(0, 1).float(), ids[:, 1:].flatten()) + (
-        output.aux_loss
-    )
+def own_loss(model: nn.Module, ids: Tensor, **rows: Tensor) -> Tensor:
+    """The same computation as the peer's: each row is one document."""
+    output = model(ids[:, :-1], **rows)
+    loss = F.cross_entropy(output.logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+    return loss + output.aux_loss
+
+
+def own_packed_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """What train_pretrain.py computes: four documents to a row, isolated from each other."""
+    positions = torch.arange(ids.shape[1] - 1, device=ids.device) % (ids.shape[1] // 4)
+    rows = {
+        "position_ids": positions.expand(len(ids), -1),
+        "attention_mask": torch.ones_like(ids[:, :-1]),
+    }
+    return own_loss(model, ids, **rows)
 
 
 def peer_loss(model: nn.Module, ids: Tensor) -> Tensor:
@@ -108,13 +117,14 @@ def main() -> None:
     contenders = {}
     for compiled in (False, True) if args.compile else (False,):
         suffix = ", compiled" if compiled else ""
-        own_model, peer_model = MiniMindLM(config), peer_of(config)
-        contenders[f"MiniMind{suffix}"] = make_step(
-            own_model.to(args.device).train(), own_loss, compiled
-        )
-        contenders[f"transformers {peer}{suffix}"] = make_step(
-            peer_model.to(args.device).train(), peer_loss, compiled
-        )
+        own_model = MiniMindLM(config).to(args.device).train()
+        peer_model = peer_of(config).to(args.device).train()
+        for name, model, loss_of in (
+            ("MiniMind", own_model, own_loss),
+            ("MiniMind, packed rows", own_model, own_packed_loss),
+            (f"transformers {peer}", peer_model, peer_loss),
+        ):
+            contenders[name + suffix] = make_step(model, loss_of, compiled)
     print(
         f"{sum(p.numel() for p in own_model.parameters()) / 1e6:.1f} M against "
         f"{sum(p.numel() for p in peer_model.parameters()) / 1e6:.1f} M parameters, "
