@@ -110,8 +110,8 @@ class Attention(nn.Module):
         Args:
             x: (B, T, dim).
             pos_cis: rotary table of these T positions.
-            mask: (B or 1, 1, T, S) bool, True where a query sees a key. None: causal, which needs
-                an empty cache or a single query.
+            mask: (B or 1, 1, T, S), added to the scores: 0 where a query sees a key, else −∞.
+                None: causal, which needs an empty cache or a single query.
             cache: keys and values of the S − T earlier positions; the new ones are written to it.
 
         Returns:
@@ -132,9 +132,9 @@ class Attention(nn.Module):
         if not self.flash_attn:
             scores = q @ repeat_kv(k, n_rep).transpose(-1, -2) * self.head_dim**-0.5
             if causal:
-                mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+                mask = scores.new_full((length, length), float("-inf")).triu(1)
             if mask is not None:
-                scores = scores.masked_fill(~mask, float("-inf"))
+                scores = scores + mask
             weights = F.dropout(scores.float().softmax(-1).type_as(q), dropout)
             out = weights @ repeat_kv(v, n_rep)
         elif mask is None:
@@ -419,7 +419,7 @@ class MiniMindLM(GenerationMixin, PreTrainedModel):
                 f"attention_mask has {attention_mask.shape[1]} slots, not past + present = "
                 f"{past} + {length}"
             )
-        mask = attention_slots(attention_mask, position_ids, past, length, input_ids.device)
+        slots = attention_slots(attention_mask, position_ids, past, length, input_ids.device)
         valid = None if attention_mask is None else attention_mask[:, past:].bool()
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
@@ -431,6 +431,9 @@ class MiniMindLM(GenerationMixin, PreTrainedModel):
         if cache is None and use_cache:
             cache = KVCache(self.config.n_layers)
         x = self.dropout(self.tok_embeddings(input_ids))
+        mask = None
+        if slots is not None:  # made additive here, once for all layers
+            mask = torch.zeros_like(slots, dtype=x.dtype).masked_fill(~slots, float("-inf"))
         aux_losses, loads = [], []
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
@@ -477,7 +480,7 @@ def attention_slots(
     A query with nothing to see (padding) sees itself: a softmax over nothing would be NaN.
 
     Returns:
-        (B or 1, 1, T, S) bool for `Attention`, or None where plain causal attention is meant.
+        (B or 1, 1, T, S) bool, or None where plain causal attention is meant.
     """
     if attention_mask is None and position_ids is None and (past == 0 or length == 1):
         return None

@@ -202,7 +202,8 @@ def test_both_attention_paths_are_equal_with_gradients(n_kv_heads, masked):
     x = torch.randn(2, 9, 32)
     mask = None
     if masked:
-        mask = (torch.rand(2, 1, 9, 9) < 0.5) | torch.eye(9, dtype=torch.bool)
+        seen = (torch.rand(2, 1, 9, 9) < 0.5) | torch.eye(9, dtype=torch.bool)
+        mask = torch.zeros(2, 1, 9, 9).masked_fill(~seen, float("-inf"))
     table = precompute_pos_cis(8, 9)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     outs = [layer(x, table, mask, None) for layer, x in zip((sdpa, plain), inputs, strict=True)]
