@@ -3,7 +3,8 @@
 Items are in file order and unpacked; `dataset.packing` makes rows and batches of them.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,33 +76,67 @@ class PretrainDataset(Dataset):
         self.store = TokenStore.open_or_build(
             path, TextEncoder(tokenizer), cache_dir=cache_dir, skip_bad_lines=skip_bad_lines
         )
-        self._items = self.store.derived(f"items_{max_length}", self._build_items)
+        self._use("all", lambda: np.arange(len(self.store.lines)))
+
+    def split(self, val_ratio: float) -> tuple["PretrainDataset", "PretrainDataset"]:
+        """Two data sets that share no document: one to train on, and `val_ratio` of all held out.
+
+        Which documents are held out depends on their number and the ratio alone, so that runs with
+        different seeds, or resumed, are measured on the same ones.
+
+        Raises DataError if there is only one document.
+        """
+        count = len(self.store.lines)
+        if count < 2:
+            raise DataError(f"{self.store.path}: one document cannot be split for validation")
+        held_out = min(max(1, round(val_ratio * count)), count - 1)
+
+        def shuffled() -> np.ndarray:
+            return np.random.default_rng(0).permutation(count)
+
+        train, val = copy.copy(self), copy.copy(self)
+        train._use(f"train_{held_out}", lambda: np.sort(shuffled()[held_out:]))
+        val._use(f"val_{held_out}", lambda: np.sort(shuffled()[:held_out]))
+        return train, val
+
+    def _use(self, part: str, documents: Callable[[], np.ndarray]) -> None:
+        """Restrict this data set to some documents of the store."""
+        self.part = part
+        self._items = self.store.derived(
+            f"items_{self.max_length}_{part}", lambda folder: self._build_items(folder, documents())
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the items, wherever the file lies."""
+        return f"{self.store.content} {self.part} {self.max_length}"
 
     @property
     def n_documents(self) -> int:
-        """Texts in the file, bad lines excepted."""
-        return len(self.store.lines)
+        """Texts, bad lines excepted."""
+        return len(self._documents)
 
     @property
     def n_tokens(self) -> int:
         """Targets in one epoch: all ids but each document's first."""
-        return len(self.store.ids) - self.n_documents
+        return self._items.meta["tokens"]
 
     @property
     def text_bytes(self) -> int:
         """UTF-8 bytes of all texts."""
-        return self.store.text_bytes
+        return self._items.meta["text_bytes"]
 
     @property
     def n_bad_lines(self) -> int:
-        """Lines that are left out."""
+        """Lines of the file that are left out."""
         return self.store.bad_lines.count
 
     def __len__(self) -> int:
         return int(self._first_items[-1])
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        document, part = self._locate(index)
+        number, part = self._locate(index)
+        document = self._documents[number]
         start = int(self.store.offsets[document]) + part * (self.max_length - 1)
         end = min(start + self.max_length, int(self.store.offsets[document + 1]))
         ids = torch.from_numpy(self.store.ids[start:end].astype(np.int64))
@@ -109,7 +144,7 @@ class PretrainDataset(Dataset):
 
     def line_number(self, index: int) -> int:
         """The line of the file, from 1, that item `index` comes from."""
-        return int(self.store.lines[self._locate(index)[0]])
+        return int(self.store.lines[self._documents[self._locate(index)[0]]])
 
     def lengths(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Positions, `len(X)`, of the items `start` to `stop`: int64, without reading tokens."""
@@ -118,35 +153,48 @@ class PretrainDataset(Dataset):
             return np.empty(0, dtype=np.int64)
         first, last = self._locate(start)[0], self._locate(stop - 1)[0]
         starts = np.asarray(self._first_items[first : last + 2])
-        positions = np.diff(self.store.offsets[first : last + 2]) - 1
+        positions = self._positions(self._documents[first : last + 1])
         full = self.max_length - 1
         lengths = np.full(starts[-1] - starts[0], full, dtype=np.int64)
         lengths[starts[1:] - 1 - starts[0]] = positions - (np.diff(starts) - 1) * full
         return lengths[start - starts[0] : stop - starts[0]]
 
     @property
+    def _documents(self) -> np.ndarray:
+        """(documents,) the documents of the store that are used, in file order."""
+        return self._items.arrays["documents"]
+
+    @property
     def _first_items(self) -> np.ndarray:
         """(documents + 1,) index of each document's first item, and the number of items."""
         return self._items.arrays["first_items"]
 
+    def _positions(self, documents: np.ndarray) -> np.ndarray:
+        """The targets of documents of the store."""
+        return self.store.offsets[documents + 1] - self.store.offsets[documents] - 1
+
     def _locate(self, index: int) -> tuple[int, int]:
-        """The document of an item, and which of the document's items it is."""
+        """The number of an item's document, and which of the document's items it is."""
         if index < 0:
             index += len(self)
         if not 0 <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
-        document = int(np.searchsorted(self._first_items, index, side="right")) - 1
-        return document, index - int(self._first_items[document])
+        number = int(np.searchsorted(self._first_items, index, side="right")) - 1
+        return number, index - int(self._first_items[number])
 
-    def _build_items(self, folder: Path) -> dict[str, Any]:
-        """Write the table behind `_first_items`."""
+    def _build_items(self, folder: Path, documents: np.ndarray) -> dict[str, Any]:
+        """Write the tables behind `_documents` and `_first_items`."""
         full = self.max_length - 1
-        total = 0
-        with ArrayWriter(folder, first_items=INDEX_DTYPE) as writer:
+        items = tokens = text_bytes = 0
+        with ArrayWriter(folder, documents=INDEX_DTYPE, first_items=INDEX_DTYPE) as writer:
+            writer.append("documents", documents)
             writer.append("first_items", [0])
-            for start in range(0, self.n_documents, _CHUNK):
-                positions = np.diff(self.store.offsets[start : start + _CHUNK + 1]) - 1
-                ends = total + np.cumsum(-(-positions // full))
+            for start in range(0, len(documents), _CHUNK):
+                chunk = documents[start : start + _CHUNK]
+                positions = self._positions(chunk)
+                ends = items + np.cumsum(-(-positions // full))
                 writer.append("first_items", ends)
-                total = int(ends[-1])
-        return {"arrays": writer.description()}
+                items = int(ends[-1])
+                tokens += int(positions.sum())
+                text_bytes += int(self.store.bytes[chunk].sum())
+        return {"arrays": writer.description(), "tokens": tokens, "text_bytes": text_bytes}

@@ -1,7 +1,8 @@
 """Rows and batches for training, made of the items of a data set.
 
 A data set here is anything whose item `i` is `(X, Y, loss_mask)` and that has `max_length`,
-`lengths(start, stop)` and a `store`, as the classes of `dataset.lm_dataset` do.
+`lengths(start, stop)`, a `store` and a name for the `part` of that it uses, as the classes of
+`dataset.lm_dataset` do.
 
 A row is a dict of tensors, each (T,):
 
@@ -48,9 +49,8 @@ class PackedRows(Dataset):
             )
         self.dataset = dataset
         self.row_length = row_length
-        self._plan = dataset.store.derived(
-            f"rows_{dataset.max_length}_{row_length}_v{PLAN_VERSION}", self._build_plan
-        )
+        name = f"rows_{dataset.max_length}_{row_length}_{dataset.part}_v{PLAN_VERSION}"
+        self._plan = dataset.store.derived(name, self._build_plan)
 
     def __len__(self) -> int:
         return len(self._plan.arrays["ends"])

@@ -5,6 +5,7 @@ The store of `data.jsonl` is the folder `data.jsonl.{key}.tokens/`:
     ids        token ids of all documents in file order, uint16 or uint32
     offsets    (documents + 1,) int64; document d is ids[offsets[d] : offsets[d + 1]]
     lines      (documents,) int64; the line that each document stands on, from 1
+    bytes      (documents,) int64; the UTF-8 bytes of each document's text
     weights    float32, one for each id; only where the encoder gives weights
     meta.json  what it was made of, and the bad lines that were found
 
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 from .records import BadLines, DataError, RecordError, check_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_LINE_BYTES = 1 << 30
 BATCH_BYTES = 1 << 21  # of lines encoded at a time; the library's results take 50 times as much
 PIECE_CHARS = 1 << 16  # longer texts are encoded in pieces
@@ -276,14 +277,14 @@ class TokenStore:
     """The documents of one JSONL file as token ids on disk.
 
     `ids`, `offsets`, `lines` and `weights` (None without) are the arrays that this module's
-    docstring describes, `path` is the file. `text_bytes` counts the UTF-8 bytes of its texts, and
-    `bad_lines` the lines that gave no document.
+    docstring describes, `path` is the file. `bad_lines` are the lines that gave no document.
+    `content` identifies the documents, wherever the file lies: a sha256 of their ids.
     """
 
     def __init__(self, path: Path, files: ArrayFolder) -> None:
         self.path = path
         self._files = files
-        self.text_bytes: int = files.meta["text_bytes"]
+        self.content: str = files.meta["content"]
         self.bad_lines = BadLines(**files.meta["bad_lines"])
 
     @classmethod
@@ -329,6 +330,11 @@ class TokenStore:
         return self._files.arrays["lines"]
 
     @property
+    def bytes(self) -> np.ndarray:
+        """(documents,) UTF-8 bytes of each document's text."""
+        return self._files.arrays["bytes"]
+
+    @property
     def weights(self) -> np.ndarray | None:
         """How much each id of `ids` counts as a target, if the encoder said."""
         return self._files.arrays.get("weights")
@@ -359,22 +365,27 @@ def _build_store(path: Path, encoder: Encoder, batch_bytes: int, folder: Path) -
         "ids": encoder.dtype,
         "offsets": INDEX_DTYPE,
         "lines": INDEX_DTYPE,
+        "bytes": INDEX_DTYPE,
     }
     if encoder.weighted:
         dtypes["weights"] = WEIGHT_DTYPE
 
-    end = text_bytes = 0
+    end = 0
+    content = hashlib.sha256()
     with ArrayWriter(folder, **dtypes) as writer, _progress(path, before.st_size) as progress:
         writer.append("offsets", [0])
         for batch in _read_batches(path, encoder, bad_lines, batch_bytes):
             encoded = encoder.encode(batch.records)
             offsets = end + np.cumsum(encoded.lengths, dtype=np.int64)
             end += len(encoded.ids)
-            text_bytes += batch.text_bytes
+            content.update(np.ascontiguousarray(encoded.ids))
+            content.update(offsets)
             writer.append("ids", encoded.ids)
             writer.append("offsets", offsets)
             writer.append("lines", batch.lines)
+            writer.append("bytes", batch.text_bytes)
             if encoder.weighted:
+                content.update(encoded.weights)
                 writer.append("weights", encoded.weights)
             progress.update(batch.file_bytes)
     after = path.stat()
@@ -384,17 +395,17 @@ def _build_store(path: Path, encoder: Encoder, batch_bytes: int, folder: Path) -
         "source": path.name,
         "encoder": encoder.key,
         "arrays": writer.description(),
-        "text_bytes": text_bytes,
+        "content": content.hexdigest(),
         "bad_lines": {"count": bad_lines.count, "first": bad_lines.first},
     }
 
 
 class _Batch(NamedTuple):
-    """Consecutive lines of a file: the good ones' numbers and records, and the bytes of all."""
+    """Consecutive lines: numbers, records, text bytes of the good ones; bytes of all."""
 
     lines: list[int]
     records: list[Any]
-    text_bytes: int
+    text_bytes: list[int]
     file_bytes: int
 
 
@@ -404,7 +415,8 @@ def _read_batches(
     """Parse the file in batches of at least `batch_bytes`, the last one excepted."""
     lines: list[int] = []
     records: list[Any] = []
-    text_bytes = file_bytes = 0
+    text_bytes: list[int] = []
+    file_bytes = 0
     for number, line in enumerate(_read_lines(path), 1):
         file_bytes += len(line)
         try:
@@ -416,11 +428,11 @@ def _read_batches(
         else:
             lines.append(number)
             records.append(record)
-            text_bytes += size
+            text_bytes.append(size)
         if file_bytes >= batch_bytes:
             yield _Batch(lines, records, text_bytes, file_bytes)
-            lines, records = [], []
-            text_bytes = file_bytes = 0
+            lines, records, text_bytes = [], [], []
+            file_bytes = 0
     yield _Batch(lines, records, text_bytes, file_bytes)
 
 

@@ -1,59 +1,48 @@
-"""Draw the curves of one or several runs into one PNG: training loss, validation bits per byte.
+"""Draw the curves of one or several runs, one over the other, into one PNG.
 
 python scripts/plot_run.py out/logs/pretrain_512 [another run …] --out curves.png
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
-try:
-    import matplotlib
-except ImportError:
-    sys.exit("plot_run.py: needs matplotlib: pip install -r scripts/requirements.txt")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
-CURVES = {
-    "loss": "training loss (nats per token)",
-    "val_bits_per_byte": "validation (bits per byte)",
-}
-
-
-def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+from training import UserError, make_parser, report_user_errors
+from training.curves import draw_curves, has_number, read_metrics
 
 
 def main() -> None:
     """Read the runs and draw them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", help="folders that hold a metrics.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     args = parser.parse_args()
-    for run in args.runs:
-        if not (run / "metrics.jsonl").is_file():
-            parser.error(f"{run}: no metrics.jsonl there")
+    if args.out.suffix.lower() != ".png":
+        raise UserError(f"--out {args.out}: must end in .png")
 
-    figure, axes = pyplot.subplots(1, len(CURVES), figsize=(10, 4), layout="constrained")
-    for run in args.runs:
-        metrics = read_metrics(run)
-        for axis, name in zip(axes, CURVES, strict=True):
-            points = [(m["tokens"] / 1e6, m[name]) for m in metrics if name in m]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
-    for axis, title in zip(axes, CURVES.values(), strict=True):
-        axis.set(xlabel="million tokens", title=title)
-        axis.grid(alpha=0.3)
-    if len(args.runs) > 1:
-        axes[0].legend([run.name for run in args.runs])
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out, dpi=100)
+    names = [run.resolve().name for run in args.runs]
+    if len(set(names)) < len(names):  # as pretrain_512 of two --out_dir
+        names = [run.as_posix() for run in args.runs]
+    runs = {}
+    for name, run in zip(names, args.runs, strict=True):
+        try:
+            runs[name] = read_metrics(run / "metrics.jsonl")
+        except OSError as error:
+            raise UserError(f"{run / 'metrics.jsonl'}: {error.strerror or error}") from None
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if not any(has_number(line, "loss") for line in runs[name]):
+            raise UserError(f"{run / 'metrics.jsonl'}: holds no training line yet")
+    try:
+        draw_curves(runs, args.out)
+    except ImportError:
+        raise UserError("needs matplotlib: pip install -r scripts/requirements.txt") from None
+    except OSError as error:
+        raise UserError(f"--out {args.out}: {error.strerror or error}") from None
     print(args.out)
 
 
 if __name__ == "__main__":
-    main()
+    with report_user_errors():
+        main()

@@ -85,7 +85,7 @@ def test_store_holds_every_document_with_its_line(tmp_path, batch_bytes):
     assert store.offsets.tolist() == [0, 3, 6, 8]
     assert store.lines.tolist() == [1, 3, 5]
     np.testing.assert_allclose(store.weights, [0, 0.5, 1, 0, 0.5, 1, 0, 1])
-    assert store.text_bytes == 8
+    assert store.bytes.sum() == 8
     assert store.bad_lines.count == 2
 
 
@@ -140,7 +140,7 @@ def test_ids_are_those_of_the_tokenizer(tmp_path, tokenizer_dir):
         assert not set(ids[1:-1]) & set(tokenizer.all_special_ids)
         assert tokenizer.decode(ids[1:-1], clean_up_tokenization_spaces=False) == text
     assert store.ids.dtype == np.uint16
-    assert store.text_bytes == sum(len(text.encode("utf-8")) for text in texts)
+    assert store.bytes.tolist() == [len(text.encode("utf-8")) for text in texts]
 
 
 def test_long_texts_are_cut_without_changing_a_token(tokenizer_dir):

@@ -9,34 +9,41 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .schedule import DECAYS
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 class UserError(Exception):
-    """Something that the user can mend; its text is one line that names the flag or the file."""
+    """Something that the user can mend; its text names the flag or the file, a line for each.
+
+    Under torchrun rank 0 prints it, `every_rank` what may happen on one process only.
+    """
+
+    def __init__(self, text: str, *, every_rank: bool = False):
+        super().__init__(text)
+        self.every_rank = every_rank
 
 
 @contextmanager
 def report_user_errors(*kinds: type[Exception]) -> Iterator[None]:
     """End with exit status 2 and the error's text, no traceback, on UserError and `kinds`.
 
-    Ctrl-C ends with 130.
-
-    Under torchrun only rank 0 prints. What is printed inside may be any text.
+    Ctrl-C ends with 130. What is printed inside may be any text.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")  # Windows consoles may differ
     try:
         yield
     except (UserError, *kinds) as error:
-        exit_with(str(error))
+        exit_with(str(error), every_rank=getattr(error, "every_rank", False))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def exit_with(message: str) -> NoReturn:
-    """Print the message on stderr (rank 0 only) and leave with exit status 2."""
-    if os.environ.get("RANK", "0") == "0":
+def exit_with(message: str, *, every_rank: bool = False) -> NoReturn:
+    """Print the message on stderr (rank 0 only, or every rank) and leave with exit status 2."""
+    if every_rank or os.environ.get("RANK", "0") == "0":
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -124,6 +131,15 @@ positive = _number(float, 0, open_low=True)
 positive_or_zero = _number(float, 0)
 fraction = _number(float, 0, 0.999999)
 fraction_or_one = _number(float, 0, 1, open_low=True)
+ratio = _number(float, 0, 0.999999, open_low=True)
+
+
+def named_path(text: str) -> tuple[str, Path]:
+    """An argparse type: `name=path`, or a path alone, whose name is that of its file."""
+    name, equals, path = text.partition("=")
+    if equals and name and path and not {"/", "\\"} & set(name) and not Path(text).exists():
+        return name, Path(path)
+    return Path(text).stem, Path(text)
 
 
 def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
@@ -153,7 +169,20 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
 
     data = parser.add_argument_group("data")
     data.add_argument("--data_path", type=Path, default=defaults["data_path"], help="JSONL file")
-    data.add_argument("--val_data_path", type=Path, help="JSONL file to evaluate on")
+    data.add_argument(
+        "--val_data_path",
+        type=named_path,
+        nargs="+",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="JSONL files to evaluate on",
+    )
+    data.add_argument(
+        "--val_ratio", type=ratio, help="hold this share of the documents out to evaluate on"
+    )
+    data.add_argument(
+        "--test_data_path", type=Path, help="JSONL file to score the best weights on at the end"
+    )
     data.add_argument(
         "--max_seq_len", type=count, default=defaults["max_seq_len"], help="positions of a row"
     )
@@ -181,13 +210,42 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
     loop.add_argument(
         "--warmup_iters", type=count_or_zero, help="optimizer steps; default: 3 %% of the run"
     )
+    loop.add_argument("--warmup_ratio", type=fraction, help="warm-up as a share of the run")
+    loop.add_argument("--lr_decay", choices=DECAYS, default="cosine", help="after the warm-up")
     loop.add_argument("--weight_decay", type=positive_or_zero, default=defaults["weight_decay"])
     loop.add_argument("--beta1", type=fraction, default=0.9)
     loop.add_argument("--beta2", type=fraction, default=0.95)
     loop.add_argument(
         "--grad_clip", type=positive, default=defaults["grad_clip"], help="largest gradient norm"
     )
+    loop.add_argument(
+        "--max_bad_steps",
+        type=count,
+        default=10,
+        help="stop after so many steps in a row with a non-finite loss or gradient",
+    )
     loop.add_argument("--seed", type=seed, default=42)
+
+    stopping = parser.add_argument_group("validation")
+    stopping.add_argument(
+        "--eval_interval", type=count, help="optimizer steps; default: save_interval"
+    )
+    stopping.add_argument(
+        "--save_best", action=flag, default=False, help="keep the best weights as …_best.pth"
+    )
+    stopping.add_argument(
+        "--early_stopping_patience",
+        type=count,
+        nargs="?",
+        const=3,
+        help="stop after so many evaluations without progress; 3 if no number is given",
+    )
+    stopping.add_argument(
+        "--early_stopping_min_delta",
+        type=positive_or_zero,
+        default=1e-4,
+        help="a lower validation loss is progress if it is lower by more than this",
+    )
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
@@ -203,8 +261,51 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
 
     output = parser.add_argument_group("output")
     output.add_argument("--out_dir", type=Path, default=Path("out"))
+    output.add_argument(
+        "--resume", action=flag, default=False, help="go on with the run that --out_dir holds"
+    )
+    output.add_argument(
+        "--dry_run", action=flag, default=False, help="print the plan and stop before training"
+    )
+    output.add_argument("--gpu_price", type=positive, help="of one GPU for an hour; gives the cost")
     output.add_argument("--log_interval", type=count, default=10, help="optimizer steps")
     output.add_argument("--save_interval", type=count, default=100, help="optimizer steps")
     output.add_argument("--save_dtype", choices=("float32", "float16"), default="float32")
+    output.add_argument(
+        "--save_total_limit",
+        type=count,
+        nargs="?",
+        const=3,
+        help="also keep the weights of the last so many saves as …_step{N}.pth; 3 if no number",
+    )
+    output.add_argument(
+        "--keep_every", type=count, help="keep …_step{N}.pth for good every so many steps"
+    )
     output.add_argument("--use_wandb", action=flag, default=False)
     output.add_argument("--wandb_project", default="MiniMind")
+
+
+def check_stage_arguments(args: argparse.Namespace) -> None:
+    """Fill in the defaults that depend on other flags; refuse flags that contradict each other.
+
+    Raises:
+        UserError: for those.
+    """
+    if args.min_lr is None:
+        args.min_lr = args.learning_rate / 10
+    if args.min_lr > args.learning_rate:
+        raise UserError(f"--min_lr {args.min_lr:g} is above --learning_rate {args.learning_rate:g}")
+    if args.warmup_iters is not None and args.warmup_ratio is not None:
+        raise UserError("--warmup_ratio and --warmup_iters: give one of them")
+    if args.val_ratio is not None and args.val_data_path:
+        raise UserError("--val_ratio and --val_data_path: give one of them")
+    names = [name for name, _ in args.val_data_path]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--val_data_path: two files are named {name}; name them: name=path")
+    if args.val_ratio is None and not args.val_data_path:
+        for needing in ("save_best", "early_stopping_patience", "eval_interval"):
+            if getattr(args, needing):
+                raise UserError(f"--{needing} needs --val_data_path or --val_ratio")
+    if args.eval_interval is None:
+        args.eval_interval = args.save_interval

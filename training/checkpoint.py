@@ -4,7 +4,8 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,17 @@ def resolve_weights(flag: str, name: str, out_dir: Path, config: LMConfig) -> Pa
     return path
 
 
-def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
+def write_atomically(
+    path: Path, write: Callable[[Any], None], previous: Path | None = None
+) -> None:
     """Call `write` with a binary file that becomes `path` once it is complete and on disk.
 
     Whatever goes wrong, the file that was there before stays as it was.
+
+    Args:
+        path: the file; its folder is made if need be.
+        write: writes the content.
+        previous: where the file that was there before goes; None: it is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -48,10 +56,32 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            path.replace(previous)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    if os.name == "posix":  # elsewhere a folder cannot be flushed
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+class SaveError(Exception):
+    """A file that could not be saved, in one line."""
+
+
+@contextmanager
+def report_save_errors(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while `path` is written into a SaveError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise SaveError(f"{path}: cannot be saved ({reason}); what was there is kept") from None
 
 
 def save_weights(
@@ -62,7 +92,7 @@ def save_weights(
     tokenizer_hash: str,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write `path` (a state_dict on the CPU) and `path` with .json (how to rebuild the model).
+    """Write `path` with .json (how to rebuild the model) and `path` (a state_dict on the CPU).
 
     Args:
         path: the .pth file.
@@ -73,7 +103,7 @@ def save_weights(
         dtype: of the saved tensors.
 
     Raises:
-        UserError: if the disk is full or cannot be written; an older file is kept.
+        SaveError: if the disk is full or cannot be written; an older file is kept.
     """
     shared: dict[int, torch.Tensor] = {}  # the tied embedding stays one tensor in the file
     state = {
@@ -82,11 +112,9 @@ def save_weights(
     }
     about = {"stage": stage, "tokenizer": tokenizer_hash, "config": config.to_dict()}
     text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
-    try:
-        write_atomically(path, lambda file: torch.save(state, file))
+    with report_save_errors(path):
         write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode()))
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        raise UserError(f"{path}: cannot be saved ({error}); what was there is kept") from None
+        write_atomically(path, lambda file: torch.save(state, file))
 
 
 def read_about(path: Path) -> dict[str, Any] | None:
@@ -117,17 +145,43 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: if the file is damaged, or holds anything but named tensors.
     """
+    state = read_pickle(path)
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise UserError(f"{path}: not a state_dict")
+    return state
+
+
+def read_pickle(path: Path) -> Any:
+    """What torch.save wrote: tensors, memory-mapped, in plain containers.
+
+    Raises:
+        UserError: if the file is damaged, or holds what only running code could rebuild.
+    """
     try:
         mmap = zipfile.is_zipfile(path)  # older files are not
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: refused: damaged, or it holds more than tensors") from None
     except DAMAGE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: damaged or not a weight file ({reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise UserError(f"{path}: not a state_dict")
-    return state
+
+
+def check_sums(path: Path) -> None:
+    """Read the whole file and compare it with the checksums that torch.save left in it.
+
+    Raises:
+        UserError: if a byte of a tensor has changed. Older files have no checksums.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{path}: damaged ({error})") from None
+    if damaged:
+        raise UserError(f"{path}: damaged: {damaged} in it has changed")
 
 
 def load_weights(path: Path, model: nn.Module, tokenizer_hash: str) -> None:
@@ -146,6 +200,7 @@ def load_weights(path: Path, model: nn.Module, tokenizer_hash: str) -> None:
     if about is not None and about["tokenizer"] != tokenizer_hash:
         raise UserError(f"{path}: trained with another tokenizer; --tokenizer_path names it")
     state = read_state(path)
+    check_sums(path)
     difference = _first_difference(path, state, model)
     if difference:
         raise UserError(f"{path}: weights of another model: {difference}")

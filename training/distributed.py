@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,30 @@ class Distributed:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def agree(self, number: int) -> int:
+        """The largest of the processes' numbers. Waits for the others, but for no GPU."""
+        if self.world_size == 1:
+            return number
+        largest = torch.tensor(number)  # on the CPU, which open_process_group gives gloo
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, by rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def share(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
 
 
 def find_processes(device: str | None, ddp: bool) -> Distributed:
@@ -95,7 +120,7 @@ def find_processes(device: str | None, ddp: bool) -> Distributed:
 
 @contextmanager
 def open_process_group(world: Distributed) -> Iterator[None]:
-    """Join the processes of torchrun (nccl on GPUs, gloo on CPUs) for as long as the block runs.
+    """Join the processes of torchrun (nccl for GPUs, gloo for CPUs) for as long as the block runs.
 
     Slow preparations of a single process, such as tokenising a file, belong before it: the others
     would time out in their first collective. Models that DDP wraps belong to functions called
@@ -104,7 +129,7 @@ def open_process_group(world: Distributed) -> Iterator[None]:
     if world.world_size == 1:
         yield
         return
-    dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo")
     yield
     # A DDP wrapper that outlives the group would destroy it under the interpreter lock, for which
     # gloo's threads wait: the process would never end. After an error nothing is destroyed: the

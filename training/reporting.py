@@ -1,20 +1,30 @@
-"""What a run says of itself: a progress bar, a metrics file and, on request, wandb."""
+"""What a run says of itself: a progress bar, a log, a metrics file and, on request, wandb."""
 
 import argparse
 import json
+import math
+import os
+import platform
+import subprocess
 import sys
 import time
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from .arguments import UserError
+from .arguments import ROOT, UserError
+from .checkpoint import write_atomically
 from .distributed import Distributed
+from .resume import json_arguments
+
+BAR_FORMAT = "{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 
 
-def start_wandb(args: argparse.Namespace, name: str) -> Any:
-    """Begin a run of wandb with all arguments; WANDB_MODE=offline keeps it on this machine.
+def start_wandb(args: argparse.Namespace, name: str, run_id: str | None) -> Any:
+    """Begin a run of wandb, or go on with the run `run_id`; WANDB_MODE=offline keeps it here.
 
     Raises:
         UserError: if wandb is not installed, or does not let the run begin.
@@ -23,108 +33,223 @@ def start_wandb(args: argparse.Namespace, name: str) -> Any:
         import wandb
     except ImportError:
         raise UserError("--use_wandb: wandb is not installed; pip install wandb") from None
-    config = {key: str(value) for key, value in vars(args).items()}
     try:
-        return wandb.init(project=args.wandb_project, name=name, config=config)
+        return wandb.init(
+            project=args.wandb_project,
+            name=name,
+            config=json_arguments(args),
+            id=run_id,
+            resume="allow",
+        )
     except wandb.errors.Error as error:
         raise UserError(f"--use_wandb: {error}; WANDB_MODE=offline needs no account") from None
 
 
-BAR_FORMAT = "{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+def write_config(path: Path, args: argparse.Namespace, run_id: str) -> None:
+    """Keep what the run was started with: arguments, versions, commit.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    packages = ("torch", "transformers", "tokenizers", "numpy")
+    contents = {
+        "run_id": run_id,
+        "command": sys.argv,
+        "arguments": json_arguments(args),
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in packages},
+        "commit": _commit(),
+    }
+    text = json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def _commit() -> str | None:
+    """The commit of the code, with `+changes` where tracked files differ from it."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        return None
+
+
+class LineFile:
+    """A UTF-8 file that grows by whole lines. On a disk that is full, lines are lost, not the run.
+
+    Args:
+        path: the file; it is made if need be.
+        length: bytes to cut it to, if it is longer.
+    """
+
+    def __init__(self, path: Path, length: int | None = None):
+        self.path = path
+        self._file = path.open("ab", buffering=0)
+        self._complained = False
+        if length is not None and self.size > length:
+            self._file.truncate(length)
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def add(self, text: str) -> None:
+        """Add lines, all of them or none."""
+        data, before = text.encode("utf-8"), self.size
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            self._file.truncate(before)
+            self._complain(error)
+
+    def sync(self) -> None:
+        """Wait until the lines are on disk."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._complain(error)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _complain(self, error: OSError) -> None:
+        if not self._complained:
+            print(f"{self.path}: cannot be written ({error.strerror})", file=sys.stderr, flush=True)
+        self._complained = True
 
 
 class Reporter:
-    """Shows progress on a terminal, prints plain lines elsewhere, and keeps the figures.
+    """Shows progress on a terminal, prints plain lines elsewhere, and keeps log and figures.
 
     Only the main process reports.
 
     Args:
         world: this process.
+        folder: gets metrics.jsonl (an object per report) and training_log.txt.
         total_steps: optimizer steps of the run.
-        metrics_path: JSONL file, one object per report.
-        wandb_run: a run of wandb, or None.
+        step: of them, those taken before.
+        metrics_bytes: the length to cut metrics.jsonl to, for a run that is resumed; None for a
+            new run: the file that is there becomes metrics.prev.jsonl.
     """
 
     def __init__(
-        self, world: Distributed, total_steps: int, metrics_path: Path, wandb_run: Any = None
+        self,
+        world: Distributed,
+        folder: Path,
+        total_steps: int,
+        step: int = 0,
+        metrics_bytes: int | None = None,
     ):
         self.world = world
         self.total_steps = total_steps
-        self.wandb_run = wandb_run
+        self.wandb_run = None
+        self.first_step = step
         self.started = time.perf_counter()
-        self.tokens = 0
-        self.bar = None
-        self.metrics = None
-        if world.is_main:
-            metrics_path.parent.mkdir(parents=True, exist_ok=True)
-            if metrics_path.exists():
-                metrics_path.replace(metrics_path.with_name("metrics.prev.jsonl"))
-            self.metrics = metrics_path.open("w", encoding="utf-8")
-            if sys.stderr.isatty():
-                self.bar = tqdm(total=total_steps, bar_format=BAR_FORMAT, dynamic_ncols=True)
+        self.bar: tqdm | None = None
+        self.metrics: LineFile | None = None
+        self.log_file: LineFile | None = None
+        if not world.is_main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        metrics = folder / "metrics.jsonl"
+        if metrics_bytes is None and metrics.exists():
+            metrics.replace(folder / "metrics.prev.jsonl")
+        self.metrics = LineFile(metrics, metrics_bytes)
+        self.log_file = LineFile(folder / "training_log.txt")
+        if sys.stderr.isatty():
+            self.bar = tqdm(
+                total=total_steps, initial=step, bar_format=BAR_FORMAT, dynamic_ncols=True
+            )
 
     def advance(self, step: int) -> None:
         """Move the bar to `step`."""
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
 
-    def log(self, step: int, tokens: int, **figures: float) -> None:
-        """Report training steps: to the screen, the metrics file and wandb.
+    def log(self, step: int, tokens: int, seconds: float, epoch: int, **figures: float) -> None:
+        """Report training steps: to the screen, the files and wandb.
 
         Args:
             step: optimizer steps taken.
-            tokens: target tokens since the last call.
+            tokens: target tokens so far.
+            seconds: spent in steps so far.
+            epoch: from 0.
             figures: by name.
         """
-        self.tokens += tokens
-        shown = "  ".join(f"{name} {_format(value)}" for name, value in figures.items())
+        shown = "  ".join(f"{name} {_format(value)}" for name, value in figures.items() if value)
         if self.bar is not None:
             self.bar.set_postfix_str(
                 f"loss {_format(figures['loss'])}, lr {_format(figures['lr'])}, "
                 f"{_format(figures['tokens_per_second'])} tokens/s"
             )
+            self._write_log(f"step {step}/{self.total_steps}  {shown}")
         else:
-            elapsed = time.perf_counter() - self.started
-            left = elapsed / step * (self.total_steps - step)
-            self.world.log(f"step {step}/{self.total_steps}  {shown}  left {_duration(left)}")
-        self._record(step, figures)
+            left = self.seconds_per_step(step) * (self.total_steps - step)
+            self.say(f"step {step}/{self.total_steps}  {shown}  left {_duration(left)}")
+        self._record(step, tokens, seconds, epoch, figures)
 
-    def log_scores(self, step: int, **scores: float) -> None:
+    def log_scores(
+        self, step: int, tokens: int, seconds: float, epoch: int, **scores: float
+    ) -> None:
         """Report an evaluation, on a line of its own."""
         shown = "  ".join(f"{name} {_format(value)}" for name, value in scores.items())
         self.say(f"step {step}/{self.total_steps}  {shown}")
-        self._record(step, scores)
+        self._record(step, tokens, seconds, epoch, scores)
 
-    def _record(self, step: int, figures: dict[str, float]) -> None:
-        if self.metrics is not None:
-            seconds = round(time.perf_counter() - self.started, 3)
-            about = {"step": step, "tokens": self.tokens, "seconds": seconds}
-            self.metrics.write(json.dumps(about | figures) + "\n")
-            self.metrics.flush()
-        if self.wandb_run is not None:
-            self.wandb_run.log({"tokens": self.tokens} | figures, step=step)
+    def seconds_per_step(self, step: int) -> float:
+        """Wall-clock seconds of a step since this process began, evaluations and saves included."""
+        return (time.perf_counter() - self.started) / max(1, step - self.first_step)
 
     def say(self, message: str) -> None:
-        """Print a line without breaking the bar."""
+        """Print a line without breaking the bar, and log it."""
         if self.bar is not None:
             self.bar.write(message)
         else:
             self.world.log(message)
+        self._write_log(message)
+
+    def sync(self) -> int:
+        """Make sure that the metrics are on disk; the length of their file in bytes."""
+        if self.metrics is None:
+            return 0
+        self.metrics.sync()
+        return self.metrics.size
 
     def close(self) -> None:
-        """Finish the bar, the file and wandb."""
-        if self.bar is not None:
-            self.bar.close()
-        if self.metrics is not None:
-            self.metrics.close()
+        """Finish the bar, the files and wandb."""
+        for part in (self.bar, self.metrics, self.log_file):
+            if part is not None:
+                part.close()
         if self.wandb_run is not None:
             self.wandb_run.finish()
 
+    def _record(
+        self, step: int, tokens: int, seconds: float, epoch: int, figures: dict[str, float]
+    ) -> None:
+        about = {"step": step, "epoch": epoch, "tokens": tokens, "seconds": round(seconds, 3)}
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        if self.metrics is not None:
+            self.metrics.add(json.dumps(about | finite, allow_nan=False) + "\n")
+        if self.wandb_run is not None:
+            self.wandb_run.log({"epoch": epoch, "tokens": tokens} | finite, step=step)
+
+    def _write_log(self, message: str) -> None:
+        if self.log_file is not None:
+            stamp = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+            self.log_file.add("".join(f"{stamp}  {line}\n" for line in message.splitlines()))
+
 
 def _format(value: float) -> str:
-    if isinstance(value, int) or value >= 1000:
+    if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.4f}" if value >= 0.01 or value == 0 else f"{value:.2e}"
+    return f"{value:.4f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2e}"
 
 
 def _duration(seconds: float) -> str:

@@ -1,0 +1,101 @@
+"""What memory a training step takes, counted before it is run."""
+
+import torch
+
+from model import LMConfig
+
+
+def estimate_memory(
+    config: LMConfig,
+    parameters: int,
+    *,
+    rows: int,
+    row_length: int,
+    dtype: torch.dtype,
+    gradient_checkpointing: bool,
+    device: torch.device,
+) -> dict[str, float]:
+    """Bytes that training takes in one process, by what they are for.
+
+    The sum is needed from the second micro-batch of an accumulation window on, when the gradients
+    and the activations are there together; without accumulation, up to the gradients less. Not
+    counted: what the device, the allocator and DDP keep for themselves, and what `--compile` saves.
+
+    Args:
+        config: shape of the model.
+        parameters: their number.
+        rows: rows of a micro-batch.
+        row_length: positions of a row.
+        dtype: of autocast; float32 for none. Weights, gradients and moments are always fp32.
+        gradient_checkpointing: whether layers keep their input only and are computed again.
+        device: what it runs on.
+
+    Returns:
+        "weights", "gradients", "optimizer", "activations" and "logits".
+    """
+    autocast = dtype != torch.float32
+    tokens = rows * row_length
+    # Three fp32 matrices (tokens, vocab) as backward begins: the log-probabilities, their gradient,
+    # and the gradient of the logits.
+    logits = 3 * 4 * config.vocab_size
+    layer = _layer_bytes(config, row_length, autocast, device)
+    if gradient_checkpointing:
+        # The layer that is being computed again takes the place of the logits, gone by then.
+        layers = config.n_layers * 4 * config.dim + max(0, layer - logits)
+    else:
+        layers = config.n_layers * layer
+    # After the layers, the norm and the output layer's input. The mask is made once, in fp32.
+    ends = _norm_bytes(config, device) + (2 if autocast else 4) * config.dim + 4 * row_length
+    return {
+        # The copy that autocast makes of each matrix lasts until it has been used in backward.
+        "weights": parameters * (4 + (2 if autocast else 0)),
+        "gradients": parameters * 4,
+        "optimizer": parameters * 2 * 4,  # AdamW's two moments
+        "activations": tokens * (layers + ends),
+        "logits": tokens * logits,
+    }
+
+
+def _norm_bytes(config: LMConfig, device: torch.device) -> int:
+    """What a norm keeps of a token: its fp32 input and, where it is not fused, that normalised."""
+    return (2 if device.type == "cpu" else 1) * 4 * config.dim
+
+
+def _layer_bytes(config: LMConfig, row_length: int, autocast: bool, device: torch.device) -> int:
+    """What autograd keeps of a token for one layer's backward pass.
+
+    Each term is a tensor that some operation saves; tensors that several operations share count
+    once. Left out are those of a few numbers a token: rotary angles, norms' scales, routing.
+    """
+    dim, width = config.dim, 2 if autocast else 4  # width: bytes of a number in a matrix product
+    noise = (width if device.type == "cpu" else 1) if config.dropout else 0  # of dropout, a number
+
+    # Linear layers keep their input: wq, wk and wv one tensor, of which autocast makes three.
+    kept = 2 * _norm_bytes(config, device) + (3 * width if autocast else 4) * dim
+    # Two dropouts on the residual branches.
+    kept += 2 * noise * dim
+    # Rotated q, and the attention's output in the layout that wo reads.
+    kept += 2 * width * dim
+    if config.flash_attn and not (noise and device.type == "cpu"):
+        # k and v; the output in the kernel's layout; the mask, copied for each key-value head.
+        heads = config.n_kv_heads
+        kept += width * (2 * heads * config.head_dim + dim + heads * row_length)
+    else:
+        # k and v repeated for each query head; of each query and key the softmax in fp32, and the
+        # weights that multiply v if they are another tensor. PyTorch's own way out, where no fused
+        # kernel has dropout, computes all of them in fp32.
+        product = 4 if config.flash_attn else width
+        weights = product if autocast or noise else 0
+        noise = product if noise and device.type == "cpu" else noise
+        kept += 2 * width * dim + config.n_heads * row_length * (4 + weights + noise)
+
+    # w1's output, its silu, w3's output and the product of the two, which is w2's input.
+    hidden = 4 * width * config.hidden_dim
+    inputs = (2 * width if autocast else 4) * dim  # of w1 and w3
+    if not config.use_moe:
+        return kept + inputs + hidden
+    # A token's vector is gathered for each of its experts, and each one's output kept to be
+    # weighted. The gate reads the norm's output in fp32; so does the shared expert, or casts it.
+    kept += config.num_experts_per_tok * (inputs + hidden + width * dim)
+    kept += 4 * dim + config.n_shared_experts * hidden
+    return kept + (inputs if autocast and config.n_shared_experts else 0)

@@ -1,0 +1,289 @@
+"""What a run will do and cost, said before its first step."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from model import LMConfig, MiniMindLM
+from model.model import MOEFeedForward
+
+from .checkpoint import write_atomically
+from .distributed import Distributed
+from .memory import estimate_memory
+
+# Dense peaks in 10¹² FLOP/s from NVIDIA's data sheets and architecture white papers, GPU by name:
+# fp16 and bf16 (tensor cores, sums in fp32), and fp32 as PyTorch computes it unless told otherwise,
+# without TF32. Names that stand for several GPUs are left out.
+PEAKS = {
+    "A10": (125, 31.2),
+    "A30": (165, 10.3),
+    "A40": (149.7, 37.4),
+    "A100": (312, 19.5),
+    "A100 PCIE": (312, 19.5),
+    "A100 SXM4": (312, 19.5),
+    "H100": (989.4, 66.9),  # SXM
+    "H100 PCIE": (756, 51),
+    "H200": (989.4, 66.9),
+    "L4": (121, 30.3),
+    "L40": (181, 90.5),
+    "L40S": (362, 91.6),
+    "RTX 3070": (40.6, 20.3),
+    "RTX 3090": (71, 35.6),
+    "RTX 3090 TI": (80, 40),
+    "RTX 4080": (97.5, 48.7),
+    "RTX 4090": (165.2, 82.6),
+    "RTX 5090": (209.5, 104.8),
+    "RTX A6000": (154.8, 38.7),
+    "T4": (65, 8.1),
+    "V100 PCIE": (112, 14),
+    "V100 SXM2": (125, 15.7),
+}
+WITHOUT_BFLOAT16 = ("T4", "V100 PCIE", "V100 SXM2")
+
+CURVE_POINTS = 2000
+
+# Learning rates that suit models of up to so many parameters: (parameters, lowest, highest).
+LearningRates = Sequence[tuple[float, float, float]]
+
+
+def count_parameters(model: MiniMindLM) -> tuple[int, int]:
+    """All parameters, and those that take part in the computation of one token.
+
+    The two differ in a mixture of experts, where a token visits the best few.
+    """
+    total = sum(p.numel() for p in model.parameters())
+    idle = 0
+    for module in model.modules():
+        if isinstance(module, MOEFeedForward):
+            expert = sum(p.numel() for p in module.experts[0].parameters())
+            idle += (len(module.experts) - module.gate.top_k) * expert
+    return total, total - idle
+
+
+def flops_per_token(config: LMConfig, active_parameters: int, row_length: int) -> int:
+    """Floating-point operations of training, forward and backward, by PaLM's count.
+
+    6 for each parameter, 12 · layers · dim · row_length for attention (https://arxiv.org/abs/2204.02311,
+    appendix B): every query with every key of its row, as the convention has it, causal or not.
+    What gradient checkpointing computes twice counts once.
+    """
+    return 6 * active_parameters + 12 * config.n_layers * config.dim * row_length
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The most FLOP/s that a GPU reaches in dense matrix products; None where it is not known.
+
+    Args:
+        device: a CUDA device, or another, of which nothing is known.
+        dtype: float32, bfloat16 or float16.
+    """
+    if device.type != "cuda":
+        return None
+    # "NVIDIA A100-SXM4-80GB" → "A100 SXM4". A part of a GPU keeps its "MIG", and is not found.
+    words = re.split(r"[\s-]+", torch.cuda.get_device_name(device).upper())
+    left_out = r"NVIDIA|TESLA|GEFORCE|\d+GB|HBM3"
+    name = " ".join(word for word in words if not re.fullmatch(left_out, word))
+    if name not in PEAKS or (dtype == torch.bfloat16 and name in WITHOUT_BFLOAT16):
+        return None
+    half, single = PEAKS[name]
+    return 1e12 * (single if dtype == torch.float32 else half)
+
+
+def plan_lines(
+    args: argparse.Namespace,
+    network: MiniMindLM,
+    world: Distributed,
+    *,
+    tokens_per_epoch: int,
+    total_steps: int,
+    dtype: torch.dtype,
+) -> list[str]:
+    """What the run will do: parameters, tokens, steps, compute and memory, a line each.
+
+    Args:
+        args: the stage's flags.
+        network: the bare model.
+        world: this process.
+        tokens_per_epoch: of all processes.
+        total_steps: optimizer steps of the run.
+        dtype: of matrix products.
+    """
+    total, active = count_parameters(network)
+    tokens = args.epochs * tokens_per_epoch
+    rows = args.batch_size * args.accumulation_steps * world.world_size
+    memory = estimate_memory(
+        network.config,
+        total,
+        rows=args.batch_size,
+        row_length=args.max_seq_len,
+        dtype=dtype,
+        gradient_checkpointing=args.gradient_checkpointing,
+        device=world.device,
+    )
+    needed = f"about {sum(memory.values()) / 1e9:.2f} GB"
+    if world.device.type == "cuda":
+        there = torch.cuda.get_device_properties(world.device).total_memory
+        needed += f" of the GPU's {there / 1e9:.2f}"
+    if world.world_size > 1:
+        needed += " in each process"
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
+    kind = "parameter" if active == total else "active parameter"
+    only_active = "" if active == total else f", {_short(active)} active for each token"
+    epochs = f"{args.epochs} × {_short(tokens_per_epoch)} = " if args.epochs > 1 else ""
+    # https://arxiv.org/abs/2203.15556 (20 tokens), https://arxiv.org/abs/2001.08361 (6ND)
+    return [
+        f"parameters: {_short(total)}{only_active}",
+        f"tokens: {epochs}{_short(tokens)}, or {_short(tokens / active)} per {kind} "
+        "(20 make the most of the compute)",
+        f"steps: {total_steps:,}, each of {rows:,} rows of {args.max_seq_len:,} (batch "
+        f"{args.batch_size} × accumulation {args.accumulation_steps} × processes "
+        f"{world.world_size})",
+        f"compute: {6 * active * tokens:.3g} FLOPs (6 × {kind}s × tokens)",
+        f"memory: {needed} ({parts})",
+    ]
+
+
+def warnings_for(
+    args: argparse.Namespace,
+    *,
+    learning_rates: LearningRates,
+    parameters: int,
+    total_steps: int,
+    warmup: int,
+    rows_per_step: int,
+) -> list[str]:
+    """A line for each setting that is known to hurt: which one, why, what to do.
+
+    Args:
+        args: the stage's flags, with their defaults filled in.
+        learning_rates: the stage's ranges, smallest models first, the last for any size (inf).
+        parameters: of the model, all experts included.
+        total_steps: optimizer steps of the run.
+        warmup: those of the warm-up.
+        rows_per_step: rows of an optimizer step, of all processes.
+    """
+    found = []
+    low, high = next((low, high) for most, low, high in learning_rates if parameters <= most)
+    lr, size, advice = args.learning_rate, _short(parameters), f"try {low:g} to {high:g}"
+    if lr > high:
+        found.append(
+            f"--learning_rate {lr:g} is high for {size} parameters, which may diverge: {advice}"
+        )
+    elif lr < low:
+        found.append(
+            f"--learning_rate {lr:g} is low for {size} parameters, which learn slowly so: {advice}"
+        )
+    if warmup > total_steps / 2:
+        share = "all" if warmup >= total_steps else "more than half"
+        found.append(
+            f"a warm-up of {warmup:,} steps takes {share} of the run's {total_steps:,}: "
+            "lower --warmup_iters or --warmup_ratio (3 % is usual)"
+        )
+    if rows_per_step == 1:
+        found.append(
+            "--batch_size 1: the gradient of a single row is mostly noise; raise it, or "
+            "--accumulation_steps where memory is short"
+        )
+    tokens = rows_per_step * args.max_seq_len
+    if tokens > 1e6:
+        found.append(
+            f"an update from {_short(tokens)} tokens ({rows_per_step:,} rows) gains little over one "
+            "from fewer: lower --batch_size or --accumulation_steps and take more steps"
+        )
+    if args.weight_decay > 0.1:
+        found.append(
+            f"--weight_decay {args.weight_decay:g} pulls hard towards 0 and underfits: try 0.1"
+        )
+    if args.dropout > 0.3:
+        found.append(
+            f"--dropout {args.dropout:g} leaves too little of each vector to learn from: try 0.1, "
+            "or 0 for a single epoch"
+        )
+    if args.beta2 > 0.999:
+        found.append(
+            f"--beta2 {args.beta2:g} averages over {1 / (1 - args.beta2):,.0f} steps and is slow "
+            "to notice a rise of the gradients: try 0.95"
+        )
+    if args.grad_clip > 10:
+        found.append(
+            f"--grad_clip {args.grad_clip:g} lets a bad batch through that can undo the run: try 1"
+        )
+    patience = args.early_stopping_patience
+    if args.epochs > 10 and not patience:
+        found.append(
+            f"--epochs {args.epochs}: text that is read more than a few times is learnt by heart; "
+            "watch a validation set, with --early_stopping_patience 3"
+        )
+    if patience and patience < 2:
+        found.append(
+            f"--early_stopping_patience {patience} stops at the first evaluation that is no "
+            "better, as one by chance may be: try 3"
+        )
+    # The first evaluation is always progress, and the one at the end has nothing left to stop.
+    elif patience and (total_steps - 1) // args.eval_interval <= patience:
+        found.append(
+            f"--early_stopping_patience {patience} cannot stop a run of {total_steps:,} steps with "
+            f"--eval_interval {args.eval_interval}: lower that one"
+        )
+    return found
+
+
+def cost_line(seconds_per_step: float, steps_left: int, gpu_price: float | None, gpus: int) -> str:
+    """How long the rest of a run takes and, with a price, what it costs.
+
+    Args:
+        seconds_per_step: as measured so far.
+        steps_left: optimizer steps.
+        gpu_price: of one GPU for an hour, in any currency, or None.
+        gpus: how many are paid for.
+    """
+    seconds = seconds_per_step * steps_left
+    line = f"about {_duration(seconds)} to go"
+    if gpu_price is None:
+        return line
+    cost = seconds / 3600 * gpus * gpu_price
+    several = f" × {gpus}" if gpus > 1 else ""
+    return f"{line}; at {gpu_price:.2f} per GPU-hour{several}: {cost:,.2f}"
+
+
+def draw_lr_curve(path: Path, rates: Sequence[float]) -> None:
+    """Draw the learning rate of each optimizer step to a PNG file.
+
+    Raises:
+        ImportError: without matplotlib.
+        OSError: if the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    steps = range(0, len(rates), -(-len(rates) // CURVE_POINTS) or 1)
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, [rates[step] for step in steps])
+    axes.set(xlabel="step", ylabel="learning rate")
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", scilimits=(-2, 2))
+    axes.grid(alpha=0.3)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+def _short(number: float) -> str:
+    """25,829,888 → 25.83 M."""
+    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(minutes / 60)
+    return f"{hours // 24} days {hours % 24} h"

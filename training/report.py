@@ -1,0 +1,538 @@
+"""The report of a run: its key figures, what its curves say, and a picture of them."""
+
+import json
+import math
+import shlex
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .checkpoint import write_atomically
+from .curves import Metrics, draw_curves, has_number, read_metrics
+
+# Untrained, the model's logits have a standard deviation s of about 0.02 · sqrt(dim), which puts
+# the loss s²/2 above ln(vocabulary): 0.1 nats at dim 512, and 1 nat only beyond dim 5,000.
+FIRST_LOSS_MARGIN = 1.0
+# A first line that is a mean over more steps than this may honestly be far below ln(vocabulary).
+FIRST_LINE_STEPS = 20
+# How often tokens occur is learnt first, and saves about a quarter of ln(vocabulary). Half of it
+# needs knowledge of what follows what, which so few steps cannot give.
+FIRST_LINE_SHARE = 0.5
+
+# The course of the loss is judged from so many lines on: then its last third has four.
+MIN_LINES = 12
+# Loss falls as a power of the tokens, with exponents of 0.05 to 0.1 (arXiv:2001.08361). So a last
+# third brings 2 to 4 %; with less than half of that, more tokens will not bring much.
+PLATEAU = 0.01
+# Below this share of its peak the learning rate is near its end, where curves flatten anyway.
+LR_NEAR_END = 0.25
+# Lines that average ten steps usually scatter by 1 to 2 %; a swing is well above that.
+SWING = 0.1
+SWINGS = 3  # fewer may be accidents
+# At least so many lines before an epoch's end are compared with as many after it; their means
+# differ by 1 to 2 % by accident.
+BORDER_LINES = 3
+BORDER_JUMP = 0.05
+
+# Halves of one shuffled text differ by 1 to 2 %.
+GAP = 0.1
+# A validation set is the same each time, so that its loss scatters less than the training loss.
+OVERFIT_RISE = 0.01
+
+# The norm of the gradient over all weights, before clipping.
+NORM_NOTHING_LEARNT = 0.01
+NORM_USUAL = (0.1, 1.0)
+NORM_UNSTABLE = 10.0
+
+# A spike in thousands of steps is no news.
+SPIKES_PER_STEP = 1e-3
+# An expert below this share of an even load sees too few tokens to become good at anything.
+STARVED = 0.25
+DEAD = 0.01
+
+
+class Reading(NamedTuple):
+    """What one look at the curves gave."""
+
+    alarm: bool
+    text: str
+
+
+def findings(
+    metrics: Metrics, vocab_size: int, from_scratch: bool, n_routed_experts: int = 0
+) -> list[str]:
+    """What stands out in the curves of a run, each with what to try; empty if nothing does.
+
+    Args:
+        metrics: lines of metrics.jsonl.
+        vocab_size: an untrained model's loss is about its logarithm.
+        from_scratch: the run began with untrained weights.
+        n_routed_experts: of a layer; 0 for a dense model.
+    """
+    readings = read_curves(metrics, vocab_size, from_scratch, n_routed_experts)
+    return [reading.text for reading in readings if reading.alarm]
+
+
+def read_curves(
+    metrics: Metrics, vocab_size: int, from_scratch: bool, n_routed_experts: int = 0
+) -> list[Reading]:
+    """Everything that can be said of the curves, good or bad; arguments as for `findings`.
+
+    What a run is too short for is left out.
+    """
+    lines = [m for m in metrics if has_number(m, "loss")]
+    evaluations = [m for m in metrics if has_number(m, "val_loss")]
+    readings = [
+        _first_loss(lines, vocab_size) if from_scratch else None,
+        _course(_whole_intervals(lines), vocab_size, from_scratch),
+        _epoch_borders(_whole_intervals(lines)),
+        _over_fitting(lines, evaluations),
+        _gap(lines, evaluations),
+        _gradient_norm(lines),
+        _skipped_updates(metrics),
+        _spikes(metrics),
+        _expert_load(lines, n_routed_experts),
+    ]
+    return [reading for reading in readings if reading is not None]
+
+
+def _whole_intervals(lines: Metrics) -> Metrics:
+    """The lines without those that average much less than the others, as at an epoch's end."""
+    tokens = [m["tokens"] for m in lines]
+    counts = [count - before for before, count in zip([0, *tokens], tokens, strict=False)]
+    half = statistics.median(counts) / 2 if counts else 0
+    return [line for line, count in zip(lines, counts, strict=True) if count >= half]
+
+
+def _mean(lines: Metrics, name: str = "loss") -> float:
+    return statistics.fmean(m[name] for m in lines)
+
+
+def _smooth(lines: Metrics, width: int) -> list[float]:
+    """The moving mean of the loss over `width` lines."""
+    return [_mean(lines[i : i + width]) for i in range(len(lines) - width + 1)]
+
+
+def _first_loss(lines: Metrics, vocab_size: int) -> Reading | None:
+    if not lines:
+        return None
+    loss, steps, even = lines[0]["loss"], lines[0]["step"], math.log(vocab_size)
+    here = f"The first loss is {loss:.2f}" + (f", a mean up to step {steps}" if steps > 1 else "")
+    start = f"ln({vocab_size:,}) = {even:.2f}, where a model that knows nothing starts"
+    if loss > even + FIRST_LOSS_MARGIN:
+        return Reading(
+            True,
+            f"{here}, far above {start}: it is confident and wrong. Look at the initialisation; if "
+            "the loss rose in the first steps, try a smaller --learning_rate or a longer warm-up.",
+        )
+    limit = even - FIRST_LOSS_MARGIN if steps == 1 else FIRST_LINE_SHARE * even
+    if steps <= FIRST_LINE_STEPS and loss < limit:
+        return Reading(
+            True,
+            f"{here}, far below {start}. Either the model sees what it should predict (targets not "
+            "shifted, attention to later tokens), or the mask leaves only easy targets, or the "
+            "data repeats one text. Look at a few samples.",
+        )
+    return Reading(False, f"{here}; {start}.")
+
+
+def _course(lines: Metrics, vocab_size: int, from_scratch: bool) -> Reading | None:
+    """Sawtooth, rise, nothing learnt or plateau: one of them, since they share their causes."""
+    if len(lines) < MIN_LINES:
+        return None
+    # Seen at a fortieth of the run, as by eye, a long run is not all scatter.
+    width = max(1, len(lines) // 40)
+    smooth = _smooth(lines, width)
+    swings = _count_swings(smooth)
+    if swings >= SWINGS and swings > _latest(lines, "spikes"):
+        return Reading(
+            True,
+            f"Sawtooth: the loss climbed by more than {SWING:.0%} {swings} times. Try a smaller "
+            "--learning_rate or a larger batch (--accumulation_steps).",
+        )
+    smooth = _smooth(lines, max(3, width))
+    end, low = smooth[-1], min(smooth)
+    if end > (1 + SWING) * low:
+        step = lines[smooth.index(low)]["step"]
+        return Reading(
+            True,
+            f"The loss rose to {end:.2f} after {low:.2f} near step {step:,}: the run diverges. "
+            "Try a smaller --learning_rate or a longer warm-up; weights from before that step are "
+            "better than the last ones.",
+        )
+    third = lines[-(len(lines) // 3) :]
+    even = math.log(vocab_size)
+    if from_scratch and _mean(third) > (1 - PLATEAU) * even:
+        return Reading(
+            True,
+            f"Nothing was learnt: in the last third of the run the loss is {_mean(third):.2f}, and "
+            f"even odds for all tokens would give {even:.2f}. With a gradient norm below "
+            f"{NORM_USUAL[0]:g} try a larger --learning_rate, else a smaller one; look at a few "
+            "samples, too.",
+        )
+    fall, uncertainty = _fall(third)
+    at_end = f"the loss fell by {fall:.1%} over the last third of the run"
+    if fall >= PLATEAU:
+        return Reading(False, f"Still learning: {at_end}.")
+    rates = [m["lr"] for m in lines if has_number(m, "lr")] or [0.0]
+    share = rates[-1] / max(rates) if max(rates) else 0.0
+    if fall + uncertainty < PLATEAU and share >= LR_NEAR_END:
+        change = at_end if fall > 0 else "the loss did not fall over the last third of the run"
+        return Reading(
+            True,
+            f"Plateau: {change}, with the learning rate still at {share:.0%} of its peak. Let it "
+            "decay now (a shorter run, or another --lr_decay), or try another --learning_rate; if "
+            "neither helps, the size of the model or the data may be the limit.",
+        )
+    return None
+
+
+def _count_swings(values: list[float]) -> int:
+    """How often the values climb by more than SWING from a low, after falling as far before."""
+    swings, climbing, turn = 0, False, values[0]
+    for value in values:
+        if climbing and value < (1 - SWING) * turn:
+            climbing, turn = False, value
+        elif not climbing and value > (1 + SWING) * turn:
+            climbing, turn = True, value
+            swings += 1
+        else:
+            turn = max(turn, value) if climbing else min(turn, value)
+    return swings
+
+
+def _fall(lines: Metrics) -> tuple[float, float]:
+    """How far a straight line through the losses falls, as a share of their mean; standard error.
+
+    Ordinary least squares over the lines, which are about equally far apart.
+    """
+    losses = [m["loss"] for m in lines]
+    places = range(len(losses))
+    slope, start = statistics.linear_regression(places, losses)
+    squares = sum((loss - start - slope * i) ** 2 for i, loss in zip(places, losses, strict=True))
+    spread = len(losses) * statistics.pvariance(places)
+    error = math.sqrt(squares / (len(losses) - 2) / spread)
+    length, mean = len(losses) - 1, statistics.fmean(losses)
+    return -slope * length / mean, error * length / mean
+
+
+def _epoch_borders(lines: Metrics) -> Reading | None:
+    """Compare the change at each border with the changes within the two epochs beside it."""
+    starts = [
+        i for i in range(len(lines)) if i == 0 or lines[i].get("epoch") != lines[i - 1].get("epoch")
+    ]
+    starts.append(len(lines))
+
+    def change(i: int, side: int) -> float:
+        return _mean(lines[i : i + side]) / _mean(lines[i - side : i]) - 1
+
+    jumps, judged = [], 0
+    for start, border, end in zip(starts, starts[1:], starts[2:], strict=False):
+        shorter = min(border - start, end - border)
+        side = max(BORDER_LINES, shorter // 8)
+        if shorter < 2 * side:
+            continue
+        judged += 1
+        within = [
+            change(i, side) for i in range(start + side, end - side + 1) if abs(i - border) >= side
+        ]
+        usual = statistics.median(within)
+        scatter = statistics.median(abs(c - usual) for c in within)
+        jump = change(border, side) - usual
+        if abs(jump) > max(BORDER_JUMP, 4 * scatter):
+            jumps.append(jump)
+    if not judged:
+        return None
+    if 2 * len(jumps) < judged:
+        return Reading(False, "The loss passes from epoch to epoch without a jump.")
+    jump = statistics.median(jumps)
+    if jump < 0:
+        cause = (
+            "the model recognises the texts it has read. Watch the validation loss, and try fewer "
+            "--epochs or more data."
+        )
+    else:
+        cause = (
+            "an epoch begins with harder texts than it ends with, so their order is not random. "
+            "Shuffle the data."
+        )
+    return Reading(True, f"Sawtooth: where an epoch ends, the loss jumps by {jump:+.0%}: {cause}")
+
+
+def _training_loss_at(lines: Metrics, step: int) -> float | None:
+    """Mean of the last three lines up to a step: a line alone scatters."""
+    before = [m for m in lines if m["step"] <= step]
+    return _mean(before[-3:]) if before else None
+
+
+def _over_fitting(lines: Metrics, evaluations: Metrics) -> Reading | None:
+    if len(evaluations) < 3:
+        return None
+    best, last = min(evaluations, key=lambda m: m["val_loss"]), evaluations[-1]
+    then, now = (_training_loss_at(lines, m["step"]) for m in (best, last))
+    rise = last["val_loss"] / best["val_loss"] - 1
+    if rise < OVERFIT_RISE or then is None or now is None or now >= then:
+        at = "at the end" if best is last else f"at step {best['step']:,}"
+        return Reading(False, f"The validation loss is lowest {at}, {best['val_loss']:.3f}.")
+    return Reading(
+        True,
+        f"Over-fitting: the validation loss was {best['val_loss']:.3f} at step {best['step']:,} "
+        f"and is {last['val_loss']:.3f} now, while the training loss fell from {then:.3f} to "
+        f"{now:.3f}. Take the best weights (--save_best, --early_stopping_patience); for better "
+        "ones: fewer --epochs, more data, some --dropout.",
+    )
+
+
+def _gap(lines: Metrics, evaluations: Metrics) -> Reading | None:
+    if not evaluations:
+        return None
+    validation, step = evaluations[-1]["val_loss"], evaluations[-1]["step"]
+    training = _training_loss_at(lines, step)
+    if training is None:
+        return None
+    both = f"The last validation loss is {validation:.3f}, the training loss there {training:.3f}"
+    if validation < (1 + GAP) * training:
+        return Reading(False, f"{both}.")
+    return Reading(
+        True,
+        f"{both}, a gap of {validation / training - 1:.0%}. If it grew with the run, texts are "
+        "learnt by heart: more data, fewer --epochs, some --dropout. If it was there from the "
+        "start, the validation text is of another kind than the training text.",
+    )
+
+
+def _gradient_norm(lines: Metrics) -> Reading | None:
+    norms = sorted(m["grad_norm"] for m in lines if has_number(m, "grad_norm"))
+    if not norms:
+        return None
+    middle = statistics.median(norms)
+    low, high = NORM_USUAL
+    here = f"The median gradient norm is {middle:.3g}"
+    usual = f"{low:g} to {high:g} is usual"
+    if middle > NORM_UNSTABLE:
+        text = (
+            f"{here}, above {NORM_UNSTABLE:g}: training is unstable ({usual}). Try a third of the "
+            "--learning_rate and a longer warm-up, and look for broken texts in the data."
+        )
+    elif middle > high:
+        text = (
+            f"{here}, above {high:g}: clipping to 1 shortens many updates ({usual}). If the "
+            "loss falls smoothly, let it be; else try a smaller --learning_rate or a larger batch."
+        )
+    elif middle < NORM_NOTHING_LEARNT:
+        text = (
+            f"{here}, below {NORM_NOTHING_LEARNT:g}: next to nothing is learnt ({usual}). With a "
+            "loss near 0 there is nothing left to learn; else look whether the mask leaves targets "
+            "at all, and try a larger --learning_rate."
+        )
+    else:
+        return Reading(False, f"{here}; {usual}.")
+    return Reading(True, text)
+
+
+def _latest(metrics: Metrics, name: str) -> int:
+    """The last value of a count; 0 if it was never logged."""
+    return next((m[name] for m in reversed(metrics) if has_number(m, name)), 0)
+
+
+def _skipped_updates(metrics: Metrics) -> Reading | None:
+    if not any(has_number(m, "skipped") for m in metrics):
+        return None
+    skipped, steps = _latest(metrics, "skipped"), _latest(metrics, "step")
+    if not skipped:
+        return Reading(False, "No update was skipped.")
+    return Reading(
+        True,
+        f"{skipped:,} of {steps:,} updates were skipped, since loss or gradient was not finite; "
+        "training_log.txt names the texts. With --dtype float16 a few at the start are usual, "
+        "while the loss scale is found; else try --dtype bfloat16 or a smaller --learning_rate.",
+    )
+
+
+def _spikes(metrics: Metrics) -> Reading | None:
+    if not any(has_number(m, "spikes") for m in metrics):
+        return None
+    spikes, steps = _latest(metrics, "spikes"), _latest(metrics, "step")
+    if spikes >= 2 and spikes > SPIKES_PER_STEP * steps:
+        return Reading(
+            True,
+            f"The loss spiked {spikes:,} times in {steps:,} steps. Try a smaller --learning_rate, "
+            "a longer warm-up or a smaller --grad_clip.",
+        )
+    times = {0: "never spiked", 1: "spiked once"}.get(spikes, f"spiked {spikes:,} times")
+    return Reading(False, f"The loss {times} in {steps:,} steps.")
+
+
+def _expert_load(lines: Metrics, n_routed_experts: int) -> Reading | None:
+    loads = [m["expert_load_min"] for m in lines if has_number(m, "expert_load_min")]
+    if not loads or not n_routed_experts:
+        return None
+    late = statistics.fmean(loads[-max(1, len(loads) // 3) :])  # the start may be uneven
+    here = (
+        f"the least used expert gets {late:.1%} of its layer's tokens; "
+        f"an even load is {1 / n_routed_experts:.1%}"
+    )
+    if late >= STARVED / n_routed_experts:
+        return Reading(False, f"{here[0].upper()}{here[1:]}.")
+    name = "Dead expert" if late < DEAD / n_routed_experts else "Starved expert"
+    return Reading(
+        True,
+        f"{name}: {here}. Its weights are hardly trained: try a larger aux_loss_alpha (in "
+        "LMConfig), or fewer experts.",
+    )
+
+
+def write_report(
+    folder: Path,
+    *,
+    ending: str,
+    vocab_size: int,
+    from_scratch: bool,
+    n_routed_experts: int = 0,
+) -> str:
+    """Write report.md and, where matplotlib is installed, curves.png into a run's folder.
+
+    Args:
+        folder: holds the run's metrics.jsonl and, as a rule, config.json.
+        ending: how the run ended, such as "finished" or "stopped by SIGTERM at step 120 of 500".
+        vocab_size: as for `findings`, like the next two.
+        from_scratch: the run began with untrained weights.
+        n_routed_experts: of a layer; 0 for a dense model.
+
+    Returns:
+        A line that says where the report is and how much stands out in it.
+
+    Raises:
+        OSError: if a file cannot be read or written; what was there before is kept.
+        ValueError: if metrics.jsonl or config.json is damaged.
+    """
+    metrics = read_metrics(folder / "metrics.jsonl")
+    readings = read_curves(metrics, vocab_size, from_scratch, n_routed_experts)
+    alarms = [reading.text for reading in readings if reading.alarm]
+    fine = [reading.text for reading in readings if not reading.alarm]
+    try:
+        draw_curves({folder.name: metrics}, folder / "curves.png")
+        picture = "![loss, validation loss, learning rate and gradient norm](curves.png)"
+    except ImportError:
+        run, out = folder.as_posix(), (folder / "curves.png").as_posix()
+        command = shlex.join(["python", "scripts/plot_run.py", run, "--out", out])
+        picture = (
+            "Drawing them needs matplotlib, which is not installed:\n\n"
+            f"```bash\npip install -r scripts/requirements.txt\n{command}\n```"
+        )
+    n_lines = sum(has_number(m, "loss") for m in metrics)
+    short = (
+        f"\n\nThe course of the loss is judged from {MIN_LINES} training lines on; this run has "
+        f"{n_lines}. A smaller --log_interval gives more."
+    )
+    text = f"""# {folder.name}
+
+Ended: {ending}.
+
+{_table(_key_figures(metrics))}
+
+## What stands out
+
+{_bullets(alarms) or "Nothing stands out."}{short if n_lines < MIN_LINES else ""}
+
+## What is as it should be
+
+{_bullets(fine) or "Nothing could be judged."}
+
+## Curves
+
+{picture}
+{_by_domain(metrics)}{_start(folder / "config.json")}"""
+    path = folder / "report.md"
+    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+    count = {0: "nothing stands out", 1: "one thing stands out"}
+    return f"{path}: {count.get(len(alarms), f'{len(alarms)} things stand out')}"
+
+
+def _bullets(texts: list[str]) -> str:
+    return "\n".join(f"- {text}" for text in texts)
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table whose first row is its head."""
+    head, *body = [" | ".join(cell.replace("|", r"\|") for cell in row) for row in rows]
+    rule = " | ".join("---" for _ in rows[0])
+    return "\n".join(f"| {line} |" for line in (head, rule, *body))
+
+
+def _scores(line: dict[str, Any], kind: str, name: str = "") -> str:
+    """Loss, perplexity and bits per byte of a line, as far as it holds them."""
+    units = {"loss": ("", ".4f"), "perplexity": ("perplexity ", ",.2f")}
+    units["bits_per_byte"] = ("bits per byte ", ".4f")
+    return ", ".join(
+        f"{word}{line[f'{kind}_{unit}{name}']:{style}}"
+        for unit, (word, style) in units.items()
+        if has_number(line, f"{kind}_{unit}{name}")
+    )
+
+
+def _key_figures(metrics: Metrics) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("", "")]
+    lines = [m for m in metrics if has_number(m, "loss")]
+    evaluations = [m for m in metrics if has_number(m, "val_loss")]
+    if lines:
+        first, last = lines[0], lines[-1]
+        rows.append(("optimizer steps", f"{last['step']:,}"))
+        rows.append(("target tokens", f"{last['tokens']:,}"))
+        minutes, seconds = divmod(round(last["seconds"]), 60)
+        rows.append(("training time", f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"))
+        if last["seconds"]:
+            rows.append(("tokens per second", f"{last['tokens'] / last['seconds']:,.0f}"))
+        rows.append(("first loss", f"{first['loss']:.4f} (up to step {first['step']:,})"))
+        rows.append(("last loss", f"{last['loss']:.4f}"))
+        if mfu := [m["mfu"] for m in lines if has_number(m, "mfu")]:
+            rows.append(("MFU", f"{statistics.median(mfu):.1%}"))
+        if memory := [m["memory_gb"] for m in lines if has_number(m, "memory_gb")]:
+            rows.append(("memory", f"{max(memory):.2f} GB"))
+    if evaluations:
+        best, last = min(evaluations, key=lambda m: m["val_loss"]), evaluations[-1]
+        rows.append(("best validation", f"{_scores(best, 'val')} (step {best['step']:,})"))
+        if last is not best:
+            rows.append(("last validation", f"{_scores(last, 'val')} (step {last['step']:,})"))
+    for line in metrics:
+        if has_number(line, "test_loss"):
+            rows.append(("test", _scores(line, "test")))
+    return rows
+
+
+def _by_domain(metrics: Metrics) -> str:
+    """A table of the validation sets at the best evaluation; nothing if there is only one set."""
+    evaluations = [m for m in metrics if has_number(m, "val_loss")]
+    if not evaluations:
+        return ""
+    best = min(evaluations, key=lambda m: m["val_loss"])
+    names = [key.removeprefix("val_loss") for key in best if key.startswith("val_loss/")]
+    if not names:
+        return ""
+    rows = [("validation set", f"at step {best['step']:,}")]
+    rows += [(name.removeprefix("/"), _scores(best, "val", name)) for name in names]
+    return f"\n## By validation set\n\n{_table(rows)}\n"
+
+
+def _start(path: Path) -> str:
+    """Flags, in lines that a shell takes back, and what they met; nothing without config.json."""
+    if not path.is_file():
+        return ""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
+    lines = [""]
+    for name, value in config["arguments"].items():
+        if value is None or value == []:
+            continue
+        values = value if isinstance(value, list) else [value]
+        # A validation set is the pair of its name and its path.
+        words = ["=".join(v) if isinstance(v, list) else str(v) for v in values]
+        flag = f"--{name} {shlex.join(words)}"
+        if lines[-1] and len(lines[-1]) + len(flag) > 95:
+            lines.append("")
+        lines[-1] += f"{flag} "
+    flags = "\\\n".join(lines).rstrip()
+    commit = config.get("commit") or "unknown"
+    return (
+        f"\n## How it was started\n\nWith {versions}; commit {commit}.\n\n```bash\n{flags}\n```\n"
+    )

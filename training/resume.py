@@ -1,0 +1,296 @@
+"""The resume file: everything that a run needs to go on as if it had never stopped.
+
+`{stage}_{dim}{_moe}_resume.pth` beside the weights, and the one before it, `…_resume.prev.pth`.
+"""
+
+import argparse
+import math
+import random
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .arguments import UserError
+from .checkpoint import check_sums, read_pickle, report_save_errors, write_atomically
+from .guards import SpikeWatch
+
+FORMAT = 1
+
+
+@dataclass
+class Tally:
+    """Sums over the steps since the last line of figures.
+
+    Attributes:
+        loss: in nats, over target tokens.
+        targets: what `loss` is divided by.
+        aux_loss, grad_norm: over steps; `grad_norm` over the `good` ones, whose norm is a number.
+        steps, good: how many steps, and how many without those that were skipped.
+        seconds: that the steps took.
+        expert_load: (layers, experts) choices that each expert got; empty for dense models.
+    """
+
+    loss: float = 0.0
+    targets: float = 0.0
+    aux_loss: float = 0.0
+    grad_norm: float = 0.0
+    steps: int = 0
+    good: int = 0
+    seconds: float = 0.0
+    expert_load: list[list[float]] = field(default_factory=list)
+
+
+@dataclass
+class TrainState:
+    """Where a run stands.
+
+    Attributes:
+        run_id: tells runs in the same folder apart.
+        rows_per_step: rows of a step when the run began; the schedule counts in steps of so many.
+        step: optimizer steps finished, skipped ones included.
+        epoch, row: the next row to learn from: `row` rows of the epoch are done.
+        tokens: target tokens learnt from.
+        seconds: spent in steps.
+        tally: what the next line of figures is made of.
+        skipped, bad_in_row: updates skipped so far, and just now without a good one between.
+        spikes, spike_watch: loss spikes so far, and what finds them.
+        evaluated_at: step of the last evaluation.
+        validation: fingerprint of the data that `best_loss` is measured on.
+        best_loss, best_step: lowest validation loss, and when; 0 without one.
+        evaluations_since_best: how many were no progress.
+        tested: whether the test data have been scored.
+        numbered: steps of the numbered weights that --save_total_limit may remove.
+        metrics_bytes: length of the metrics file.
+        wandb_id: of wandb's run.
+    """
+
+    run_id: str
+    rows_per_step: int
+    step: int = 0
+    epoch: int = 0
+    row: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    tally: Tally = field(default_factory=Tally)
+    skipped: int = 0
+    bad_in_row: int = 0
+    spikes: int = 0
+    spike_watch: SpikeWatch = field(default_factory=SpikeWatch)
+    evaluated_at: int = 0
+    validation: str = ""
+    best_loss: float = math.inf
+    best_step: int = 0
+    evaluations_since_best: int = 0
+    tested: bool = False
+    numbered: list[int] = field(default_factory=list)
+    metrics_bytes: int = 0
+    wandb_id: str | None = None
+
+    def use_validation(self, fingerprint: str) -> None:
+        """Start best score and early stopping anew if the data to validate on are others."""
+        if fingerprint != self.validation:
+            self.validation = fingerprint
+            self.best_loss, self.best_step, self.evaluations_since_best = math.inf, 0, 0
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainState":
+        """The inverse of `dataclasses.asdict`."""
+        return cls(
+            **{
+                **values,
+                "tally": Tally(**values["tally"]),
+                "spike_watch": SpikeWatch(**values["spike_watch"]),
+            }
+        )
+
+
+def resume_paths(weights: Path) -> tuple[Path, Path]:
+    """The resume file beside the weights, and the one before it."""
+    newest = weights.with_name(f"{weights.stem}_resume.pth")
+    return newest, newest.with_name(f"{newest.stem}.prev.pth")
+
+
+def _old_path(weights: Path) -> Path:
+    return weights.with_name(f"{weights.stem}_resume.old.pth")
+
+
+def save_resume(
+    weights: Path,
+    state: TrainState,
+    arguments: dict[str, Any],
+    identity: dict[str, Any],
+    model: dict[str, torch.Tensor],
+    optimizer: dict[str, Any],
+    scaler: dict[str, Any],
+    random_states: list[dict[str, Any]],
+    *,
+    first: bool,
+) -> None:
+    """Write the resume file beside `weights`; the run's last one becomes the one before it.
+
+    Args:
+        weights: path of the run's weights.
+        state: where it stands.
+        arguments: its flags, as JSON values.
+        identity: by flag, what may not change when it is resumed.
+        model, optimizer, scaler: their state_dicts.
+        random_states: of each process.
+        first: whether the files that are there, if any, are an earlier run's.
+
+    Raises:
+        SaveError: as `save_weights`.
+    """
+    newest, previous = resume_paths(weights)
+    contents = {
+        "format": FORMAT,
+        "state": asdict(state),
+        "arguments": arguments,
+        "identity": identity,
+        "model": model,
+        "optimizer": optimizer,
+        "scaler": scaler,
+        "random": random_states,
+    }
+    with report_save_errors(newest):
+        if first:
+            previous.unlink(missing_ok=True)
+            if newest.exists():
+                newest.replace(_old_path(weights))
+        write_atomically(newest, lambda file: torch.save(contents, file), previous)
+
+
+def read_resume(weights: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest valid resume file beside `weights`, None without one, and what to tell the user.
+
+    Its "state" is a TrainState; the rest is as `save_resume` wrote it, tensors memory-mapped.
+    """
+    notes = []
+    for path in resume_paths(weights):
+        if not path.is_file():
+            continue
+        try:
+            contents = read_pickle(path)
+            check_sums(path)
+            if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+                raise UserError(f"{path}: not a resume file of this version")
+            return {**contents, "state": TrainState.from_dict(contents["state"])}, notes
+        except (UserError, KeyError, TypeError) as error:
+            notes.append(str(error))
+    return None, notes
+
+
+def find_resume(weights: Path, stage: str, wanted: bool) -> tuple[dict[str, Any] | None, list[str]]:
+    """What a run that is about to start goes on from, None if it starts anew, and what to say.
+
+    Args:
+        weights: path of the run's weights.
+        stage: name in the files.
+        wanted: whether --resume was given.
+
+    Raises:
+        UserError: for --resume where only another --dim or --use_moe has something to resume.
+    """
+    newest, _ = resume_paths(weights)
+    contents, notes = read_resume(weights)
+    if wanted:
+        others = set(weights.parent.glob(f"{stage}_*_resume.pth")) - {newest}
+        if contents is None and not notes and others:
+            raise UserError(
+                f"--resume: nothing of this --dim and --use_moe, but {min(others)}; "
+                "without --resume a new run starts"
+            )
+        if contents is None:
+            notes.append(f"--resume: nothing to go on from in {weights.parent}: a new run starts")
+        else:
+            notes.append(f"--resume: going on after step {contents['state'].step}")
+        return contents, notes
+    if contents is None or contents["state"].epoch >= contents["arguments"]["epochs"]:
+        return None, []
+    return None, [
+        f"{newest} holds an unfinished run, at step {contents['state'].step}: --resume goes on "
+        f"with it; this new run moves it to {_old_path(weights).name}"
+    ]
+
+
+def check_identity(weights: Path, stored: dict[str, Any], own: dict[str, Any]) -> None:
+    """Make sure that a run can be continued with the flags of this one.
+
+    Args:
+        weights: path of the run's weights.
+        stored: the identity in its resume file.
+        own: the identity now.
+
+    Raises:
+        UserError: naming every flag that differs.
+    """
+    newest, _ = resume_paths(weights)
+    lines = []
+    for flag, value in own.items():
+        there = stored.get(flag)
+        if there == value:
+            continue
+        # Fingerprints are for comparing, not for reading.
+        readable = not isinstance(value, str)
+        what = f"{flag} {value}: {there} in" if readable else f"{flag}: not what was used by"
+        lines.append(f"{what} the run to resume, {newest}")
+    if lines:
+        raise UserError(
+            "\n".join([*lines, "--resume needs the same; without it, a new run starts"])
+        )
+
+
+def changed_arguments(stored: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    """`--flag new (was old)` for every flag whose value is another one than in the resume file."""
+    return [
+        f"--{name} {value} (was {stored[name]})"
+        for name, value in own.items()
+        if name in stored and stored[name] != value and name not in ("resume", "dry_run")
+    ]
+
+
+def json_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of a run as JSON values: paths and names become text."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [plain(element) for element in value]
+        return value if isinstance(value, (bool, int, float, type(None))) else str(value)
+
+    return {name: plain(value) for name, value in vars(args).items()}
+
+
+def seed_everything(seed: int) -> None:
+    """Start all random generators of this process: Python's, NumPy's, PyTorch's on all devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def get_random_states(device: torch.device) -> dict[str, Any]:
+    """The states of this process's random generators."""
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    states = {
+        "python": random.getstate(),
+        "numpy": (keys.tolist(), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        states["device"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["device"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    """Put the random generators where `get_random_states` found them."""
+    random.setstate(states["python"])
+    keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(states["torch"])
+    if "device" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["device"], device)
+    elif "device" in states and device.type == "mps":
+        torch.mps.set_rng_state(states["device"])

@@ -1,0 +1,472 @@
+"""The bookkeeping of a run: its position, its figures, its best score, its files."""
+
+import argparse
+import math
+import platform
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import MiniMindLM
+
+from .checkpoint import SaveError, save_weights
+from .distributed import Distributed
+from .plan import (
+    LearningRates,
+    cost_line,
+    count_parameters,
+    draw_lr_curve,
+    flops_per_token,
+    peak_flops,
+    plan_lines,
+    warnings_for,
+)
+from .report import write_report
+from .reporting import Reporter
+from .resume import Tally, TrainState, get_random_states, json_arguments, save_resume
+from .schedule import get_lr, warmup_steps
+from .signals import StopSignal
+
+STEPS_BEFORE_ESTIMATE = 5
+
+
+def steps_left(state: TrainState, n_rows: int, rows_per_step: int, epochs: int) -> int:
+    """Optimizer steps from here to the end of a run.
+
+    Args:
+        state: where it stands.
+        n_rows: rows of an epoch.
+        rows_per_step: of all processes together.
+        epochs: of the run.
+    """
+    if state.epoch >= epochs:
+        return 0
+    this_epoch = math.ceil((n_rows - state.row) / rows_per_step)
+    return this_epoch + (epochs - state.epoch - 1) * math.ceil(n_rows / rows_per_step)
+
+
+def is_finished(args: argparse.Namespace, state: TrainState, val: bool, test: bool) -> bool:
+    """Whether a run that could be resumed has nothing left to do.
+
+    Args:
+        args: the flags.
+        state: where it stands.
+        val, test: whether there are data to validate on, and to test on.
+    """
+    patience = args.early_stopping_patience
+    ended = state.epoch >= args.epochs or (patience and state.evaluations_since_best >= patience)
+    scored = (state.evaluated_at == state.step or not val) and (state.tested or not test)
+    return bool(ended and scored)
+
+
+@dataclass
+class Run:
+    """What a stage's loop, its evaluations and its saves share.
+
+    Attributes:
+        args: the stage's flags.
+        world: this process.
+        stage: name in the weights' file.
+        path: of the weights.
+        network: the bare model, without wrappers.
+        tokenizer_hash: of the tokenizer in use.
+        optimizer, scaler: as the loop uses them.
+        state: where the run stands.
+        reporter: says so.
+        stop: whether a signal came.
+        n_rows: rows of an epoch.
+        identity: what may not change when the run is resumed, by flag.
+        saved: whether this run has a resume file.
+        dtype: of matrix products.
+        ending: why the run stops before its last step; None while it goes on.
+        exit_status: what the process ends with, then.
+        save_error: why the last save failed, or None.
+    """
+
+    args: argparse.Namespace
+    world: Distributed
+    stage: str
+    path: Path
+    network: MiniMindLM
+    tokenizer_hash: str
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    state: TrainState
+    reporter: Reporter
+    stop: StopSignal
+    n_rows: int
+    identity: dict[str, Any]
+    saved: bool
+    dtype: torch.dtype
+    ending: str | None = None
+    exit_status: int = 0
+    save_error: str | None = None
+    first_step: int = field(init=False)
+    flops_per_token: float = field(init=False)
+    peak_flops: float | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.first_step = self.state.step
+        _, active = count_parameters(self.network)
+        self.flops_per_token = flops_per_token(self.network.config, active, self.args.max_seq_len)
+        self.peak_flops = peak_flops(self.world.device, self.dtype)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all epochs are done."""
+        return self.state.epoch >= self.args.epochs
+
+    @property
+    def going_on(self) -> bool:
+        """Whether there is another step to take."""
+        return not self.complete and self.ending is None
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows that all processes together take in a step."""
+        return self.args.batch_size * self.args.accumulation_steps * self.world.world_size
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best weights are kept, as …_best.pth."""
+        args = self.args
+        return bool(args.save_best or args.early_stopping_patience or args.test_data_path)
+
+    @property
+    def best_path(self) -> Path:
+        """Where the best weights are."""
+        return self.path.with_name(f"{self.path.stem}_best.pth")
+
+    def learning_rate(self) -> float:
+        """The rate of the next step.
+
+        It follows the rows seen, counted in steps of the size that the run began with: so it stays
+        on one curve when the batch or the number of processes changes on the way.
+        """
+        args, state = self.args, self.state
+        per_epoch = math.ceil(self.n_rows / state.rows_per_step)
+        total = args.epochs * per_epoch
+        return get_lr(
+            state.epoch * per_epoch + state.row / state.rows_per_step,
+            total,
+            args.learning_rate,
+            warmup_steps(args.warmup_iters, args.warmup_ratio, total),
+            args.min_lr,
+            args.lr_decay,
+        )
+
+    def due(self, interval: int) -> bool:
+        """Whether something that happens every `interval` steps, and at the end, happens now."""
+        return self.state.step % interval == 0 or self.complete
+
+    def add_step(
+        self,
+        targets: float,
+        loss: float,
+        aux_loss: float,
+        grad_norm: float,
+        expert_load: list[list[float]],
+        seconds: float,
+        find_sample: Callable[[], str],
+    ) -> None:
+        """Count a finished step, one whose update was skipped if a figure is not finite.
+
+        Args:
+            targets: target tokens of all processes.
+            loss: summed over them, in nats.
+            aux_loss: of the step.
+            grad_norm: before clipping.
+            expert_load: (layers, experts) choices of all tokens, or empty.
+            seconds: that it took.
+            find_sample: gives `file:line` of its first sample, or of the first that was not finite;
+                called on every process or on none.
+        """
+        state, tally = self.state, self.state.tally
+        state.row += self.rows_per_step
+        if state.row >= self.n_rows:
+            state.epoch, state.row = state.epoch + 1, 0
+        state.step += 1
+        state.seconds += seconds
+        tally.steps += 1
+        tally.seconds += seconds
+        self.reporter.advance(state.step)
+        if not math.isfinite(loss + aux_loss + grad_norm):
+            self._skip(loss + aux_loss, grad_norm, find_sample())
+            return
+        state.bad_in_row = 0
+        state.tokens += round(targets)
+        tally.good += 1
+        tally.targets += targets
+        tally.loss += loss
+        tally.aux_loss += aux_loss
+        tally.grad_norm += grad_norm
+        if expert_load:
+            before = tally.expert_load or [[0.0] * len(layer) for layer in expert_load]
+            tally.expert_load = [
+                [x + y for x, y in zip(old, new, strict=True)]
+                for old, new in zip(before, expert_load, strict=True)
+            ]
+        usual = state.spike_watch.mean
+        if state.spike_watch.is_spike(loss / targets):
+            state.spikes += 1
+            self.reporter.say(
+                f"step {state.step}: loss {loss / targets:.3f} leaps out of about {usual:.3f}, "
+                f"first sample {find_sample()}"
+            )
+        if state.step - self.first_step == STEPS_BEFORE_ESTIMATE and not self.complete:
+            seconds_per_step = self.reporter.seconds_per_step(state.step)
+            self.reporter.say(
+                cost_line(
+                    seconds_per_step,
+                    self.reporter.total_steps - state.step,
+                    self.args.gpu_price,
+                    self.world.world_size,
+                )
+            )
+
+    def _skip(self, loss: float, grad_norm: float, where: str) -> None:
+        state = self.state
+        state.skipped += 1
+        state.bad_in_row += 1
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"
+        if math.isfinite(loss) and self.scaler.is_enabled():
+            what += f" at loss scale {self.scaler.get_scale():g}, which float16 lowers by itself"
+        self.reporter.say(f"step {state.step}: {what}; update skipped; {where}")
+        if state.bad_in_row >= self.args.max_bad_steps:
+            self.ending = (
+                f"stopped: {state.bad_in_row} steps in a row (--max_bad_steps) whose loss or "
+                f"gradient was not finite, the last with {where}; try a smaller --learning_rate "
+                f"(it is {self.args.learning_rate:g})"
+            )
+            self.exit_status = 2
+            state.bad_in_row = 0
+
+    def log_if_due(self, epoch: int, lr: float) -> None:
+        """Report the steps since the last report.
+
+        Args:
+            epoch: of the step that is finished.
+            lr: its learning rate.
+        """
+        state, tally = self.state, self.state.tally
+        if not self.due(self.args.log_interval) and self.ending is None:
+            return
+        if tally.good:
+            figures: dict[str, float] = {
+                "loss": tally.loss / tally.targets,
+                "lr": lr,
+                "grad_norm": tally.grad_norm / tally.good,
+                "tokens_per_second": round(tally.targets / tally.seconds),
+                "skipped": state.skipped,
+                "spikes": state.spikes,
+            }
+            if any(tally.expert_load):
+                shares = [n / sum(layer) for layer in tally.expert_load for n in layer]
+                figures["aux_loss"] = tally.aux_loss / tally.good
+                figures["expert_load_min"] = round(min(shares), 4)
+                figures["expert_load_max"] = round(max(shares), 4)
+            if self.peak_flops:
+                speed = tally.targets / tally.seconds * self.flops_per_token
+                figures["mfu"] = round(speed / self.peak_flops / self.world.world_size, 4)
+            memory = peak_memory(self.world.device)
+            if memory is not None:
+                figures["memory_gb"] = round(memory / 1e9, 3)
+            self.reporter.log(state.step, state.tokens, state.seconds, epoch, **figures)
+        state.tally = Tally()
+
+    def log_scores(self, scores: dict[str, float]) -> None:
+        """Report an evaluation."""
+        state = self.state
+        epoch = max(0, state.epoch - (state.row == 0))  # that of the step before
+        self.reporter.log_scores(state.step, state.tokens, state.seconds, epoch, **scores)
+
+    def note_validation(self, scores: dict[str, float]) -> None:
+        """Report an evaluation, keep the best weights, stop early if that was asked for."""
+        state, args = self.state, self.args
+        self.log_scores(scores)
+        state.evaluated_at = state.step
+        min_delta = args.early_stopping_min_delta if args.early_stopping_patience else 0.0
+        if scores["val_loss"] < state.best_loss - min_delta:
+            state.best_loss, state.best_step = scores["val_loss"], state.step
+            state.evaluations_since_best = 0
+            if self.keeps_best and self.world.is_main:
+                self._try(lambda: self._save_weights(self.best_path))
+        else:
+            state.evaluations_since_best += 1
+        self.check_patience()
+
+    def check_patience(self) -> None:
+        """End the run if too many evaluations in a row were no progress."""
+        patience, state = self.args.early_stopping_patience, self.state
+        if patience and state.evaluations_since_best >= patience and not self.complete:
+            self.ending = (
+                f"stopped early: {state.evaluations_since_best} evaluations "
+                f"(--early_stopping_patience) without progress since step {state.best_step}"
+            )
+
+    def check_signal(self) -> bool:
+        """End the run if any process got a signal to stop; whether it ends."""
+        number = self.world.agree(self.stop.number)
+        if number:
+            self.ending = (
+                f"stopped by {signal.Signals(number).name} at step {self.state.step}; "
+                "--resume goes on"
+            )
+            self.exit_status = 128 + number
+        return bool(number)
+
+    def save_if_due(self) -> None:
+        """Save at the intervals that were asked for."""
+        keep_every = self.args.keep_every
+        if self.due(self.args.save_interval) or (keep_every and self.due(keep_every)):
+            self.save()
+
+    def save(self) -> None:
+        """Write the weights, numbered ones where they are due, and the resume file.
+
+        What cannot be saved is said, and kept in `save_error`; the run goes on.
+        """
+        self.state.metrics_bytes = self.reporter.sync()
+        random_states = self.world.gather(get_random_states(self.world.device))
+        if self.world.is_main:
+            self.save_error = None
+            self._try(lambda: self._save_weights(self.path))
+            self._try(self._save_numbered)
+            self._try(lambda: self._save_resume(random_states))
+
+    def report(self, from_scratch: bool) -> None:
+        """Write report.md and its curves; without them the run is no less finished.
+
+        Args:
+            from_scratch: the run began with untrained weights.
+        """
+        if not self.world.is_main:
+            return
+        config = self.network.config
+        try:
+            line = write_report(
+                self.args.out_dir / "logs" / self.path.stem,
+                ending=self.ending or "finished",
+                vocab_size=config.vocab_size,
+                from_scratch=from_scratch,
+                n_routed_experts=config.n_routed_experts if config.use_moe else 0,
+            )
+        except (OSError, ValueError) as error:
+            line = f"no report: {error}"
+        self.reporter.say(line)
+
+    def _try(self, save: Any) -> None:
+        try:
+            save()
+        except SaveError as error:
+            self.save_error = str(error)
+            self.reporter.say(f"step {self.state.step}: {error}; going on")
+
+    def _save_weights(self, path: Path) -> None:
+        save_weights(
+            path,
+            self.network,
+            self.network.config,
+            self.stage,
+            self.tokenizer_hash,
+            getattr(torch, self.args.save_dtype),
+        )
+
+    def _save_numbered(self) -> None:
+        args, state = self.args, self.state
+        for_good = args.keep_every is not None and state.step % args.keep_every == 0
+        if not for_good and not (args.save_total_limit and self.due(args.save_interval)):
+            return
+        self._save_weights(self._numbered(state.step))
+        if for_good or state.step in state.numbered:
+            return
+        state.numbered.append(state.step)
+        while args.save_total_limit and len(state.numbered) > args.save_total_limit:
+            path = self._numbered(state.numbered.pop(0))
+            path.unlink(missing_ok=True)
+            path.with_suffix(".json").unlink(missing_ok=True)
+
+    def _numbered(self, step: int) -> Path:
+        return self.path.with_name(f"{self.path.stem}_step{step}.pth")
+
+    def _save_resume(self, random_states: list[dict[str, Any]]) -> None:
+        save_resume(
+            self.path,
+            self.state,
+            json_arguments(self.args),
+            self.identity,
+            self.network.state_dict(),
+            self.optimizer.state_dict(),
+            self.scaler.state_dict(),
+            random_states,
+            first=not self.saved,
+        )
+        self.saved = True
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """The most bytes that this process has held: on a GPU, of its memory; else in RAM, if known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def plan_run(
+    args: argparse.Namespace,
+    network: MiniMindLM,
+    world: Distributed,
+    *,
+    tokens_per_epoch: int,
+    total_steps: int,
+    dtype: torch.dtype,
+    learning_rates: LearningRates,
+    folder: Path,
+) -> list[str]:
+    """The plan of a run and warnings, as lines; draws the learning rate to `folder`/lr.png.
+
+    Args:
+        args, network, world, tokens_per_epoch, total_steps, dtype: as for `plan_lines`.
+        learning_rates: as for `warnings_for`.
+        folder: of the run's record.
+    """
+    lines = plan_lines(
+        args,
+        network,
+        world,
+        tokens_per_epoch=tokens_per_epoch,
+        total_steps=total_steps,
+        dtype=dtype,
+    )
+    warmup = warmup_steps(args.warmup_iters, args.warmup_ratio, total_steps)
+    if world.is_main:
+        rates = [
+            get_lr(step, total_steps, args.learning_rate, warmup, args.min_lr, args.lr_decay)
+            for step in range(total_steps)
+        ]
+        try:
+            draw_lr_curve(folder / "lr.png", rates)
+            lines.append(f"learning rate: drawn in {folder / 'lr.png'}")
+        except ImportError:
+            lines.append("learning rate: pip install -r scripts/requirements.txt to have it drawn")
+        except OSError as error:
+            lines.append(f"learning rate: not drawn ({error})")
+    warnings = warnings_for(
+        args,
+        learning_rates=learning_rates,
+        parameters=sum(p.numel() for p in network.parameters()),
+        total_steps=total_steps,
+        warmup=warmup,
+        rows_per_step=args.batch_size * args.accumulation_steps * world.world_size,
+    )
+    return lines + [f"warning: {warning}" for warning in warnings]
