@@ -1,7 +1,7 @@
 """What goes into the network: JSONL lines, token ids and loss masks, packed batches."""
 
 from .lm_dataset import PretrainDataset
-from .packing import PackedRows, PaddedRows, RowBatches, collate
+from .packing import PackedRows, PaddedRows, RowBatches, collate, make_loader
 from .records import DataError
 from .token_store import tokenizer_hash
 
@@ -12,5 +12,6 @@ __all__ = [
     "PretrainDataset",
     "RowBatches",
     "collate",
+    "make_loader",
     "tokenizer_hash",
 ]

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from .token_store import INDEX_DTYPE, ArrayWriter
 
@@ -224,3 +224,47 @@ class RowBatches(Sampler[list[int]]):
         state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)
         generator = torch.Generator().manual_seed(int(state[0]))
         return torch.randperm(self.n_rows, generator=generator)
+
+
+def make_loader(
+    rows: Dataset,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    start: int = 0,
+    shuffle: bool = False,
+    num_workers: int | None = None,
+    on_cuda: bool = False,
+) -> DataLoader:
+    """A DataLoader of one process's micro-batches of one epoch.
+
+    Args:
+        rows: PackedRows or PaddedRows.
+        batch_size, seed, epoch, rank, world_size, start, shuffle: as for `RowBatches`.
+        num_workers: processes that read ahead; None: 2 for a GPU, else none.
+        on_cuda: whether the batches go to a GPU, and so into pinned memory.
+    """
+    order = RowBatches(
+        len(rows),
+        batch_size,
+        seed=seed,
+        epoch=epoch,
+        rank=rank,
+        world_size=world_size,
+        start=start,
+        shuffle=shuffle,
+    )
+    if num_workers is None:
+        num_workers = 2 if on_cuda else 0
+    return DataLoader(
+        rows,
+        batch_sampler=order,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=on_cuda,
+        # Its own: it would draw from the global one, and a resumed run makes more loaders.
+        generator=torch.Generator(),
+    )

@@ -1,5 +1,6 @@
 """Weights on disk: a state_dict, and beside it a JSON file that says what it is."""
 
+import argparse
 import json
 import os
 import pickle
@@ -205,6 +206,17 @@ def load_weights(path: Path, model: nn.Module, tokenizer_hash: str) -> None:
     if difference:
         raise UserError(f"{path}: weights of another model: {difference}")
     model.load_state_dict(state)
+
+
+def load_first_weights(args: argparse.Namespace, model: MiniMindLM, tokenizer_hash: str) -> None:
+    """Load the weights that --from_weight names, if any.
+
+    Raises:
+        UserError: as `resolve_weights` and `load_weights`.
+    """
+    if args.from_weight != "none":
+        path = resolve_weights("--from_weight", args.from_weight, args.out_dir, model.config)
+        load_weights(path, model, tokenizer_hash)
 
 
 def load_model(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:

@@ -32,6 +32,16 @@ class Distributed:
         """Whether this process prints and saves."""
         return self.rank == 0
 
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """What long sums are kept in: float64, which mps does not have."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
+    def to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The batch on the device; to a GPU, from pinned memory, it is copied while that works."""
+        background = self.device.type == "cuda"
+        return {name: x.to(self.device, non_blocking=background) for name, x in batch.items()}
+
     def log(self, message: str) -> None:
         """Print on the main process."""
         if self.is_main:

@@ -4,10 +4,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .arguments import UserError
+from .distributed import Distributed
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
@@ -51,12 +53,35 @@ def explain_out_of_memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            if not any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
-                raise
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
+            sign in str(error).lower() for sign in OUT_OF_MEMORY
+        ):
+            raise
         raise UserError(
             "out of memory; what helps, in this order: a smaller --batch_size; with more "
             "--accumulation_steps the updates stay the same; --gradient_checkpointing; a shorter "
             "--max_seq_len",
             every_rank=True,
         ) from None
+
+
+def find_sample(
+    world: Distributed, dataset: Any, window: list[dict[str, torch.Tensor]], losses: torch.Tensor
+) -> str:
+    """`file:line` of the first sample of the first batch whose loss is not finite.
+
+    Where every loss is finite, the first batch of all stands for it. Called by all processes.
+
+    Args:
+        world: this process.
+        dataset: what the rows were made of; it has a `store` and `line_number`.
+        window: this process's batches.
+        losses: (len(window),) the loss of each.
+    """
+    bad = (~losses.isfinite()).nonzero().flatten().tolist()
+    own = torch.zeros(2, world.world_size, dtype=torch.int64, device=world.device)
+    own[0, world.rank] = len(bad)
+    own[1, world.rank] = window[bad[0] if bad else 0]["sample"][0]
+    counts, samples = world.sum(own).tolist()
+    rank = next((rank for rank, count in enumerate(counts) if count), 0)
+    return f"{dataset.store.path}:{dataset.line_number(samples[rank])}"

@@ -18,8 +18,9 @@ def estimate_memory(
     """Bytes that training takes in one process, by what they are for.
 
     The sum is needed from the second micro-batch of an accumulation window on, when the gradients
-    and the activations are there together; without accumulation, up to the gradients less. Not
-    counted: what the device, the allocator and DDP keep for themselves, and what `--compile` saves.
+    and the activations are there together; without accumulation, up to the gradients less. These
+    are live tensors: an allocator may keep more (on a CPU, half as much again), as do the device's
+    own context and DDP. What `--compile` saves is not counted either.
 
     Args:
         config: shape of the model.

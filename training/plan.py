@@ -1,6 +1,7 @@
 """What a run will do and cost, said before its first step."""
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -190,8 +191,8 @@ def warnings_for(
     tokens = rows_per_step * args.max_seq_len
     if tokens > 1e6:
         found.append(
-            f"an update from {_short(tokens)} tokens ({rows_per_step:,} rows) gains little over one "
-            "from fewer: lower --batch_size or --accumulation_steps and take more steps"
+            f"{_short(tokens)} tokens for each update ({rows_per_step:,} rows) make few, hardly "
+            "better ones: lower --batch_size or --accumulation_steps"
         )
     if args.weight_decay > 0.1:
         found.append(
@@ -258,7 +259,7 @@ def draw_lr_curve(path: Path, rates: Sequence[float]) -> None:
     """
     from matplotlib.figure import Figure
 
-    steps = range(0, len(rates), -(-len(rates) // CURVE_POINTS) or 1)
+    steps = range(0, len(rates), math.ceil(len(rates) / CURVE_POINTS))
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, [rates[step] for step in steps])

@@ -13,54 +13,27 @@ import torch
 
 from model import MiniMindLM
 
-from .checkpoint import SaveError, save_weights
+from .arguments import UserError
+from .checkpoint import SaveError, read_state, save_weights
 from .distributed import Distributed
 from .plan import (
-    LearningRates,
     cost_line,
     count_parameters,
-    draw_lr_curve,
     flops_per_token,
-    peak_flops,
-    plan_lines,
-    warnings_for,
 )
 from .report import write_report
 from .reporting import Reporter
-from .resume import Tally, TrainState, get_random_states, json_arguments, save_resume
+from .resume import (
+    Tally,
+    TrainState,
+    get_random_states,
+    json_arguments,
+    save_resume,
+)
 from .schedule import get_lr, warmup_steps
 from .signals import StopSignal
 
 STEPS_BEFORE_ESTIMATE = 5
-
-
-def steps_left(state: TrainState, n_rows: int, rows_per_step: int, epochs: int) -> int:
-    """Optimizer steps from here to the end of a run.
-
-    Args:
-        state: where it stands.
-        n_rows: rows of an epoch.
-        rows_per_step: of all processes together.
-        epochs: of the run.
-    """
-    if state.epoch >= epochs:
-        return 0
-    this_epoch = math.ceil((n_rows - state.row) / rows_per_step)
-    return this_epoch + (epochs - state.epoch - 1) * math.ceil(n_rows / rows_per_step)
-
-
-def is_finished(args: argparse.Namespace, state: TrainState, val: bool, test: bool) -> bool:
-    """Whether a run that could be resumed has nothing left to do.
-
-    Args:
-        args: the flags.
-        state: where it stands.
-        val, test: whether there are data to validate on, and to test on.
-    """
-    patience = args.early_stopping_patience
-    ended = state.epoch >= args.epochs or (patience and state.evaluations_since_best >= patience)
-    scored = (state.evaluated_at == state.step or not val) and (state.tested or not test)
-    return bool(ended and scored)
 
 
 @dataclass
@@ -74,14 +47,14 @@ class Run:
         path: of the weights.
         network: the bare model, without wrappers.
         tokenizer_hash: of the tokenizer in use.
-        optimizer, scaler: as the loop uses them.
+        optimizer, scaler, autocast: as the loop uses them.
         state: where the run stands.
         reporter: says so.
         stop: whether a signal came.
         n_rows: rows of an epoch.
         identity: what may not change when the run is resumed, by flag.
         saved: whether this run has a resume file.
-        dtype: of matrix products.
+        peak_flops: of this process's GPU, or None.
         ending: why the run stops before its last step; None while it goes on.
         exit_status: what the process ends with, then.
         save_error: why the last save failed, or None.
@@ -95,25 +68,24 @@ class Run:
     tokenizer_hash: str
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    autocast: torch.autocast
     state: TrainState
     reporter: Reporter
     stop: StopSignal
     n_rows: int
     identity: dict[str, Any]
     saved: bool
-    dtype: torch.dtype
+    peak_flops: float | None
     ending: str | None = None
     exit_status: int = 0
     save_error: str | None = None
     first_step: int = field(init=False)
     flops_per_token: float = field(init=False)
-    peak_flops: float | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.first_step = self.state.step
         _, active = count_parameters(self.network)
         self.flops_per_token = flops_per_token(self.network.config, active, self.args.max_seq_len)
-        self.peak_flops = peak_flops(self.world.device, self.dtype)
 
     @property
     def complete(self) -> bool:
@@ -278,18 +250,19 @@ class Run:
             self.reporter.log(state.step, state.tokens, state.seconds, epoch, **figures)
         state.tally = Tally()
 
-    def log_scores(self, scores: dict[str, float]) -> None:
-        """Report an evaluation."""
-        state = self.state
-        epoch = max(0, state.epoch - (state.row == 0))  # that of the step before
-        self.reporter.log_scores(state.step, state.tokens, state.seconds, epoch, **scores)
+    def note_validation(self, scores: dict[str, float] | None) -> None:
+        """Report an evaluation, keep the best weights, stop early if that was asked for.
 
-    def note_validation(self, scores: dict[str, float]) -> None:
-        """Report an evaluation, keep the best weights, stop early if that was asked for."""
+        Args:
+            scores: as `summarise`; None if a signal broke it off.
+        """
+        if scores is None:
+            return
         state, args = self.state, self.args
-        self.log_scores(scores)
+        self._log_scores(scores)
         state.evaluated_at = state.step
-        min_delta = args.early_stopping_min_delta if args.early_stopping_patience else 0.0
+        patience = args.early_stopping_patience
+        min_delta = args.early_stopping_min_delta if patience else 0.0
         if scores["val_loss"] < state.best_loss - min_delta:
             state.best_loss, state.best_step = scores["val_loss"], state.step
             state.evaluations_since_best = 0
@@ -297,16 +270,39 @@ class Run:
                 self._try(lambda: self._save_weights(self.best_path))
         else:
             state.evaluations_since_best += 1
-        self.check_patience()
-
-    def check_patience(self) -> None:
-        """End the run if too many evaluations in a row were no progress."""
-        patience, state = self.args.early_stopping_patience, self.state
         if patience and state.evaluations_since_best >= patience and not self.complete:
             self.ending = (
                 f"stopped early: {state.evaluations_since_best} evaluations "
                 f"(--early_stopping_patience) without progress since step {state.best_step}"
             )
+
+    @property
+    def test_due(self) -> bool:
+        """Whether the test data should be scored now."""
+        return self.exit_status == 0 and not self.state.tested
+
+    def best_network(self) -> MiniMindLM:
+        """A model with the best weights, or the last ones where nothing was validated."""
+        best = self.best_path if self.state.best_step and self.best_path.is_file() else None
+        state = read_state(best) if best and self.world.is_main else None
+        network = MiniMindLM(self.network.config)
+        network.load_state_dict(self.world.share(state) or self.network.state_dict())
+        return network.to(self.world.device)
+
+    def note_test(self, scores: dict[str, float] | None) -> None:
+        """Report the scores of the test data.
+
+        Args:
+            scores: as `summarise`; None if a signal broke it off.
+        """
+        if scores is not None:
+            self._log_scores(scores)
+            self.state.tested = True
+
+    def _log_scores(self, scores: dict[str, float]) -> None:
+        state = self.state
+        epoch = max(0, state.epoch - (state.row == 0))  # that of the step before
+        self.reporter.log_scores(state.step, state.tokens, state.seconds, epoch, **scores)
 
     def check_signal(self) -> bool:
         """End the run if any process got a signal to stop; whether it ends."""
@@ -338,26 +334,35 @@ class Run:
             self._try(self._save_numbered)
             self._try(lambda: self._save_resume(random_states))
 
-    def report(self, from_scratch: bool) -> None:
-        """Write report.md and its curves; without them the run is no less finished.
-
-        Args:
-            from_scratch: the run began with untrained weights.
-        """
-        if not self.world.is_main:
-            return
+    def report(self) -> None:
+        """Write report.md and its curves, without which the run is no less finished; close up."""
         config = self.network.config
-        try:
-            line = write_report(
-                self.args.out_dir / "logs" / self.path.stem,
-                ending=self.ending or "finished",
-                vocab_size=config.vocab_size,
-                from_scratch=from_scratch,
-                n_routed_experts=config.n_routed_experts if config.use_moe else 0,
-            )
-        except (OSError, ValueError) as error:
-            line = f"no report: {error}"
-        self.reporter.say(line)
+        if self.world.is_main:
+            try:
+                line = write_report(
+                    self.args.out_dir / "logs" / self.path.stem,
+                    ending=self.ending or "finished",
+                    vocab_size=config.vocab_size,
+                    from_scratch=self.args.from_weight == "none",
+                    n_routed_experts=config.n_routed_experts if config.use_moe else 0,
+                )
+            except (OSError, ValueError) as error:
+                line = f"no report: {error}"
+            self.reporter.say(line)
+        self.reporter.close()
+
+    def end(self) -> int:
+        """Say how the run ended; its exit status.
+
+        Raises:
+            UserError: if the last save failed, or the run could not go on.
+        """
+        if self.save_error:
+            raise UserError(f"the last save failed: {self.save_error}")
+        if self.exit_status == 2:
+            raise UserError(self.ending)
+        self.world.log(self.ending or f"saved {self.path}")
+        return self.exit_status
 
     def _try(self, save: Any) -> None:
         try:
@@ -422,51 +427,26 @@ def peak_memory(device: torch.device) -> float | None:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
-def plan_run(
-    args: argparse.Namespace,
-    network: MiniMindLM,
-    world: Distributed,
-    *,
-    tokens_per_epoch: int,
-    total_steps: int,
-    dtype: torch.dtype,
-    learning_rates: LearningRates,
-    folder: Path,
-) -> list[str]:
-    """The plan of a run and warnings, as lines; draws the learning rate to `folder`/lr.png.
+def summarise(sums: dict[str, tuple[float, float, int]], prefix: str) -> dict[str, float]:
+    """Scores of a data set from its sums.
 
     Args:
-        args, network, world, tokens_per_epoch, total_steps, dtype: as for `plan_lines`.
-        learning_rates: as for `warnings_for`.
-        folder: of the run's record.
+        sums: by the name of the set: loss summed over target tokens in nats, target tokens, and
+            UTF-8 bytes of the text.
+        prefix: "val" or "test", which the names of the scores begin with.
+
+    Returns:
+        Mean loss of a target token in nats, perplexity, and bits per byte: the bits that the model
+        needs for the whole text, `</s>` included, by its bytes. Unlike the other two, that can be
+        compared between tokenizers. Of all sets together, and of each as `…/name` if there are
+        several.
     """
-    lines = plan_lines(
-        args,
-        network,
-        world,
-        tokens_per_epoch=tokens_per_epoch,
-        total_steps=total_steps,
-        dtype=dtype,
-    )
-    warmup = warmup_steps(args.warmup_iters, args.warmup_ratio, total_steps)
-    if world.is_main:
-        rates = [
-            get_lr(step, total_steps, args.learning_rate, warmup, args.min_lr, args.lr_decay)
-            for step in range(total_steps)
-        ]
-        try:
-            draw_lr_curve(folder / "lr.png", rates)
-            lines.append(f"learning rate: drawn in {folder / 'lr.png'}")
-        except ImportError:
-            lines.append("learning rate: pip install -r scripts/requirements.txt to have it drawn")
-        except OSError as error:
-            lines.append(f"learning rate: not drawn ({error})")
-    warnings = warnings_for(
-        args,
-        learning_rates=learning_rates,
-        parameters=sum(p.numel() for p in network.parameters()),
-        total_steps=total_steps,
-        warmup=warmup,
-        rows_per_step=args.batch_size * args.accumulation_steps * world.world_size,
-    )
-    return lines + [f"warning: {warning}" for warning in warnings]
+    named = {f"/{name}": values for name, values in sums.items()} if len(sums) > 1 else {}
+    together = tuple(map(sum, zip(*sums.values(), strict=True)))
+    scores = {}
+    for name, (nats, tokens, text_bytes) in {"": together, **named}.items():
+        loss = nats / tokens
+        scores[f"{prefix}_loss{name}"] = loss
+        scores[f"{prefix}_perplexity{name}"] = math.exp(loss) if loss < 700 else math.inf
+        scores[f"{prefix}_bits_per_byte{name}"] = nats / math.log(2) / text_bytes
+    return scores

@@ -1,0 +1,501 @@
+"""What a run says of itself before its first step, against reality and calculations by hand."""
+
+import argparse
+import math
+import sys
+import types
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import LMConfig, MiniMindLM
+from training.distributed import Distributed
+from training.memory import estimate_memory
+from training.optimizer import make_optimizer
+from training.plan import (
+    PEAKS,
+    cost_line,
+    count_parameters,
+    draw_lr_curve,
+    flops_per_token,
+    peak_flops,
+    plan_lines,
+    warnings_for,
+)
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+SMALL = {"dim": 64, "n_layers": 3, "vocab_size": 320}
+
+
+def network(**fields) -> MiniMindLM:
+    torch.manual_seed(0)
+    return MiniMindLM(LMConfig(**{**SMALL, **fields})).train()
+
+
+# Parameters and FLOPs
+
+
+@pytest.mark.parametrize(
+    ("size", "total", "active"),
+    [("small", 25.83, 25.83), ("base", 104.03, 104.03), ("moe", 145.03, 91.95)],
+)
+def test_published_sizes_have_the_parameters_that_the_readme_says(size, total, active):
+    with torch.device("meta"):
+        counts = count_parameters(MiniMindLM(LMConfig.from_size(size)))
+    assert [round(n / 1e6, 2) for n in counts] == [total, active]
+
+
+def test_only_experts_that_a_token_does_not_visit_are_inactive():
+    fields = {"n_routed_experts": 5, "num_experts_per_tok": 1, "n_shared_experts": 2}
+    model = network(use_moe=True, hidden_dim=96, **fields)
+    total, active = count_parameters(model)
+    assert total == sum(p.numel() for p in model.parameters())
+    assert total - active == 3 * 4 * (3 * 64 * 96)  # layers · idle experts · three matrices
+
+
+def test_flops_are_those_of_the_matrix_products():
+    """PyTorch's own counter, over a forward and a backward pass with attention in the open."""
+    model = network(flash_attn=False)
+    ids = torch.zeros(2, 32, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(ids).logits.sum().backward()
+    norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    total, active = count_parameters(model)
+    assert active == total
+    expected = flops_per_token(model.config, total - norms, row_length=32)
+    assert counter.get_total_flops() == ids.numel() * expected
+
+
+# Per GPU: multiprocessors; fused multiply-adds of each per clock, in tensor cores (fp16, sums in
+# fp32) and in fp32; GHz when boosted, for the one and the other.
+HARDWARE = {
+    "A10": (72, 512, 128, 1.695, 1.695),
+    "A30": (56, 1024, 64, 1.44, 1.44),
+    "A40": (84, 512, 128, 1.74, 1.74),
+    "A100": (108, 1024, 64, 1.41, 1.41),
+    "A100 PCIE": (108, 1024, 64, 1.41, 1.41),
+    "A100 SXM4": (108, 1024, 64, 1.41, 1.41),
+    "H100": (132, 2048, 128, 1.83, 1.98),
+    "H100 PCIE": (114, 2048, 128, 1.62, 1.755),
+    "H200": (132, 2048, 128, 1.83, 1.98),
+    "L4": (58, 512, 128, 2.04, 2.04),
+    "L40": (142, 256, 128, 2.49, 2.49),
+    "L40S": (142, 512, 128, 2.49, 2.52),
+    "RTX 3070": (46, 256, 128, 1.725, 1.725),
+    "RTX 3090": (82, 256, 128, 1.695, 1.695),
+    "RTX 3090 TI": (84, 256, 128, 1.86, 1.86),
+    "RTX 4080": (76, 256, 128, 2.505, 2.505),
+    "RTX 4090": (128, 256, 128, 2.52, 2.52),
+    "RTX 5090": (170, 256, 128, 2.407, 2.407),
+    "RTX A6000": (84, 512, 128, 1.8, 1.8),
+    "T4": (40, 512, 64, 1.59, 1.59),
+    "V100 PCIE": (80, 512, 64, 1.38, 1.38),
+    "V100 SXM2": (80, 512, 64, 1.53, 1.53),
+}
+
+
+def test_peaks_follow_from_the_hardware():
+    assert PEAKS.keys() == HARDWARE.keys()
+    for name, (units, tensor, single, tensor_ghz, single_ghz) in HARDWARE.items():
+        by_hand = (2e-3 * units * tensor * tensor_ghz, 2e-3 * units * single * single_ghz)
+        assert PEAKS[name] == pytest.approx(by_hand, rel=0.015), name
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312e12),
+        ("A100-PCIE-40GB", torch.float16, 312e12),
+        ("NVIDIA A100 80GB PCIe", torch.float32, 19.5e12),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", torch.bfloat16, None),
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989.4e12),
+        ("NVIDIA H100 PCIe", torch.bfloat16, 756e12),
+        ("NVIDIA H100 NVL", torch.bfloat16, None),
+        ("NVIDIA H200", torch.bfloat16, 989.4e12),
+        ("NVIDIA GeForce RTX 4090", torch.float16, 165.2e12),
+        ("NVIDIA GeForce RTX 4090 D", torch.float16, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.float16, None),
+        ("NVIDIA GeForce RTX 3090 Ti", torch.float32, 40e12),
+        ("NVIDIA RTX A6000", torch.bfloat16, 154.8e12),
+        ("Tesla T4", torch.float16, 65e12),
+        ("Tesla T4", torch.bfloat16, None),
+        ("Tesla V100-SXM2-16GB", torch.float32, 15.7e12),
+        ("AMD Instinct MI300X", torch.bfloat16, None),
+    ],
+)
+def test_a_gpu_is_known_by_its_whole_name(name, dtype, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(CUDA, dtype) == peak
+
+
+def test_other_devices_have_no_known_peak():
+    assert peak_flops(CPU, torch.float32) is None
+    assert peak_flops(torch.device("mps"), torch.float16) is None
+
+
+# Memory
+
+
+def training_rows(n_rows: int, length: int, packed: bool) -> dict[str, Tensor]:
+    """Rows as training makes them: of two documents each, or of one, the last with padding."""
+    ids = torch.randint(3, 320, (n_rows, length))
+    positions, mask = torch.arange(length).repeat(n_rows, 1), torch.ones_like(ids)
+    if packed:
+        positions[:, length // 3 :] -= length // 3
+    else:
+        mask[-1, length // 2 :] = 0
+    return {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+
+
+def summed_loss(model: MiniMindLM, rows: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """The loss as a training step makes it, which lets go of the logits."""
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        output = model(**rows)
+        logits = output.logits.flatten(0, 1).float()
+        losses = F.cross_entropy(logits, rows["input_ids"].flatten(), reduction="none")
+        return losses.sum() + output.aux_loss
+
+
+def saved_bytes(model: MiniMindLM, rows: dict[str, Tensor], dtype: torch.dtype) -> dict[str, int]:
+    """What autograd keeps for the backward pass, each storage once.
+
+    Parted into casts of parameters ("weights"), the log-probabilities, and the rest.
+    """
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = {p.shape for p in model.parameters()} | {p.T.shape for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = tensor  # kept alive, so that no address is used twice
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = summed_loss(model, rows, dtype)
+    assert loss.requires_grad
+    sums = {"weights": 0, "logits": 0, "activations": 0}
+    for tensor in kept.values():
+        if dtype != torch.float32 and tensor.dtype == dtype and tensor.shape in shapes:
+            kind = "weights"
+        elif tensor.dim() == 2 and tensor.shape[-1] == model.config.vocab_size:
+            kind = "logits"
+        else:
+            kind = "activations"
+        sums[kind] += tensor.untyped_storage().nbytes()
+    return sums
+
+
+def estimate(model: MiniMindLM, rows: dict[str, Tensor], dtype: torch.dtype, **kwargs):
+    n_rows, length = rows["input_ids"].shape
+    kwargs = {"gradient_checkpointing": False, "device": CPU, **kwargs}
+    total, _ = count_parameters(model)
+    return estimate_memory(
+        model.config, total, rows=n_rows, row_length=length, dtype=dtype, **kwargs
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize(
+    ("fields", "tolerance"),
+    [
+        ({}, 0.04),
+        ({"n_kv_heads": 8}, 0.04),
+        ({"flash_attn": False}, 0.04),
+        ({"use_moe": True}, 0.04),
+        ({"use_moe": True, "num_experts_per_tok": 1, "n_shared_experts": 0}, 0.04),
+        ({"use_moe": True, "num_experts_per_tok": 3, "n_shared_experts": 2}, 0.04),
+        ({"dropout": 0.1}, 0.1),
+        ({"dropout": 0.1, "flash_attn": False, "use_moe": True}, 0.1),
+    ],
+    ids=lambda value: " ".join(map(str, value)) or "dense" if isinstance(value, dict) else "",
+)
+def test_activations_are_what_autograd_saves(fields, tolerance, packed, dtype):
+    model, rows = network(**fields), training_rows(4, 100, packed)
+    saved, estimated = saved_bytes(model, rows, dtype), estimate(model, rows, dtype)
+    assert estimated["activations"] == pytest.approx(saved["activations"], rel=tolerance)
+    # Autograd keeps one of the three matrices that are there at the peak.
+    assert estimated["logits"] == 3 * saved["logits"] == 3 * 4 * 400 * 320
+    casts = estimated["weights"] - 4 * count_parameters(model)[0]
+    assert casts == pytest.approx(saved["weights"], rel=0.02)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that exist, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = set()
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage.data_ptr(), storage.nbytes()
+        if key in self.known or not size:
+            return
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.remove, key, size)
+
+    def remove(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, Tensor):
+                self.add(result)
+        return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    "fields",
+    [{"n_layers": 8}, {"vocab_size": 6400}, {"use_moe": True}],
+    ids=["deep", "vocabulary", "moe"],
+)
+def test_the_sum_is_the_peak_of_a_step(fields, checkpointing, dtype):
+    model, rows = network(**fields), training_rows(4, 96, packed=True)
+    if checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    optimizer = make_optimizer(model, 1e-3, 0.1, (0.9, 0.95))
+
+    def step() -> None:
+        for _ in range(2):
+            summed_loss(model, rows, dtype).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()  # makes the moments
+    with LiveBytes() as live:
+        moments = [value for state in optimizer.state.values() for value in state.values()]
+        for tensor in (*model.parameters(), *moments):
+            live.add(tensor)
+        total = count_parameters(model)[0]
+        estimated = estimate(model, rows, dtype, gradient_checkpointing=checkpointing)
+        assert live.now == pytest.approx(4 * total + estimated["optimizer"], rel=1e-3)
+        step()
+    assert sum(estimated.values()) == pytest.approx(live.peak, rel=0.1)
+
+
+def test_a_gpu_has_fused_norms_and_masks_of_bytes():
+    """26 M, 1 row of 512: seven norms' … by hand, what the CPU keeps beyond a GPU."""
+    with torch.device("meta"):
+        model = MiniMindLM(LMConfig.from_size("small"))
+        dropping = MiniMindLM(LMConfig.from_size("small", dropout=0.1))
+    rows = {"input_ids": torch.zeros(1, 512, dtype=torch.int64)}
+    here = estimate(model, rows, torch.bfloat16)["activations"]
+    there = estimate(model, rows, torch.bfloat16, device=CUDA)["activations"]
+    assert here - there == 512 * (2 * 8 + 1) * 512 * 4  # tokens · norms · dim · fp32
+    noisy = estimate(dropping, rows, torch.bfloat16, device=CUDA)["activations"]
+    assert noisy - there == 512 * 2 * 8 * 512  # tokens · residual branches · dim, a byte each
+
+
+# The plan
+
+
+def flags(**changed) -> argparse.Namespace:
+    """The flags of the README's long run, or some other values."""
+    values = {
+        "learning_rate": 1e-3,
+        "weight_decay": 0.1,
+        "beta2": 0.95,
+        "dropout": 0.0,
+        "grad_clip": 1.0,
+        "epochs": 1,
+        "batch_size": 8,
+        "accumulation_steps": 1,
+        "max_seq_len": 512,
+        "gradient_checkpointing": False,
+        "eval_interval": 100,
+        "early_stopping_patience": None,
+    }
+    return argparse.Namespace(**{**values, **changed})
+
+
+def test_the_plan_of_a_dense_model():
+    model = network()
+    total = sum(p.numel() for p in model.parameters())
+    lines = plan_lines(
+        flags(batch_size=4, max_seq_len=64),
+        model,
+        Distributed(0, 1, CPU),
+        tokens_per_epoch=10 * total,
+        total_steps=1234,
+        dtype=torch.float32,
+    )
+    memory = estimate(model, training_rows(4, 64, packed=True), torch.float32)
+    assert len(lines) <= 8
+    assert lines[0] == f"parameters: {total / 1e3:.2f} k"
+    assert lines[1].startswith(f"tokens: {total / 1e5:.2f} M, or 10 per parameter (")
+    assert lines[2].startswith("steps: 1,234, each of 4 rows of 64 (")
+    assert lines[3].startswith(f"compute: {6 * total * 10 * total:.3g} FLOPs")
+    assert lines[4].startswith(f"memory: about {sum(memory.values()) / 1e9:.2f} GB (weights ")
+    assert "each process" not in lines[4]
+
+
+def test_the_plan_of_a_mixture_of_experts_on_several_gpus(monkeypatch):
+    card = types.SimpleNamespace(total_memory=24e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    with torch.device("meta"):
+        model = MiniMindLM(LMConfig.from_size("moe"))
+    lines = plan_lines(
+        flags(epochs=2, batch_size=16, accumulation_steps=4),
+        model,
+        Distributed(0, 2, CUDA),
+        tokens_per_epoch=1_839_000_000 // 2,
+        total_steps=14_033,
+        dtype=torch.bfloat16,
+    )
+    assert lines[0] == "parameters: 145.03 M, 91.95 M active for each token"
+    assert lines[1].startswith("tokens: 2 × 919.50 M = 1.84 B, or 20 per active parameter")
+    assert "each of 128 rows of 512 (batch 16 × accumulation 4 × processes 2)" in lines[2]
+    assert "1.01e+18 FLOPs (6 × active parameters × tokens)" in lines[3]
+    assert " GB of the GPU's 24.00 in each process (weights 0.87, gradients 0.58, " in lines[4]
+
+
+# Warnings
+
+RATES = ((1e7, 1e-4, 5e-3), (6e7, 1e-4, 2e-3), (math.inf, 5e-5, 1e-3))
+
+
+def warnings(parameters: float = 26e6, total_steps: int = 479, warmup: int = 14, **changed):
+    args = flags(**changed)
+    return warnings_for(
+        args,
+        learning_rates=RATES,
+        parameters=parameters,
+        total_steps=total_steps,
+        warmup=warmup,
+        rows_per_step=args.batch_size * args.accumulation_steps,
+    )
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        {},
+        {"parameters": 4.9e6, "learning_rate": 2e-3, "batch_size": 4, "epochs": 2,
+         "total_steps": 302, "warmup": 9},
+        {"learning_rate": 5e-4, "batch_size": 32},
+        {"parameters": 104e6, "learning_rate": 3e-4, "batch_size": 8, "accumulation_steps": 8},
+        {"parameters": 145e6, "learning_rate": 1e-4, "early_stopping_patience": 3},
+    ],
+    ids=["long run", "quick start", "defaults", "104 M", "145 M"],
+)  # fmt: skip
+def test_what_the_readme_recommends_gives_no_warning(run):
+    assert warnings(**run) == []
+
+
+@pytest.mark.parametrize(
+    ("fine", "hurts", "words"),
+    [
+        ({"learning_rate": 2e-3}, {"learning_rate": 2.1e-3}, "--learning_rate 0.0021 is high"),
+        ({"learning_rate": 1e-4}, {"learning_rate": 9e-5}, "try 0.0001 to 0.002"),
+        ({"parameters": 1e7, "learning_rate": 5e-3},
+         {"parameters": 1.1e7, "learning_rate": 5e-3}, "11.00 M parameters"),
+        ({"parameters": 1e9}, {"parameters": 1e9, "learning_rate": 4e-5}, "1.00 B parameters"),
+        ({"warmup": 239}, {"warmup": 240}, "more than half of the run's 479"),
+        ({"warmup": 0}, {"warmup": 1000}, "1,000 steps takes all of the run's 479"),
+        ({"batch_size": 1, "accumulation_steps": 2}, {"batch_size": 1}, "--accumulation_steps"),
+        ({"batch_size": 1953}, {"batch_size": 1954}, "--accumulation_steps"),
+        ({"weight_decay": 0.0}, {"weight_decay": 0.11}, "--weight_decay 0.11"),
+        ({"dropout": 0.3}, {"dropout": 0.31}, "--dropout 0.31"),
+        ({"beta2": 0.999}, {"beta2": 0.9999}, "--beta2 0.9999 averages over 10,000 steps"),
+        ({"grad_clip": 10}, {"grad_clip": 11}, "--grad_clip 11"),
+        ({"epochs": 10}, {"epochs": 11}, "--epochs 11"),
+        ({"epochs": 11, "early_stopping_patience": 3}, {"epochs": 11}, "--early_stopping_patience"),
+        ({"early_stopping_patience": 2}, {"early_stopping_patience": 1}, "try 3"),
+        # At 100, 200 and 300 of 301 steps: one to compare with and two that may be no better.
+        ({"early_stopping_patience": 2, "total_steps": 301},
+         {"early_stopping_patience": 2, "total_steps": 300}, "--eval_interval 100"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_setting_that_hurts_is_named_once(fine, hurts, words):
+    assert warnings(**fine) == []
+    found = warnings(**hurts)
+    assert len(found) == 1
+    assert words in found[0] and "--" in found[0] and "\n" not in found[0]
+
+
+def test_several_warnings():
+    assert len(warnings(weight_decay=1.0, dropout=0.9, warmup=500)) == 3
+
+
+# Cost and curve
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ((3.2, 1500, 2.0, 1), "about 1 h 20 min to go; at 2.00 per GPU-hour: 2.67"),
+        ((3.2, 1500, 2.0, 4), "about 1 h 20 min to go; at 2.00 per GPU-hour × 4: 10.67"),
+        ((0.5, 80, None, 1), "about 40 s to go"),
+        ((0.5, 1200, None, 8), "about 10 min to go"),
+        ((3.6, 80_000, 0.9, 100), "about 3 days 8 h to go; at 0.90 per GPU-hour × 100: 7,200.00"),
+    ],
+)
+def test_cost_line(arguments, line):
+    assert cost_line(*arguments) == line
+
+
+def test_the_curve_is_a_png(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "logs" / "lr.png"
+    draw_lr_curve(path, [1e-3 * step / 7 for step in range(8)])
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert [file.name for file in path.parent.iterdir()] == ["lr.png"]
+
+
+class FakeFigure:
+    """Stands in for matplotlib's, and keeps what is plotted."""
+
+    drawn = None
+
+    def __init__(self, **_):
+        pass
+
+    def subplots(self):
+        return self
+
+    def plot(self, steps, rates):
+        FakeFigure.drawn = list(steps), list(rates)
+
+    def savefig(self, file, **_):
+        file.write(b"picture")
+
+    def __getattr__(self, name):
+        return lambda *_, **__: None
+
+
+@pytest.mark.parametrize(("n", "points"), [(1, 1), (2000, 2000), (2001, 1001), (10**6, 2000)])
+def test_a_long_run_is_drawn_with_few_points(n, points, tmp_path, monkeypatch):
+    module = types.SimpleNamespace(Figure=FakeFigure)
+    monkeypatch.setitem(sys.modules, "matplotlib", types.SimpleNamespace(figure=module))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", module)
+    draw_lr_curve(tmp_path / "lr.png", range(5, n + 5))
+    steps, rates = FakeFigure.drawn
+    assert len(steps) == points and steps[0] == 0 and n - steps[-1] <= math.ceil(n / points)
+    assert rates == [step + 5 for step in steps]
+    assert (tmp_path / "lr.png").read_bytes() == b"picture"
+
+
+def test_without_matplotlib_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError):
+        draw_lr_curve(tmp_path / "lr.png", [0.1, 0.2])
+    assert list(tmp_path.iterdir()) == []

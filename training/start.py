@@ -1,0 +1,234 @@
+"""The beginning of a run: new or resumed, with its plan said and its record opened."""
+
+import argparse
+import math
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import MiniMindLM
+
+from .checkpoint import weights_path
+from .distributed import Distributed
+from .plan import LearningRates, draw_lr_curve, peak_flops, plan_lines, warnings_for
+from .reporting import Reporter, start_wandb, write_config
+from .resume import (
+    TrainState,
+    changed_arguments,
+    json_arguments,
+    seed_everything,
+    set_random_states,
+)
+from .run import Run
+from .schedule import get_lr, warmup_steps
+from .signals import StopSignal
+
+
+def run_identity(args: argparse.Namespace, rows: Any, tokenizer_hash: str) -> dict[str, Any]:
+    """By flag, what may not change when a run is resumed.
+
+    Args:
+        args: the flags.
+        rows: what the run trains on.
+        tokenizer_hash: of the tokenizer in use.
+    """
+    flags = ("dim", "n_layers", "use_moe", "max_seq_len", "packing", "val_ratio", "seed")
+    return {f"--{name}": getattr(args, name) for name in flags} | {
+        "--tokenizer_path": tokenizer_hash,
+        "--data_path": rows.dataset.fingerprint,
+    }
+
+
+def start_run(
+    args: argparse.Namespace,
+    world: Distributed,
+    dtype: torch.dtype,
+    *,
+    stage: str,
+    network: MiniMindLM,
+    tokenizer_hash: str,
+    optimizer: torch.optim.Optimizer,
+    stop: StopSignal,
+    rows: Any,
+    val: dict[str, Any],
+    test: Any,
+    resume: dict[str, Any] | None,
+    notes: list[str],
+    learning_rates: LearningRates,
+) -> Run | None:
+    """Put a run where it starts or goes on, say what it will do, and open its record.
+
+    Args:
+        args: the stage's flags.
+        world: this process.
+        dtype: of matrix products.
+        stage: name in the weights' file.
+        network: the bare model, on its device.
+        tokenizer_hash: of the tokenizer in use.
+        optimizer: of the network's parameters.
+        stop: whether a signal came.
+        rows, val, test: what to train on, to validate on (by name), and to test on or None.
+        resume: the content of a resume file, or None for a new run; the main process's counts.
+        notes: what to tell the user first.
+        learning_rates: as for `warnings_for`.
+
+    Returns:
+        None if there is nothing to do: the run is finished, or --dry_run was given.
+    """
+    path = weights_path(args.out_dir, stage, network.config)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+    seed_everything(args.seed + world.rank)  # for dropout, which differs between processes
+    rows_per_step = args.batch_size * args.accumulation_steps * world.world_size
+    resume = world.share(resume)
+    if resume is None:
+        state = TrainState(run_id=uuid.uuid4().hex, rows_per_step=rows_per_step)
+    else:
+        state = resume["state"]
+        network.load_state_dict(resume["model"])
+        optimizer.load_state_dict(resume["optimizer"])
+        scaler.load_state_dict(resume["scaler"])
+        if world.rank < len(resume["random"]):
+            set_random_states(resume["random"][world.rank], world.device)
+        notes = notes + changed_arguments(resume["arguments"], json_arguments(args))
+    state.use_validation(" ".join(data.dataset.fingerprint for data in val.values()))
+    if resume is not None and is_finished(args, state, bool(val), test is not None):
+        world.log(f"{path}: this run is finished, at step {state.step}; nothing to do")
+        return None
+
+    folder = args.out_dir / "logs" / path.stem
+    total_steps = state.step + steps_left(state, len(rows), rows_per_step, args.epochs)
+    notes = [
+        *notes,
+        describe_rows(rows),
+        *plan_run(
+            args,
+            network,
+            world,
+            tokens_per_epoch=rows.dataset.n_tokens,
+            total_steps=total_steps,
+            dtype=dtype,
+            learning_rates=learning_rates,
+            folder=folder,
+        ),
+    ]
+    if args.dry_run:
+        world.log("\n".join(notes))
+        return None
+    cut_to = None if resume is None else state.metrics_bytes
+    reporter = Reporter(world, folder, total_steps, state.step, cut_to)
+    if world.is_main:
+        write_config(folder / "config.json", args, state.run_id)
+        if args.use_wandb:
+            reporter.wandb_run = start_wandb(args, path.stem, state.wandb_id)
+            state.wandb_id = reporter.wandb_run.id
+    for note in notes:
+        reporter.say(note)
+    return Run(
+        args=args,
+        world=world,
+        stage=stage,
+        path=path,
+        network=network,
+        tokenizer_hash=tokenizer_hash,
+        optimizer=optimizer,
+        scaler=scaler,
+        autocast=torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32),
+        state=state,
+        reporter=reporter,
+        stop=stop,
+        n_rows=len(rows),
+        identity=run_identity(args, rows, tokenizer_hash),
+        saved=resume is not None,
+        peak_flops=peak_flops(world.device, dtype),
+    )
+
+
+def describe_rows(rows: Any) -> str:
+    """What there is to train on, in one line."""
+    dataset = rows.dataset
+    bad = f", {dataset.n_bad_lines:,} bad lines left out" if dataset.n_bad_lines else ""
+    return (
+        f"{dataset.store.path}: {dataset.n_documents:,} documents, {dataset.n_tokens:,} tokens in "
+        f"{len(rows):,} rows, {rows.fill:.1%} filled{bad}"
+    )
+
+
+def steps_left(state: TrainState, n_rows: int, rows_per_step: int, epochs: int) -> int:
+    """Optimizer steps from here to the end of a run.
+
+    Args:
+        state: where it stands.
+        n_rows: rows of an epoch.
+        rows_per_step: of all processes together.
+        epochs: of the run.
+    """
+    if state.epoch >= epochs:
+        return 0
+    this_epoch = math.ceil((n_rows - state.row) / rows_per_step)
+    return this_epoch + (epochs - state.epoch - 1) * math.ceil(n_rows / rows_per_step)
+
+
+def is_finished(args: argparse.Namespace, state: TrainState, val: bool, test: bool) -> bool:
+    """Whether a run that could be resumed has nothing left to do.
+
+    Args:
+        args: the flags.
+        state: where it stands.
+        val, test: whether there are data to validate on, and to test on.
+    """
+    patience = args.early_stopping_patience
+    ended = state.epoch >= args.epochs or (patience and state.evaluations_since_best >= patience)
+    scored = (state.evaluated_at == state.step or not val) and (state.tested or not test)
+    return bool(ended and scored)
+
+
+def plan_run(
+    args: argparse.Namespace,
+    network: MiniMindLM,
+    world: Distributed,
+    *,
+    tokens_per_epoch: int,
+    total_steps: int,
+    dtype: torch.dtype,
+    learning_rates: LearningRates,
+    folder: Path,
+) -> list[str]:
+    """The plan of a run and warnings, as lines; draws the learning rate to `folder`/lr.png.
+
+    Args:
+        args, network, world, tokens_per_epoch, total_steps, dtype: as for `plan_lines`.
+        learning_rates: as for `warnings_for`.
+        folder: of the run's record.
+    """
+    lines = plan_lines(
+        args,
+        network,
+        world,
+        tokens_per_epoch=tokens_per_epoch,
+        total_steps=total_steps,
+        dtype=dtype,
+    )
+    warmup = warmup_steps(args.warmup_iters, args.warmup_ratio, total_steps)
+    if world.is_main:
+        rates = [
+            get_lr(step, total_steps, args.learning_rate, warmup, args.min_lr, args.lr_decay)
+            for step in range(total_steps)
+        ]
+        try:
+            draw_lr_curve(folder / "lr.png", rates)
+            lines.append(f"learning rate: drawn in {folder / 'lr.png'}")
+        except ImportError:
+            lines.append("learning rate: pip install -r scripts/requirements.txt to have it drawn")
+        except OSError as error:
+            lines.append(f"learning rate: not drawn ({error})")
+    warnings = warnings_for(
+        args,
+        learning_rates=learning_rates,
+        parameters=sum(p.numel() for p in network.parameters()),
+        total_steps=total_steps,
+        warmup=warmup,
+        rows_per_step=args.batch_size * args.accumulation_steps * world.world_size,
+    )
+    return lines + [f"warning: {warning}" for warning in warnings]
