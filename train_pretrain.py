@@ -33,7 +33,7 @@ from dataset import (
     make_loader,
     tokenizer_hash,
 )
-from model import LMConfig, MiniMindLM, MiniMindOutput
+from model import LMConfig, MiniMindLM
 from training import (
     ROOT,
     Distributed,
@@ -66,7 +66,7 @@ from training import (
 
 STAGE = "pretrain"
 # (parameters up to, lowest, highest): learning rates outside make a warning.
-LEARNING_RATES = ((1e7, 1e-4, 5e-3), (5e7, 1e-4, 3e-3), (math.inf, 5e-5, 1e-3))
+LEARNING_RATES = ((1e7, 1e-4, 5e-3), (6e7, 1e-4, 2e-3), (math.inf, 5e-5, 1e-3))
 
 Rows = PackedRows | PaddedRows
 
@@ -154,10 +154,12 @@ def open_rows(
     return rows(dataset), val, test
 
 
-def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, MiniMindOutput]:
+def token_losses(
+    model: nn.Module, batch: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cross-entropy in nats of every position, (B, T) fp32, weighted by the loss mask.
 
-    Also the model's whole output.
+    Also the auxiliary loss (0 for dense models) and (layers, experts) the load of each expert.
     """
     output = model(
         batch["input_ids"],
@@ -166,7 +168,8 @@ def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Mi
     )
     logits = output.logits.flatten(0, 1).float()  # (B · T, vocab)
     losses = F.cross_entropy(logits, batch["targets"].flatten(), reduction="none")
-    return losses.view_as(batch["loss_mask"]) * batch["loss_mask"], output
+    losses = losses.view_as(batch["loss_mask"]) * batch["loss_mask"]
+    return losses, output.aux_loss, output.expert_load  # not the logits, which would stay in memory
 
 
 def batches(run: Run, rows: Rows, **order: Any) -> DataLoader:
@@ -223,13 +226,13 @@ def train_epoch(run: Run, model: nn.Module, rows: Rows, val: dict[str, Rows]) ->
             exchange = not several or i == len(window) - 1
             with nullcontext() if exchange else model.no_sync():
                 with run.autocast:
-                    token_loss, output = token_losses(model, batch)
-                aux_loss = output.aux_loss * text_rows[i] / n_rows
+                    token_loss, aux_loss, load = token_losses(model, batch)
+                aux_loss = aux_loss * text_rows[i] / n_rows
                 loss = (token_loss.sum() / targets + aux_loss) * world.world_size
                 scaler.scale(loss).backward()
             losses.append(token_loss.detach().sum())
             aux_losses.append(aux_loss.detach())
-            loads.append(output.expert_load)
+            loads.append(load)
 
         sums = torch.stack((sum(losses), sum(aux_losses))).to(world.sum_dtype)
         loss_sum, aux_sum = world.sum(sums).tolist()
@@ -283,7 +286,7 @@ def evaluate(
                 return None
             batch = world.to_device(batch)
             with run.autocast:
-                losses, _ = token_losses(model, batch)
+                losses, *_ = token_losses(model, batch)
             total += torch.stack([x.sum(dtype=total.dtype) for x in (losses, batch["loss_mask"])])
         sums[name] = (*world.sum(total).tolist(), rows.dataset.text_bytes)
     return summarise(sums, prefix)

@@ -1,17 +1,24 @@
 """What goes into the network: JSONL lines, token ids and loss masks, packed batches."""
 
-from .lm_dataset import PretrainDataset
+from .chat import ChatEncoder, render
+from .lm_dataset import PretrainDataset, RLAIFDataset, SFTDataset
 from .packing import PackedRows, PaddedRows, RowBatches, collate, make_loader
-from .records import DataError
+from .records import Conversation, DataError, parse_chat
 from .token_store import tokenizer_hash
 
 __all__ = [
+    "ChatEncoder",
+    "Conversation",
     "DataError",
     "PackedRows",
     "PaddedRows",
     "PretrainDataset",
+    "RLAIFDataset",
     "RowBatches",
+    "SFTDataset",
     "collate",
     "make_loader",
+    "parse_chat",
+    "render",
     "tokenizer_hash",
 ]

@@ -1,8 +1,8 @@
 """Rows and batches for training, made of the items of a data set.
 
 A data set here is anything whose item `i` is `(X, Y, loss_mask)` and that has `max_length`,
-`lengths(start, stop)`, a `store` and a name for the `part` of that it uses, as the classes of
-`dataset.lm_dataset` do.
+`lengths(start, stop)`, their sum `n_positions`, a `store`, and an `items_key` that tells its items
+from others of that store, as the classes of `dataset.lm_dataset` do.
 
 A row is a dict of tensors, each (T,):
 
@@ -49,7 +49,7 @@ class PackedRows(Dataset):
             )
         self.dataset = dataset
         self.row_length = row_length
-        name = f"rows_{dataset.max_length}_{row_length}_{dataset.part}_v{PLAN_VERSION}"
+        name = f"rows_{row_length}_{dataset.items_key}_v{PLAN_VERSION}"
         self._plan = dataset.store.derived(name, self._build_plan)
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class PackedRows(Dataset):
     @property
     def fill(self) -> float:
         """The share of all positions that hold a real token."""
-        return self.dataset.n_tokens / (len(self) * self.row_length)
+        return self.dataset.n_positions / (len(self) * self.row_length)
 
     def _build_plan(self, folder: Path) -> dict[str, Any]:
         """Write the items of all rows, one row after the other, and where each row ends."""
@@ -99,7 +99,7 @@ class PaddedRows(Dataset):
     @property
     def fill(self) -> float:
         """The share of real tokens if each row were padded to the most that an item may have."""
-        return self.dataset.n_tokens / (len(self) * (self.dataset.max_length - 1))
+        return self.dataset.n_positions / (len(self) * (self.dataset.max_length - 1))
 
 
 def best_fit(lengths: np.ndarray, row_length: int) -> np.ndarray:

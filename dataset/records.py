@@ -7,9 +7,10 @@ its name and the line's number, collects both in `BadLines`, and tells the user 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 SHOWN_BAD_LINES = 10
+MAX_WEIGHT = 1e6  # what is above is a mistake, and may not fit a float32
 
 _BOM = "\ufeff"
 _ESCAPE_LENGTH = len("\\u0000")
@@ -18,6 +19,18 @@ _MAGIC = {
     b"\x28\xb5\x2f\xfd": "compressed with zstd, not plain JSON lines; unpack it first",
     b"\xff\xfe": "encoded in UTF-16; save it as UTF-8",
 }
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+# The roles that a message may follow; a tool message follows a call.
+_FOLLOWS = {"system": (None,), "user": (None, "system", "assistant"), "assistant": ("user", "tool")}
 
 
 class RecordError(ValueError):
@@ -78,14 +91,218 @@ def parse_text(line: bytes) -> str:
     return _check_text(record["text"], '"text"')
 
 
+class Conversation(NamedTuple):
+    """The messages of a chat and the tools in it, whatever the shape of the record was.
+
+    `messages` are dicts as `apply_chat_template` takes them. Each has `role` (system, user,
+    assistant or tool) and `content`, a string. One of the assistant may have `reasoning_content`, a
+    string; `tool_calls`, dicts of `name` and `arguments`, which is a dict or a string of JSON; and
+    `weight`, what its tokens' loss is multiplied by. `tools` are JSON schemas, as dicts.
+
+    A system message is the first. A user and the assistant take turns; after an assistant's calls
+    may come as many tool messages, which the assistant answers. There is an assistant message, but
+    the last message may be one that nobody answers.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+
+
+def parse_chat(line: bytes) -> Conversation:
+    """The conversation on one line, of any of these shapes. Raises RecordError.
+
+        {"conversations": [{"role": "user", "content": "…"}, …]}    or "messages"
+        {"conversations": [{"from": "human", "value": "…"}, …]}     as ShareGPT has it
+        {"instruction": "…", "input": "…", "output": "…"}           as Alpaca has it
+
+    Beside each there may be "system", a string, and "tools", an array or the JSON of one; in the
+    last also "history", an array of [question, answer].
+    """
+    record = _parse_object(line)
+    for name in ("conversations", "messages"):
+        if record.get(name) is not None:
+            messages = _parse_messages(record[name], f'"{name}"')
+            break
+    else:
+        if "instruction" not in record:
+            raise RecordError('no "conversations", "messages" or "instruction"')
+        messages = _parse_messages(_alpaca_messages(record), "")
+    if record.get("system"):
+        content = _check_string(record["system"], '"system"')
+        if messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": content})
+        elif messages[0]["content"] != content:
+            raise RecordError('"system" and the system message differ')
+    return Conversation(messages, _parse_tools(record.get("tools")))
+
+
+def _alpaca_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The exchanges of an instruction record, as messages."""
+    history = record.get("history") or []
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 for pair in history
+    ):
+        raise RecordError('"history" is not an array of [question, answer]')
+    question = _check_string(record["instruction"], '"instruction"')
+    if record.get("input"):
+        question += "\n" * bool(question) + _check_string(record["input"], '"input"')
+    answer = _check_string(record.get("output"), '"output"')
+    return [
+        {"role": role, "content": content}
+        for pair in [*history, [question, answer]]
+        for role, content in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
+def _parse_messages(items: Any, name: str) -> list[dict[str, Any]]:
+    """The messages of a record, in an order that makes sense."""
+    if not isinstance(items, list):
+        raise RecordError(f"{name} is {_json_type(items)}, not an array")
+    messages: list[dict[str, Any]] = []
+    open_calls = 0
+    for number, item in enumerate(items, 1):
+        where = f"message {number}"
+        message = _parse_message(item, where)
+        role = message["role"]
+        last = messages[-1] if messages else {"role": None}
+        calls = message.get("tool_calls", [])
+        if role == "tool":
+            if not open_calls:
+                raise RecordError(f"{where}: a tool message without a call")
+            open_calls -= 1
+        elif _role_name(item) == "function_call" and _is_same_turn(last, message):
+            last["tool_calls"] = last.get("tool_calls", []) + calls
+            open_calls += len(calls)
+            continue
+        elif last["role"] not in _FOLLOWS[role]:
+            raise RecordError(f"{where}: {_wrong_order(role, last['role'])}")
+        else:
+            open_calls = len(calls)
+        messages.append(message)
+    if all(message["role"] != "assistant" for message in messages):
+        raise RecordError("no assistant message")
+    return messages
+
+
+def _is_same_turn(last: dict[str, Any], message: dict[str, Any]) -> bool:
+    """Whether a function_call belongs to the message before: ShareGPT has each on its own."""
+    return last["role"] == "assistant" and last.get("weight") == message.get("weight")
+
+
+def _wrong_order(role: str, before: str | None) -> str:
+    """Why a message of `role` cannot come after one of `before`."""
+    if role == "system":
+        return "a system message that is not the first"
+    if role == before:
+        return f"two {role} messages in a row"
+    if role == "assistant":
+        return "an assistant message before any user message"
+    return "a user message before the assistant answers the tool"
+
+
+def _role_name(item: dict[str, Any]) -> Any:
+    """What the record calls the role of a message."""
+    return item.get("role", item.get("from"))
+
+
+def _parse_message(item: Any, where: str) -> dict[str, Any]:
+    """One message with role and content, or ShareGPT's from and value."""
+    if not isinstance(item, dict):
+        raise RecordError(f"{where} is {_json_type(item)}, not an object")
+    name = _role_name(item)
+    if not isinstance(name, str):
+        raise RecordError(f"{where}: its role is {_json_type(name)}, not a string")
+    if name not in _ROLES:
+        raise RecordError(f"{where}: unknown role {json.dumps(name)[:40]}")
+    content = item.get("content", item.get("value"))
+    message = {"role": _ROLES[name], "content": content}
+    if message["role"] == "assistant":
+        calls = item.get("tool_calls") or []
+        if name == "function_call":
+            calls = _parse_json(content, f"{where}: the function_call")
+            calls = calls if isinstance(calls, list) else [calls]
+            message["content"] = None
+        if not isinstance(calls, list):
+            raise RecordError(f"{where}: its tool_calls are {_json_type(calls)}, not an array")
+        if calls:
+            message["tool_calls"] = [_parse_call(call, where) for call in calls]
+            message["content"] = "" if message["content"] is None else message["content"]
+        if item.get("reasoning_content"):
+            reasoning = _check_string(item["reasoning_content"], f"{where}: reasoning_content")
+            message["reasoning_content"] = reasoning
+        if item.get("weight") is not None:
+            message["weight"] = _check_weight(item["weight"], where)
+    _check_string(message["content"], f"{where}: its content")
+    return message
+
+
+def _parse_call(call: Any, where: str) -> dict[str, Any]:
+    """Name and arguments of a call, alone or under "function"."""
+    function = isinstance(call, dict) and (call.get("function") or call)
+    if not isinstance(function, dict):
+        raise RecordError(f"{where}: a tool call is not an object")
+    name = _check_string(function.get("name"), f"{where}: the name of a tool call")
+    arguments = function.get("arguments")
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, (dict, str)):
+        raise RecordError(
+            f"{where}: the arguments of a tool call are {_json_type(arguments)}, not an object"
+        )
+    _check_json(arguments, f"{where}: the arguments of a tool call")
+    return {"name": name, "arguments": arguments}
+
+
+def _parse_tools(tools: Any) -> list[dict[str, Any]]:
+    """The schemas of a record's tools."""
+    if isinstance(tools, str):
+        tools = _parse_json(tools, '"tools"') if tools.strip() else None
+    tools = tools or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RecordError('"tools" is not an array of objects')
+    _check_json(tools, '"tools"')
+    return tools
+
+
+def _parse_json(text: Any, name: str) -> Any:
+    """What the JSON in a string means."""
+    _check_string(text, name)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise RecordError(f"{name} is not the JSON that it should be") from None
+
+
+def _check_json(value: Any, name: str) -> None:
+    """Raise RecordError if the JSON of `value` cannot be written in UTF-8."""
+    try:
+        _check_string(json.dumps(value, ensure_ascii=False), name)
+    except RecursionError:
+        raise RecordError(f"{name} is nested too deeply") from None
+
+
+def _check_weight(value: Any, where: str) -> float:
+    """`value` if it is a number that a loss can be multiplied by."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= MAX_WEIGHT:
+        raise RecordError(f"{where}: its weight is not a number from 0 to {MAX_WEIGHT:,.0f}")
+    return float(value)
+
+
 def _check_text(value: Any, name: str) -> str:
     """`value` if it is a string with something in it that UTF-8 can hold."""
-    if not isinstance(value, str):
-        raise RecordError(f"{name} is {_json_type(value)}, not a string")
+    _check_string(value, name)
     if not value:
         raise RecordError(f"{name} is empty")
     if value.isspace():
         raise RecordError(f"{name} is blank")
+    return value
+
+
+def _check_string(value: Any, name: str) -> str:
+    """`value` if it is a string that UTF-8 can hold."""
+    if not isinstance(value, str):
+        raise RecordError(f"{name} is {_json_type(value)}, not a string")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -86,9 +86,9 @@ def tokenizer_hash(tokenizer: Any) -> str:
 class TextTokenizer:
     """Text to ids by a transformers tokenizer, such that no text can produce a control token.
 
-    It works on a private copy of the tokenizer's backend. `hash` is its `tokenizer_hash`; `dtype`
-    is the smallest that holds its ids: uint16 or uint32. Raises DataError where there is no such
-    backend.
+    It works on a private copy of the tokenizer's backend. `hash` is its `tokenizer_hash`; `special`
+    are the ids that no text gives, by token; `dtype` is the smallest that holds its ids: uint16 or
+    uint32. Raises DataError where there is no such backend.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -103,6 +103,8 @@ class TextTokenizer:
         self._backend.no_truncation()
         self.hash = tokenizer_hash(tokenizer)
         self._backend.encode_special_tokens = True
+        self._added = self._backend.get_added_tokens_decoder()
+        self.special = {token.content: id_ for id_, token in self._added.items() if token.special}
         largest_id = max(self._backend.get_vocab(with_added_tokens=True).values())
         self.dtype = np.dtype("<u2" if largest_id < 1 << 16 else "<u4")
 
@@ -122,6 +124,24 @@ class TextTokenizer:
             for (owner, _), encoding in zip(batch, encodings, strict=True):
                 parts[owner].append(np.array(encoding.ids, dtype=self.dtype))
         return [np.concatenate(part) for part in parts]
+
+    def byte_counts(self) -> np.ndarray:
+        """(largest id + 1,) int64, the UTF-8 bytes of text that each id stands for.
+
+        Special tokens stand for none. A byte-level tokenizer writes each byte as one character; of
+        others, ids are decoded one by one, which may miss a space or part of a character.
+        """
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        is_byte_level = '"ByteLevel"' in json.dumps(json.loads(self._backend.to_str())["decoder"])
+        counts = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+        for token, id_ in vocabulary.items():
+            if id_ in self._added:
+                counts[id_] = 0 if self._added[id_].special else len(token.encode("utf-8"))
+            elif is_byte_level:
+                counts[id_] = len(token)
+            else:
+                counts[id_] = len(self._backend.decode([id_]).encode("utf-8"))
+        return counts
 
 
 def cut_text(text: str, limit: int = PIECE_CHARS) -> Iterator[str]:

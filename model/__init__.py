@@ -2,6 +2,6 @@
 
 from .generation import KVCache
 from .LMConfig import LMConfig
-from .model import MiniMindLM, MiniMindOutput
+from .model import MiniMindLM
 
-__all__ = ["KVCache", "LMConfig", "MiniMindLM", "MiniMindOutput"]
+__all__ = ["KVCache", "LMConfig", "MiniMindLM"]

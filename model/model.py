@@ -110,8 +110,8 @@ class Attention(nn.Module):
         Args:
             x: (B, T, dim).
             pos_cis: rotary table of these T positions.
-            mask: (B or 1, 1, T, S), added to the scores: 0 where a query sees a key, else −∞.
-                None: causal, which needs an empty cache or a single query.
+            mask: as `score_mask` makes it. None: causal, which needs an empty cache or a single
+                query.
             cache: keys and values of the S − T earlier positions; the new ones are written to it.
 
         Returns:
@@ -144,7 +144,6 @@ class Attention(nn.Module):
         else:
             # CUDA's fused kernels take a mask only without enable_gqa. So each group of query heads
             # becomes a batch entry, whose one key and value head is shared by a view.
-            mask = mask.expand(batch, self.n_kv_heads, -1, -1).flatten(0, 1)[:, None]
             k, v = (t.flatten(0, 1)[:, None].expand(-1, n_rep, -1, -1) for t in (k, v))
             out = F.scaled_dot_product_attention(
                 q.unflatten(1, (-1, n_rep)).flatten(0, 1), k, v, attn_mask=mask, dropout_p=dropout
@@ -431,9 +430,7 @@ class MiniMindLM(GenerationMixin, PreTrainedModel):
         if cache is None and use_cache:
             cache = KVCache(self.config.n_layers)
         x = self.dropout(self.tok_embeddings(input_ids))
-        mask = None
-        if slots is not None:  # made additive here, once for all layers
-            mask = torch.zeros_like(slots, dtype=x.dtype).masked_fill(~slots, float("-inf"))
+        mask = None if slots is None else score_mask(slots, x, self.config)
         aux_losses, loads = [], []
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
@@ -466,6 +463,26 @@ class MiniMindLM(GenerationMixin, PreTrainedModel):
             aux_loss=aux_loss,
             expert_load=torch.stack(loads) if loads else None,
         )
+
+
+def score_mask(slots: Tensor, x: Tensor, config: LMConfig) -> Tensor:
+    """What attention adds to its scores, made once for all layers: 0, or −∞ where nothing is seen.
+
+    Args:
+        slots: (B or 1, 1, T, S) bool, as `attention_slots` returns it.
+        x: (B, T, dim) what the layers take; the mask gets the dtype of their matrix products.
+        config: the model's.
+
+    Returns:
+        (B or 1, 1, T, S), or with flash_attn (B · n_kv_heads, 1, T, S): see `Attention.forward`.
+    """
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    mask = torch.zeros_like(slots, dtype=dtype).masked_fill(~slots, float("-inf"))
+    if not config.flash_attn:
+        return mask
+    return mask.expand(len(x), config.n_kv_heads, -1, -1).flatten(0, 1)[:, None]
 
 
 def attention_slots(

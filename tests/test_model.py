@@ -29,7 +29,14 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from model import KVCache, LMConfig, MiniMindLM
-from model.model import Attention, RMSNorm, apply_rotary_emb, precompute_pos_cis, repeat_kv
+from model.model import (
+    Attention,
+    RMSNorm,
+    apply_rotary_emb,
+    precompute_pos_cis,
+    repeat_kv,
+    score_mask,
+)
 
 # Golden vectors
 
@@ -200,13 +207,17 @@ def test_both_attention_paths_are_equal_with_gradients(n_kv_heads, masked):
     plain = copy.deepcopy(sdpa)
     plain.flash_attn = False
     x = torch.randn(2, 9, 32)
-    mask = None
+    masks = [None, None]
     if masked:
         seen = (torch.rand(2, 1, 9, 9) < 0.5) | torch.eye(9, dtype=torch.bool)
-        mask = torch.zeros(2, 1, 9, 9).masked_fill(~seen, float("-inf"))
+        configs = [config, LMConfig(**{**config.to_dict(), "flash_attn": False})]
+        masks = [score_mask(seen, x, each) for each in configs]
     table = precompute_pos_cis(8, 9)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
-    outs = [layer(x, table, mask, None) for layer, x in zip((sdpa, plain), inputs, strict=True)]
+    outs = [
+        layer(x, table, mask, None)
+        for layer, x, mask in zip((sdpa, plain), inputs, masks, strict=True)
+    ]
     torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-6)
     for out in outs:
         (out * x).sum().backward()
@@ -245,7 +256,7 @@ def test_dropout_works_in_train_mode_only(flash_attn):
     assert not torch.allclose(model(ids).logits, still, atol=1e-2)
     x = torch.ones(4, 50, 32)
     attention = model.layers[0].attention
-    mask = torch.ones(4, 1, 50, 50, dtype=torch.bool).tril()
+    mask = score_mask(torch.ones(4, 1, 50, 50, dtype=torch.bool).tril(), x, model.config)
     for seen in (None, mask):
         dropped = attention(x, precompute_pos_cis(8, 50), seen, None)
         # Equal inputs have equal values, and a mean of them changes only where weights are dropped.

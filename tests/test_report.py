@@ -43,9 +43,9 @@ def learning(n=60, first=8.5, end=3.0, scatter=0.0):
     return [first * (i + 1) ** -power * (1 + dice.uniform(-scatter, scatter)) for i in range(n)]
 
 
-def cosine(n, until=1.0):
-    """A learning rate that falls from 5e-4 to 5e-5, followed for a part of its way."""
-    return [5e-5 + 2.25e-4 * (1 + math.cos(math.pi * until * i / n)) for i in range(n)]
+def cosine(n):
+    """A learning rate that falls from 5e-4 to 5e-5."""
+    return [5e-5 + 2.25e-4 * (1 + math.cos(math.pi * i / n)) for i in range(n)]
 
 
 def late(fall, n=30):
@@ -86,7 +86,7 @@ def validated(train_end, validation):
 
 
 def counted(name, value, n=60):
-    """A healthy run of 600 steps in which a count ends at `value`."""
+    """A healthy run of ten steps a line in which a count ends at `value`."""
     return training_lines(learning(n), **{name: [0] * (n // 2) + [value] * (n - n // 2)})
 
 
@@ -118,10 +118,10 @@ CASES = {
         training_lines([0.49 * LN_VOCAB]),
         training_lines([0.51 * LN_VOCAB]),
     ),
-    "far below, but after a thousand steps": (
+    "far below, but after more steps": (
         "far below",
-        training_lines([3.0]),
-        [training_lines([3.0])[0] | {"step": 1000}],
+        [training_lines([3.0])[0] | {"step": 20}],
+        [training_lines([3.0])[0] | {"step": 21}],
     ),
     "nothing learnt": (
         "Nothing was learnt",
@@ -136,8 +136,8 @@ CASES = {
     "plateau": ("Plateau", training_lines(late(0.008)), training_lines(late(0.012))),
     "plateau, flat at the end of the schedule": (
         "Plateau",
-        training_lines(late(0.0), lr=cosine(30, until=0.6)),
-        training_lines(late(0.0), lr=cosine(30)),
+        training_lines(late(0.0), lr=[5e-4] * 29 + [1.3e-4]),  # 26 % of the peak
+        training_lines(late(0.0), lr=[5e-4] * 29 + [1.2e-4]),
     ),
     "plateau, hidden by scatter": (
         "Plateau",
@@ -165,8 +165,8 @@ CASES = {
         training_lines([*learning(40, end=4), 6.0, 6.0, 6.0]),
         [*training_lines(learning(40, end=4)), training_lines([6.0])[0] | {"tokens": 40_100}],
     ),
-    "epochs, downwards": ("jumps by -6%", epochs(-0.06), epochs(-0.04)),
-    "epochs, upwards": ("jumps by +6%", epochs(0.06), epochs(0.04)),
+    "epochs, downwards": ("jumps by -", epochs(-0.055), epochs(-0.045)),
+    "epochs, upwards": ("jumps by +", epochs(0.055), epochs(0.045)),
     "over-fitting": (
         "Over-fitting",
         validated(3.9, [5.0, 4.0, 4.03, 4.05]),
@@ -178,9 +178,9 @@ CASES = {
         validated(6.1, [6.3, 6.2, 6.25, 6.3]),
     ),
     "gap": (
-        "a gap of 12%",  # the training loss at step 400 is a mean of three lines, 4.051
-        validated(4.0, [5.8, 5.3, 4.9, 4.55]),
-        validated(4.0, [5.8, 5.3, 4.9, 4.40]),
+        "a gap of",  # the training loss at step 400 is a mean of three lines, 4.051
+        validated(4.0, [5.8, 5.3, 4.9, 4.50]),
+        validated(4.0, [5.8, 5.3, 4.9, 4.42]),
     ),
     "gradient too small": (
         "below 0.01",
@@ -198,8 +198,13 @@ CASES = {
         training_lines(learning(), grad_norm=[158.0] * 5 + [0.9] * 55),
     ),
     "skipped": ("were skipped", counted("skipped", 1), counted("skipped", 0)),
-    "spikes": ("spiked 2 times", counted("spikes", 2), counted("spikes", 1)),
-    "dead expert": ("Dead expert", experts(0.002), experts(0.07)),
+    "spikes": ("The loss spiked", counted("spikes", 2), counted("spikes", 1)),
+    "spikes, but in many steps": (
+        "The loss spiked",
+        counted("spikes", 7, n=600),
+        counted("spikes", 6, n=600),
+    ),
+    "dead expert": ("Dead expert", experts(0.0024), experts(0.0026)),
     "starved expert": ("Starved expert", experts(0.06), experts(0.064)),
 }
 
@@ -287,16 +292,21 @@ def png_size(path):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are saved while the test runs."""
+    """The figures that the test draws; to make a PNG of each would take long."""
+    drawn = []
     figure = pytest.importorskip("matplotlib.figure").Figure
-    saved, save = [], figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    return drawn
 
-    def keep(self, *args, **kwargs):
-        saved.append(self)
-        save(self, *args, **kwargs)
 
-    monkeypatch.setattr(figure, "savefig", keep)
-    return saved
+@pytest.fixture
+def no_picture(monkeypatch):
+    """Reports are written as without matplotlib, which takes less time."""
+
+    def absent(*args):
+        raise ImportError
+
+    monkeypatch.setattr("training.report.draw_curves", absent)
 
 
 def points(line):
@@ -307,7 +317,6 @@ def test_the_four_panels_show_the_figures(tmp_path, figures):
     metrics = training_lines([8.0, 7.0, 6.5], lr=[1e-4, 2e-4, 3e-4], grad_norm=[4.0, 0.0, None])
     metrics.insert(2, evaluation(20, 6.9))
     draw_curves({"run": metrics}, tmp_path / "curves.png")
-    assert png_size(tmp_path / "curves.png") == (1000, 700)
     loss, validation, lr, grad_norm = figures[0].axes
     assert points(loss.lines[0]) == [(1, 8.0), (2, 7.0), (3, 6.5)]  # thousand tokens
     assert points(validation.lines[0]) == [(2, 6.9)]
@@ -316,7 +325,7 @@ def test_the_four_panels_show_the_figures(tmp_path, figures):
     assert lr.get_xlabel() == "thousand tokens"
     low, high = validation.get_ylim()
     right = validation.child_axes[0]
-    figures[0].canvas.draw()
+    figures[0].draw_without_rendering()
     assert right.get_ylim() == pytest.approx((low / 2, high / 2))  # bits per byte
     assert figures[0].legends == []
 
@@ -324,11 +333,11 @@ def test_the_four_panels_show_the_figures(tmp_path, figures):
 def test_different_runs_give_different_pictures(tmp_path):
     pytest.importorskip("matplotlib")
     pictures = []
-    for losses in ([8.0, 7.0], [8.0, 7.0], [8.0, 6.0], [8.0], []):
+    for losses in ([8.0, 7.0], [8.0, 6.0], []):
         draw_curves({"run": training_lines(losses)}, tmp_path / "curves.png")
         assert png_size(tmp_path / "curves.png") == (1000, 700)
         pictures.append((tmp_path / "curves.png").read_bytes())
-    assert pictures[0] == pictures[1] and len(set(pictures)) == 4
+    assert len(set(pictures)) == 3
 
 
 def test_runs_with_other_tokenizers_are_compared_in_bits_per_byte(tmp_path, figures):
@@ -350,7 +359,7 @@ def test_validation_sets_are_drawn_one_by_one(tmp_path, figures):
     panel = figures[0].axes[1]
     assert [points(line) for line in panel.lines] == [[(2, 6.0)], [(2, 7.0)], [(2, 5.0)]]
     legend = [text.get_text().strip() for text in panel.get_legend().get_texts()]
-    assert legend == ["_code", "prose"]
+    assert legend == ["all together", "_code", "prose"]
 
 
 def test_a_peak_does_not_flatten_the_loss(tmp_path, figures):
@@ -360,7 +369,8 @@ def test_a_peak_does_not_flatten_the_loss(tmp_path, figures):
     draw_curves({"run": training_lines(losses)}, tmp_path / "curves.png")
     without, with_peak = (figure.axes[0] for figure in figures)
     assert "peaks" not in without.get_title() and without.get_ylim()[1] > 8.5
-    assert "peaks up to 400" in with_peak.get_title() and 8.5 < with_peak.get_ylim()[1] < 20
+    low, high = with_peak.get_ylim()
+    assert "peaks up to 400" in with_peak.get_title() and 2 < low < 3 and 8.5 < high < 20
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_older_one(tmp_path, monkeypatch):
@@ -421,7 +431,7 @@ def test_the_report_of_a_healthy_run(tmp_path):
     assert {file.name for file in folder.iterdir()} == {"metrics.jsonl", "report.md", "curves.png"}
 
 
-def test_the_report_of_a_run_that_went_wrong(tmp_path):
+def test_the_report_of_a_run_that_went_wrong(tmp_path, no_picture):
     metrics = validated(3.9, [5.0, 4.0, 4.2, 4.6])
     metrics = [line | {"skipped": 3} if "loss" in line else line for line in metrics]
     folder = write_metrics(tmp_path / "pretrain_64_moe", metrics)
@@ -435,7 +445,7 @@ def test_the_report_of_a_run_that_went_wrong(tmp_path):
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 11])
-def test_the_report_of_a_short_run(tmp_path, n):
+def test_the_report_of_a_short_run(tmp_path, n, no_picture):
     folder = write_metrics(tmp_path / "run", training_lines([8.6 - 0.1 * i for i in range(n)]))
     line, text = report(folder, "stopped by Ctrl-C")
     assert line.endswith("nothing stands out")
@@ -444,7 +454,7 @@ def test_the_report_of_a_short_run(tmp_path, n):
     assert not {"nan", "inf", "None"} & set(text.replace(",", " ").split())
 
 
-def test_the_report_by_validation_set(tmp_path):
+def test_the_report_by_validation_set(tmp_path, no_picture):
     by_set = {"val_loss/prose": 5.0, "val_perplexity/prose": 148.413, "val_bits_per_byte/prose": 2}
     metrics = [*training_lines([8, 7]), evaluation(20, 6.0, **by_set, **{"val_loss/a|b": 7.0})]
     text = report(write_metrics(tmp_path, metrics))[1]
@@ -456,7 +466,7 @@ def test_the_report_by_validation_set(tmp_path):
     ]
 
 
-def test_the_flags_in_the_report_start_the_run_again(tmp_path):
+def test_the_flags_in_the_report_start_the_run_again(tmp_path, no_picture):
     parser = make_parser("test")
     add_stage_arguments(
         parser, data_path=ROOT / "data set" / "a.jsonl", from_weight="none", learning_rate=5e-4,
@@ -510,7 +520,7 @@ def test_plot_run_overlays_runs(tmp_path, run, figures):
     folders.append(tmp_path / "c" / "pretrain_64")
     out = tmp_path / "new folder" / "curves.png"
     done = run(*folders, "--out", out, script="scripts/plot_run.py")
-    assert done.stdout == f"{out}\n" and png_size(out) == (1000, 700)
+    assert done.stdout == f"{out}\n" and out.is_file()
     run(*folders[1:], "--out", out, script="scripts/plot_run.py")
     ends = [points(line)[-1] for line in figures[0].axes[0].lines[:3]]
     assert ends == [(60, pytest.approx(end)) for end in (3, 4, 5)]
@@ -521,11 +531,9 @@ def test_plot_run_overlays_runs(tmp_path, run, figures):
 
 
 def test_plot_run_starts_from_any_folder(tmp_path):
-    pytest.importorskip("matplotlib")
-    write_metrics(tmp_path / "run", HEALTHY)
-    command = [sys.executable, ROOT / "scripts" / "plot_run.py", "run", "--out", "curves.png"]
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
-    assert png_size(tmp_path / "curves.png") == (1000, 700)
+    command = [sys.executable, ROOT / "scripts" / "plot_run.py", "nowhere", "--out", "curves.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
+    assert done.returncode == 2 and b"nowhere" in done.stderr and done.stderr.count(b"\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def draw_curves(runs: Mapping[str, Metrics], path: Path) -> None:
         OSError: if the file cannot be written.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     curves = {
         name: [m for m in metrics if has_number(m, "tokens")] for name, metrics in runs.items()
@@ -84,7 +85,8 @@ def draw_curves(runs: Mapping[str, Metrics], path: Path) -> None:
     grad_norm.set_title("gradient norm")
     if any(line.get_ydata().max() > 0 for line in grad_norm.lines):
         grad_norm.set_yscale("log")
-        grad_norm.yaxis.set_major_formatter("{x:g}")
+        grad_norm.yaxis.set_major_formatter(LogFormatter())
+        grad_norm.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
 
     for panel in panels.flat:
         panel.grid(alpha=0.3)
@@ -134,7 +136,8 @@ def _cut_peaks(axes: "Axes", curves: Mapping[str, Metrics]) -> None:
         return
     usual = max(every[int(0.95 * (len(every) - 1))], *(run[0] for run in losses if run))
     if every[-1] > PEAK * usual:
-        axes.set_ylim(top=PEAK * usual)
+        low, top = every[0], PEAK * usual
+        axes.set_ylim(low - 0.05 * (top - low), top)
         axes.set_title(f"{axes.get_title()}, peaks up to {every[-1]:.4g}")
 
 
@@ -150,7 +153,7 @@ def _draw_validation(axes: "Axes", curves: Mapping[str, Metrics], scale: float) 
     else:
         name, title = "val_loss", "validation loss (nats per token)"
     axes.set_title(title)
-    _draw(axes, curves, name, scale)
+    _draw(axes, curves, name, scale, label="all together")
     if len(curves) == 1:
         parts = sorted({key for m in evaluations for key in m if key.startswith(f"{name}/")})
         for i, part in enumerate(parts, start=1):
@@ -163,4 +166,4 @@ def _draw_validation(axes: "Axes", curves: Mapping[str, Metrics], scale: float) 
         ratio = ratios[0]
         right = axes.secondary_yaxis("right", functions=(lambda y: y * ratio, lambda y: y / ratio))
         together = len(axes.lines) > len(curves)
-        right.set_ylabel("bits per byte" + (" of all sets together" if together else ""))
+        right.set_ylabel("bits per byte" + (", all together" if together else ""))

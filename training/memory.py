@@ -19,7 +19,7 @@ def estimate_memory(
 
     The sum is needed from the second micro-batch of an accumulation window on, when the gradients
     and the activations are there together; without accumulation, up to the gradients less. These
-    are live tensors: an allocator may keep more (on a CPU, half as much again), as do the device's
+    are live tensors: an allocator may hold more (on a CPU, up to twice as much), as do the device's
     own context and DDP. What `--compile` saves is not counted either.
 
     Args:
@@ -45,8 +45,11 @@ def estimate_memory(
         layers = config.n_layers * 4 * config.dim + max(0, layer - logits)
     else:
         layers = config.n_layers * layer
-    # After the layers, the norm and the output layer's input. The mask is made once, in fp32.
-    ends = _norm_bytes(config, device) + (2 if autocast else 4) * config.dim + 4 * row_length
+    # After the layers, the norm and the output layer's input. The mask is made once for all layers,
+    # fused attention's for each key-value head.
+    width = 2 if autocast else 4
+    masks = config.n_kv_heads if config.flash_attn else 1
+    ends = _norm_bytes(config, device) + width * config.dim + masks * width * row_length
     return {
         # The copy that autocast makes of each matrix lasts until it has been used in backward.
         "weights": parameters * (4 + (2 if autocast else 0)),
@@ -78,9 +81,8 @@ def _layer_bytes(config: LMConfig, row_length: int, autocast: bool, device: torc
     # Rotated q, and the attention's output in the layout that wo reads.
     kept += 2 * width * dim
     if config.flash_attn and not (noise and device.type == "cpu"):
-        # k and v; the output in the kernel's layout; the mask, copied for each key-value head.
-        heads = config.n_kv_heads
-        kept += width * (2 * heads * config.head_dim + dim + heads * row_length)
+        # k and v; the output in the kernel's layout.
+        kept += width * (2 * config.n_kv_heads * config.head_dim + dim)
     else:
         # k and v repeated for each query head; of each query and key the softmax in fp32, and the
         # weights that multiply v if they are another tensor. PyTorch's own way out, where no fused

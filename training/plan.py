@@ -14,6 +14,7 @@ from model.model import MOEFeedForward
 from .checkpoint import write_atomically
 from .distributed import Distributed
 from .memory import estimate_memory
+from .schedule import get_lr, warmup_steps
 
 # Dense peaks in 10¹² FLOP/s from NVIDIA's data sheets and architecture white papers, GPU by name:
 # fp16 and bf16 (tensor cores, sums in fp32), and fp32 as PyTorch computes it unless told otherwise,
@@ -91,6 +92,56 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         return None
     half, single = PEAKS[name]
     return 1e12 * (single if dtype == torch.float32 else half)
+
+
+def plan_run(
+    args: argparse.Namespace,
+    network: MiniMindLM,
+    world: Distributed,
+    *,
+    tokens_per_epoch: int,
+    total_steps: int,
+    dtype: torch.dtype,
+    learning_rates: LearningRates,
+    folder: Path,
+) -> list[str]:
+    """The plan of a run and warnings, as lines; draws the learning rate to `folder`/lr.png.
+
+    Args:
+        args, network, world, tokens_per_epoch, total_steps, dtype: as for `plan_lines`.
+        learning_rates: as for `warnings_for`.
+        folder: of the run's record.
+    """
+    lines = plan_lines(
+        args,
+        network,
+        world,
+        tokens_per_epoch=tokens_per_epoch,
+        total_steps=total_steps,
+        dtype=dtype,
+    )
+    warmup = warmup_steps(args.warmup_iters, args.warmup_ratio, total_steps)
+    if world.is_main:
+        rates = [
+            get_lr(step, total_steps, args.learning_rate, warmup, args.min_lr, args.lr_decay)
+            for step in range(total_steps)
+        ]
+        try:
+            draw_lr_curve(folder / "lr.png", rates)
+            lines.append(f"learning rate: drawn in {folder / 'lr.png'}")
+        except ImportError:
+            lines.append("learning rate: pip install -r scripts/requirements.txt to have it drawn")
+        except OSError as error:
+            lines.append(f"learning rate: not drawn ({error})")
+    warnings = warnings_for(
+        args,
+        learning_rates=learning_rates,
+        parameters=sum(p.numel() for p in network.parameters()),
+        total_steps=total_steps,
+        warmup=warmup,
+        rows_per_step=args.batch_size * args.accumulation_steps * world.world_size,
+    )
+    return lines + [f"warning: {warning}" for warning in warnings]
 
 
 def plan_lines(

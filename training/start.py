@@ -3,7 +3,6 @@
 import argparse
 import math
 import uuid
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from model import MiniMindLM
 
 from .checkpoint import weights_path
 from .distributed import Distributed
-from .plan import LearningRates, draw_lr_curve, peak_flops, plan_lines, warnings_for
+from .plan import LearningRates, peak_flops, plan_run
 from .reporting import Reporter, start_wandb, write_config
 from .resume import (
     TrainState,
@@ -22,7 +21,6 @@ from .resume import (
     set_random_states,
 )
 from .run import Run
-from .schedule import get_lr, warmup_steps
 from .signals import StopSignal
 
 
@@ -182,53 +180,3 @@ def is_finished(args: argparse.Namespace, state: TrainState, val: bool, test: bo
     ended = state.epoch >= args.epochs or (patience and state.evaluations_since_best >= patience)
     scored = (state.evaluated_at == state.step or not val) and (state.tested or not test)
     return bool(ended and scored)
-
-
-def plan_run(
-    args: argparse.Namespace,
-    network: MiniMindLM,
-    world: Distributed,
-    *,
-    tokens_per_epoch: int,
-    total_steps: int,
-    dtype: torch.dtype,
-    learning_rates: LearningRates,
-    folder: Path,
-) -> list[str]:
-    """The plan of a run and warnings, as lines; draws the learning rate to `folder`/lr.png.
-
-    Args:
-        args, network, world, tokens_per_epoch, total_steps, dtype: as for `plan_lines`.
-        learning_rates: as for `warnings_for`.
-        folder: of the run's record.
-    """
-    lines = plan_lines(
-        args,
-        network,
-        world,
-        tokens_per_epoch=tokens_per_epoch,
-        total_steps=total_steps,
-        dtype=dtype,
-    )
-    warmup = warmup_steps(args.warmup_iters, args.warmup_ratio, total_steps)
-    if world.is_main:
-        rates = [
-            get_lr(step, total_steps, args.learning_rate, warmup, args.min_lr, args.lr_decay)
-            for step in range(total_steps)
-        ]
-        try:
-            draw_lr_curve(folder / "lr.png", rates)
-            lines.append(f"learning rate: drawn in {folder / 'lr.png'}")
-        except ImportError:
-            lines.append("learning rate: pip install -r scripts/requirements.txt to have it drawn")
-        except OSError as error:
-            lines.append(f"learning rate: not drawn ({error})")
-    warnings = warnings_for(
-        args,
-        learning_rates=learning_rates,
-        parameters=sum(p.numel() for p in network.parameters()),
-        total_steps=total_steps,
-        warmup=warmup,
-        rows_per_step=args.batch_size * args.accumulation_steps * world.world_size,
-    )
-    return lines + [f"warning: {warning}" for warning in warnings]

@@ -1,0 +1,207 @@
+"""A conversation as token ids, and what the model must learn of it.
+
+The text is the one that the tokenizer's chat template renders. But there it becomes one string, in
+which a `</s>` that somebody typed looks like one that ends a message. Here it stays in pieces:
+control tokens come from the structure alone, and all else is encoded as ordinary text.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import TemplateError
+
+from .records import DataError, RecordError, parse_chat
+from .token_store import WEIGHT_DTYPE, Encoded, TextTokenizer
+
+FORMAT_VERSION = 1  # of the ids and of the tables that dataset.turns derives from them
+
+_BEFORE_TOOLS = "You can call these tools, described by one JSON schema per line:\n"
+_AFTER_TOOLS = (
+    'To call one, put a JSON object with its "name" and "arguments" in a tool_call block; '
+    "an answer may contain several."
+)
+_TOKENS = (
+    *("<s>", "</s>", "<think>", "</think>"),
+    *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+)
+
+
+class Piece(NamedTuple):
+    """A part of a rendered conversation: a control token, or text that is never one.
+
+    `weight` is how much each of its ids counts as a target.
+    """
+
+    text: str
+    is_control: bool = False
+    weight: float = 0.0
+
+
+def render(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] = (),
+    add_generation_prompt: bool = False,
+) -> list[Piece]:
+    """What the chat template renders, in pieces.
+
+    The targets are all that follows the header of an assistant message, `</s>` included.
+
+    Args:
+        messages: as those of `dataset.records.Conversation`.
+        tools: JSON schemas.
+        add_generation_prompt: whether to end with the header of the assistant's next message.
+    """
+    messages = list(messages)
+    if tools:
+        schemas = "".join(f"{_to_json(tool)}\n" for tool in tools)
+        tools_text = f"{_BEFORE_TOOLS}{schemas}{_AFTER_TOOLS}"
+        if messages and messages[0]["role"] == "system":
+            content = messages.pop(0)["content"]
+            tools_text = f"{content}\n\n{tools_text}" if content else tools_text
+        messages.insert(0, {"role": "system", "content": tools_text})
+    pieces = []
+    for message in messages:
+        weight = 0.0
+        if message["role"] == "assistant":
+            weight = message.get("weight", 1.0)
+            body = _assistant_pieces(message)
+        elif message["role"] == "tool":
+            body = _block("tool_response", message["content"])
+        else:
+            body = [Piece(message["content"])]
+        body.append(Piece("</s>", is_control=True))
+        pieces += _header(message["role"])
+        pieces += [piece._replace(weight=weight) for piece in body]
+        pieces.append(Piece("\n"))
+    return pieces + _header("assistant") if add_generation_prompt else pieces
+
+
+def _header(role: str) -> list[Piece]:
+    return [Piece("<s>", is_control=True), Piece(f"{role}\n")]
+
+
+def _block(name: str, text: str) -> list[Piece]:
+    """Text between the two control tokens of that name."""
+    return [
+        Piece(f"<{name}>", is_control=True),
+        Piece(f"\n{text}\n"),
+        Piece(f"</{name}>", is_control=True),
+    ]
+
+
+def _assistant_pieces(message: Mapping[str, Any]) -> list[Piece]:
+    """Reasoning, content and calls of an assistant message."""
+    content, pieces = message["content"], []
+    if message.get("reasoning_content"):
+        pieces += [*_block("think", message["reasoning_content"]), Piece("\n")]
+    pieces.append(Piece(content))
+    for number, call in enumerate(message.get("tool_calls", ())):
+        arguments = call["arguments"]
+        if not isinstance(arguments, str):
+            arguments = _to_json(arguments)
+        if content or number:
+            pieces.append(Piece("\n"))
+        call_text = f'{{"name": {_to_json(call["name"])}, "arguments": {arguments}}}'
+        pieces += _block("tool_call", call_text)
+    return pieces
+
+
+def _to_json(value: Any) -> str:
+    """As the `tojson` of chat templates."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+class ChatEncoder:
+    """Lines with a conversation to its ids, and the weight of each id as a target.
+
+    The ids are those of the tokenizer's chat template wherever a newline is a token of its own and
+    no text has the characters of a control token.
+
+    Attributes:
+        start: id of `<s>`, which begins each message.
+        end_think: id of `</think>`, or -1 if the tokenizer has none.
+        headers: ids of the text between `<s>` and the content, by role.
+        newline: (n,) ids of the newline after `</s>`.
+        byte_counts: (vocabulary,) int64, the UTF-8 bytes of text that each id stands for; 0 for
+            control tokens.
+
+    Raises DataError if the tokenizer lacks `<s>` or `</s>`, or its template renders another format.
+    """
+
+    weighted = True
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = TextTokenizer(tokenizer)
+        special = self._tokenizer.special
+        self._control = {token: special[token] for token in _TOKENS if token in special}
+        missing = {"<s>", "</s>"} - self._control.keys()
+        if missing:
+            raise DataError(
+                f"--tokenizer_path: this tokenizer lacks {min(missing)} as a special token"
+            )
+        _check_template(tokenizer)
+        self.start = self._control["<s>"]
+        self.end_think = self._control.get("</think>", -1)
+        roles = ("system", "user", "assistant", "tool")
+        *headers, self.newline = self._tokenizer.encode_batch([*(f"{r}\n" for r in roles), "\n"])
+        self.headers = dict(zip(roles, headers, strict=True))
+        self.byte_counts = self._tokenizer.byte_counts()
+        self.dtype = self._tokenizer.dtype
+        self.key = f"chat {FORMAT_VERSION} {self._tokenizer.hash}"
+
+    def parse(self, line: bytes) -> tuple[list[Piece], int]:
+        """The pieces of the conversation on a line, and the UTF-8 bytes of text to be learnt.
+
+        Raises RecordError.
+        """
+        pieces = render(*parse_chat(line))
+        for piece in pieces:
+            if piece.is_control and piece.text not in self._control:
+                raise RecordError(f"needs the control token {piece.text}; this tokenizer has none")
+        learnt = [p.text for p in pieces if p.weight > 0 and not p.is_control]
+        return pieces, sum(len(text.encode("utf-8")) for text in learnt)
+
+    def encode(self, records: Sequence[Sequence[Piece]]) -> Encoded:
+        """Ids and weights of conversations, each given by its pieces, as `render` gives them."""
+        pieces = list(chain.from_iterable(records))
+        texts = list({piece.text: None for piece in pieces if not piece.is_control})
+        ids_of_text = dict(zip(texts, self._tokenizer.encode_batch(texts), strict=True))
+        ids_of_control = {
+            token: np.array([id_], dtype=self.dtype) for token, id_ in self._control.items()
+        }
+        parts = [(ids_of_control if p.is_control else ids_of_text)[p.text] for p in pieces]
+        lengths = np.array([len(part) for part in parts], dtype=np.int64)
+        weights = np.array([piece.weight for piece in pieces], dtype=WEIGHT_DTYPE)
+        ends = np.append(0, np.cumsum(lengths))  # of each piece, from the second on
+        pieces_before = np.append(0, np.cumsum([len(r) for r in records], dtype=np.int64))
+        return Encoded(
+            np.concatenate([np.empty(0, dtype=self.dtype), *parts]),
+            np.diff(ends[pieces_before]),
+            np.repeat(weights, lengths),
+        )
+
+
+def _check_template(tokenizer: Any) -> None:
+    """Raise DataError unless the tokenizer's chat template renders what `render` does."""
+    call = {"name": "f", "arguments": {"x": ["1", None]}}
+    messages = [
+        {"role": "system", "content": " Be kind.\n"},
+        {"role": "user", "content": "\nHi "},
+        {"role": "assistant", "content": "Hello", "tool_calls": [call, call]},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": " Bye\n", "reasoning_content": "hm"},
+        {"role": "user", "content": ""},
+    ]
+    for tools in ([{"name": "f"}], []):
+        text = "".join(piece.text for piece in render(messages, tools, add_generation_prompt=True))
+        try:
+            theirs = tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise DataError(f"--tokenizer_path: its chat template fails ({error})") from None
+        if theirs != text:
+            raise DataError("--tokenizer_path: its chat template is not the one of this project")

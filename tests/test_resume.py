@@ -1,0 +1,460 @@
+"""A run that is killed and resumed ends as if it had not been, or says why it cannot go on."""
+
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from interruptions import (
+    SHAPE,
+    assert_same,
+    at_call,
+    killed,
+    read_metrics,
+    read_resume,
+    result,
+    snapshot,
+    started,
+    wait_for_step,
+    write_texts,
+)
+
+from dataset import RowBatches
+from model import MiniMindLM
+from training import Run
+from training.resume import TrainState, save_resume
+from training.resume import read_resume as find_valid
+
+ROWS = [*SHAPE, "--max_seq_len", "32", "--batch_size", "2", "--accumulation_steps", "2"]
+WHOLE = [
+    *ROWS, "--epochs", "3", "--learning_rate", "3e-3", "--dropout", "0.2", "--val_ratio", "0.2",
+    "--save_best", "--save_total_limit", "2", "--keep_every", "5", "--save_interval", "3",
+    "--eval_interval", "4", "--log_interval", "2",
+]  # fmt: skip
+VARIANTS = {
+    "dense": [],
+    "moe": ["--use_moe", "--no-packing"],
+    "workers": ["--num_workers", "1", "--save_dtype", "float16"],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """No plots, which take most of a small run's time; one thread for what fixtures run too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setitem(sys.modules, "matplotlib.figure", None)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("data") / "train.jsonl", 24)
+
+
+@pytest.fixture(scope="module")
+def unbroken(run, data, tmp_path_factory):
+    """Gives what a variant of the run left that nothing interrupted."""
+    results = {}
+
+    def get(variant="dense"):
+        if variant not in results:
+            out = tmp_path_factory.mktemp("unbroken")
+            run(*WHOLE, *VARIANTS[variant], "--data_path", data, "--out_dir", out)
+            name = "pretrain_32_moe" if variant == "moe" else "pretrain_32"
+            results[variant] = result(out, name)
+        return results[variant]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def interrupted(run, data, tmp_path_factory):
+    """Folder of a run that was killed in step 8, with resume files of steps 6 and 5."""
+    out = tmp_path_factory.mktemp("interrupted")
+    with killed(8, Run, "add_step"):
+        run(*WHOLE, "--data_path", data, "--out_dir", out)
+    return out
+
+
+@pytest.fixture
+def out(interrupted, tmp_path):
+    """A copy of `interrupted`."""
+    return shutil.copytree(interrupted, tmp_path / "out")
+
+
+def learning(model, *args):
+    return model.training
+
+
+def evaluating(model, *args):
+    return not model.training
+
+
+def of_the_run(path, target):
+    return path.name.startswith(".pretrain_32") or path.name.startswith("pretrain_32")
+
+
+STEPS = [(n, Run, "add_step", {}) for n in (2, 4, 1, 6, 3, 5)]
+WINDOWS = [(n, MiniMindLM, "forward", {"when": learning}) for n in (2, 14, 1, 7, 16)]
+EVALUATIONS = [(n, MiniMindLM, "forward", {"when": evaluating}) for n in (1, 2, 5)]
+# The first save makes six files; those after it also rename the resume file, and remove files.
+SAVES = [(n, Path, "replace", {"when": of_the_run}) for n in (2, 4, 5, 7, 8, 12, 1, 3, 6)]
+REMOVALS = [(n, Path, "unlink", {"when": lambda path: "_step" in path.name}) for n in (2, 1)]
+AFTER_SAVES = [(n, Run, "save", {"after": True}) for n in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("variant", "kills"),
+    [
+        pytest.param("dense", STEPS, id="steps"),
+        pytest.param("dense", WINDOWS, id="windows"),
+        pytest.param("dense", EVALUATIONS, id="evaluations"),
+        pytest.param("dense", SAVES, id="saves"),
+        pytest.param("dense", REMOVALS + AFTER_SAVES, id="removals"),
+        pytest.param("moe", [STEPS[4], WINDOWS[1], SAVES[2]], id="moe"),
+        pytest.param("workers", [STEPS[1], WINDOWS[3]], id="workers"),
+    ],
+)
+def test_killed_and_resumed_is_as_not_killed(run, data, unbroken, tmp_path, variant, kills):
+    """Weights of every kind, resume file and metrics, after kill upon kill in the same run."""
+    words = [*WHOLE, *VARIANTS[variant], "--data_path", data, "--out_dir", tmp_path]
+    for n, owner, name, how in kills:
+        with killed(n, owner, name, **how):
+            run(*words, "--resume")
+    run(*words, "--resume")
+    name = "pretrain_32_moe" if variant == "moe" else "pretrain_32"
+    assert_same(result(tmp_path, name), unbroken(variant))
+
+
+def test_killed_by_the_system(run, root, data, unbroken, tmp_path):
+    words = [*WHOLE, "--data_path", data, "--out_dir", tmp_path]
+    with started(root, *words) as process:
+        wait_for_step(process, tmp_path, 8)
+        process.kill()
+        process.wait()
+    assert read_resume(tmp_path)["state"]["step"] < 21
+    run(*words, "--resume")
+    assert_same(result(tmp_path), unbroken())
+
+
+def test_a_finished_run_is_left_alone(run, data, tmp_path):
+    words = [*WHOLE, "--test_data_path", data, "--data_path", data, "--out_dir", tmp_path]
+    run(*words)
+    before = snapshot(tmp_path)
+    done = run(*words, "--resume")
+    assert "nothing to do" in done.stdout
+    assert snapshot(tmp_path) == before
+
+
+def test_a_run_that_stopped_early_is_left_alone(run, data, tmp_path):
+    """A learning rate of nearly nothing makes no progress of 0.5."""
+    patience = ["--early_stopping_patience", 1, "--early_stopping_min_delta", 0.5]
+    words = [*WHOLE, *patience, "--learning_rate", 1e-9, "--data_path", data]
+    done = run(*words, "--out_dir", tmp_path)
+    assert "stopped early" in done.stdout
+    before = snapshot(tmp_path)
+    assert "nothing to do" in run(*words, "--out_dir", tmp_path, "--resume").stdout
+    assert snapshot(tmp_path) == before
+
+
+def test_nothing_to_resume_starts_a_run(run, data, unbroken, tmp_path):
+    done = run(*WHOLE, "--data_path", data, "--out_dir", tmp_path, "--resume")
+    assert re.search("--resume: nothing .* new run", done.stdout)
+    assert_same(result(tmp_path), unbroken())
+
+
+class Mischief:
+    """Pickled, it makes a folder where it is loaded."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100_000])
+
+
+def flip(path):
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] = ~contents[len(contents) // 2] % 256  # tensors are nearly all of the file
+    path.write_bytes(contents)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def pickle_code(path):
+    path.write_bytes(pickle.dumps(Mischief(path.parent / "mischief")))
+
+
+def save_code(path):
+    torch.save({"format": 1, "state": Mischief(path.parent / "mischief")}, path)
+
+
+def replace_by_weights(path):
+    shutil.copy(path.with_name("pretrain_32.pth"), path)
+
+
+DAMAGE = [truncate, flip, empty, pickle_code, save_code, replace_by_weights]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_resume_file_costs_one_interval(run, data, unbroken, out, damage):
+    newest = out / "pretrain_32_resume.pth"
+    damage(newest)
+    done = run(*WHOLE, "--data_path", data, "--out_dir", out, "--resume")
+    assert str(newest) in done.stdout
+    assert "going on after step 5" in done.stdout
+    assert_same(result(out), unbroken())
+
+
+def test_two_damaged_resume_files_start_a_run(run, data, unbroken, out):
+    paths = [out / "pretrain_32_resume.pth", out / "pretrain_32_resume.prev.pth"]
+    for path in paths:
+        flip(path)
+    for numbered in out.glob("*_step*"):
+        numbered.unlink()
+    done = run(*WHOLE, "--data_path", data, "--out_dir", out, "--resume")
+    for path in paths:
+        assert str(path) in done.stdout
+    assert re.search("--resume: nothing .* new run", done.stdout)
+    (out / "pretrain_32_resume.old.pth").unlink(missing_ok=True)
+    assert_same(result(out), unbroken())
+
+
+def test_a_damaged_resume_file_never_replaces_the_good_one(run, data, unbroken, out):
+    """Killed in the save after the damage, at each of its renames."""
+    words = [*WHOLE, "--data_path", data, "--out_dir", out, "--resume"]
+    for n in range(1, 7):
+        flip(out / "pretrain_32_resume.pth")
+        with killed(n, Path, "replace", when=of_the_run):
+            run(*words)
+        assert any(is_valid(path) for path in out.glob("pretrain_32_resume*.pth")), n
+    run(*words)
+    assert_same(result(out), unbroken())
+
+
+def is_valid(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except zipfile.BadZipFile:
+        return False
+
+
+def test_any_flipped_bit_is_noticed_or_harmless(tmp_path):
+    """In the pickled part, in the directory of the file and in the headers of its entries."""
+    weights, path = tmp_path / "x.pth", tmp_path / "x_resume.pth"
+    tensors = {f"tensor{i}": torch.arange(i, 20.0) for i in range(5)}
+    state = TrainState(run_id="1", rows_per_step=4, step=3)
+    save_resume(weights, state, {}, {}, tensors, {}, {}, [], first=True)
+    good = path.read_bytes()
+    generator = random.Random(0)
+    for _ in range(1500):
+        bad = bytearray(good)
+        place = generator.randrange(len(good))
+        bad[place] ^= 1 << generator.randrange(8)
+        path.unlink()
+        path.write_bytes(bad)
+        contents, notes = find_valid(weights)
+        if contents is None:
+            assert str(path) in notes[0]
+            assert len(notes[0].splitlines()) == 1
+        else:
+            assert contents["state"] == state, place
+            assert_same(contents["model"], tensors, str(place))
+
+
+def swap_two_tokens(tokenizer_dir, folder):
+    """A tokenizer of the same size that gives other ids."""
+    shutil.copytree(tokenizer_dir, folder)
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    one, other = sorted(vocabulary, key=vocabulary.get)[-2:]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--n_layers", "3"],
+        ["--dim", "64"],
+        ["--use_moe"],
+        ["--seed", "1"],
+        ["--max_seq_len", "33"],
+        ["--val_ratio", "0.3"],
+        ["--no-packing"],
+        ["--data_path", "other.jsonl"],
+        ["--tokenizer_path", "tokenizer"],
+        ["--n_layers", "1", "--seed", "2", "--data_path", "other.jsonl"],
+    ],
+    ids=" ".join,
+)
+def test_what_may_not_change_is_named(run, data, out, tmp_path, tokenizer_dir, words):
+    paths = {
+        "other.jsonl": write_texts(tmp_path / "other.jsonl", 25),
+        "tokenizer": swap_two_tokens(tokenizer_dir, tmp_path / "tokenizer"),
+    }
+    changed = [paths.get(word, word) for word in words]
+    before = snapshot(out)
+    done = run(*WHOLE, "--data_path", data, "--out_dir", out, "--resume", *changed, code=2)
+    lines = done.stderr.splitlines()
+    for flag in (word.replace("--no-", "--") for word in words if word.startswith("--")):
+        assert sum(flag in re.findall(r"--\w+", line) for line in lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(lines) <= len(words) + 1
+    assert snapshot(out) == before
+
+
+def test_the_same_data_elsewhere(run, data, unbroken, out, tmp_path):
+    elsewhere = shutil.copy(data, tmp_path / "moved.jsonl")
+    run(*WHOLE, "--data_path", elsewhere, "--out_dir", out, "--resume")
+    assert_same(result(out), unbroken())
+
+
+def test_what_may_change_is_said_and_takes_effect(run, data, unbroken, out):
+    changed = ["--learning_rate", 1e-4, "--weight_decay", 0.05, "--beta1", 0.8, "--beta2", 0.9]
+    done = run(*WHOLE, "--data_path", data, "--out_dir", out, "--resume", *changed)
+    for line in (
+        "--learning_rate 0.0001 (was 0.003)",
+        "--weight_decay 0.05 (was 0.1)",
+        "--beta1 0.8 (was 0.9)",
+        "--beta2 0.9 (was 0.95)",
+    ):
+        assert line in done.stdout
+    rates = [line["lr"] for line in read_metrics(out) if "lr" in line]
+    before = [line["lr"] for line in unbroken()["metrics.jsonl"] if "lr" in line]
+    assert rates[:3] == before[:3]
+    assert max(rates[3:]) <= 1e-4
+    decayed, bare = read_resume(out)["optimizer"]["param_groups"]
+    assert (decayed["weight_decay"], bare["weight_decay"]) == (0.05, 0.0)
+    assert tuple(decayed["betas"]) == tuple(bare["betas"]) == (0.8, 0.9)
+
+
+def test_a_new_run_moves_an_unfinished_one_aside(run, data, unbroken, out):
+    newest, previous, old = (
+        out / f"pretrain_32_resume{which}.pth" for which in ("", ".prev", ".old")
+    )
+    before = newest.read_bytes()
+    words = [*WHOLE, "--data_path", data, "--out_dir", out]
+    saved = []
+
+    def look():
+        saved.append({path: path.exists() and run_id(path) for path in (newest, previous, old)})
+
+    with at_call(1, Run, "save", look, after=True), at_call(2, Run, "save", look, after=True):
+        done = run(*words)
+    assert "unfinished" in done.stdout and "step 6" in done.stdout and old.name in done.stdout
+    assert old.read_bytes() == before
+    first, second = saved
+    assert first[newest] == second[newest] == second[previous] == run_id(newest) != first[old]
+    assert not first[previous]
+    old.unlink()
+    assert_same(result(out), unbroken())
+
+
+def run_id(path):
+    return torch.load(path, weights_only=True)["state"]["run_id"]
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_new_run_killed_before_its_first_save(run, data, unbroken, out, step):
+    """Whichever of the two runs then goes on, its metrics are its own."""
+    words = [*WHOLE, "--data_path", data, "--out_dir", out]
+    with killed(step, Run, "add_step"):
+        run(*words)
+    run(*words, "--resume")
+    assert_same(result(out)["metrics.jsonl"], unbroken()["metrics.jsonl"])
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_other_batches_go_on_at_the_same_row(run, data, tmp_path, monkeypatch):
+    """Each epoch takes each row once, in the order of a run without changes; lr falls by rows."""
+    taken = []
+    rows_of = RowBatches.__iter__
+
+    def record(batches):
+        for rows in rows_of(batches):
+            taken.extend((batches.epoch, row) for row in rows)
+            yield rows
+
+    monkeypatch.setattr(RowBatches, "__iter__", record)
+    words = [
+        *SHAPE, "--max_seq_len", 32, "--epochs", 2, "--log_interval", 1, "--lr_decay", "linear",
+        "--warmup_iters", 0, "--learning_rate", 1e-3, "--min_lr", 1e-4, "--data_path", data,
+    ]  # fmt: skip
+    run(*words, "--batch_size", 2, "--accumulation_steps", 2, "--out_dir", tmp_path / "whole")
+    whole, expected = list(taken), read_metrics(tmp_path / "whole")[-1]["tokens"]
+    n_rows = len(whole) // 2
+    assert sorted(whole) == [(epoch, row) for epoch in (0, 1) for row in range(n_rows)]
+
+    taken.clear()
+    out = ["--out_dir", tmp_path / "parts", "--resume"]
+    seen = []  # rows before each step
+    for batch, accumulation, steps in [(2, 2, 3), (3, 1, 2), (5, 2, 3), (1, 3, None)]:
+        split = ["--batch_size", batch, "--accumulation_steps", accumulation]
+        before = len(taken)
+        if steps is None:
+            run(*words, *split, *out)
+        else:
+            with at_call(steps, Run, "add_step", stop, after=True):
+                run(*words, *split, *out, code=143)
+        for epoch in (0, 1):
+            rest = range(max(before, epoch * n_rows), min(len(taken), (epoch + 1) * n_rows))
+            seen += rest[:: batch * accumulation]
+    assert taken == whole
+    figures = read_metrics(tmp_path / "parts")
+    assert figures[-1]["tokens"] == expected
+    per_epoch = -(-n_rows // 4)  # steps of the batch that the run began with
+    assert [line["lr"] for line in figures] == pytest.approx(
+        [1e-3 - 9e-4 * (n // n_rows * per_epoch + n % n_rows / 4) / (2 * per_epoch) for n in seen]
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ([], []),
+        (["--save_total_limit"], [15, 18, 21]),
+        (["--save_total_limit", "1"], [21]),
+        (["--keep_every", "4"], [4, 8, 12, 16, 20]),
+        (["--keep_every", "6", "--save_total_limit", "2"], [6, 12, 15, 18, 21]),
+    ],
+    ids=str,
+)
+def test_numbered_weights(run, data, tmp_path, words, kept):
+    """Saves at 3, 6, … 21; step 1000 is an earlier run's."""
+    earlier = tmp_path / "pretrain_32_step1000.pth"
+    earlier.write_bytes(b"earlier")
+    common = [*ROWS, "--epochs", 3, "--val_ratio", 0.2, "--save_interval", 3, "--data_path", data]
+    common += ["--out_dir", tmp_path, *words]
+    with killed(11, Run, "add_step"):
+        run(*common)
+    run(*common, "--resume")
+    assert read_resume(tmp_path)["state"]["step"] == 21
+    files = {f"pretrain_32_step{n}.{kind}" for n in kept for kind in ("pth", "json")}
+    assert {path.name for path in tmp_path.glob("*_step*")} == files | {earlier.name}
+    for n in kept[-1:] if 21 in kept else ():
+        last = torch.load(tmp_path / "pretrain_32.pth", weights_only=True)
+        assert_same(torch.load(tmp_path / f"pretrain_32_step{n}.pth", weights_only=True), last)
