@@ -33,13 +33,12 @@ from dataset import (
     make_loader,
     tokenizer_hash,
 )
-from model import LMConfig, MiniMindLM
+from model import MiniMindLM
 from training import (
     ROOT,
     Distributed,
     Run,
     StopSignal,
-    UserError,
     add_stage_arguments,
     autocast_dtype,
     check_identity,
@@ -50,6 +49,7 @@ from training import (
     find_resume,
     find_sample,
     get_random_states,
+    init_model,
     load_first_weights,
     load_tokenizer,
     make_optimizer,
@@ -57,7 +57,6 @@ from training import (
     open_process_group,
     report_user_errors,
     run_identity,
-    seed_everything,
     set_random_states,
     start_run,
     summarise,
@@ -88,39 +87,6 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     check_stage_arguments(args)
     return args
-
-
-def init_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> MiniMindLM:
-    """Build the network, the same on every process.
-
-    Raises:
-        UserError: for an impossible shape.
-    """
-    seed_everything(args.seed)
-    try:
-        config = LMConfig(
-            dim=args.dim,
-            n_layers=args.n_layers,
-            vocab_size=len(tokenizer),
-            dropout=args.dropout,
-            flash_attn=args.flash_attn,
-            use_moe=args.use_moe,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    except ValueError as error:
-        raise UserError(f"--dim {args.dim} --n_layers {args.n_layers}: {error}") from None
-    if args.max_seq_len > config.max_seq_len:
-        raise UserError(
-            f"--max_seq_len {args.max_seq_len} is above the model's context of {config.max_seq_len}"
-        )
-    model = MiniMindLM(config)
-    if args.gradient_checkpointing:
-        # Named so from transformers 5 on, where the older name is deprecated.
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    return model
 
 
 def open_rows(

@@ -1,6 +1,6 @@
 """What goes into the network: JSONL lines, token ids and loss masks, packed batches."""
 
-from .chat import ChatEncoder, render
+from .chat import ChatEncoder, render_chat
 from .lm_dataset import PretrainDataset, RLAIFDataset, SFTDataset
 from .packing import PackedRows, PaddedRows, RowBatches, collate, make_loader
 from .records import Conversation, DataError, parse_chat
@@ -19,6 +19,6 @@ __all__ = [
     "collate",
     "make_loader",
     "parse_chat",
-    "render",
+    "render_chat",
     "tokenizer_hash",
 ]

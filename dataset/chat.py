@@ -7,6 +7,7 @@ control tokens come from the structure alone, and all else is encoded as ordinar
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -36,11 +37,11 @@ class Piece(NamedTuple):
     """
 
     text: str
-    is_control: bool = False
-    weight: float = 0.0
+    is_control: bool
+    weight: float
 
 
-def render(
+def render_chat(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] = (),
     add_generation_prompt: bool = False,
@@ -64,48 +65,47 @@ def render(
         messages.insert(0, {"role": "system", "content": tools_text})
     pieces = []
     for message in messages:
-        weight = 0.0
-        if message["role"] == "assistant":
+        role, content, weight = message["role"], message["content"], 0.0
+        pieces += _header(role)
+        if role == "assistant":
             weight = message.get("weight", 1.0)
-            body = _assistant_pieces(message)
-        elif message["role"] == "tool":
-            body = _block("tool_response", message["content"])
+            pieces += _answer(message, weight)
+        elif role == "tool":
+            pieces += _block("tool_response", content, weight)
         else:
-            body = [Piece(message["content"])]
-        body.append(Piece("</s>", is_control=True))
-        pieces += _header(message["role"])
-        pieces += [piece._replace(weight=weight) for piece in body]
-        pieces.append(Piece("\n"))
+            pieces.append(Piece(content, False, weight))
+        pieces += [Piece("</s>", True, weight), Piece("\n", False, 0.0)]
     return pieces + _header("assistant") if add_generation_prompt else pieces
 
 
 def _header(role: str) -> list[Piece]:
-    return [Piece("<s>", is_control=True), Piece(f"{role}\n")]
+    return [Piece("<s>", True, 0.0), Piece(f"{role}\n", False, 0.0)]
 
 
-def _block(name: str, text: str) -> list[Piece]:
+def _block(name: str, text: str, weight: float) -> list[Piece]:
     """Text between the two control tokens of that name."""
     return [
-        Piece(f"<{name}>", is_control=True),
-        Piece(f"\n{text}\n"),
-        Piece(f"</{name}>", is_control=True),
+        Piece(f"<{name}>", True, weight),
+        Piece(f"\n{text}\n", False, weight),
+        Piece(f"</{name}>", True, weight),
     ]
 
 
-def _assistant_pieces(message: Mapping[str, Any]) -> list[Piece]:
+def _answer(message: Mapping[str, Any], weight: float) -> list[Piece]:
     """Reasoning, content and calls of an assistant message."""
     content, pieces = message["content"], []
     if message.get("reasoning_content"):
-        pieces += [*_block("think", message["reasoning_content"]), Piece("\n")]
-    pieces.append(Piece(content))
+        pieces += _block("think", message["reasoning_content"], weight)
+        content = f"\n{content}"
+    pieces.append(Piece(content, False, weight))
     for number, call in enumerate(message.get("tool_calls", ())):
         arguments = call["arguments"]
         if not isinstance(arguments, str):
             arguments = _to_json(arguments)
-        if content or number:
-            pieces.append(Piece("\n"))
+        if message["content"] or number:
+            pieces.append(Piece("\n", False, weight))
         call_text = f'{{"name": {_to_json(call["name"])}, "arguments": {arguments}}}'
-        pieces += _block("tool_call", call_text)
+        pieces += _block("tool_call", call_text, weight)
     return pieces
 
 
@@ -125,8 +125,6 @@ class ChatEncoder:
         end_think: id of `</think>`, or -1 if the tokenizer has none.
         headers: ids of the text between `<s>` and the content, by role.
         newline: (n,) ids of the newline after `</s>`.
-        byte_counts: (vocabulary,) int64, the UTF-8 bytes of text that each id stands for; 0 for
-            control tokens.
 
     Raises DataError if the tokenizer lacks `<s>` or `</s>`, or its template renders another format.
     """
@@ -148,16 +146,20 @@ class ChatEncoder:
         roles = ("system", "user", "assistant", "tool")
         *headers, self.newline = self._tokenizer.encode_batch([*(f"{r}\n" for r in roles), "\n"])
         self.headers = dict(zip(roles, headers, strict=True))
-        self.byte_counts = self._tokenizer.byte_counts()
         self.dtype = self._tokenizer.dtype
         self.key = f"chat {FORMAT_VERSION} {self._tokenizer.hash}"
+
+    @cached_property
+    def byte_counts(self) -> np.ndarray:
+        """(largest id + 1,) int64, the UTF-8 bytes of text that each id stands for."""
+        return self._tokenizer.byte_counts()
 
     def parse(self, line: bytes) -> tuple[list[Piece], int]:
         """The pieces of the conversation on a line, and the UTF-8 bytes of text to be learnt.
 
         Raises RecordError.
         """
-        pieces = render(*parse_chat(line))
+        pieces = render_chat(*parse_chat(line))
         for piece in pieces:
             if piece.is_control and piece.text not in self._control:
                 raise RecordError(f"needs the control token {piece.text}; this tokenizer has none")
@@ -165,7 +167,7 @@ class ChatEncoder:
         return pieces, sum(len(text.encode("utf-8")) for text in learnt)
 
     def encode(self, records: Sequence[Sequence[Piece]]) -> Encoded:
-        """Ids and weights of conversations, each given by its pieces, as `render` gives them."""
+        """Ids and weights of conversations, each the pieces that `render_chat` gives."""
         pieces = list(chain.from_iterable(records))
         texts = list({piece.text: None for piece in pieces if not piece.is_control})
         ids_of_text = dict(zip(texts, self._tokenizer.encode_batch(texts), strict=True))
@@ -185,7 +187,7 @@ class ChatEncoder:
 
 
 def _check_template(tokenizer: Any) -> None:
-    """Raise DataError unless the tokenizer's chat template renders what `render` does."""
+    """Raise DataError unless the tokenizer's chat template renders what `render_chat` does."""
     call = {"name": "f", "arguments": {"x": ["1", None]}}
     messages = [
         {"role": "system", "content": " Be kind.\n"},
@@ -196,12 +198,12 @@ def _check_template(tokenizer: Any) -> None:
         {"role": "user", "content": ""},
     ]
     for tools in ([{"name": "f"}], []):
-        text = "".join(piece.text for piece in render(messages, tools, add_generation_prompt=True))
+        pieces = render_chat(messages, tools, add_generation_prompt=True)
         try:
             theirs = tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=True
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise DataError(f"--tokenizer_path: its chat template fails ({error})") from None
-        if theirs != text:
+        if theirs != "".join(piece.text for piece in pieces):
             raise DataError("--tokenizer_path: its chat template is not the one of this project")

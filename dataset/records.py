@@ -260,7 +260,8 @@ def _parse_tools(tools: Any) -> list[dict[str, Any]]:
     tools = tools or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RecordError('"tools" is not an array of objects')
-    _check_json(tools, '"tools"')
+    if tools:
+        _check_json(tools, '"tools"')
     return tools
 
 

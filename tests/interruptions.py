@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 
-SHAPE = ["--dim", "32", "--n_layers", "2", "--device", "cpu"]
+SHAPE = ["--dim", "32", "--n_layers", "1", "--device", "cpu"]
 TIMING = {"seconds", "tokens_per_second", "memory_gb", "mfu"}
 WORDS = ["red", "green", "blue", "一座山", "河流", "stone", "云"]
 

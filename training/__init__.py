@@ -25,6 +25,7 @@ from .checkpoint import (
 from .curves import draw_curves, read_metrics
 from .distributed import Distributed, autocast_dtype, find_processes, open_process_group
 from .guards import explain_out_of_memory, find_sample
+from .network import init_model
 from .optimizer import make_optimizer
 from .resume import (
     check_identity,
@@ -60,6 +61,7 @@ __all__ = [
     "fraction_or_one",
     "get_lr",
     "get_random_states",
+    "init_model",
     "load_first_weights",
     "load_model",
     "load_tokenizer",

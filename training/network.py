@@ -1,0 +1,43 @@
+"""The model that a stage begins with."""
+
+import argparse
+
+from transformers import PreTrainedTokenizerBase
+
+from model import LMConfig, MiniMindLM
+
+from .arguments import UserError
+from .resume import seed_everything
+
+
+def init_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> MiniMindLM:
+    """Build the network, the same on every process.
+
+    Raises:
+        UserError: for an impossible shape.
+    """
+    seed_everything(args.seed)
+    try:
+        config = LMConfig(
+            dim=args.dim,
+            n_layers=args.n_layers,
+            vocab_size=len(tokenizer),
+            dropout=args.dropout,
+            flash_attn=args.flash_attn,
+            use_moe=args.use_moe,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    except ValueError as error:
+        raise UserError(f"--dim {args.dim} --n_layers {args.n_layers}: {error}") from None
+    if args.max_seq_len > config.max_seq_len:
+        raise UserError(
+            f"--max_seq_len {args.max_seq_len} is above the model's context of {config.max_seq_len}"
+        )
+    model = MiniMindLM(config)
+    if args.gradient_checkpointing:
+        # Named so from transformers 5 on, where the older name is deprecated.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    return model
