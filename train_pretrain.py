@@ -156,9 +156,10 @@ def batches(run: Run, rows: Rows, **order: Any) -> DataLoader:
 def train_epoch(run: Run, model: nn.Module, rows: Rows, val: dict[str, Rows]) -> None:
     """Go through what is left of the epoch, or until the run ends.
 
-    The loss of a step is the mean over all target tokens of its window: of every micro-batch and
-    every process. So the window is read first, its targets are counted everywhere, and each
-    micro-batch adds its own share of the gradient. The auxiliary loss is a mean over rows alike.
+    The loss of a step is the mean over all target tokens of its window, of every micro-batch and
+    every process, weighted by the loss mask. So the window is read first, its targets are counted
+    everywhere, and each micro-batch adds its own share of the gradient. The auxiliary loss is a
+    mean over rows alike.
 
     Args:
         run: the run.
@@ -174,9 +175,10 @@ def train_epoch(run: Run, model: nn.Module, rows: Rows, val: dict[str, Rows]) ->
     started = time.perf_counter()
     while window := [world.to_device(b) for b in islice(micro_batches, args.accumulation_steps)]:
         random_states = get_random_states(world.device) if several else None
+        masks = [b["loss_mask"] for b in window]
         text_rows = [b["attention_mask"].any(1).sum() for b in window]  # the others are padding
-        counts = torch.stack((sum(b["loss_mask"].sum() for b in window), sum(text_rows)))
-        targets, n_rows = world.sum(counts).tolist()
+        counts = (sum(m.sum() for m in masks), sum((m > 0).sum() for m in masks), sum(text_rows))
+        targets, tokens, n_rows = world.sum(torch.stack(counts)).tolist()
         lr = run.learning_rate()
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -210,6 +212,7 @@ def train_epoch(run: Run, model: nn.Module, rows: Rows, val: dict[str, Rows]) ->
         optimizer.zero_grad(set_to_none=True)
 
         run.add_step(
+            tokens=tokens,
             targets=targets,
             loss=loss_sum,
             aux_loss=aux_sum,
@@ -318,10 +321,12 @@ def train(
             on_cuda = world.device.type == "cuda"
             model = DistributedDataParallel(model, [world.device.index] if on_cuda else None)
 
-        validate_if_due(run, model, val)  # a stopped run may have left this to do
+        if run.state.step > 0:  # a stopped run may have left this to do
+            validate_if_due(run, model, val)
         while run.going_on:
             train_epoch(run, model, rows, val)
         if test is not None and run.test_due:
+            run.save()  # the test may take its time
             run.note_test(evaluate(run, run.best_network(), {"": test}, "test"))
         run.save()
         run.report()
@@ -354,11 +359,12 @@ def main() -> int:
         check_identity(
             path, resume["identity"], run_identity(args, data[0], tokenizer_hash(tokenizer))
         )
-    with open_process_group(world), explain_out_of_memory():
+        check_output(path, network)
+    with open_process_group(world):
         run = train(args, world, dtype, tokenizer, network, data, resume, notes)
     return run.end() if run is not None else 0
 
 
 if __name__ == "__main__":
-    with report_user_errors(DataError):
+    with report_user_errors(DataError), explain_out_of_memory():
         sys.exit(main())

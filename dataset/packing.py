@@ -16,6 +16,7 @@ and `sample`, the index of its first item. Padding has id 0, and restarts the po
 of its own would.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -267,4 +268,11 @@ def make_loader(
         pin_memory=on_cuda,
         # Its own: it would draw from the global one, and a resumed run makes more loaders.
         generator=torch.Generator(),
+        worker_init_fn=_leave_signals_to_the_parent,
     )
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A signal to the whole process group must not end what reads ahead before a run has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

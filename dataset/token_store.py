@@ -108,6 +108,10 @@ class TextTokenizer:
         largest_id = max(self._backend.get_vocab(with_added_tokens=True).values())
         self.dtype = np.dtype("<u2" if largest_id < 1 << 16 else "<u4")
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._backend.encode_special_tokens = True  # which the library does not pickle
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, of `dtype`, without `<s>` and `</s>`.
 

@@ -174,7 +174,8 @@ def started(root: Path, *words: Any, processes: int = 1) -> Iterator[subprocess.
         yield process
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:

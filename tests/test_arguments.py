@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from training import add_stage_arguments, flag, make_parser
+from training.arguments import named_path
 
 
 def stage_parser():
@@ -41,31 +44,6 @@ def test_a_switch_that_is_on_can_be_turned_off():
     assert stage_parser().parse_args(["--no-flash_attn"]).flash_attn is False
 
 
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        (["--learning_rat", "1"], "--learning_rate?"),
-        (["--batch_size", "0"], "--batch_size"),
-        (["--batch_size", "x"], "--batch_size"),
-        (["--learning_rate", "-1"], "--learning_rate"),
-        (["--learning_rate", "nan"], "--learning_rate"),
-        (["--dropout", "1"], "--dropout"),
-        (["--use_moe", "maybe"], "--use_moe"),
-        (["--no-use_moe", "True"], "--no-use_moe"),
-        (["--dtype", "int8"], "--dtype"),
-        (["--epochs"], "--epochs"),
-        (["stray"], "stray"),
-    ],
-)
-def test_mistakes_are_one_line_and_exit_2(words, named, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        stage_parser().parse_args(words)
-    error = capsys.readouterr().err
-    assert exit_.value.code == 2
-    assert named in error
-    assert error.count("\n") == 1
-
-
 def test_only_rank_0_prints_a_mistake(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as exit_:
@@ -83,6 +61,42 @@ def test_the_defaults_of_pretraining():
     assert (args.dim, args.n_layers, args.max_seq_len) == (512, 8, 512)
     assert (args.log_interval, args.save_interval) == (10, 100)
     assert (args.dtype, args.save_dtype, str(args.out_dir)) == ("bfloat16", "float32", "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "path"),
+    [
+        ("news.jsonl", "news", "news.jsonl"),
+        ("web/news.jsonl", "news", "web/news.jsonl"),
+        ("en=web/news.jsonl", "en", "web/news.jsonl"),
+        ("en=a=b.jsonl", "en", "a=b.jsonl"),
+        ("web/lr=1/news.jsonl", "news", "web/lr=1/news.jsonl"),
+        ("=news.jsonl", "=news", "=news.jsonl"),
+        ("en=", "en=", "en="),
+    ],
+)
+def test_validation_sets_are_named_by_hand_or_by_their_file(text, name, path):
+    assert named_path(text) == (name, Path(path))
+
+
+def test_a_file_whose_name_has_an_equals_sign_is_no_pair(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("en=news.jsonl").touch()
+    assert named_path("en=news.jsonl") == ("en=news", Path("en=news.jsonl"))
+
+
+def test_flags_with_a_figure_of_their_own():
+    """Without the flag there is no such thing; the flag alone means 3; a number means that."""
+    for name in ("early_stopping_patience", "save_total_limit"):
+        for words, expected in [([], None), ([f"--{name}"], 3), ([f"--{name}", "5"], 5)]:
+            assert getattr(stage_parser().parse_args(words), name) == expected
+    assert stage_parser().parse_args([]).early_stopping_min_delta == 1e-4
+
+
+def test_several_validation_sets_in_one_flag_or_more():
+    for words in (["a=x", "b=y"], ["a=x", "--val_data_path", "b=y"]):
+        args = stage_parser().parse_args(["--val_data_path", *words])
+        assert args.val_data_path == [("a", Path("x")), ("b", Path("y"))]
 
 
 def test_help_shows_both_spellings_of_a_switch(capsys):

@@ -7,7 +7,7 @@ import torch
 
 from model import LMConfig, MiniMindLM
 from training import UserError, check_output, load_model, load_weights, save_weights
-from training.checkpoint import weights_path, write_atomically
+from training.checkpoint import SaveError, weights_path, write_atomically
 
 TINY = LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64)
 
@@ -116,6 +116,29 @@ def test_a_damaged_description_is_named(tmp_path, model, text):
 def test_an_unwritable_folder_is_named(model):
     with pytest.raises(UserError, match="--out_dir"):
         check_output(Path("/dev/null/out/x.pth"), model)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a limit on the size of files")
+def test_what_cannot_be_saved_is_said_in_a_line_and_the_old_file_is_kept(tmp_path, model):
+    import resource
+
+    path = tmp_path / "x.pth"
+    save_weights(path, model, TINY, "pretrain", "abc")
+    before = path.read_bytes()
+    with torch.no_grad():
+        model.norm.weight.add_(1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Python ignores the signal that comes with it, so that writing fails as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(SaveError) as raised:
+            save_weights(path, model, TINY, "pretrain", "abc")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(raised.value).startswith(f"{path}: cannot be saved (")
+    assert "\n" not in str(raised.value)
+    assert path.read_bytes() == before
+    assert {file.name for file in tmp_path.iterdir()} == {"x.pth", "x.json"}
 
 
 class Malicious:

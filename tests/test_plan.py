@@ -450,7 +450,7 @@ def test_cost_line(arguments, line):
 def test_the_curve_is_a_png(tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "logs" / "lr.png"
-    draw_lr_curve(path, [1e-3 * step / 7 for step in range(8)])
+    draw_lr_curve(path, lambda step: 1e-3 * step / 7, 8)
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert [file.name for file in path.parent.iterdir()] == ["lr.png"]
 
@@ -481,7 +481,7 @@ def test_a_long_run_is_drawn_with_few_points(n, points, tmp_path, monkeypatch):
     module = types.SimpleNamespace(Figure=FakeFigure)
     monkeypatch.setitem(sys.modules, "matplotlib", types.SimpleNamespace(figure=module))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", module)
-    draw_lr_curve(tmp_path / "lr.png", range(5, n + 5))
+    draw_lr_curve(tmp_path / "lr.png", lambda step: step + 5, n)
     steps, rates = FakeFigure.drawn
     assert len(steps) == points and steps[0] == 0 and n - steps[-1] <= math.ceil(n / points)
     assert rates == [step + 5 for step in steps]
@@ -491,5 +491,5 @@ def test_a_long_run_is_drawn_with_few_points(n, points, tmp_path, monkeypatch):
 def test_without_matplotlib_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError):
-        draw_lr_curve(tmp_path / "lr.png", [0.1, 0.2])
+        draw_lr_curve(tmp_path / "lr.png", lambda step: 0.1, 2)
     assert list(tmp_path.iterdir()) == []

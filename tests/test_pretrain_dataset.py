@@ -58,7 +58,9 @@ def check_items(dataset, texts, lines, encode):
     assert dataset.text_bytes == sum(len(text.encode("utf-8")) for text in texts)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     texts=st.lists(
         st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(

@@ -22,8 +22,6 @@ from interruptions import (
     read_resume,
     result,
     snapshot,
-    started,
-    wait_for_step,
     write_texts,
 )
 
@@ -39,10 +37,13 @@ WHOLE = [
     "--save_best", "--save_total_limit", "2", "--keep_every", "5", "--save_interval", "3",
     "--eval_interval", "4", "--log_interval", "2",
 ]  # fmt: skip
+PATIENCE = ["--early_stopping_min_delta", "10", "--early_stopping_patience"]
 VARIANTS = {
     "dense": [],
     "moe": ["--use_moe", "--no-packing"],
     "workers": ["--num_workers", "1", "--save_dtype", "float16"],
+    # Ended by the second evaluation without progress, after step 6.
+    "patience": [*PATIENCE, "2", "--eval_interval", "2"],
 }
 
 
@@ -124,6 +125,7 @@ AFTER_SAVES = [(n, Run, "save", {"after": True}) for n in (1, 2)]
         pytest.param("dense", REMOVALS + AFTER_SAVES, id="removals"),
         pytest.param("moe", [STEPS[1], WINDOWS[1]], id="moe"),
         pytest.param("workers", [WINDOWS[1]], id="workers"),
+        pytest.param("patience", [(6, Run, "add_step", {})], id="patience"),
     ],
 )
 def test_killed_and_resumed_is_as_not_killed(run, data, unbroken, tmp_path, variant, kills):
@@ -137,16 +139,6 @@ def test_killed_and_resumed_is_as_not_killed(run, data, unbroken, tmp_path, vari
     assert_same(result(tmp_path, name), unbroken(variant))
 
 
-def test_killed_by_the_system(run, root, data, unbroken, tmp_path):
-    words = [*WHOLE, "--data_path", data, "--out_dir", tmp_path]
-    with started(root, *words) as process:
-        wait_for_step(process, tmp_path, 4)
-        process.kill()
-        process.wait()
-    run(*words, "--resume")
-    assert_same(result(tmp_path), unbroken())
-
-
 def test_a_finished_run_is_left_alone(run, data, tmp_path):
     words = [*WHOLE, "--test_data_path", data, "--data_path", data, "--out_dir", tmp_path]
     run(*words)
@@ -157,13 +149,10 @@ def test_a_finished_run_is_left_alone(run, data, tmp_path):
 
 
 def test_a_run_that_stopped_early_is_left_alone(run, data, tmp_path):
-    """A learning rate of nearly nothing makes no progress of 0.5."""
-    patience = ["--early_stopping_patience", 1, "--early_stopping_min_delta", 0.5]
-    words = [*WHOLE, *patience, "--learning_rate", 1e-9, "--data_path", data]
-    done = run(*words, "--out_dir", tmp_path)
-    assert "stopped early" in done.stdout
+    words = [*WHOLE, *PATIENCE, 1, "--data_path", data, "--out_dir", tmp_path]
+    assert "stopped early" in run(*words).stdout
     before = snapshot(tmp_path)
-    assert "nothing to do" in run(*words, "--out_dir", tmp_path, "--resume").stdout
+    assert "nothing to do" in run(*words, "--resume").stdout
     assert snapshot(tmp_path) == before
 
 

@@ -19,7 +19,9 @@ from interruptions import (
     wait_for_step,
     write_texts,
 )
+from transformers import AutoTokenizer
 
+from dataset import PackedRows, PretrainDataset, RowBatches
 from model import MiniMindLM
 from training import Run
 
@@ -98,7 +100,7 @@ def of_the_run(path, target):
         pytest.param(signal.SIGINT, 10, MiniMindLM, "forward", {"when": learning}, 5, id="window"),
         pytest.param(signal.SIGTERM, 6, Run, "add_step", {"after": True}, 6, id="step"),
         pytest.param(signal.SIGINT, 1, MiniMindLM, "forward", {"when": evaluating}, 4, id="val"),
-        pytest.param(signal.SIGTERM, 2, MiniMindLM, "forward", {"when": evaluating}, 8, id="end"),
+        pytest.param(signal.SIGTERM, 4, MiniMindLM, "forward", {"when": evaluating}, 8, id="end"),
         pytest.param(signal.SIGINT, 2, Path, "replace", {"when": of_the_run}, 4, id="save"),
     ],
 )
@@ -142,58 +144,72 @@ def test_a_second_interrupt_ends_the_run_at_once(
     assert_same(result(tmp_path), unbroken)
 
 
-@posix
-def test_signals_of_the_system(run, root, data, tmp_path):
-    """SIGTERM, then Ctrl-C, which a terminal sends to loader processes as well, then SIGKILL."""
-    words = [*WHOLE, "--epochs", 40, "--save_interval", 20, "--log_interval", 1]
-    words += ["--eval_interval", 50, "--data_path", data]
-    out = ["--out_dir", tmp_path / "out", "--num_workers", 1]
-    with started(root, *words, *out) as process:
-        wait_for_step(process, tmp_path / "out", 2)
-        process.terminate()
-        assert process.wait(30) == 143
-    with started(root, *words, *out, "--resume") as process:
-        wait_for_step(process, tmp_path / "out", 30)
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(30) == 130
-    with started(root, *words, *out, "--resume") as process:
-        wait_for_step(process, tmp_path / "out", 70)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    run(*words, *out, "--resume")
-    run(*words, "--out_dir", tmp_path / "unbroken", "--num_workers", 1)
-    assert_same(result(tmp_path / "out"), result(tmp_path / "unbroken"))
-
-
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("data") / "many.jsonl", 400)
-
-
-# Windows of 200 rows, which two processes need a second or so for.
-TOGETHER = [*ROWS, "--batch_size", "1", "--accumulation_steps", "100", "--log_interval", "1"]
+    return write_texts(tmp_path_factory.mktemp("data") / "many.jsonl", 300)
 
 
 @posix
-def test_processes_drop_the_open_window(run, root, many, tmp_path):
-    """Stopped in the second window and in the third; then resumed by two processes, and by one."""
-    words = [*TOGETHER, "--data_path", many, "--out_dir"]
+def test_signals_of_the_system(run, root, many, tmp_path):
+    """SIGTERM to a whole group, as torchrun sends it: to loader processes too. Then SIGKILL."""
+    words = [*ROWS, "--batch_size", 1, "--log_interval", 1, "--save_interval", 50, "--num_workers"]
+    words += [1, "--data_path", many, "--out_dir"]
     out = tmp_path / "out"
-    for step, number in (1, signal.SIGTERM), (2, signal.SIGINT):
-        with started(root, *words, out, "--resume", processes=2) as process:
+    for step, number, status in (2, signal.SIGTERM, 143), (70, signal.SIGKILL, -9):
+        with started(root, *words, out, "--resume") as process:
             wait_for_step(process, out, step)
-            if number == signal.SIGTERM:
-                process.terminate()
-            else:
-                os.killpg(process.pid, number)
+            os.killpg(process.pid, number)
             printed, _ = process.communicate(timeout=30)
-        assert f"stopped by {number.name} at step {step}" in printed
-        assert read_resume(out)["state"]["step"] == step
-        shutil.copytree(out, tmp_path / f"step{step}")
-    run(*words, out, "--resume", processes=2)
-    run(*words, tmp_path / "unbroken", processes=2)
+            assert process.returncode == status, printed
+    run(*words, out, "--resume")
+    run(*words, tmp_path / "unbroken")
     assert_same(result(out), result(tmp_path / "unbroken"))
 
-    alone = ["--batch_size", 7, "--accumulation_steps", 3, "--resume"]
-    run(*words, tmp_path / "step1", *alone)
-    assert read_metrics(tmp_path / "step1")[-1]["tokens"] == read_metrics(out)[-1]["tokens"]
+
+def stop_processes(root, words, out, step, number):
+    """Go on in `out` with two processes; stop them in the window after a step."""
+    with started(root, *words, "--out_dir", out, processes=2) as process:
+        wait_for_step(process, out, step)
+        os.killpg(process.pid, number)  # that of torchrun, which passes it on to theirs
+        printed, _ = process.communicate(timeout=30)
+    assert f"stopped by {number.name} at step {step}" in printed
+    assert process.returncode != 0
+    assert read_resume(out)["state"]["step"] == step
+
+
+@posix
+def test_processes_drop_the_open_window(run, root, many, tmp_path, tokenizer_dir):
+    """One process takes a step, then two take two, at once or stopped between; then one the rest.
+
+    No row is taken twice or left out, and the learning rate falls by rows.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    rows = PackedRows(PretrainDataset(many, tokenizer, 33), 32)
+    (order,) = RowBatches(len(rows), len(rows), seed=42, epoch=0)
+    tokens = torch.stack([rows[row]["loss_mask"].sum() for row in order]).cumsum(0)
+
+    words = [
+        *ROWS, "--lr_decay", "linear", "--warmup_iters", 0, "--min_lr", 1e-3, "--log_interval", 1,
+        "--data_path", many, "--resume",
+    ]  # fmt: skip
+    out = tmp_path / "out"
+    with at_call(1, Run, "add_step", send(signal.SIGTERM), after=True):
+        run(*words, "--out_dir", out, "--batch_size", 30, code=143)
+    stopped = shutil.copytree(out, tmp_path / "stopped")
+    # Windows of 60 rows: long enough to be stopped in.
+    together = [*words, "--batch_size", 1, "--accumulation_steps", 30]
+    stop_processes(root, together, out, 3, signal.SIGINT)
+    stop_processes(root, together, stopped, 2, signal.SIGTERM)
+    stop_processes(root, together, stopped, 3, signal.SIGTERM)
+    assert_same(result(stopped), result(out))
+
+    run(*words, "--out_dir", out, "--batch_size", 70)
+    starts = [0, 30, 90, *range(150, len(rows), 70)]
+    lines = read_metrics(out)
+    assert [line["tokens"] for line in lines] == [
+        tokens[end - 1] for end in (*starts[1:], len(rows))
+    ]
+    per_epoch = -(-len(rows) // 30)  # steps of the batch that the run began with
+    assert [line["lr"] for line in lines] == pytest.approx(
+        [3e-3 - 2e-3 * start / 30 / per_epoch for start in starts]
+    )

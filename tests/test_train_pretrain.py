@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -11,6 +12,14 @@ from transformers import AutoTokenizer
 from model import LMConfig, MiniMindLM
 
 SHAPE = ["--dim", "32", "--n_layers", "2", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_matplotlib():
+    """Runs do without it, and drawing takes longer than everything else in a small one."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(sys.modules, "matplotlib.figure", None)
+        yield
 
 
 def write_lines(path, texts):
@@ -68,6 +77,13 @@ def test_one_gradient_however_it_is_split(splits):
             assert ours.get("aux_loss") == pytest.approx(theirs.get("aux_loss"), abs=1e-5)
         for name, tensor in whole.items():
             torch.testing.assert_close(split[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+def test_it_learns_and_balances_its_experts(splits):
+    """Perfect balance costs alpha, 0.1, for each of the two layers, and nothing costs less."""
+    for figures, _ in splits.values():
+        assert figures[-1]["loss"] < figures[0]["loss"] - 0.5
+        assert "aux_loss" not in figures[0] or 0.19 < figures[0]["aux_loss"] < 0.4
 
 
 def test_every_token_is_used_in_every_epoch(splits, data, tokenizer_dir):
@@ -129,18 +145,6 @@ def test_a_repeated_text_is_learnt_and_continued(run, tmp_path):
     assert said.stdout == "白日依山尽，黄河入海流。\n"
 
 
-def test_moe_trains_on_two_processes(run, data, tmp_path):
-    run(
-        *SHAPE, "--use_moe", "--data_path", data, "--out_dir", tmp_path, "--batch_size", 4,
-        "--max_seq_len", 32, "--log_interval", 5, "--epochs", 2,
-        processes=2,
-    )  # fmt: skip
-    figures = metrics(tmp_path, "pretrain_32_moe")
-    assert figures[-1]["loss"] < figures[0]["loss"]
-    # Perfect balance costs alpha for each of the two layers, and nothing costs less.
-    assert 0.19 < figures[0]["aux_loss"] < 0.4
-
-
 def test_continued_pretraining_starts_from_the_weights(run, data, tmp_path):
     common = [*SHAPE, "--data_path", data, "--batch_size", 8, "--max_seq_len", 32]
     run(*common, "--out_dir", tmp_path / "a", "--epochs", 8, "--learning_rate", 3e-3)
@@ -166,51 +170,6 @@ def test_unpacked_rows_and_checkpointing_give_the_same_losses(run, data, tmp_pat
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        (["--data_path", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--max_seq_len", "9000"], "--max_seq_len"),
-        (["--dim", "100"], "--dim"),
-        (["--ddp"], "--ddp"),
-        (["--device", "cuda:99"], "--device"),
-        (["--dtype", "float16"], "--dtype"),
-        (["--min_lr", "1"], "--min_lr"),
-        (["--from_weight", "full_sft"], "--from_weight"),
-        (["--tokenizer_path", "nowhere"], "--tokenizer_path"),
-        (["--out_dir", "train_pretrain.py/out"], "--out_dir"),
-        (["--seed", "99999999999999999999999"], "--seed"),
-        (["--learning_rate", "inf"], "--learning_rate"),
-    ],
-)
-def test_mistakes_end_with_one_line(run, data, tmp_path, words, named):
-    done = run(*SHAPE, "--data_path", data, "--out_dir", tmp_path / "out", *words, code=2)
-    assert named in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out" / "pretrain_32.pth").exists()
-
-
-def test_bad_lines_are_listed_or_skipped(run, tmp_path):
-    path = tmp_path / "bad.jsonl"
-    path.write_text('{"text": "good"}\n{"text": 5}\n{"text": "good too"}\n{"te\n', encoding="utf-8")
-    done = run(*SHAPE, "--data_path", path, "--out_dir", tmp_path, code=2)
-    assert f"{path}:2: " in done.stderr
-    assert f"{path}:4: " in done.stderr
-    assert "Traceback" not in done.stderr
-    done = run(*SHAPE, "--data_path", path, "--out_dir", tmp_path, "--skip_bad_lines")
-    assert "2 bad lines" in done.stdout
-
-
-def test_weights_of_another_shape_are_not_overwritten(run, data, tmp_path):
-    common = ["--data_path", data, "--max_seq_len", "32", "--out_dir", tmp_path]
-    run(*SHAPE, *common)
-    path = tmp_path / "pretrain_32.pth"
-    before = path.read_bytes()
-    done = run(*SHAPE, *common, "--n_layers", "3", code=2)
-    assert "pretrain_32.pth" in done.stderr
-    assert path.read_bytes() == before
-
-
 def test_wandb_offline(run, data, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
@@ -220,14 +179,3 @@ def test_wandb_offline(run, data, tmp_path, monkeypatch):
         fresh=True,
     )  # fmt: skip
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-
-
-def test_a_loss_that_is_no_number_ends_the_run(run, data, tmp_path):
-    out = ["--out_dir", tmp_path]
-    words = [*SHAPE, "--data_path", data, *out, "--max_seq_len", "32", "--batch_size", "4"]
-    run(*words)
-    before = (tmp_path / "pretrain_32.pth").read_bytes()
-    done = run(*words, "--learning_rate", "1e30", "--grad_clip", "1e30", code=2)
-    assert "--learning_rate" in done.stderr.splitlines()[-1]
-    assert (tmp_path / "pretrain_32.pth").read_bytes() == before
-    assert (tmp_path / "logs" / "pretrain_32" / "metrics.prev.jsonl").is_file()

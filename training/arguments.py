@@ -173,6 +173,7 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
         "--val_data_path",
         type=named_path,
         nargs="+",
+        action="extend",
         default=[],
         metavar="[NAME=]PATH",
         help="JSONL files to evaluate on",
@@ -184,7 +185,10 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
         "--test_data_path", type=Path, help="JSONL file to score the best weights on at the end"
     )
     data.add_argument(
-        "--max_seq_len", type=count, default=defaults["max_seq_len"], help="positions of a row"
+        "--max_seq_len",
+        type=_number(int, 2),
+        default=defaults["max_seq_len"],
+        help="positions of a row",
     )
     data.add_argument(
         "--packing", action=flag, default=True, help="fill each row from several documents"

@@ -6,7 +6,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,6 @@ from torch import nn
 from model import LMConfig, MiniMindLM
 
 from .arguments import UserError
-
-# What torch.load has been seen to raise on files with a few bytes changed.
-DAMAGE = (RuntimeError, EOFError, ValueError, OSError, KeyError, TypeError, IndexError)
 
 
 def weights_path(out_dir: Path, stage: str, config: LMConfig) -> Path:
@@ -63,12 +60,11 @@ def write_atomically(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # elsewhere a folder cannot be flushed
+    if os.name == "posix":  # elsewhere a folder cannot be flushed, nor on some network drives
         folder = os.open(path.parent, os.O_RDONLY)
-        try:
+        with suppress(OSError):
             os.fsync(folder)
-        finally:
-            os.close(folder)
+        os.close(folder)
 
 
 class SaveError(Exception):
@@ -80,8 +76,10 @@ def report_save_errors(path: Path) -> Iterator[None]:
     """Turn what goes wrong while `path` is written into a SaveError."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except (OSError, RuntimeError) as error:
+        # torch.save raises a RuntimeError of its own when it has met an OSError.
+        origin = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(origin, "strerror", None) or f"{error}".partition("\n")[0]
         raise SaveError(f"{path}: cannot be saved ({reason}); what was there is kept") from None
 
 
@@ -146,24 +144,24 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: if the file is damaged, or holds anything but named tensors.
     """
-    state = read_pickle(path)
+    state = read_pickle(path, mmap=True)
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise UserError(f"{path}: not a state_dict")
     return state
 
 
-def read_pickle(path: Path) -> Any:
-    """What torch.save wrote: tensors, memory-mapped, in plain containers.
+def read_pickle(path: Path, *, mmap: bool) -> Any:
+    """What torch.save wrote: tensors in plain containers, memory-mapped if that is wanted.
 
     Raises:
         UserError: if the file is damaged, or holds what only running code could rebuild.
     """
     try:
-        mmap = zipfile.is_zipfile(path)  # older files are not
+        mmap = mmap and zipfile.is_zipfile(path)  # older files are not
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: refused: damaged, or it holds more than tensors") from None
-    except DAMAGE as error:
+    except Exception as error:  # a damaged file makes torch.load raise nearly anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: damaged or not a weight file ({reason})") from None
 
@@ -179,7 +177,7 @@ def check_sums(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError) as error:
+    except Exception as error:  # as above
         raise UserError(f"{path}: damaged ({error})") from None
     if damaged:
         raise UserError(f"{path}: damaged: {damaged} in it has changed")
@@ -200,8 +198,8 @@ def load_weights(path: Path, model: nn.Module, tokenizer_hash: str) -> None:
     about = read_about(path)
     if about is not None and about["tokenizer"] != tokenizer_hash:
         raise UserError(f"{path}: trained with another tokenizer; --tokenizer_path names it")
-    state = read_state(path)
     check_sums(path)
+    state = read_state(path)
     difference = _first_difference(path, state, model)
     if difference:
         raise UserError(f"{path}: weights of another model: {difference}")
@@ -237,21 +235,27 @@ def load_model(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
 
 
 def check_output(path: Path, model: nn.Module) -> None:
-    """Make sure, before training, that the weights can be saved to `path`.
+    """Make sure, before training, that weights and logs can be written.
+
+    Args:
+        path: of the weights; the best go beside it, the logs below its folder.
+        model: whose weights.
 
     Raises:
-        UserError: if the folder cannot be written, or `path` holds a model of another shape.
+        UserError: if a folder cannot be written, or the weights there are of another shape.
     """
-    try:
-        write_atomically(path.with_suffix(".probe"), lambda file: None)
-        path.with_suffix(".probe").unlink()
-    except OSError as error:
-        raise UserError(f"--out_dir {path.parent}: {error.strerror or error}") from None
-    if path.exists():
-        difference = _first_difference(path, read_state(path), model)
+    for probe in (path.with_suffix(".probe"), path.parent / "logs" / path.stem / ".probe"):
+        try:
+            write_atomically(probe, lambda file: file.write(b"a byte, as a full disk has none"))
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"--out_dir {probe.parent}: {error.strerror or error}") from None
+    for weights in (path, path.with_name(f"{path.stem}_best.pth")):
+        difference = weights.is_file() and _first_difference(weights, read_state(weights), model)
         if difference:
             raise UserError(
-                f"{path} holds another model ({difference}): move it, or choose another --out_dir"
+                f"{weights} holds another model ({difference}): move it, or choose another "
+                "--out_dir"
             )
 
 

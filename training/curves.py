@@ -61,7 +61,6 @@ def draw_curves(runs: Mapping[str, Metrics], path: Path) -> None:
         OSError: if the file cannot be written.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
 
     curves = {
         name: [m for m in metrics if has_number(m, "tokens")] for name, metrics in runs.items()
@@ -83,10 +82,10 @@ def draw_curves(runs: Mapping[str, Metrics], path: Path) -> None:
     lr.ticklabel_format(axis="y", scilimits=(-2, 2))
     _draw(grad_norm, curves, "grad_norm", scale)
     grad_norm.set_title("gradient norm")
-    if any(line.get_ydata().max() > 0 for line in grad_norm.lines):
+    norms = [norm for line in grad_norm.lines for norm in line.get_ydata() if norm > 0]
+    if norms and max(norms) > 10 * min(norms):
         grad_norm.set_yscale("log")
-        grad_norm.yaxis.set_major_formatter(LogFormatter())
-        grad_norm.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+        grad_norm.yaxis.set_major_formatter("{x:g}")
 
     for panel in panels.flat:
         panel.grid(alpha=0.3)
@@ -153,7 +152,7 @@ def _draw_validation(axes: "Axes", curves: Mapping[str, Metrics], scale: float) 
     else:
         name, title = "val_loss", "validation loss (nats per token)"
     axes.set_title(title)
-    _draw(axes, curves, name, scale, label="all together")
+    _draw(axes, curves, name, scale, label=_label("all together"))
     if len(curves) == 1:
         parts = sorted({key for m in evaluations for key in m if key.startswith(f"{name}/")})
         for i, part in enumerate(parts, start=1):

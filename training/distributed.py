@@ -2,9 +2,11 @@
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,9 +45,12 @@ class Distributed:
         return {name: x.to(self.device, non_blocking=background) for name, x in batch.items()}
 
     def log(self, message: str) -> None:
-        """Print on the main process."""
+        """Print on the main process. A pipe that was closed, or a full disk, ends no run."""
         if self.is_main:
-            print(message, flush=True)
+            try:
+                print(message, flush=True)
+            except OSError:
+                sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Add a tensor up over all processes, in place."""

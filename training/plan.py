@@ -3,7 +3,7 @@
 import argparse
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -122,13 +122,15 @@ def plan_run(
     )
     warmup = warmup_steps(args.warmup_iters, args.warmup_ratio, total_steps)
     if world.is_main:
-        rates = [
-            get_lr(step, total_steps, args.learning_rate, warmup, args.min_lr, args.lr_decay)
-            for step in range(total_steps)
-        ]
+        # That of the run whose record this is stays as it is.
+        picture = folder / ("lr.dry_run.png" if args.dry_run else "lr.png")
+
+        def rate(step: int) -> float:
+            return get_lr(step, total_steps, args.learning_rate, warmup, args.min_lr, args.lr_decay)
+
         try:
-            draw_lr_curve(folder / "lr.png", rates)
-            lines.append(f"learning rate: drawn in {folder / 'lr.png'}")
+            draw_lr_curve(picture, rate, total_steps)
+            lines.append(f"learning rate: drawn in {picture}")
         except ImportError:
             lines.append("learning rate: pip install -r scripts/requirements.txt to have it drawn")
         except OSError as error:
@@ -301,8 +303,13 @@ def cost_line(seconds_per_step: float, steps_left: int, gpu_price: float | None,
     return f"{line}; at {gpu_price:.2f} per GPU-hour{several}: {cost:,.2f}"
 
 
-def draw_lr_curve(path: Path, rates: Sequence[float]) -> None:
-    """Draw the learning rate of each optimizer step to a PNG file.
+def draw_lr_curve(path: Path, rate: Callable[[int], float], total_steps: int) -> None:
+    """Draw the learning rate over the optimizer steps to a PNG file.
+
+    Args:
+        path: the file.
+        rate: the learning rate of a step.
+        total_steps: of the run.
 
     Raises:
         ImportError: without matplotlib.
@@ -310,10 +317,10 @@ def draw_lr_curve(path: Path, rates: Sequence[float]) -> None:
     """
     from matplotlib.figure import Figure
 
-    steps = range(0, len(rates), math.ceil(len(rates) / CURVE_POINTS))
+    steps = range(0, total_steps, math.ceil(total_steps / CURVE_POINTS) or 1)
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, [rates[step] for step in steps])
+    axes.plot(steps, [rate(step) for step in steps])
     axes.set(xlabel="step", ylabel="learning rate")
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", scilimits=(-2, 2))

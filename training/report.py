@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import statistics
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,7 +100,7 @@ def read_curves(
 def _whole_intervals(lines: Metrics) -> Metrics:
     """The lines without those that average much less than the others, as at an epoch's end."""
     tokens = [m["tokens"] for m in lines]
-    counts = [count - before for before, count in zip([0, *tokens], tokens, strict=False)]
+    counts = [count - before for before, count in pairwise([0, *tokens])]
     half = statistics.median(counts) / 2 if counts else 0
     return [line for line, count in zip(lines, counts, strict=True) if count >= half]
 
@@ -227,7 +228,7 @@ def _epoch_borders(lines: Metrics) -> Reading | None:
         return _mean(lines[i : i + side]) / _mean(lines[i - side : i]) - 1
 
     jumps, judged = [], 0
-    for start, border, end in zip(starts, starts[1:], starts[2:], strict=False):
+    for (start, border), (_, end) in pairwise(pairwise(starts)):
         shorter = min(border - start, end - border)
         side = max(BORDER_LINES, shorter // 8)
         if shorter < 2 * side:

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -64,6 +65,26 @@ def write_config(path: Path, args: argparse.Namespace, run_id: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode("utf-8")))
 
 
+def restore_metrics(folder: Path, run_id: str) -> None:
+    """Put the metrics of a run that is resumed back, if a later run began and never saved.
+
+    That one had moved them to metrics.prev.jsonl; its own lines take their place there.
+
+    Raises:
+        OSError: if a file cannot be read or moved.
+    """
+    config, metrics = folder / "config.json", folder / "metrics.jsonl"
+    previous, aside = folder / "metrics.prev.jsonl", folder / "metrics.aside.jsonl"
+    if not config.is_file() or not previous.is_file():
+        return
+    if f'"run_id": "{run_id}"' not in config.read_text(encoding="utf-8"):
+        if metrics.exists():
+            metrics.replace(aside)
+        previous.replace(metrics)
+        if aside.exists():
+            aside.replace(previous)
+
+
 def _commit() -> str | None:
     """The commit of the code, with `+changes` where tracked files differ from it."""
 
@@ -105,7 +126,8 @@ class LineFile:
             while data:
                 data = data[self._file.write(data) :]
         except OSError as error:
-            self._file.truncate(before)
+            with suppress(OSError):
+                self._file.truncate(before)
             self._complain(error)
 
     def sync(self) -> None:
@@ -121,8 +143,9 @@ class LineFile:
 
     def _complain(self, error: OSError) -> None:
         if not self._complained:
-            print(f"{self.path}: cannot be written ({error.strerror})", file=sys.stderr, flush=True)
-        self._complained = True
+            self._complained = True
+            with suppress(OSError):
+                print(f"{self.path}: cannot be written ({error.strerror})", file=sys.stderr)
 
 
 class Reporter:
@@ -137,6 +160,7 @@ class Reporter:
         step: of them, those taken before.
         metrics_bytes: the length to cut metrics.jsonl to, for a run that is resumed; None for a
             new run: the file that is there becomes metrics.prev.jsonl.
+        wandb_run: a run of wandb, or None.
     """
 
     def __init__(
@@ -146,10 +170,11 @@ class Reporter:
         total_steps: int,
         step: int = 0,
         metrics_bytes: int | None = None,
+        wandb_run: Any = None,
     ):
         self.world = world
         self.total_steps = total_steps
-        self.wandb_run = None
+        self.wandb_run = wandb_run
         self.first_step = step
         self.started = time.perf_counter()
         self.bar: tqdm | None = None
@@ -159,7 +184,7 @@ class Reporter:
             return
         folder.mkdir(parents=True, exist_ok=True)
         metrics = folder / "metrics.jsonl"
-        if metrics_bytes is None and metrics.exists():
+        if metrics_bytes is None and metrics.exists() and metrics.stat().st_size:
             metrics.replace(folder / "metrics.prev.jsonl")
         self.metrics = LineFile(metrics, metrics_bytes)
         self.log_file = LineFile(folder / "training_log.txt")
@@ -185,9 +210,9 @@ class Reporter:
         """
         shown = "  ".join(f"{name} {_format(value)}" for name, value in figures.items() if value)
         if self.bar is not None:
+            names = ("loss", "lr", "tokens_per_second")
             self.bar.set_postfix_str(
-                f"loss {_format(figures['loss'])}, lr {_format(figures['lr'])}, "
-                f"{_format(figures['tokens_per_second'])} tokens/s"
+                ", ".join(f"{name} {_format(figures[name])}" for name in names if name in figures)
             )
             self._write_log(f"step {step}/{self.total_steps}  {shown}")
         else:

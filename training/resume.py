@@ -8,7 +8,7 @@ import math
 import random
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,8 +25,8 @@ class Tally:
     """Sums over the steps since the last line of figures.
 
     Attributes:
-        loss: in nats, over target tokens.
-        targets: what `loss` is divided by.
+        loss: in nats, over target tokens, weighted by the loss mask.
+        tokens, targets: how many, and the sum of their weights.
         aux_loss, grad_norm: over steps; `grad_norm` over the `good` ones, whose norm is a number.
         steps, good: how many steps, and how many without those that were skipped.
         seconds: that the steps took.
@@ -34,6 +34,7 @@ class Tally:
     """
 
     loss: float = 0.0
+    tokens: float = 0.0
     targets: float = 0.0
     aux_loss: float = 0.0
     grad_norm: float = 0.0
@@ -57,9 +58,10 @@ class TrainState:
         tally: what the next line of figures is made of.
         skipped, bad_in_row: updates skipped so far, and just now without a good one between.
         spikes, spike_watch: loss spikes so far, and what finds them.
-        evaluated_at: step of the last evaluation.
+        evaluated_at: step of the last evaluation; -1 without one.
         validation: fingerprint of the data that `best_loss` is measured on.
-        best_loss, best_step: lowest validation loss, and when; 0 without one.
+        best_loss, best_step: lowest validation loss, and when; None without one.
+        best_saved: whether the best weights are in …_best.pth.
         evaluations_since_best: how many were no progress.
         tested: whether the test data have been scored.
         numbered: steps of the numbered weights that --save_total_limit may remove.
@@ -79,10 +81,11 @@ class TrainState:
     bad_in_row: int = 0
     spikes: int = 0
     spike_watch: SpikeWatch = field(default_factory=SpikeWatch)
-    evaluated_at: int = 0
+    evaluated_at: int = -1
     validation: str = ""
     best_loss: float = math.inf
-    best_step: int = 0
+    best_step: int | None = None
+    best_saved: bool = False
     evaluations_since_best: int = 0
     tested: bool = False
     numbered: list[int] = field(default_factory=list)
@@ -93,7 +96,8 @@ class TrainState:
         """Start best score and early stopping anew if the data to validate on are others."""
         if fingerprint != self.validation:
             self.validation = fingerprint
-            self.best_loss, self.best_step, self.evaluations_since_best = math.inf, 0, 0
+            self.evaluated_at, self.evaluations_since_best = -1, 0
+            self.best_loss, self.best_step, self.best_saved = math.inf, None, False
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainState":
@@ -127,7 +131,7 @@ def save_resume(
     scaler: dict[str, Any],
     random_states: list[dict[str, Any]],
     *,
-    first: bool,
+    saved_as: Literal["unsaved", "newest", "previous"],
 ) -> None:
     """Write the resume file beside `weights`; the run's last one becomes the one before it.
 
@@ -138,7 +142,9 @@ def save_resume(
         identity: by flag, what may not change when it is resumed.
         model, optimizer, scaler: their state_dicts.
         random_states: of each process.
-        first: whether the files that are there, if any, are an earlier run's.
+        saved_as: the file that holds this run's last save. "unsaved": none, so that what is there
+            is an earlier run's, and the newest of it is moved to `…_resume.old.pth`; "previous":
+            the newest is damaged, and replaced.
 
     Raises:
         SaveError: as `save_weights`.
@@ -155,28 +161,29 @@ def save_resume(
         "random": random_states,
     }
     with report_save_errors(newest):
-        if first:
+        aside = {"unsaved": _old_path(weights), "previous": None, "newest": previous}[saved_as]
+        write_atomically(newest, lambda file: torch.save(contents, file), aside)
+        if saved_as == "unsaved":
             previous.unlink(missing_ok=True)
-            if newest.exists():
-                newest.replace(_old_path(weights))
-        write_atomically(newest, lambda file: torch.save(contents, file), previous)
 
 
 def read_resume(weights: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """The newest valid resume file beside `weights`, None without one, and what to tell the user.
 
-    Its "state" is a TrainState; the rest is as `save_resume` wrote it, tensors memory-mapped.
+    Its "state" is a TrainState, its "saved_as" names the file, and the rest is as `save_resume`
+    wrote it. Nothing is memory-mapped: the file will be moved and replaced.
     """
     notes = []
-    for path in resume_paths(weights):
+    for saved_as, path in zip(("newest", "previous"), resume_paths(weights), strict=True):
         if not path.is_file():
             continue
         try:
-            contents = read_pickle(path)
             check_sums(path)
+            contents = read_pickle(path, mmap=False)
             if not isinstance(contents, dict) or contents.get("format") != FORMAT:
                 raise UserError(f"{path}: not a resume file of this version")
-            return {**contents, "state": TrainState.from_dict(contents["state"])}, notes
+            state = TrainState.from_dict(contents["state"])
+            return {**contents, "state": state, "saved_as": saved_as}, notes
         except (UserError, KeyError, TypeError) as error:
             notes.append(str(error))
     return None, notes
@@ -195,24 +202,22 @@ def find_resume(weights: Path, stage: str, wanted: bool) -> tuple[dict[str, Any]
     """
     newest, _ = resume_paths(weights)
     contents, notes = read_resume(weights)
-    if wanted:
-        others = set(weights.parent.glob(f"{stage}_*_resume.pth")) - {newest}
-        if contents is None and not notes and others:
-            raise UserError(
-                f"--resume: nothing of this --dim and --use_moe, but {min(others)}; "
-                "without --resume a new run starts"
-            )
-        if contents is None:
-            notes.append(f"--resume: nothing to go on from in {weights.parent}: a new run starts")
-        else:
-            notes.append(f"--resume: going on after step {contents['state'].step}")
-        return contents, notes
-    if contents is None or contents["state"].epoch >= contents["arguments"]["epochs"]:
-        return None, []
-    return None, [
-        f"{newest} holds an unfinished run, at step {contents['state'].step}: --resume goes on "
-        f"with it; this new run moves it to {_old_path(weights).name}"
-    ]
+    if not wanted:
+        if contents is None or contents["state"].epoch >= contents["arguments"]["epochs"]:
+            return None, []
+        return None, [
+            f"{newest} holds an unfinished run, at step {contents['state'].step}: --resume goes on "
+            f"with it; this new run moves it to {_old_path(weights).name}"
+        ]
+    if contents is not None:
+        return contents, [*notes, f"--resume: going on after step {contents['state'].step}"]
+    others = set(weights.parent.glob(f"{stage}_*_resume.pth")) - {newest}
+    if others and not notes:
+        raise UserError(
+            f"--resume: nothing of this --dim and --use_moe, but {min(others)}; without --resume "
+            "a new run starts"
+        )
+    return None, [*notes, f"--resume: nothing to go on from in {weights.parent}: a new run starts"]
 
 
 def check_identity(weights: Path, stored: dict[str, Any], own: dict[str, Any]) -> None:
@@ -247,7 +252,9 @@ def changed_arguments(stored: dict[str, Any], own: dict[str, Any]) -> list[str]:
     return [
         f"--{name} {value} (was {stored[name]})"
         for name, value in own.items()
-        if name in stored and stored[name] != value and name not in ("resume", "dry_run")
+        if name in stored
+        and stored[name] != value
+        and name not in ("resume", "dry_run", "local_rank")
     ]
 
 

@@ -7,14 +7,14 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from model import MiniMindLM
 
 from .arguments import UserError
-from .checkpoint import SaveError, read_state, save_weights
+from .checkpoint import SaveError, read_state, report_save_errors, save_weights
 from .distributed import Distributed
 from .plan import (
     cost_line,
@@ -53,11 +53,11 @@ class Run:
         stop: whether a signal came.
         n_rows: rows of an epoch.
         identity: what may not change when the run is resumed, by flag.
-        saved: whether this run has a resume file.
+        saved_as: which file holds this run's last save, as for `save_resume`.
         peak_flops: of this process's GPU, or None.
         ending: why the run stops before its last step; None while it goes on.
         exit_status: what the process ends with, then.
-        save_error: why the last save failed, or None.
+        save_errors: why the last try to save something failed, by what it is.
     """
 
     args: argparse.Namespace
@@ -74,16 +74,17 @@ class Run:
     stop: StopSignal
     n_rows: int
     identity: dict[str, Any]
-    saved: bool
+    saved_as: Literal["unsaved", "newest", "previous"]
     peak_flops: float | None
     ending: str | None = None
     exit_status: int = 0
-    save_error: str | None = None
+    save_errors: dict[str, str] = field(default_factory=dict)
     first_step: int = field(init=False)
     flops_per_token: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.first_step = self.state.step
+        self._check_patience()  # which may have run out before
         _, active = count_parameters(self.network)
         self.flops_per_token = flops_per_token(self.network.config, active, self.args.max_seq_len)
 
@@ -137,6 +138,7 @@ class Run:
 
     def add_step(
         self,
+        tokens: float,
         targets: float,
         loss: float,
         aux_loss: float,
@@ -148,8 +150,9 @@ class Run:
         """Count a finished step, one whose update was skipped if a figure is not finite.
 
         Args:
-            targets: target tokens of all processes.
-            loss: summed over them, in nats.
+            tokens: target tokens of all processes.
+            targets: the sum of their weights in the loss mask.
+            loss: the weighted sum of their losses, in nats.
             aux_loss: of the step.
             grad_norm: before clipping.
             expert_load: (layers, experts) choices of all tokens, or empty.
@@ -166,12 +169,24 @@ class Run:
         tally.steps += 1
         tally.seconds += seconds
         self.reporter.advance(state.step)
+        if state.step - self.first_step == STEPS_BEFORE_ESTIMATE and not self.complete:
+            seconds_per_step = self.reporter.seconds_per_step(state.step)
+            self.reporter.say(
+                cost_line(
+                    seconds_per_step,
+                    self.reporter.total_steps - state.step,
+                    self.args.gpu_price,
+                    self.world.world_size,
+                )
+            )
         if not math.isfinite(loss + aux_loss + grad_norm):
             self._skip(loss + aux_loss, grad_norm, find_sample())
             return
         state.bad_in_row = 0
-        state.tokens += round(targets)
+        state.tokens += round(tokens)
+        state.tested = False
         tally.good += 1
+        tally.tokens += tokens
         tally.targets += targets
         tally.loss += loss
         tally.aux_loss += aux_loss
@@ -188,16 +203,6 @@ class Run:
             self.reporter.say(
                 f"step {state.step}: loss {loss / targets:.3f} leaps out of about {usual:.3f}, "
                 f"first sample {find_sample()}"
-            )
-        if state.step - self.first_step == STEPS_BEFORE_ESTIMATE and not self.complete:
-            seconds_per_step = self.reporter.seconds_per_step(state.step)
-            self.reporter.say(
-                cost_line(
-                    seconds_per_step,
-                    self.reporter.total_steps - state.step,
-                    self.args.gpu_price,
-                    self.world.world_size,
-                )
             )
 
     def _skip(self, loss: float, grad_norm: float, where: str) -> None:
@@ -225,29 +230,29 @@ class Run:
             lr: its learning rate.
         """
         state, tally = self.state, self.state.tally
-        if not self.due(self.args.log_interval) and self.ending is None:
+        if not tally.steps or (not self.due(self.args.log_interval) and self.ending is None):
             return
+        figures: dict[str, float] = {}
         if tally.good:
-            figures: dict[str, float] = {
-                "loss": tally.loss / tally.targets,
-                "lr": lr,
-                "grad_norm": tally.grad_norm / tally.good,
-                "tokens_per_second": round(tally.targets / tally.seconds),
-                "skipped": state.skipped,
-                "spikes": state.spikes,
-            }
-            if any(tally.expert_load):
-                shares = [n / sum(layer) for layer in tally.expert_load for n in layer]
-                figures["aux_loss"] = tally.aux_loss / tally.good
-                figures["expert_load_min"] = round(min(shares), 4)
-                figures["expert_load_max"] = round(max(shares), 4)
-            if self.peak_flops:
-                speed = tally.targets / tally.seconds * self.flops_per_token
-                figures["mfu"] = round(speed / self.peak_flops / self.world.world_size, 4)
-            memory = peak_memory(self.world.device)
-            if memory is not None:
-                figures["memory_gb"] = round(memory / 1e9, 3)
-            self.reporter.log(state.step, state.tokens, state.seconds, epoch, **figures)
+            figures["loss"] = tally.loss / tally.targets
+        figures["lr"] = lr
+        if tally.good:
+            figures["grad_norm"] = tally.grad_norm / tally.good
+        figures["tokens_per_second"] = round(tally.tokens / tally.seconds)
+        figures["skipped"] = state.skipped
+        figures["spikes"] = state.spikes
+        if any(tally.expert_load):
+            shares = [n / sum(layer) for layer in tally.expert_load for n in layer]
+            figures["aux_loss"] = tally.aux_loss / tally.good
+            figures["expert_load_min"] = round(min(shares), 4)
+            figures["expert_load_max"] = round(max(shares), 4)
+        if self.peak_flops:
+            speed = tally.tokens / tally.seconds * self.flops_per_token
+            figures["mfu"] = round(speed / self.peak_flops / self.world.world_size, 4)
+        memory = peak_memory(self.world.device)
+        if memory is not None:
+            figures["memory_gb"] = round(memory / 1e9, 3)
+        self.reporter.log(state.step, state.tokens, state.seconds, epoch, **figures)
         state.tally = Tally()
 
     def note_validation(self, scores: dict[str, float] | None) -> None:
@@ -266,10 +271,17 @@ class Run:
         if scores["val_loss"] < state.best_loss - min_delta:
             state.best_loss, state.best_step = scores["val_loss"], state.step
             state.evaluations_since_best = 0
-            if self.keeps_best and self.world.is_main:
-                self._try(lambda: self._save_weights(self.best_path))
+            if self.keeps_best:
+                saved = self.world.is_main and self._try(
+                    "best", lambda: self._save_weights(self.best_path)
+                )
+                state.best_saved = bool(self.world.agree(int(saved)))
         else:
             state.evaluations_since_best += 1
+        self._check_patience()
+
+    def _check_patience(self) -> None:
+        patience, state = self.args.early_stopping_patience, self.state
         if patience and state.evaluations_since_best >= patience and not self.complete:
             self.ending = (
                 f"stopped early: {state.evaluations_since_best} evaluations "
@@ -283,8 +295,8 @@ class Run:
 
     def best_network(self) -> MiniMindLM:
         """A model with the best weights, or the last ones where nothing was validated."""
-        best = self.best_path if self.state.best_step and self.best_path.is_file() else None
-        state = read_state(best) if best and self.world.is_main else None
+        best = self.state.best_saved and self.world.is_main
+        state = read_state(self.best_path) if best else None
         network = MiniMindLM(self.network.config)
         network.load_state_dict(self.world.share(state) or self.network.state_dict())
         return network.to(self.world.device)
@@ -324,19 +336,20 @@ class Run:
     def save(self) -> None:
         """Write the weights, numbered ones where they are due, and the resume file.
 
-        What cannot be saved is said, and kept in `save_error`; the run goes on.
+        What cannot be saved is said, and kept in `save_errors`; the run goes on.
         """
         self.state.metrics_bytes = self.reporter.sync()
         random_states = self.world.gather(get_random_states(self.world.device))
         if self.world.is_main:
-            self.save_error = None
-            self._try(lambda: self._save_weights(self.path))
-            self._try(self._save_numbered)
-            self._try(lambda: self._save_resume(random_states))
+            self._try("weights", lambda: self._save_weights(self.path))
+            self._try("numbered", self._save_numbered)
+            self._try("resume", lambda: self._save_resume(random_states))
 
     def report(self) -> None:
         """Write report.md and its curves, without which the run is no less finished; close up."""
         config = self.network.config
+        if self.ending is not None:
+            self.reporter.say(self.ending)
         if self.world.is_main:
             try:
                 line = write_report(
@@ -346,7 +359,7 @@ class Run:
                     from_scratch=self.args.from_weight == "none",
                     n_routed_experts=config.n_routed_experts if config.use_moe else 0,
                 )
-            except (OSError, ValueError) as error:
+            except Exception as error:  # the run itself is done and saved
                 line = f"no report: {error}"
             self.reporter.say(line)
         self.reporter.close()
@@ -357,19 +370,22 @@ class Run:
         Raises:
             UserError: if the last save failed, or the run could not go on.
         """
-        if self.save_error:
-            raise UserError(f"the last save failed: {self.save_error}")
+        if self.save_errors:
+            raise UserError(f"the last save failed: {next(iter(self.save_errors.values()))}")
         if self.exit_status == 2:
             raise UserError(self.ending)
-        self.world.log(self.ending or f"saved {self.path}")
+        self.world.log(f"saved {self.path}")
         return self.exit_status
 
-    def _try(self, save: Any) -> None:
+    def _try(self, what: str, save: Callable[[], None]) -> bool:
         try:
             save()
         except SaveError as error:
-            self.save_error = str(error)
+            self.save_errors[what] = str(error)
             self.reporter.say(f"step {self.state.step}: {error}; going on")
+            return False
+        self.save_errors.pop(what, None)
+        return True
 
     def _save_weights(self, path: Path) -> None:
         save_weights(
@@ -391,9 +407,11 @@ class Run:
             return
         state.numbered.append(state.step)
         while args.save_total_limit and len(state.numbered) > args.save_total_limit:
-            path = self._numbered(state.numbered.pop(0))
-            path.unlink(missing_ok=True)
-            path.with_suffix(".json").unlink(missing_ok=True)
+            path = self._numbered(state.numbered[0])
+            with report_save_errors(path):
+                path.unlink(missing_ok=True)
+                path.with_suffix(".json").unlink(missing_ok=True)
+            state.numbered.pop(0)
 
     def _numbered(self, step: int) -> Path:
         return self.path.with_name(f"{self.path.stem}_step{step}.pth")
@@ -408,9 +426,9 @@ class Run:
             self.optimizer.state_dict(),
             self.scaler.state_dict(),
             random_states,
-            first=not self.saved,
+            saved_as=self.saved_as,
         )
-        self.saved = True
+        self.saved_as = "newest"
 
 
 def peak_memory(device: torch.device) -> float | None:

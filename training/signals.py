@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import suppress
 from types import FrameType
 
 _NOTES = {
@@ -32,4 +33,5 @@ class StopSignal:
             raise KeyboardInterrupt
         self.number = number
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, _NOTES[signal.Signals(number)])  # print() may be what was interrupted
+            with suppress(OSError):  # who reads our output may have got the signal too
+                os.write(2, _NOTES[signal.Signals(number)])  # print() may be interrupted just now

@@ -12,7 +12,7 @@ from model import MiniMindLM
 from .checkpoint import weights_path
 from .distributed import Distributed
 from .plan import LearningRates, peak_flops, plan_run
-from .reporting import Reporter, start_wandb, write_config
+from .reporting import Reporter, restore_metrics, start_wandb, write_config
 from .resume import (
     TrainState,
     changed_arguments,
@@ -85,8 +85,11 @@ def start_run(
     else:
         state = resume["state"]
         network.load_state_dict(resume["model"])
-        optimizer.load_state_dict(resume["optimizer"])
-        scaler.load_state_dict(resume["scaler"])
+        # The moments of before, the flags of now.
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({**resume["optimizer"], "param_groups": groups})
+        if resume["scaler"]:  # it is empty without float16
+            scaler.load_state_dict(resume["scaler"])
         if world.rank < len(resume["random"]):
             set_random_states(resume["random"][world.rank], world.device)
         notes = notes + changed_arguments(resume["arguments"], json_arguments(args))
@@ -95,11 +98,15 @@ def start_run(
         world.log(f"{path}: this run is finished, at step {state.step}; nothing to do")
         return None
 
+    wandb_run = None
+    if args.use_wandb and world.is_main and not args.dry_run:
+        wandb_run = start_wandb(args, path.stem, state.wandb_id)
+        state.wandb_id = wandb_run.id
     folder = args.out_dir / "logs" / path.stem
     total_steps = state.step + steps_left(state, len(rows), rows_per_step, args.epochs)
     notes = [
         *notes,
-        describe_rows(rows),
+        *describe_rows(rows),
         *plan_run(
             args,
             network,
@@ -115,12 +122,11 @@ def start_run(
         world.log("\n".join(notes))
         return None
     cut_to = None if resume is None else state.metrics_bytes
-    reporter = Reporter(world, folder, total_steps, state.step, cut_to)
+    if resume is not None and world.is_main:
+        restore_metrics(folder, state.run_id)
+    reporter = Reporter(world, folder, total_steps, state.step, cut_to, wandb_run)
     if world.is_main:
         write_config(folder / "config.json", args, state.run_id)
-        if args.use_wandb:
-            reporter.wandb_run = start_wandb(args, path.stem, state.wandb_id)
-            state.wandb_id = reporter.wandb_run.id
     for note in notes:
         reporter.say(note)
     return Run(
@@ -138,19 +144,20 @@ def start_run(
         stop=stop,
         n_rows=len(rows),
         identity=run_identity(args, rows, tokenizer_hash),
-        saved=resume is not None,
+        saved_as="unsaved" if resume is None else resume["saved_as"],
         peak_flops=peak_flops(world.device, dtype),
     )
 
 
-def describe_rows(rows: Any) -> str:
-    """What there is to train on, in one line."""
+def describe_rows(rows: Any) -> list[str]:
+    """What there is to train on, and what was left out."""
     dataset = rows.dataset
     bad = f", {dataset.n_bad_lines:,} bad lines left out" if dataset.n_bad_lines else ""
-    return (
-        f"{dataset.store.path}: {dataset.n_documents:,} documents, {dataset.n_tokens:,} tokens in "
-        f"{len(rows):,} rows, {rows.fill:.1%} filled{bad}"
-    )
+    return [
+        f"{dataset.store.path}: {dataset.n_documents:,} documents, {dataset.n_tokens:,} target "
+        f"tokens in {len(rows):,} rows, {rows.fill:.1%} filled{bad}",
+        *dataset.notes,
+    ]
 
 
 def steps_left(state: TrainState, n_rows: int, rows_per_step: int, epochs: int) -> int:
