@@ -124,6 +124,8 @@ def result(out: Path, name: str = "pretrain_32") -> dict[str, Any]:
         del state[timed]
     for argument in ("resume", "data_path", "out_dir"):
         del resume["arguments"][argument]
+    for group in resume["optimizer"]["param_groups"]:
+        del group["lr"]  # set anew before each step
     left[f"{name}_resume.pth"] = resume
     left["metrics.jsonl"] = [
         {key: value for key, value in line.items() if key not in TIMING}

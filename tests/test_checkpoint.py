@@ -141,6 +141,22 @@ def test_what_cannot_be_saved_is_said_in_a_line_and_the_old_file_is_kept(tmp_pat
     assert {file.name for file in tmp_path.iterdir()} == {"x.pth", "x.json"}
 
 
+def test_a_damaged_end_of_the_file_is_refused(tmp_path, model):
+    """The end of a zip file says where everything is; some of its bytes do not matter."""
+    path = tmp_path / "x.pth"
+    save_weights(path, model, TINY, "pretrain", "abc")
+    whole = path.read_bytes()
+    refused = 0
+    for at in range(1, 150):
+        path.write_bytes(whole[:-at] + bytes([whole[-at] ^ 255]) + whole[len(whole) - at + 1 :])
+        try:
+            load_weights(path, model, "abc")
+        except UserError as error:
+            assert str(error).startswith(f"{path}: ")
+            refused += 1
+    assert refused > 75
+
+
 class Malicious:
     def __reduce__(self):
         return print, ("run by unpickling",)

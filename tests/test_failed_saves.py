@@ -190,20 +190,27 @@ def test_a_folder_that_goes_away(run, data, unbroken, tmp_path, returns):
     assert_same(result(out), unbroken)
 
 
-def test_a_folder_that_cannot_be_written(run, data, out):
+def test_a_folder_that_can_no_longer_be_written(run, data, unbroken, out):
+    words = [*WHOLE, "--data_path", data, "--out_dir", out, "--resume"]
     kept = ["pretrain_32.pth", "pretrain_32_resume.pth", "pretrain_32_resume.prev.pth"]
-    before = contents(out, *kept)
-    with fails(errno.EACCES, when=lambda path: path.parent == out):
-        done = run(*WHOLE, "--data_path", data, "--out_dir", out, "--resume", code=2)
+    before, locked = contents(out, *kept), []
+    with (
+        at_call(2, Run, "add_step", lambda: locked.append(True)),
+        fails(errno.EACCES, when=lambda path: locked and path.parent == out),
+    ):
+        done = run(*words, code=2)
     assert os.strerror(errno.EACCES) in done.stdout
     assert len(done.stderr.splitlines()) == 1
     assert contents(out, *kept) == before
+    run(*words)
+    assert_same(result(out), unbroken)
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_disk_that_is_full_from_the_start(run, data, out, disk, resume):
+@pytest.mark.parametrize("room", [0, 1000])
+def test_a_disk_that_is_full_from_the_start(run, data, out, disk, resume, room):
     before = {path: kept for path, kept in snapshot(out).items() if path.suffix == ".pth"}
-    disk(1000)
+    disk(room)
     done = run(*WHOLE, "--data_path", data, "--out_dir", out, *["--resume"] * resume, code=2)
     disk(None)
     assert "Traceback" not in done.stderr
@@ -221,9 +228,11 @@ def test_numbered_weights_that_cannot_be_removed(run, data, tmp_path):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         unlink(path, missing_ok)
 
+    words = [*WHOLE, "--save_total_limit", 1, "--data_path", data, "--out_dir", tmp_path]
     with mock.patch.object(Path, "unlink", refuse):
-        done = run(*WHOLE, "--save_total_limit", 1, "--data_path", data, "--out_dir", tmp_path)
+        done = run(*words, code=2)
     assert "pretrain_32_step2.pth" in done.stdout
+    assert len(done.stderr.splitlines()) == 1
     assert (tmp_path / "pretrain_32_step12.pth").is_file()
 
 

@@ -103,7 +103,7 @@ def weights_that_hold(content: Callable[[bytes], bytes]) -> Callable[[Place], li
     return lambda place: ["--from_weight", place.file("my.pth", content(place.weights()))]
 
 
-def without_one_byte_in_a_tensor(whole: bytes) -> bytes:
+def with_one_bit_of_a_tensor_changed(whole: bytes) -> bytes:
     """One bit of one number is another; all lengths and names stay."""
     at = whole.index(b"data/0") + 4096  # the first tensor, the embedding, has 819,200 bytes
     return whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
@@ -252,7 +252,11 @@ MISTAKES = [
     ("weights cut in half", weights_that_hold(lambda whole: whole[: len(whole) // 2]), "my.pth: "),
     ("weights empty", weights_that_hold(lambda whole: b""), "my.pth: "),
     ("weights noise", weights_that_hold(lambda w: random.Random(0).randbytes(9000)), "my.pth: "),
-    ("weights with a byte changed", weights_that_hold(without_one_byte_in_a_tensor), "my.pth: dam"),
+    (
+        "weights with a byte changed",
+        weights_that_hold(with_one_bit_of_a_tensor_changed),
+        "my.pth: dam",
+    ),
     ("weights text", weights_that_hold(lambda whole: b"a letter\n"), "my.pth: "),
     ("weights that run code", a_pickle_that_runs_code, "my.pth: refused"),
     ("weights that run code, old", an_old_pickle_that_runs_code, "my.pth: refused"),

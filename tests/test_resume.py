@@ -260,7 +260,7 @@ def test_any_flipped_bit_is_noticed_or_harmless(tmp_path):
     weights, path = tmp_path / "x.pth", tmp_path / "x_resume.pth"
     tensors = {f"tensor{i}": torch.arange(i, 20.0) for i in range(5)}
     state = TrainState(run_id="1", rows_per_step=4, step=3)
-    save_resume(weights, state, {}, {}, tensors, {}, {}, [], first=True)
+    save_resume(weights, state, {}, {}, tensors, {}, {}, [], saved_as="unsaved")
     good = path.read_bytes()
     generator = random.Random(0)
     for _ in range(1500):

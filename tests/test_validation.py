@@ -408,7 +408,7 @@ def test_early_stopping(run, tmp_path, tokenizer, monkeypatch, flags, losses, ma
     )  # fmt: skip
     lines = evaluations(tmp_path)
     assert [m["step"] for m in lines] == list(range(1, made + 1))
-    for line, loss in zip(lines, losses, strict=False):
+    for line, loss in zip(lines, losses[: len(lines)], strict=True):
         expected = pytest.approx(loss, abs=1e-5) if loss == loss else None
         assert line["val_loss"] == expected
     assert ("stopped early" in done.stdout) == (made < 8)

@@ -172,9 +172,9 @@ def check_sums(path: Path) -> None:
     Raises:
         UserError: if a byte of a tensor has changed. Older files have no checksums.
     """
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except Exception as error:  # as above
