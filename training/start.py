@@ -9,6 +9,7 @@ import torch
 
 from model import MiniMindLM
 
+from .arguments import UserError
 from .checkpoint import weights_path
 from .distributed import Distributed
 from .plan import LearningRates, peak_flops, plan_run
@@ -122,11 +123,14 @@ def start_run(
         world.log("\n".join(notes))
         return None
     cut_to = None if resume is None else state.metrics_bytes
-    if resume is not None and world.is_main:
-        restore_metrics(folder, state.run_id)
-    reporter = Reporter(world, folder, total_steps, state.step, cut_to, wandb_run)
-    if world.is_main:
-        write_config(folder / "config.json", args, state.run_id)
+    try:
+        if resume is not None and world.is_main:
+            restore_metrics(folder, state.run_id)
+        reporter = Reporter(world, folder, total_steps, state.step, cut_to, wandb_run)
+        if world.is_main:
+            write_config(folder / "config.json", args, state.run_id)
+    except OSError as error:
+        raise UserError(f"--out_dir {folder}: {error.strerror or error}") from None
     for note in notes:
         reporter.say(note)
     return Run(
