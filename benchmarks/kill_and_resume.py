@@ -54,7 +54,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kill_and_resume_") as name:
         folder = Path(name)
         data = make_data(folder / "data.jsonl", random.Random(0))
-        epochs = max(1, args.kills // 10)  # of 133 steps each: enough for the kills to come in time
+        epochs = max(1, args.kills // 10)  # of 138 steps each: enough for the kills to come in time
         alone = Run(folder / "alone", data, epochs)
         seconds = alone.finish()
         print(f"left alone: {len(alone.steps())} steps in {seconds:.0f} s\n")

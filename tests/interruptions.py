@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -101,6 +102,21 @@ def killed(n: int, owner: Any, name: str, **how: Any) -> Iterator[None]:
             yield
 
 
+def saving(path: Path, target: Path) -> bool:
+    """For `at_call` of Path.replace: whether a file of the run gets its name, or another one."""
+    return target.name.startswith("pretrain_32") and target.suffix in (".pth", ".json")
+
+
+def learning(model: Any, *args: Any) -> bool:
+    """For `at_call` of a model's forward: whether it is a training step's."""
+    return model.training
+
+
+def evaluating(model: Any, *args: Any) -> bool:
+    """For `at_call` of a model's forward: whether it is an evaluation's."""
+    return not model.training
+
+
 def read_metrics(out: Path, name: str = "pretrain_32") -> list[dict[str, Any]]:
     """The lines of the metrics file."""
     path = out / "logs" / name / "metrics.jsonl"
@@ -157,27 +173,36 @@ def snapshot(folder: Path) -> dict[Path, tuple[bytes, int]]:
 
 
 @contextmanager
-def started(root: Path, *words: Any, processes: int = 1) -> Iterator[subprocess.Popen]:
-    """train_pretrain.py in a process of its own, under torchrun for several, in a new group."""
+def started(
+    root: Path, *words: Any, script: Path | None = None, processes: int = 1
+) -> Iterator[subprocess.Popen]:
+    """train_pretrain.py, or `script`, in a process of its own, in a new group.
+
+    With several processes, torchrun's. They find no matplotlib: plots would take most of the time.
+    """
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone"]
         launcher += ["--nproc_per_node", str(processes)]
-    process = subprocess.Popen(
-        [*launcher, root / "train_pretrain.py", *map(str, words)],
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "matplotlib.py").write_text("raise ImportError", encoding="utf-8")
+        paths = os.pathsep.join((folder, str(root)))
+        settings = {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "PYTHONPATH": paths}
+        process = subprocess.Popen(
+            [*launcher, str(script or root / "train_pretrain.py"), *map(str, words)],
+            cwd=root,
+            env={**os.environ, **settings},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
 
 
 def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:

@@ -12,9 +12,12 @@ from interruptions import (
     SHAPE,
     assert_same,
     at_call,
+    evaluating,
+    learning,
     read_metrics,
     read_resume,
     result,
+    saving,
     started,
     wait_for_step,
     write_texts,
@@ -80,18 +83,6 @@ def send(*numbers):
     return act
 
 
-def learning(model, *args):
-    return model.training
-
-
-def evaluating(model, *args):
-    return not model.training
-
-
-def of_the_run(path, target):
-    return path.name.startswith(".pretrain_32")
-
-
 @posix
 @pytest.mark.parametrize(
     ("number", "n", "owner", "name", "how", "step"),
@@ -101,7 +92,7 @@ def of_the_run(path, target):
         pytest.param(signal.SIGTERM, 6, Run, "add_step", {"after": True}, 6, id="step"),
         pytest.param(signal.SIGINT, 1, MiniMindLM, "forward", {"when": evaluating}, 4, id="val"),
         pytest.param(signal.SIGTERM, 4, MiniMindLM, "forward", {"when": evaluating}, 8, id="end"),
-        pytest.param(signal.SIGINT, 2, Path, "replace", {"when": of_the_run}, 4, id="save"),
+        pytest.param(signal.SIGINT, 2, Path, "replace", {"when": saving}, 4, id="save"),
     ],
 )
 def test_the_step_is_finished_and_saved(
@@ -120,25 +111,22 @@ def test_the_step_is_finished_and_saved(
 
 @posix
 @pytest.mark.parametrize(
-    "numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)]
-)
-@pytest.mark.parametrize(
-    ("n", "owner", "name", "how", "step"),
+    ("first", "n", "owner", "name", "how"),
     [
-        pytest.param(9, MiniMindLM, "forward", {"when": learning}, 3, id="window"),
-        pytest.param(1, MiniMindLM, "forward", {"when": evaluating}, 3, id="val"),
-        pytest.param(6, Path, "replace", {"when": of_the_run}, 3, id="save"),
+        pytest.param(signal.SIGTERM, 9, MiniMindLM, "forward", {"when": learning}, id="window"),
+        pytest.param(signal.SIGINT, 1, MiniMindLM, "forward", {"when": evaluating}, id="val"),
+        pytest.param(signal.SIGINT, 6, Path, "replace", {"when": saving}, id="save"),
     ],
 )
 def test_a_second_interrupt_ends_the_run_at_once(
-    run, data, unbroken, handlers, tmp_path, n, owner, name, how, step, numbers
+    run, data, unbroken, handlers, tmp_path, first, n, owner, name, how
 ):
     """What was saved before remains, and goes on."""
     words = [*WHOLE, "--data_path", data, "--out_dir", tmp_path]
-    with at_call(n, owner, name, send(*numbers), **how):
+    with at_call(n, owner, name, send(first, signal.SIGINT), **how):
         done = run(*words, code=130)
     assert "Traceback" not in done.stderr
-    assert read_resume(tmp_path)["state"]["step"] == step
+    assert read_resume(tmp_path)["state"]["step"] == 3
     assert not list(tmp_path.glob("*.tmp"))
     run(*words, "--resume")
     assert_same(result(tmp_path), unbroken)
@@ -150,12 +138,13 @@ def many(tmp_path_factory):
 
 
 @posix
-def test_signals_of_the_system(run, root, many, tmp_path):
+def test_signals_of_the_system(run, root, tmp_path):
     """SIGTERM to a whole group, as torchrun sends it: to loader processes too. Then SIGKILL."""
-    words = [*ROWS, "--batch_size", 1, "--log_interval", 1, "--save_interval", 50, "--num_workers"]
-    words += [1, "--data_path", many, "--out_dir"]
+    data = write_texts(tmp_path / "train.jsonl", 100)
+    words = [*ROWS, "--batch_size", 1, "--log_interval", 1, "--save_interval", 20]
+    words += ["--num_workers", 1, "--data_path", data, "--out_dir"]
     out = tmp_path / "out"
-    for step, number, status in (2, signal.SIGTERM, 143), (70, signal.SIGKILL, -9):
+    for step, number, status in (2, signal.SIGTERM, 143), (40, signal.SIGKILL, -9):
         with started(root, *words, out, "--resume") as process:
             wait_for_step(process, out, step)
             os.killpg(process.pid, number)
@@ -166,12 +155,36 @@ def test_signals_of_the_system(run, root, many, tmp_path):
     assert_same(result(out), result(tmp_path / "unbroken"))
 
 
-def stop_processes(root, words, out, step, number):
-    """Go on in `out` with two processes; stop them in the window after a step."""
-    with started(root, *words, "--out_dir", out, processes=2) as process:
-        wait_for_step(process, out, step)
-        os.killpg(process.pid, number)  # that of torchrun, which passes it on to theirs
-        printed, _ = process.communicate(timeout=30)
+# Training, whose main process stops torchrun after so many batches, and then slows down.
+STOPPING = """
+import os, runpy, sys, time
+from model import MiniMindLM
+
+number, batches = int(sys.argv[1]), int(sys.argv[2])
+sys.argv = ["train_pretrain.py", *sys.argv[3:]]
+forward = MiniMindLM.forward
+
+def counted(*args, **kwargs):
+    global batches
+    batches -= 1
+    if batches == 0 and os.environ["RANK"] == "0":
+        os.kill(os.getppid(), number)
+    if batches <= 0:
+        time.sleep(0.05)
+    return forward(*args, **kwargs)
+
+MiniMindLM.forward = counted
+runpy.run_path("train_pretrain.py", run_name="__main__")
+"""
+
+
+def stop_processes(root, words, out, number, batches, step):
+    """Go on in `out` with two processes, and stop them within the window after a step."""
+    script = out.with_name("stopping.py")
+    script.write_text(STOPPING, encoding="utf-8")
+    words = [int(number), batches, *words, "--out_dir", out]
+    with started(root, *words, script=script, processes=2) as process:
+        printed, _ = process.communicate(timeout=240)
     assert f"stopped by {number.name} at step {step}" in printed
     assert process.returncode != 0
     assert read_resume(out)["state"]["step"] == step
@@ -196,11 +209,10 @@ def test_processes_drop_the_open_window(run, root, many, tmp_path, tokenizer_dir
     with at_call(1, Run, "add_step", send(signal.SIGTERM), after=True):
         run(*words, "--out_dir", out, "--batch_size", 30, code=143)
     stopped = shutil.copytree(out, tmp_path / "stopped")
-    # Windows of 60 rows: long enough to be stopped in.
     together = [*words, "--batch_size", 1, "--accumulation_steps", 30]
-    stop_processes(root, together, out, 3, signal.SIGINT)
-    stop_processes(root, together, stopped, 2, signal.SIGTERM)
-    stop_processes(root, together, stopped, 3, signal.SIGTERM)
+    stop_processes(root, together, out, signal.SIGINT, 63, 3)
+    stop_processes(root, together, stopped, signal.SIGTERM, 35, 2)
+    stop_processes(root, together, stopped, signal.SIGTERM, 35, 3)
     assert_same(result(stopped), result(out))
 
     run(*words, "--out_dir", out, "--batch_size", 70)
