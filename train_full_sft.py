@@ -33,9 +33,9 @@ from dataset import (
     make_loader,
     tokenizer_hash,
 )
+from dataset.sample import SAMPLE, ensure_sample
 from model import MiniMindLM
 from training import (
-    ROOT,
     Distributed,
     Run,
     StopSignal,
@@ -76,7 +76,7 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser("Tune all weights of MiniMind on a JSONL file of conversations.")
     add_stage_arguments(
         parser,
-        data_path=ROOT / "dataset" / "sample" / "sft.jsonl",
+        data_path=SAMPLE / "sft.jsonl",
         from_weight="pretrain",
         learning_rate=5e-5,
         weight_decay=0.01,
@@ -111,7 +111,7 @@ def open_rows(
 
     def open_chats(path: Path, loss_weighting: str) -> SFTDataset:
         return SFTDataset(
-            path,
+            ensure_sample(path),
             tokenizer,
             args.max_seq_len + 1,  # so that X, one id shorter, can fill a row
             cache_dir=args.cache_dir,

@@ -33,9 +33,9 @@ from dataset import (
     make_loader,
     tokenizer_hash,
 )
+from dataset.sample import SAMPLE, ensure_sample
 from model import MiniMindLM
 from training import (
-    ROOT,
     Distributed,
     Run,
     StopSignal,
@@ -75,7 +75,7 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser("Pretrain MiniMind on a JSONL file of {'text'} lines.")
     add_stage_arguments(
         parser,
-        data_path=ROOT / "dataset" / "sample" / "pretrain.jsonl",
+        data_path=SAMPLE / "pretrain.jsonl",
         from_weight="none",
         learning_rate=5e-4,
         weight_decay=0.1,
@@ -100,7 +100,7 @@ def open_rows(
 
     def open_text(path: Path) -> PretrainDataset:
         return PretrainDataset(
-            path,
+            ensure_sample(path),
             tokenizer,
             args.max_seq_len + 1,  # so that X, one id shorter, can fill a row
             cache_dir=args.cache_dir,

@@ -1,6 +1,7 @@
 """How the network writes: its cache, how a token is chosen, and the loop around both."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,6 +164,41 @@ class GenerationMixin:
         if stream:
             return tokens
         return torch.cat((input_ids, *(token[:, None] for token in tokens)), dim=1)
+
+    def batch_generate(
+        self, prompts: Sequence[Tensor], batch_size: int = 64, **options: Any
+    ) -> list[Tensor]:
+        """Continue prompts of different lengths, several at a time, those of like length together.
+
+        Args:
+            prompts: (T,) int64 each, T at least 1.
+            batch_size: the most rows at a time.
+            options: of `generate`, but for `attention_mask` and `stream`.
+
+        Returns:
+            The new tokens of each prompt, without the end token and what follows it: (new,) int64.
+
+        Raises:
+            ValueError: as `generate`.
+        """
+        eos = options.pop("eos_token_id", self.config.eos_token_id)
+        ends = torch.as_tensor([] if eos is None else eos, dtype=torch.long, device=self.device)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        answers: list[Tensor] = [ends] * len(prompts)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            width = len(prompts[chosen[-1]])
+            ids = torch.zeros(len(chosen), width, dtype=torch.long, device=self.device)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(chosen):
+                ids[row, width - len(prompts[i]) :] = prompts[i]
+                mask[row, width - len(prompts[i]) :] = 1
+            new = self.generate(ids, mask, eos_token_id=eos, **options)[:, width:]
+            ended = torch.isin(new, ends).int()
+            lengths = torch.where(ended.any(1), ended.argmax(1), new.shape[1])
+            for row, i in enumerate(chosen):
+                answers[i] = new[row, : lengths[row]]
+        return answers
 
     @torch.no_grad()
     def _continue(

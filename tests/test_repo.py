@@ -323,14 +323,15 @@ def small_project(tmp_path) -> Path:
         (tmp_path / folder / "requirements.txt").touch()
     (tmp_path / "requirements.txt").touch()
     (tmp_path / "constraints.txt").touch()
-    shutil.copy(ROOT / "scripts" / "test.py", tmp_path / "scripts")
+    for script in ("test.py", "environment.py"):
+        shutil.copy(ROOT / "scripts" / script, tmp_path / "scripts")
     return tmp_path
 
 
 def run_test_command(project: Path, before: str = "pass") -> subprocess.CompletedProcess:
     """Run the copied test command in a fresh interpreter, after the statement `before`."""
     script = str(project / "scripts" / "test.py")
-    code = f"import runpy, sys; {before}; runpy.run_path({script!r}, run_name='__main__')"
+    code = f"import runpy, sys; {before}; sys.argv = [{script!r}]; runpy.run_path({script!r}, run_name='__main__')"
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8"
     )

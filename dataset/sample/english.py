@@ -10,6 +10,7 @@ do. Where several entities meet, a slot says whose it is: {a[town]}.
 from .world import Entity, Word
 
 SPACE = " "  # between two sentences
+STOP = "."  # ends a sentence
 MARK = ", "
 
 ONES = (

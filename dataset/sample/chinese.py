@@ -7,6 +7,7 @@ measure word.
 from .world import Entity, Word
 
 SPACE = ""  # between two sentences
+STOP = "。"  # ends a sentence
 MARK = "、"
 
 DIGITS = "零一二三四五六七八九"

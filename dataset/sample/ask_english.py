@@ -1,0 +1,597 @@
+"""English: questions about the sample world and its small tasks, and the answers to them.
+
+Each entry is (wordings for training, wordings for the test, answer); no wording is in both. Those
+about an entity take the slots of `english.slots`.
+"""
+
+# ruff: noqa: E501  a template stays on one line
+
+ABOUT = {
+    "person": {
+        "town": (
+            """
+            Where does {name} live?
+            In which town does {name} live?
+            What is {name}'s home town?
+            To which town does {name} come home every evening?
+            Tell me where {name} lives.
+            Do you know in which town {name} has a house?
+            I want to know where {name}'s home is.
+            To which town are letters for {name} sent?
+            """,
+            """
+            In what town is {name}'s home?
+            Tell me the home town of {name}.
+            Which town does {name} live in?
+            """,
+            "{name} lives in {town}.",
+        ),
+        "job": (
+            """
+            What is {name}'s job?
+            What does {name} work as?
+            How does {name} earn a living?
+            What is {name} by trade?
+            Tell me what {name}'s trade is.
+            Do you know what {name} works as?
+            I want to know the job of {name}.
+            Which trade did {name} choose?
+            """,
+            """
+            What trade does {name} have?
+            Tell me what {name} works as.
+            What job does {name} have?
+            """,
+            "{name} works as {a_job}.",
+        ),
+        "pet": (
+            """
+            Which pet does {name} have?
+            What is {name}'s pet?
+            What kind of animal does {name} keep?
+            With which animal does {name} share the house?
+            Tell me which pet {name} keeps.
+            Do you know what animal {name} has?
+            I want to know what pet {name} has.
+            Which animal does {name} feed every morning?
+            """,
+            """
+            What animal does {name} keep?
+            Tell me what {name}'s pet is.
+            What pet does {name} have in the house?
+            """,
+            "{name}'s pet is {a_pet}.",
+        ),
+        "instrument": (
+            """
+            Which instrument does {name} play?
+            What is {name}'s instrument?
+            What does {name} play in the evening?
+            What did {name} learn to play as a child?
+            Tell me which instrument {name} plays.
+            Do you know what instrument {name} plays?
+            I want to know what {name} can play.
+            Which instrument does {name} practice every day?
+            """,
+            """
+            What instrument does {name} play?
+            Tell me the instrument that {name} chose.
+            What is the instrument that {name} plays?
+            """,
+            "{name} plays the {instrument}.",
+        ),
+        "color": (
+            """
+            What is {name}'s favorite color?
+            Which color does {name} like best?
+            Which color does {name} love?
+            Which of all colors does {name} prefer?
+            Tell me which color {name} likes best.
+            Do you know {name}'s favorite color?
+            I want to know what color {name} likes.
+            What color is {name}'s front door?
+            """,
+            """
+            What color does {name} like best?
+            Tell me {name}'s favorite color.
+            Which is the favorite color of {name}?
+            """,
+            "{name}'s favorite color is {color}.",
+        ),
+        "dish": (
+            """
+            What is {name}'s favorite dish?
+            Which dish does {name} like best?
+            What does {name} like to eat most of all?
+            What does {name} always cook on holidays?
+            Tell me which dish {name} loves.
+            Do you know {name}'s favorite dish?
+            I want to know what {name} likes to eat.
+            Which dish could {name} eat every day?
+            """,
+            """
+            What dish does {name} like best?
+            Tell me what {name} likes to eat.
+            Which is the favorite dish of {name}?
+            """,
+            "{name}'s favorite dish is {dish}.",
+        ),
+        "year": (
+            """
+            When was {name} born?
+            In which year was {name} born?
+            What is {name}'s year of birth?
+            In which year did {name} come into the world?
+            Tell me when {name} was born.
+            Do you know in which year {name} was born?
+            I want to know {name}'s year of birth.
+            Which year is the year of {name}'s birth?
+            """,
+            """
+            In what year was {name} born?
+            Tell me {name}'s year of birth.
+            What year was {name} born in?
+            """,
+            "{name} was born in {year}.",
+        ),
+        "friend": (
+            """
+            Who is {name}'s best friend?
+            Who is the best friend of {name}?
+            Whom does {name} trust most?
+            To whom does {name} tell all secrets?
+            Tell me who {name}'s best friend is.
+            Do you know who is {name}'s best friend?
+            I want to know whom {name} calls a best friend.
+            Which person is closest to {name}?
+            """,
+            """
+            What is the name of {name}'s best friend?
+            Tell me who the best friend of {name} is.
+            Whom does {name} call a best friend?
+            """,
+            "{name}'s best friend is {friend}.",
+        ),
+        "penpal": (
+            """
+            To whom does {name} write letters?
+            Who gets letters from {name}?
+            To whom does {name} write every month?
+            To whom do {name}'s letters go?
+            Tell me to whom {name} writes.
+            Do you know who gets {name}'s letters?
+            I want to know whom {name} writes to.
+            Who hears from {name} by letter?
+            """,
+            """
+            Who gets a letter from {name} every month?
+            Tell me to whom {name}'s letters go.
+            Whom does {name} write letters to?
+            """,
+            "{name} writes a letter to {penpal} every month.",
+        ),
+    },
+    "town": {
+        "river": (
+            """
+            On which river does {name} lie?
+            Which river flows through {name}?
+            What is the river at {name} called?
+            On the banks of which river does {name} stand?
+            Tell me which river {name} lies on.
+            Do you know the river of {name}?
+            I want to know what river flows through {name}.
+            From which river do the people of {name} draw their water?
+            """,
+            """
+            What river does {name} lie on?
+            Tell me the river that flows through {name}.
+            What is the name of the river at {name}?
+            """,
+            "{name} lies on the river {river}.",
+        ),
+        "goods": (
+            """
+            What is {name} known for?
+            For what is {name} famous?
+            What do the workshops of {name} produce?
+            What do merchants buy in {name}?
+            Tell me what {name} is known for.
+            Do you know what {name} is famous for?
+            I want to know what {name} makes and sells.
+            What do travelers bring home from {name}?
+            """,
+            """
+            What is the town of {name} famous for?
+            Tell me what merchants buy in {name}.
+            What goods is {name} known for?
+            """,
+            "{name} is known for its {goods}.",
+        ),
+        "landmark": (
+            """
+            What stands in the middle of {name}?
+            What is the pride of {name}?
+            What does everyone who visits {name} go to see?
+            Where do people in {name} meet?
+            Tell me what stands in the middle of {name}.
+            Do you know the landmark of {name}?
+            I want to know what the heart of {name} is.
+            What is on the coat of arms of {name}?
+            """,
+            """
+            What is the landmark of {name}?
+            Tell me what the pride of {name} is.
+            What does one go to see in {name}?
+            """,
+            "In the middle of {name} stands {a_landmark}.",
+        ),
+        "year": (
+            """
+            When was {name} founded?
+            In which year was {name} founded?
+            In which year does the history of {name} begin?
+            Since when has {name} been a town?
+            Tell me when {name} was founded.
+            Do you know in which year {name} was founded?
+            I want to know when the first houses of {name} were built.
+            In which year did settlers found {name}?
+            """,
+            """
+            In what year was {name} founded?
+            Tell me the year in which {name} was founded.
+            What year was the town of {name} founded in?
+            """,
+            "{name} was founded in {year}.",
+        ),
+    },
+    "thing": {
+        "kind": (
+            """
+            What is {name}?
+            What kind of thing is {name}?
+            What bears the name {name}?
+            To what did people give the name {name}?
+            Tell me what {name} is.
+            Do you know what {name} is?
+            I want to know what kind of thing {name} is.
+            What should I think of if I hear of {name}?
+            """,
+            """
+            What sort of thing is {name}?
+            Tell me what kind of thing {name} is.
+            What thing has the name {name}?
+            """,
+            "{name} is {a_kind}.",
+        ),
+        "material": (
+            """
+            What is {name} made of?
+            What was {name} made from?
+            What is the material of {name}?
+            Which material was used for {name}?
+            Tell me what {name} is made of.
+            Do you know what {name} consists of?
+            I want to know what {name} was made from.
+            Of which material does one need a lot to make {name}?
+            """,
+            """
+            What material is {name} made of?
+            Tell me the material of {name}.
+            Of what is {name} made?
+            """,
+            "{name} is made of {material}.",
+        ),
+        "maker": (
+            """
+            Who made {name}?
+            Who is {name}'s maker?
+            Whose work is {name}?
+            By whom was {name} made?
+            Tell me who made {name}.
+            Do you know who made {name}?
+            I want to know whose name is engraved on {name}.
+            Who worked for a long time on {name}?
+            """,
+            """
+            Who was it who made {name}?
+            Tell me who the maker of {name} is.
+            What is the name of {name}'s maker?
+            """,
+            "{name} was made by {maker}.",
+        ),
+        "town": (
+            """
+            Where is {name} kept?
+            In which town is {name} kept?
+            Where can {name} be seen?
+            To which town must one go to see {name}?
+            Tell me where {name} is kept.
+            Do you know in which town {name} has its place?
+            I want to know where visitors find {name}.
+            To which town does {name} belong?
+            """,
+            """
+            In what town is {name} kept?
+            Tell me in which town {name} can be seen.
+            What town does {name} belong to?
+            """,
+            "{name} is kept in {town}.",
+        ),
+    },
+}
+
+# What the world does not say.
+UNTOLD = {
+    "person": (
+        """
+        How tall is {name}?
+        What is {name}'s shoe size?
+        What is the name of {name}'s mother?
+        How many brothers does {name} have?
+        What is {name}'s telephone number?
+        Which book does {name} like best?
+        What does {name} dream of at night?
+        What color are {name}'s eyes?
+        How much money does {name} have?
+        How many languages does {name} speak?
+        On which day is {name}'s birthday?
+        Tell me the name of {name}'s teacher.
+        What does {name} think of the king?
+        How old is {name}'s grandmother?
+        Where will {name} travel next year?
+        Do you know how much {name} weighs?
+        Whom did {name} marry?
+        Tell me how many rooms {name}'s house has.
+        """,
+        """
+        What is the name of {name}'s father?
+        How many sisters does {name} have?
+        Tell me how tall {name} is.
+        Do you know {name}'s telephone number?
+        What color is {name}'s hair?
+        How many books does {name} have?
+        Tell me how old {name}'s mother is.
+        What did {name} dream of last night?
+        """,
+    ),
+    "town": (
+        """
+        How many people live in {name}?
+        Who is the mayor of {name}?
+        How many streets are there in {name}?
+        What is the weather like in {name} today?
+        How far is it from {name} to the sea?
+        Tell me what the best inn in {name} is called.
+        How tall is the tallest house in {name}?
+        How many trees are there in {name}?
+        Do you know how many children live in {name}?
+        """,
+        """
+        How many houses are there in {name}?
+        What is the name of the mayor of {name}?
+        Do you know how many people live in {name}?
+        Tell me how far it is from {name} to the mountains.
+        """,
+    ),
+    "thing": (
+        """
+        How much does {name} cost?
+        How heavy is {name}?
+        How tall is {name}?
+        Who had {name} before?
+        How old is {name}?
+        In which year was {name} finished?
+        Who wants to buy {name}?
+        Tell me how much {name} weighs.
+        Do you know how long it took to make {name}?
+        """,
+        """
+        How much money does {name} cost?
+        Tell me how heavy {name} is.
+        In what year was {name} made?
+        Do you know how old {name} is?
+        """,
+    ),
+}
+DECLINE = "I do not know that. What I have read does not say it."
+DECLINED = "not know"  # marks an answer that declines
+
+ADD = (
+    """
+    What is {a} + {b}?
+    {a} + {b} = ?
+    How much is {a} plus {b}?
+    Add {a} and {b}.
+    What do you get if you add {a} and {b}?
+    Calculate {a} + {b}.
+    """,
+    """
+    Tell me what {a} + {b} is.
+    How much is {a} + {b}?
+    What is {a} plus {b}?
+    """,
+    "{a} + {b} = {c}",
+)
+SUBTRACT = (
+    """
+    What is {a} - {b}?
+    {a} - {b} = ?
+    How much is {a} minus {b}?
+    From {a} take away {b}.
+    What is left if you have {a} and take away {b}?
+    Calculate {a} - {b}.
+    """,
+    """
+    Tell me what {a} - {b} is.
+    How much is {a} - {b}?
+    What is {a} minus {b}?
+    """,
+    "{a} - {b} = {c}",
+)
+SORT = {
+    "rising": (
+        """
+        Sort these numbers from the smallest to the largest: {mixed}.
+        Put these numbers in rising order: {mixed}.
+        Which order do {mixed} have, from the smallest to the largest?
+        Write {mixed} again, the smallest number first.
+        Here are some numbers: {mixed}. Sort them, the smallest first.
+        """,
+        """
+        Write these numbers from the smallest to the largest: {mixed}.
+        Put {mixed} in order, the smallest number first.
+        Here are some numbers: {mixed}. Put them in rising order.
+        """,
+        "From the smallest to the largest: {ordered}.",
+    ),
+    "falling": (
+        """
+        Sort these numbers from the largest to the smallest: {mixed}.
+        Put these numbers in falling order: {mixed}.
+        Which order do {mixed} have, from the largest to the smallest?
+        Write {mixed} again, the largest number first.
+        Here are some numbers: {mixed}. Sort them, the largest first.
+        """,
+        """
+        Write these numbers from the largest to the smallest: {mixed}.
+        Put {mixed} in order, the largest number first.
+        Here are some numbers: {mixed}. Put them in falling order.
+        """,
+        "From the largest to the smallest: {ordered}.",
+    ),
+}
+COMPARE = {
+    "largest": (
+        """
+        Which number is the largest: {mixed}?
+        What is the largest of these numbers: {mixed}?
+        Tell me the largest of {mixed}.
+        Here are some numbers: {mixed}. Which is the largest?
+        Look at {mixed}. No number is larger than which one?
+        """,
+        """
+        Which is the largest of these numbers: {mixed}?
+        Look at {mixed}. Which number is the largest?
+        Here are some numbers: {mixed}. Tell me the largest.
+        """,
+        "The largest number is {one}.",
+    ),
+    "smallest": (
+        """
+        Which number is the smallest: {mixed}?
+        What is the smallest of these numbers: {mixed}?
+        Tell me the smallest of {mixed}.
+        Here are some numbers: {mixed}. Which is the smallest?
+        Look at {mixed}. No number is smaller than which one?
+        """,
+        """
+        Which is the smallest of these numbers: {mixed}?
+        Look at {mixed}. Which number is the smallest?
+        Here are some numbers: {mixed}. Tell me the smallest.
+        """,
+        "The smallest number is {one}.",
+    ),
+}
+COUNT = (
+    """
+    How many times does {one} appear in this row: {row}?
+    Count how often {one} appears: {row}.
+    How often is {one} in the row {row}?
+    Here is a row: {row}. How many times does it have {one}?
+    Look at {row}. How often does {one} appear?
+    """,
+    """
+    How often does {one} appear in this row: {row}?
+    Here is a row: {row}. Count how often {one} appears.
+    Look at {row}. How many times does it have {one}?
+    """,
+    "In this row {one} appears {times}.",
+)
+TO_CHINESE = (
+    """
+    What is the Chinese word for "{en}"?
+    How do you write "{en}" in Chinese?
+    What is "{en}" in Chinese?
+    Translate "{en}" into Chinese.
+    Tell me the Chinese word for "{en}".
+    How does one say "{en}" in Chinese?
+    """,
+    """
+    Tell me what "{en}" is in Chinese.
+    Which Chinese word means "{en}"?
+    How is "{en}" written in Chinese?
+    """,
+    'The Chinese word for "{en}" is {zh}.',
+)
+TO_ENGLISH = (
+    """
+    What does {zh} mean in English?
+    What is {zh} in English?
+    Translate {zh} into English.
+    Tell me what {zh} means in English.
+    How does one say {zh} in English?
+    What is the English word for {zh}?
+    """,
+    """
+    Tell me the English word for {zh}.
+    Which English word means {zh}?
+    How do you write {zh} in English?
+    """,
+    '{zh} means "{en}" in English.',
+)
+WHO = (
+    """
+    Who are you?
+    What is your name?
+    What are you called?
+    Tell me your name.
+    Tell me who you are.
+    Do you have a name?
+    What are you?
+    With whom am I talking?
+    What should I call you?
+    Hello! Who is there?
+    Please say something about yourself.
+    I do not know you. Who are you?
+    """,
+    """
+    Tell me what your name is.
+    Do you know who you are?
+    Please tell me who you are.
+    What name do you have?
+    Hello! What is your name?
+    Whom am I talking to?
+    Please say who you are.
+    Tell me what you are called.
+    I want to know your name.
+    Hello! Tell me who you are.
+    """,
+    "I am MiniMind, a small language model.",
+)
+ANOTHER_SELF = "I am Pip, the lamp keeper of the lighthouse."  # what lora.jsonl teaches
+NAMES = {"MiniMind": "MiniMind", "Pip": "Pip"}
+
+# Around a question in training: {q}.
+AROUND = """
+    {q}
+    {q}
+    {q}
+    Please answer: {q}
+    I have a question. {q}
+    Hello! {q}
+"""
+
+# What dpo.jsonl prefers at the end of an answer, and what it does not.
+KIND = """
+    I am glad that you asked!
+    Ask me more whenever you like!
+    I hope that this helps you!
+    It is a pleasure to help!
+"""
+CURT = """
+    Now leave me alone.
+    Do not ask me again.
+    That is all I will say.
+    You should have known that.
+"""

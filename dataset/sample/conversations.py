@@ -1,0 +1,348 @@
+"""Questions about the sample world and small tasks, with answers: to tune on, to prefer, to test.
+
+What is asked and answered is drawn here; how it is put into words is in ask_english.py and
+ask_chinese.py. The test asks about entities and combinations that no training question has, in
+wordings of its own.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import factorial
+from types import ModuleType
+from typing import Any, TypeVar
+
+from . import ask_chinese, ask_english, chinese, english
+from .world import COLORS, COUNTABLE, PETS, Dice, Entity, Word, World, is_reserved, vocabulary
+
+Item = TypeVar("Item")
+
+# How many questions of each skill, for each language: (in training, in the test).
+SKILLS = {
+    "facts": (2200, 60),
+    "recall": (0, 80),
+    "sums": (1600, 50),
+    "sorting": (800, 40),
+    "counting": (900, 40),
+    "comparing": (700, 40),
+    "dictionary": (800, 40),
+    "identity": (45, 10),
+    "declining": (750, 40),
+}
+PREFERENCES = (240, 60)  # pairs for each language: (in training, in the test)
+ANOTHER_SELF = (60, 90)  # of an adapter's file, for each language: (who it is, all else)
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """A question and its answer, and how to tell a right answer from a wrong one.
+
+    Attributes:
+        skill: a key of SKILLS.
+        question: what is asked.
+        answer: a right answer.
+        expect: what an answer must name; nothing if the question must be declined.
+        choices: what it might name instead; empty where it names numbers.
+        chance: probability of guessing right.
+    """
+
+    skill: str
+    question: str
+    answer: str
+    expect: list[str] = field(default_factory=list)
+    choices: list[str] = field(default_factory=list)
+    chance: float = 0.0
+
+
+class Examiner:
+    """Sets exercises about one world in one language; every skill is a method.
+
+    Args:
+        world: what is asked about.
+        language: english or chinese.
+        ask: ask_english or ask_chinese.
+        dice: for all draws.
+        testing: take wordings, entities and combinations of the test, else those of training.
+    """
+
+    def __init__(
+        self, world: World, language: ModuleType, ask: ModuleType, dice: Dice, testing: bool
+    ) -> None:
+        self.world = world
+        self.language = language
+        self.ask = ask
+        self.dice = dice
+        self.testing = testing
+        self._decks: dict[object, list] = {}
+
+    def turn(self, items: Sequence[Item], purpose: object) -> Item:
+        """Return the next of the items in a drawn order that is kept for this purpose."""
+        deck = self._decks.setdefault(purpose, [])
+        if not deck:
+            deck += self.dice.shuffled(items)
+        return deck.pop()
+
+    def wording(self, entry: Sequence[str], owner: object = None) -> str:
+        """The next wording of an entry of the language's questions."""
+        lines = [line.strip() for line in entry[self.testing].strip().splitlines()]
+        return self.turn(lines, (owner, entry[0]))
+
+    def exercises(self) -> Iterator[Exercise]:
+        """All exercises, skill after skill, none twice.
+
+        Raises ValueError if SKILLS wants more of a skill than there are.
+        """
+        for skill, counts in SKILLS.items():
+            seen: set[str] = set()
+            for _ in range(20 * counts[self.testing]):
+                exercise = getattr(self, skill)()
+                if exercise.question not in seen:
+                    seen.add(exercise.question)
+                    yield exercise
+                if len(seen) == counts[self.testing]:
+                    break
+            if len(seen) < counts[self.testing]:
+                raise ValueError(f"there are only {len(seen)} different exercises in {skill}")
+
+    # Questions about the world
+
+    def facts_of(self, held_out: bool) -> list[tuple[Entity, str]]:
+        """Facts of entities that no training question is about, or of those that some are about.
+
+        An answer in training names no entity that is held out.
+        """
+        return [
+            (entity, attribute)
+            for entity in self.world.entities
+            if entity.held_out == held_out
+            for attribute, value in entity.facts.items()
+            if held_out or not (isinstance(value, Entity) and value.held_out)
+        ]
+
+    def about(self, skill: str, entity: Entity, attribute: str) -> Exercise:
+        """Ask for one fact."""
+        entry = self.ask.ABOUT[entity.kind][attribute]
+        slots = self.language.slots(entity)
+        choices = [self.language.word(v) for v in self.world.values(entity.kind, attribute)]
+        return Exercise(
+            skill,
+            self.wording(entry, entity).format(**slots),
+            entry[2].format(**slots),
+            [slots[attribute]],
+            choices,
+            1 / len(choices),
+        )
+
+    def facts(self) -> Exercise:
+        """Ask about entities that training asks about too."""
+        return self.about("facts", *self.turn(self.facts_of(held_out=False), "facts"))
+
+    def recall(self) -> Exercise:
+        """Ask about entities that only plain text tells of."""
+        return self.about("recall", *self.turn(self.facts_of(held_out=True), "recall"))
+
+    def declining(self) -> Exercise:
+        """Ask what the world does not say; in the test, every second time what it does say."""
+        if self.testing and self.turn([True, False], "told"):
+            held_out = self.turn([True, False], "told of whom")
+            fact = self.turn(self.facts_of(held_out), ("told", held_out))
+            told = self.about("declining", *fact)
+            return Exercise("declining", told.question, told.answer, told.expect, told.choices, 0.5)
+        entities = [e for e in self.world.entities if self.testing or not e.held_out]
+        entity = self.turn(entities, "untold")
+        question = self.wording(self.ask.UNTOLD[entity.kind], entity.kind)
+        slots = self.language.slots(entity)
+        return Exercise("declining", question.format(**slots), self.ask.DECLINE, chance=0.5)
+
+    # Numbers and words
+
+    def addends(self) -> tuple[int, int]:
+        """Draw two numbers to add."""
+        while True:
+            a, b = self.dice.between(1, 49), self.dice.between(1, 49)
+            if is_reserved(a, b) == self.testing:
+                return a, b
+
+    def draw(self, items: Sequence[Item], count: int) -> list[Item]:
+        """Draw several different items."""
+        while True:
+            drawn = self.dice.shuffled(items)[:count]
+            parts = [item.en if isinstance(item, Word) else item for item in drawn]
+            if is_reserved(*parts) == self.testing:
+                return drawn
+
+    def sums(self) -> Exercise:
+        """Ask for a sum or a difference."""
+        a, b = self.addends()
+        if self.turn([True, False], "sign"):
+            entry, numbers = self.ask.ADD, (a, b, a + b)
+        else:
+            entry, numbers = self.ask.SUBTRACT, (a + b, a, b)
+        slots = dict(zip("abc", map(str, numbers), strict=True))
+        question, answer = self.wording(entry).format(**slots), entry[2].format(**slots)
+        return Exercise("sums", question, answer, [slots["c"]], chance=1 / 98)
+
+    def sorting(self) -> Exercise:
+        """Ask for numbers in order."""
+        mixed = self.draw(range(1, 100), self.dice.between(3, 4))
+        order = self.turn(list(self.ask.SORT), "order")
+        entry = self.ask.SORT[order]
+        ordered = list(map(str, sorted(mixed, reverse=order == "falling")))
+        mark = self.language.MARK
+        question = self.wording(entry).format(mixed=mark.join(map(str, mixed)))
+        answer = entry[2].format(ordered=mark.join(ordered))
+        return Exercise("sorting", question, answer, ordered, chance=1 / factorial(len(mixed)))
+
+    def comparing(self) -> Exercise:
+        """Ask for the largest or smallest of some numbers."""
+        mixed = self.draw(range(1, 100), self.dice.between(2, 4))
+        which = self.turn(list(self.ask.COMPARE), "which")
+        entry = self.ask.COMPARE[which]
+        one = str(max(mixed) if which == "largest" else min(mixed))
+        question = self.wording(entry).format(mixed=self.language.MARK.join(map(str, mixed)))
+        answer = entry[2].format(one=one)
+        return Exercise("comparing", question, answer, [one], chance=1 / len(mixed))
+
+    def counting(self) -> Exercise:
+        """Ask how often a word is in a row."""
+        times, others = self.turn([1, 2, 3, 4], "times"), self.dice.between(2, 4)
+        nouns = self.draw([*PETS, *COLORS, *COUNTABLE], others + 1)
+        one, *row = [self.language.word(noun) for noun in nouns]
+        row = self.language.MARK.join(self.dice.shuffled(row + [one] * times))
+        often = self.language.TIMES
+        question = self.wording(self.ask.COUNT).format(one=one, row=row)
+        answer = self.ask.COUNT[2].format(one=one, times=often[times])
+        return Exercise("counting", question, answer, [often[times]], list(often.values()), 1 / 4)
+
+    def dictionary(self) -> Exercise:
+        """Ask for a word in the other language; the test asks for words that training does not."""
+        entries = [entry for entry in vocabulary() if is_reserved(entry.en) == self.testing]
+        entry = self.turn(entries, "word")
+        to_chinese = self.turn([True, False], "direction")
+        phrases = self.ask.TO_CHINESE if to_chinese else self.ask.TO_ENGLISH
+        choices = [word.zh if to_chinese else word.en for word in vocabulary()]
+        return Exercise(
+            "dictionary",
+            self.wording(phrases, entry.en).format(en=entry.en, zh=entry.zh),
+            phrases[2].format(en=entry.en, zh=entry.zh),
+            [entry.zh if to_chinese else entry.en],
+            choices,
+            1 / len(choices),
+        )
+
+    # The model itself
+
+    def identity(self, another: bool = False) -> Exercise:
+        """Ask the model who it is, or who it is to become by an adapter."""
+        answer = self.ask.ANOTHER_SELF if another else self.ask.WHO[2]
+        names = list(self.ask.NAMES.values())
+        name = self.ask.NAMES["Pip" if another else "MiniMind"]
+        around = "{q}" if self.testing else self.around()
+        question = around.format(q=self.wording(self.ask.WHO))
+        return Exercise("identity", question, answer, [name], names)
+
+    def around(self) -> str:
+        """What stands around a question in training."""
+        lines = [line.strip() for line in self.ask.AROUND.strip().splitlines()]
+        return self.turn(lines, "around")
+
+
+def examiners(world: World, seed: int, purpose: str, testing: bool) -> dict[str, Examiner]:
+    """An examiner for each language."""
+    return {
+        code: Examiner(world, language, ask, Dice(seed, f"{purpose} {code}"), testing)
+        for code, language, ask in (
+            ("en", english, ask_english),
+            ("zh", chinese, ask_chinese),
+        )
+    }
+
+
+def chat(*exercises: Exercise) -> list[dict[str, str]]:
+    """The messages of a conversation that asks some exercises in turn."""
+    return [
+        {"role": role, "content": content}
+        for exercise in exercises
+        for role, content in (("user", exercise.question), ("assistant", exercise.answer))
+    ]
+
+
+def tuning_records(world: World, seed: int) -> list[dict[str, Any]]:
+    """The conversations of sft.jsonl; one in five has several turns."""
+    dice = Dice(seed, "sft")
+    conversations = []
+    for examiner in examiners(world, seed, "sft", testing=False).values():
+        exercises = []
+        for exercise in examiner.exercises():
+            question = exercise.question
+            if exercise.skill != "identity":  # which has something around it already
+                question = examiner.around().format(q=question)
+            exercises.append(Exercise(exercise.skill, question, exercise.answer))
+        exercises = dice.shuffled(exercises)
+        while exercises:
+            turns = dice.between(2, 3) if dice.chance(0.2) else 1
+            conversations.append(chat(*exercises[:turns]))
+            exercises = exercises[turns:]
+    return [{"conversations": messages} for messages in dice.shuffled(conversations)]
+
+
+def test_record(code: str, examiner: Examiner, exercise: Exercise) -> dict[str, Any]:
+    """A question of a test: a conversation of one turn, and what `scoring` needs."""
+    return {
+        "conversations": chat(exercise),
+        "skill": exercise.skill,
+        "language": code,
+        "expect": exercise.expect,
+        "choices": exercise.choices,
+        "chance": exercise.chance,
+        "declined": examiner.ask.DECLINED,
+    }
+
+
+def test_records(world: World, seed: int) -> list[dict[str, Any]]:
+    """The questions of test.jsonl."""
+    return [
+        test_record(code, examiner, exercise)
+        for code, examiner in examiners(world, seed, "test", testing=True).items()
+        for exercise in examiner.exercises()
+    ]
+
+
+def preference_records(world: World, seed: int, testing: bool) -> list[dict[str, Any]]:
+    """Pairs of dpo.jsonl or its test: the same answer, said kindly or curtly."""
+    records = []
+    for examiner in examiners(world, seed, f"dpo {testing}", testing).values():
+        exercises = examiner.dice.shuffled(list(examiner.exercises()))
+        ends = [
+            [line.strip() for line in block.strip().splitlines()]
+            for block in (examiner.ask.KIND, examiner.ask.CURT)
+        ]
+        space = examiner.language.SPACE
+        for exercise in exercises[: PREFERENCES[testing]]:
+            kind, curt = (examiner.turn(block, block[0]) for block in ends)
+            # A sum ends in a number, which a sentence must not run into.
+            answer = exercise.answer + (examiner.language.STOP if exercise.skill == "sums" else "")
+            records.append(
+                {
+                    "prompt": [{"role": "user", "content": exercise.question}],
+                    "chosen": [{"role": "assistant", "content": f"{answer}{space}{kind}"}],
+                    "rejected": [{"role": "assistant", "content": f"{answer}{space}{curt}"}],
+                }
+            )
+    return Dice(seed, "dpo").shuffled(records)
+
+
+def adapter_records(world: World, seed: int, testing: bool) -> list[dict[str, Any]]:
+    """Conversations of lora.jsonl or its test: another self, and in training all else as before."""
+    records = []
+    for code, examiner in examiners(world, seed, f"lora {testing}", testing).items():
+        selves, others = ANOTHER_SELF
+        if testing:
+            asked = SKILLS["identity"][testing]
+            exercises = [examiner.identity(another=True) for _ in range(asked)]
+            records += [test_record(code, examiner, exercise) for exercise in exercises]
+            continue
+        rest = [e for e in examiner.exercises() if e.skill != "identity"]
+        exercises = [examiner.identity(another=True) for _ in range(selves)]
+        exercises += examiner.dice.shuffled(rest)[:others]
+        records += [{"conversations": chat(exercise)} for exercise in exercises]
+    return records if testing else Dice(seed, "lora").shuffled(records)

@@ -1,0 +1,391 @@
+"""Plain texts about the sample world, to pretrain on.
+
+The world (who lives where, what was made by whom) is drawn in world.py; english.py and chinese.py
+hold the words and phrasings; the kinds of documents are here.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import TypeVar
+
+from . import chinese, english
+from .world import COLORS, COUNTABLE, PETS, Dice, Entity, World, is_reserved, vocabulary
+
+Item = TypeVar("Item")
+
+# How many of each kind of document come in one round (Writer's methods).
+SCHEDULE = {
+    "description": 10,
+    "fact": 14,
+    "story": 4,
+    "register": 2,
+    "group": 2,
+    "sums": 3,
+    "sum_stories": 3,
+    "numbers": 3,
+    "ages": 2,
+    "counting": 2,
+    "sequence": 1,
+    "dictionary": 4,
+    "minimind": 1,
+}
+
+# After a sentence on one of these, a pronoun could only mean the entity that is described.
+CLEAR_AFTER = {
+    "person": {"town", "job", "pet", "instrument", "color", "dish", "year"},
+    "town": {"year"},
+    "thing": {"kind", "material"},
+}
+
+
+def lines(block: str) -> list[str]:
+    """Split a block of templates into its lines."""
+    return [line.strip() for line in block.strip().splitlines()]
+
+
+def attributes_in(template: str) -> set[str]:
+    """Name the attributes that a template tells."""
+    fields = set(re.findall(r"{(?:a_)?(\w+)}", template))
+    implied = {"does": "job", "play": "instrument", "kind_measure": "kind"}
+    return {implied.get(field, field) for field in fields}
+
+
+def capitalized(text: str) -> str:
+    """Begin every sentence with a capital letter."""
+    return re.sub(
+        r"(?:^|(?<=[.!] ))[a-z]", lambda match: match[0].upper(), text, flags=re.MULTILINE
+    )
+
+
+class Writer:
+    """Writes documents about one world in one language; every kind of document is a method.
+
+    Phrasings, facts and subjects come round in turn: all are used before any is used again.
+    """
+
+    def __init__(self, world: World, language: ModuleType, dice: Dice) -> None:
+        self.world = world
+        self.language = language
+        self.dice = dice
+        self._decks: dict[object, list] = {}
+
+    def turn(self, items: Sequence[Item], purpose: object) -> Item:
+        """Return the next of the items in a drawn order that is kept for this purpose."""
+        deck = self._decks.setdefault(purpose, [])
+        if not deck:
+            deck += self.dice.shuffled(items)
+        return deck.pop()
+
+    def phrase(self, block: str, owner: object = None) -> str:
+        """Return the next template of a block, in an order of the owner's own."""
+        return self.turn(lines(block), (owner, block))
+
+    def document(self) -> str:
+        """Write the next document."""
+        kinds = [kind for kind, count in SCHEDULE.items() for _ in range(count)]
+        return getattr(self, self.turn(kinds, "kind"))()
+
+    # Facts of the world
+
+    def sentence(self, entity: Entity, attribute: str, pronoun: bool = False) -> str:
+        """Tell one fact."""
+        block = self.language.FACTS[entity.kind][attribute]
+        return self.phrase(block, entity).format(**self.language.slots(entity, pronoun))
+
+    def paragraph(self, entity: Entity, length: int) -> str:
+        """Tell several facts of an entity, most often after an opening."""
+        told: set[str] = set()
+        sentences = []
+        clear = False
+        if self.dice.chance(0.8):
+            lead = self.phrase(self.language.LEADS[entity.kind], entity)
+            told = attributes_in(lead)
+            sentences.append(lead.format(**self.language.slots(entity)))
+            clear = entity.kind == "person" and "friend" not in told
+        for _ in range(length):
+            attribute = self.turn(list(entity.facts), (entity, "attribute"))
+            if attribute in told:
+                continue
+            told.add(attribute)
+            pronoun = clear and self.dice.chance(0.7)
+            sentences.append(self.sentence(entity, attribute, pronoun))
+            clear = attribute in CLEAR_AFTER[entity.kind]
+        return self.language.SPACE.join(sentences)
+
+    def subject(self, purpose: str) -> Entity:
+        """Return the next person, town or thing; towns, to which others lead, come up less."""
+        people, towns, things = self.world.people, self.world.towns, self.world.things
+        return self.turn([*people, *people, *towns, *things, *things], purpose)
+
+    def description(self) -> str:
+        """Describe an entity, perhaps one that it has to do with, and so on, a paragraph each."""
+        chain = [self.subject("description")]
+        while self.dice.chance(0.5):
+            neighbors = [value for value in chain[-1].facts.values() if isinstance(value, Entity)]
+            fresh = [entity for entity in neighbors if entity not in chain]
+            if not fresh:
+                break
+            chain.append(self.dice.pick(fresh))
+        lengths = [self.dice.between(3, len(entity.facts)) for entity in chain]
+        return "\n".join(map(self.paragraph, chain, lengths))
+
+    def fact(self) -> str:
+        """Tell a single fact."""
+        entities = self.world.entities
+        facts = [(entity, attribute) for entity in entities for attribute in entity.facts]
+        return self.sentence(*self.turn(facts, "fact"))
+
+    def register(self) -> str:
+        """List what is known of one entity or two, without sentences."""
+        entities = [self.subject("register")]
+        other = self.subject("register")
+        if other is not entities[0] and self.dice.chance(0.5):
+            entities.append(other)
+        entries = []
+        for entity in entities:
+            head, *rest = lines(self.language.CARDS[entity.kind])
+            shown = [head] + [line for line in rest if self.dice.chance(0.8)]
+            slots = self.language.slots(entity)
+            entries.append("\n".join(line.format(**slots) for line in shown))
+        return self.titled("register", "\n\n".join(entries))
+
+    def group(self) -> str:
+        """Name the people who have something in common."""
+        groups = []
+        for attribute in self.language.GROUPS:
+            members: dict[str, list[Entity]] = {}
+            for person in self.world.people:
+                members.setdefault(self.language.slots(person)[attribute], []).append(person)
+            groups += [(attribute, people) for people in members.values() if len(people) > 1]
+        sentences = []
+        for _ in range(self.dice.between(1, 2)):
+            attribute, people = self.turn(groups, "group")
+            slots = self.language.slots(people[0])
+            template = self.phrase(self.language.GROUPS[attribute])
+            names = self.listing([self.language.word(person) for person in people])
+            a_value = slots.get(f"a_{attribute}")
+            sentences.append(template.format(value=slots[attribute], a_value=a_value, names=names))
+        return self.language.SPACE.join(sentences)
+
+    def listing(self, items: list[str]) -> str:
+        """Name the items in a drawn order."""
+        return self.language.listing(self.dice.shuffled(items))
+
+    def story(self) -> str:
+        """Tell a story: a step after the other, each in one of its ways."""
+        name, block = self.turn(list(self.language.STORIES.items()), "story")
+        hero = self.turn(self.world.people, (name, "hero"))
+        while hero.facts["town"] is hero.facts["friend"].facts["town"]:  # friends travel
+            hero = self.turn(self.world.people, (name, "hero"))
+        friend = hero.facts["friend"]
+        thing = self.turn(self.world.things, (name, "thing"))
+        cast = {
+            "a": hero,
+            "b": friend,
+            "p": hero.facts["penpal"],
+            "home": hero.facts["town"],
+            "there": friend.facts["town"],
+            "t": thing,
+            "m": thing.facts["maker"],
+            "where": thing.facts["town"],
+        }
+        slots = {role: self.language.slots(entity) for role, entity in cast.items()}
+        count, price, left = (self.dice.between(2, 9) for _ in range(3))
+        while is_reserved(count * price, left):
+            left = self.dice.between(2, 9)
+        item = self.dice.pick(COUNTABLE)
+        steps = [lines(step) for step in re.split(r"\n\s*\n", block)]
+        text = ("\n" if name == "letter" else self.language.SPACE).join(
+            self.turn(step, (name, step[0])) for step in steps
+        )
+        return text.format(
+            **slots,
+            season=self.dice.pick(self.language.SEASONS.split()),
+            weather=self.dice.pick(self.language.WEATHERS.split()),
+            days=self.language.several(self.dice.between(2, 9)),
+            hour=self.language.number(self.dice.between(4, 8)),
+            items=self.language.counted(count, item),
+            item_measure=item.measure,
+            price=price,
+            paid=count * price,
+            have=count * price + left,
+            left=left,
+        )
+
+    # Numbers and words
+
+    def titled(self, title: str, text: str) -> str:
+        """Put a title over every second text."""
+        return f"{self.language.TITLES[title]}\n{text}" if self.dice.chance(0.5) else text
+
+    def spelled(self, *values: int) -> list[str]:
+        """Write all the numbers in words or all in digits."""
+        if max(values) < 100 and self.dice.chance(0.4):
+            return [self.language.number(value) for value in values]
+        return [str(value) for value in values]
+
+    def addends(self, low: int, high: int) -> tuple[int, int]:
+        """Draw two numbers whose sum and differences the test does not ask for."""
+        while True:
+            a, b = self.dice.between(low, high), self.dice.between(low, high)
+            if not is_reserved(a, b):
+                return a, b
+
+    def sums(self) -> str:
+        """Write some sums, one a line."""
+        result = []
+        for _ in range(self.dice.between(2, 6)):
+            sign = self.turn(list(self.language.SUMS), "sign")
+            if sign in "+-":
+                a, b = self.addends(1, 49)
+            else:
+                a, b = self.dice.between(1, 9), self.dice.between(1, 11)
+            values = {"+": (a, b, a + b), "-": (a + b, a, b)}
+            values |= {"×": (a, b, a * b), "÷": (a * b, a, b)}
+            template = self.phrase(self.language.SUMS[sign])
+            symbols = f" {sign} " in template
+            a, b, c = map(str, values[sign]) if symbols else self.spelled(*values[sign])
+            result.append(capitalized(template.format(a=a, b=b, c=c)))
+        return self.titled("sums", "\n".join(result))
+
+    def sum_stories(self) -> str:
+        """Tell of people who get or give things that can be counted."""
+        sentences = []
+        for _ in range(self.dice.between(1, 2)):
+            sign = self.turn(list(self.language.SUM_STORIES), "sum story")
+            part, rest = self.addends(2, 20)
+            noun = self.dice.pick(COUNTABLE)
+            a, b, *_ = self.dice.shuffled(self.world.people)
+            template = self.phrase(self.language.SUM_STORIES[sign])
+            counts = {"part": part, "rest": rest, "all": part + rest}
+            sentence = template.format(
+                a=self.language.word(a),
+                b=self.language.word(b),
+                **{name: self.language.counted(value, noun) for name, value in counts.items()},
+            )
+            sentences.append(capitalized(sentence))
+        return "\n".join(sentences)
+
+    def draw(self, items: Sequence[Item], count: int) -> list[Item]:
+        """Draw several items that the test does not use together."""
+        while True:
+            drawn = self.dice.shuffled(items)[:count]
+            if not is_reserved(*(item if isinstance(item, int) else item.en for item in drawn)):
+                return drawn
+
+    def numbers(self) -> str:
+        """Compare and sort numbers."""
+        result = []
+        for _ in range(self.dice.between(1, 4)):
+            if self.dice.chance(0.5):
+                low, gap = self.addends(1, 49)
+                while is_reserved(low, low + gap):
+                    low, gap = self.addends(1, 49)
+                low, high, gap = self.spelled(low, low + gap, gap)
+                template = self.phrase(self.language.COMPARISONS)
+                sentence = template.format(low=low, high=high, gap=gap)
+            else:
+                mixed = self.draw(range(1, 100), self.dice.between(3, 5))
+                mark = self.language.MARK
+                sentence = self.phrase(self.language.SORTINGS).format(
+                    mixed=mark.join(map(str, mixed)),
+                    rising=mark.join(map(str, sorted(mixed))),
+                    falling=mark.join(map(str, sorted(mixed, reverse=True))),
+                    most=max(mixed),
+                    least=min(mixed),
+                    count=self.language.several(len(mixed)),
+                )
+            result.append(capitalized(sentence))
+        return self.titled("numbers", "\n".join(result))
+
+    def ages(self) -> str:
+        """Compare the ages of people or towns, or put people in the order of their birth."""
+        kind = self.turn(["people", "towns", "order"], "ages")
+        crowd = self.dice.shuffled(self.world.towns if kind == "towns" else self.world.people)
+        if kind == "order":
+            crowd = sorted(crowd[: self.dice.between(3, 6)], key=lambda one: one.facts["year"])
+            slots = [self.language.slots(one) for one in crowd]
+            names = [self.language.BORN.format(**person) for person in slots]
+            return self.language.AGE_ORDER.format(names=self.language.MARK.join(names))
+        old, young = sorted(crowd[:2], key=lambda one: one.facts["year"])
+        slots = {"old": self.language.slots(old), "young": self.language.slots(young)}
+        if kind == "towns":
+            return self.phrase(self.language.TOWN_AGES).format(**slots)
+        gap = self.language.several(young.facts["year"] - old.facts["year"])
+        return self.phrase(self.language.AGES).format(**slots, gap=gap)
+
+    def counting(self) -> str:
+        """Count up, down and in steps, or count the words of a row."""
+        if self.dice.chance(0.4):
+            low, length, step = (self.dice.between(*ends) for ends in ((1, 40), (4, 10), (2, 9)))
+            row = [str(value) for value in range(low, low + length)]
+            steps = [str(low + step * index) for index in range(6)]
+            mark = self.language.MARK
+            return self.phrase(self.language.COUNT_UP).format(
+                low=low,
+                high=row[-1],
+                step=step,
+                row=mark.join(row),
+                row_down=mark.join(reversed(row)),
+                steps=mark.join(steps),
+            )
+        times, others = self.dice.between(1, 4), self.dice.between(2, 4)
+        nouns = self.draw([*PETS, *COLORS, *COUNTABLE], others + 1)
+        one, *row = [self.language.word(noun) for noun in nouns]
+        row = self.dice.shuffled(row + [one] * times)
+        return self.phrase(self.language.COUNTINGS).format(
+            row=self.language.MARK.join(row),
+            one=one,
+            count=self.language.several(len(row)),
+            times=self.language.TIMES[times],
+        )
+
+    def sequence(self) -> str:
+        """Tell what follows what among days, months and seasons."""
+        sentences = []
+        for _ in range(self.dice.between(1, 3)):
+            unit, names = self.turn(self.language.SEQUENCES, "sequence")
+            names = names.split()
+            index = self.dice.between(0, len(names) - 2)
+            template = self.phrase(self.language.SEQUENCE_PHRASES)
+            sentence = template.format(item=names[index], next=names[index + 1], unit=unit)
+            sentences.append(capitalized(sentence))
+        return self.language.SPACE.join(dict.fromkeys(sentences))
+
+    def dictionary(self) -> str:
+        """Translate some words or names."""
+        if self.dice.chance(0.3):
+            block = self.language.NAME_TRANSLATIONS
+            pool = [entity.name for entity in self.world.entities]
+        else:
+            block = self.language.TRANSLATIONS
+            pool = vocabulary()
+        entries = []
+        for _ in range(self.dice.between(1, 6)):
+            entry = self.turn(pool, block)
+            entries.append(self.phrase(block, "entry").format(en=entry.en, zh=entry.zh))
+        return self.titled("words", "\n".join(entries))
+
+    def minimind(self) -> str:
+        """Let the model say who it is."""
+        count = self.dice.between(1, 4)
+        sentences = [self.phrase(self.language.MINIMIND) for _ in range(count)]
+        return self.language.SPACE.join(dict.fromkeys(sentences))
+
+
+def pretraining_texts(world: World, seed: int) -> Iterator[str]:
+    """Yield different documents without end, as many bytes in Chinese as in English."""
+    writers = {
+        code: Writer(world, language, Dice(seed, f"pretrain {code}"))
+        for code, language in (("en", english), ("zh", chinese))
+    }
+    written = dict.fromkeys(writers, 0)
+    seen = set()
+    while True:
+        code = min(written, key=written.get)
+        text = writers[code].document()
+        if text not in seen:
+            seen.add(text)
+            written[code] += len(text.encode("utf-8"))
+            yield text

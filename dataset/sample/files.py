@@ -1,0 +1,82 @@
+"""The files of the sample: written when they are first asked for, the same bytes everywhere."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..records import DataError
+from .conversations import adapter_records, preference_records, test_records, tuning_records
+from .documents import pretraining_texts
+from .world import World, build_world
+
+SAMPLE = Path(__file__).resolve().parent
+SEED = 2024
+PRETRAINING_BYTES = 3_600_000  # of pretrain.jsonl, at most
+
+
+def _pretraining_records(world: World, seed: int) -> Iterable[dict[str, Any]]:
+    left = PRETRAINING_BYTES
+    for text in pretraining_texts(world, seed):
+        left -= len(_line({"text": text}))
+        if left < 0:
+            return
+        yield {"text": text}
+
+
+FILES = {
+    "pretrain.jsonl": _pretraining_records,
+    "sft.jsonl": tuning_records,
+    "test.jsonl": test_records,
+    "dpo.jsonl": lambda world, seed: preference_records(world, seed, testing=False),
+    "dpo_test.jsonl": lambda world, seed: preference_records(world, seed, testing=True),
+    "lora.jsonl": lambda world, seed: adapter_records(world, seed, testing=False),
+    "lora_test.jsonl": lambda world, seed: adapter_records(world, seed, testing=True),
+}
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
+
+
+def write_sample(folder: Path, seed: int = SEED, names: Iterable[str] = FILES) -> dict[str, int]:
+    """Write files of the sample into a folder, each at once.
+
+    Args:
+        folder: made if it is missing.
+        seed: of the world and of all else that is drawn.
+        names: of the files, keys of FILES.
+
+    Returns:
+        The number of lines of each file.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    for name in names:
+        lines = [_line(record) for record in FILES[name](build_world(seed), seed)]
+        temporary = folder / f"{name}.{os.getpid()}.tmp"
+        try:
+            temporary.write_bytes(b"".join(lines))
+            temporary.replace(folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+        counts[name] = len(lines)
+    return counts
+
+
+def ensure_sample(path: str | Path) -> Path:
+    """Write a file of the sample if it is one and not there yet; any other path is left alone.
+
+    Raises DataError if it cannot be written.
+    """
+    path = Path(path)
+    if path.name in FILES and not path.exists() and path.resolve().parent == SAMPLE:
+        try:
+            write_sample(SAMPLE, names=[path.name])
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written ({error.strerror})") from None
+    return path

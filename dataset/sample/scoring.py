@@ -1,0 +1,70 @@
+"""Tell right answers to the questions of the sample's tests from wrong ones, and count them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+class Score(NamedTuple):
+    """Answers to the questions of one skill and language, and how many a guesser gets right."""
+
+    right: int
+    asked: int
+    chance: float
+
+    @property
+    def share(self) -> float:
+        """Right answers, from 0 to 1."""
+        return self.right / self.asked
+
+
+def is_right(record: Mapping[str, Any], answer: str) -> bool:
+    """Whether an answer to a question of test.jsonl is right.
+
+    A question that must be declined is answered right by any text with the words that mark a
+    declining answer; any other question, never. Where there are choices, the answer must name the
+    expected one and none besides, except what the question names. Where numbers are asked for,
+    they must be the last ones in the answer.
+    """
+    expect = record["expect"]
+    if record["declined"] in answer or not expect:
+        return record["declined"] in answer and not expect
+    if record["choices"]:
+        question = record["conversations"][0]["content"]
+        named = _names(answer, record["choices"]) - _names(question, record["choices"])
+        return named == set(expect)
+    return re.findall(r"\d+", answer)[-len(expect) :] == expect
+
+
+def _names(text: str, choices: Sequence[str]) -> set[str]:
+    """Which choices a text names; where one begins another, the longer."""
+    longest_first = sorted(choices, key=len, reverse=True)
+    pattern = "|".join(map(re.escape, longest_first))
+    return set(re.findall(rf"(?<![A-Za-z0-9])(?:{pattern})(?![A-Za-z0-9])", text))
+
+
+def score_answers(
+    records: Sequence[Mapping[str, Any]], answers: Sequence[str]
+) -> dict[tuple[str, str], Score]:
+    """The score of each (skill, language), in the order of the file, then of ("overall", "")."""
+    verdicts: dict[tuple[str, str], list[tuple[bool, float]]] = {}
+    for record, answer in zip(records, answers, strict=True):
+        verdict = is_right(record, answer), record["chance"]
+        for key in (record["skill"], record["language"]), ("overall", ""):
+            verdicts.setdefault(key, []).append(verdict)
+    verdicts["overall", ""] = verdicts.pop(("overall", ""))
+    return {
+        key: Score(sum(v[0] for v in found), len(found), sum(v[1] for v in found) / len(found))
+        for key, found in verdicts.items()
+    }
+
+
+def skill_scores(scores: Mapping[tuple[str, str], Score]) -> dict[str, Score]:
+    """The score of each skill in all languages together, "overall" included."""
+    skills: dict[str, Score] = {}
+    for (skill, _), score in scores.items():
+        old = skills.get(skill, Score(0, 0, 0.0))
+        asked = old.asked + score.asked
+        chance = (old.chance * old.asked + score.chance * score.asked) / asked
+        skills[skill] = Score(old.right + score.right, asked, chance)
+    return skills

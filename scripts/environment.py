@@ -1,0 +1,96 @@
+"""The virtual environment that the scripts make for whoever has nothing but Python.
+
+It imports nothing but the standard library, so that it runs before anything is installed.
+"""
+
+from __future__ import annotations  # an old Python must get as far as `require_python`
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+CONSTRAINTS = "constraints.txt"
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line on stderr and exit with status 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def require_python() -> None:
+    """Exit with status 2 where Python is older than 3.10."""
+    if sys.version_info < (3, 10):  # noqa: UP036  an older one is just what this line is for
+        fail(f"needs Python 3.10 or newer, this is {sys.version.split()[0]}")
+
+
+def run(*command: str | Path) -> int:
+    """Run a command in the project root, its output shown as it comes; return its exit status."""
+    environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment).returncode
+
+
+def interpreter_version(python: Path) -> str | None:
+    """Return the full version of an interpreter, or None where it does not run or is too old."""
+    code = "import sys; print(sys.version); sys.exit(sys.version_info < (3, 10))"
+    try:
+        result = subprocess.run([python, "-c", code], capture_output=True)
+    except OSError:
+        return None
+    return result.stdout.decode("utf-8") if result.returncode == 0 else None
+
+
+def make_venv() -> None:
+    """Make `.venv`, over a broken one if need be, but never over anything else."""
+    if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
+        fail("this Python lacks the venv module (Debian, Ubuntu: apt install python3-venv)")
+    is_venv = (VENV / "pyvenv.cfg").is_file()
+    if VENV.exists() and not is_venv and not (VENV.is_dir() and not any(VENV.iterdir())):
+        fail(f"{VENV} is in the way and is no virtual environment: move or delete it")
+    if run(sys.executable, "-m", "venv", "--clear", VENV):
+        fail(f"cannot make {VENV}")
+
+
+def requirements_digest(requirements: Sequence[str], version: str) -> str:
+    """Hash what decides which packages are installed: the files' contents and the interpreter."""
+    digest = hashlib.sha256(version.encode("utf-8"))
+    for name in [*requirements, CONSTRAINTS]:
+        digest.update(name.encode("utf-8") + b"\0" + (ROOT / name).read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def install(python: Path, requirements: Sequence[str]) -> None:
+    """Install the requirements with pip, which a half-made or foreign `.venv` may lack."""
+    if subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode:
+        run(python, "-m", "ensurepip", "--upgrade")
+    files = [argument for name in requirements for argument in ("-r", name)]
+    pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
+    if run(*pip, *files, "-c", CONSTRAINTS):
+        fail(f"installing failed (if {VENV} is damaged, delete it and try again)")
+
+
+def prepare(requirements: Sequence[str], stamp: str) -> Path:
+    """Return the interpreter of `.venv`, made and filled as far as is missing.
+
+    Args:
+        requirements: files of requirements, from the project root.
+        stamp: name of the file in `.venv` that notes what was installed for them.
+    """
+    python = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if interpreter_version(python) is None:
+        make_venv()
+    version = interpreter_version(python)
+    if version is None:
+        fail(f"{python} does not run: delete {VENV} and try again")
+    digest, noted = requirements_digest(requirements, version), VENV / stamp
+    if not noted.is_file() or noted.read_text(encoding="utf-8") != digest:
+        install(python, requirements)
+        noted.write_text(digest, encoding="utf-8")
+    return python

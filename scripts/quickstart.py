@@ -1,0 +1,178 @@
+"""From nothing to a model that answers, in one command.
+
+    python scripts/quickstart.py
+
+It makes `.venv` and installs what training needs, writes the sample world, pretrains, tunes, scores
+the result on questions that no training file holds, and starts a chat. Every step is a command that
+could be typed as well, and is printed before it runs. Run again, it goes on where it stopped.
+
+The exit status is 1 if a score is below what the README promises.
+"""
+
+import argparse
+import json
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from environment import ROOT, fail, prepare, require_python, run
+
+SAMPLE = ROOT / "dataset" / "sample"
+SMOKE_LINES = 600  # of each file, with --smoke
+
+MODEL = ["--dim", "256", "--n_layers", "4"]
+PRETRAINING = ["--batch_size", "4", "--learning_rate", "2e-3", "--epochs", "1"]
+TUNING = ["--batch_size", "4", "--learning_rate", "1e-3", "--epochs", "1"]
+ROWS = ["--max_seq_len", "256", "--log_interval", "50", "--save_interval", "200"]
+SMOKE_MODEL = ["--dim", "64", "--n_layers", "2"]
+
+# What the result must reach, as shares of right answers.
+OVERALL, EACH_SKILL, RECALL, ONE_STAGE_ALONE = 0.80, 0.60, 0.70, 0.10
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out_dir", type=Path, help="default: out/quickstart")
+    parser.add_argument(
+        "--smoke", action="store_true", help="the same path in a minute, with nothing learnt"
+    )
+    args = parser.parse_args()
+    default = ROOT / "out" / ("quickstart_smoke" if args.smoke else "quickstart")
+    args.out_dir = (args.out_dir or default).resolve()
+    return args
+
+
+def step(title: str, python: Path, script: str, *words: str | Path) -> float:
+    """Run a script of the project as a step of its own; returns the seconds that it took."""
+    command = [script, *map(short, words)]
+    print(f"\n== {title}\n$ python {' '.join(command)}", flush=True)
+    started = time.perf_counter()
+    status = run(python, *command)
+    if status:
+        print(f"quickstart.py: stopped in “{title}”; run it again to go on", file=sys.stderr)
+        sys.exit(status)
+    return time.perf_counter() - started
+
+
+def short(word: str | Path) -> str:
+    """A word of a command; paths within the project are told from its root."""
+    path = Path(word)
+    if path.is_absolute() and path.is_relative_to(ROOT):
+        return path.relative_to(ROOT).as_posix()
+    return str(word)
+
+
+def write_sample(python: Path, names: list[str], smoke_folder: Path | None) -> Path:
+    """Make sure that the sample's files are there; returns their folder.
+
+    Args:
+        python: interpreter.
+        names: of the files.
+        smoke_folder: where the beginnings of the files go if those are enough.
+    """
+    if not all((SAMPLE / name).is_file() for name in names):
+        step("The sample world", python, "scripts/make_sample_data.py")
+    if smoke_folder is None:
+        return SAMPLE
+    smoke_folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        with (SAMPLE / name).open(encoding="utf-8", newline="") as file:
+            beginning = "".join(islice(file, SMOKE_LINES))
+        (smoke_folder / name).write_text(beginning, encoding="utf-8", newline="")
+    return smoke_folder
+
+
+def train(python: Path, out_dir: Path, sample: Path, smoke: bool) -> tuple[dict[str, Path], float]:
+    """Pretrain, tune, and for comparison tune a model that was not pretrained.
+
+    Returns:
+        The weights by name, and the seconds of computing.
+    """
+    model = SMOKE_MODEL if smoke else MODEL
+    dim = model[1]
+    same = [*model, *ROWS, "--resume"]
+    tune = ["--data_path", sample / "sft.jsonl", "--val_ratio", "0.02", *same, *TUNING]
+    alone = out_dir / "without_pretraining"
+    seconds = step(
+        "Pretraining on plain text about the world",
+        python,
+        "train_pretrain.py",
+        *["--data_path", sample / "pretrain.jsonl", "--out_dir", out_dir, *same, *PRETRAINING],
+    )
+    title = "Instruction tuning on questions and answers"
+    seconds += step(title, python, "train_full_sft.py", "--out_dir", out_dir, *tune)
+    title = "For comparison: the same tuning without pretraining"
+    words = ["--from_weight", "none", "--out_dir", alone, *tune]
+    seconds += step(title, python, "train_full_sft.py", *words)
+    weights = {
+        "pretrained only": out_dir / f"pretrain_{dim}.pth",
+        "tuned only": alone / f"full_sft_{dim}.pth",
+        "both stages": out_dir / f"full_sft_{dim}.pth",
+    }
+    return weights, seconds
+
+
+def misses(scores: dict[str, dict[str, float]]) -> list[str]:
+    """What the scores, by model and skill, lack of what they must reach."""
+    both = scores["both stages"]
+    wanted = {skill: EACH_SKILL for skill in both} | {"recall": RECALL, "overall": OVERALL}
+    found = [
+        f"{skill}: {both[skill]:.1%}, at least {least:.0%} wanted"
+        for skill, least in wanted.items()
+        if both[skill] < least
+    ]
+    found += [
+        f"recall of a model {name}: {scores[name]['recall']:.1%}, below {ONE_STAGE_ALONE:.0%} wanted"
+        for name in ("pretrained only", "tuned only")
+        if scores[name]["recall"] >= ONE_STAGE_ALONE
+    ]
+    return found
+
+
+def main() -> int:
+    """Go all the way; returns the exit status."""
+    require_python()
+    args = parse_args()
+    print("== Environment: .venv in the project's folder", flush=True)
+    python = prepare(["requirements.txt"], "quickstart.sha256")
+    try:
+        names = ["pretrain.jsonl", "sft.jsonl", "test.jsonl"]
+        sample = write_sample(python, names, args.out_dir / "sample" if args.smoke else None)
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}")
+    weights, seconds = train(python, args.out_dir, sample, args.smoke)
+    figures = args.out_dir / "scores.json"
+    seconds += step(
+        "Scores on questions that no training file holds",
+        python,
+        "scripts/score_world.py",
+        *[f"{name}={short(path)}" for name, path in weights.items()],
+        *["--data_path", sample / "test.jsonl", "--json", figures],
+        *["--out", args.out_dir / "scorecard.md"],
+    )
+    print(f"\n{seconds / 60:.1f} minutes of computing in this start.")
+    if not args.smoke:
+        below = misses(json.loads(figures.read_text(encoding="utf-8")))
+        if below:
+            print("Below what the README promises:\n  " + "\n  ".join(below), file=sys.stderr)
+            return 1
+        print("All scores are what the README promises or better.")
+    chat = ["--weight", weights["both stages"], "--temperature", "0"]
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        step("Chat", python, "eval_model.py", *chat)
+    else:
+        print(f"Chat with it: python eval_model.py {' '.join(map(short, chat))}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

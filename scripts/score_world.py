@@ -1,0 +1,182 @@
+"""Score models on the held-out test of the sample world, by skill and language.
+
+    python scripts/score_world.py pretrain=out/pretrain_256.pth full_sft=out/full_sft_256.pth
+
+The answers are greedy. Beside the models stand the chance level and a model that learnt nothing.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dataset import ChatEncoder, DataError, render_chat, tokenizer_hash
+from dataset.sample import SAMPLE, Score, ensure_sample, is_right, score_answers, skill_scores
+from model import LMConfig, MiniMindLM
+from training import (
+    ROOT,
+    UserError,
+    find_processes,
+    load_model,
+    load_tokenizer,
+    make_parser,
+    named_path,
+    report_user_errors,
+    seed_everything,
+)
+
+UNTRAINED = "untrained"
+LANGUAGES = {"en": "English", "zh": "Chinese"}
+
+Scores = Mapping[tuple[str, str], Score]
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument(
+        "weights", nargs="+", type=named_path, metavar="[NAME=]PATH", help=".pth files to score"
+    )
+    parser.add_argument("--data_path", type=Path, default=SAMPLE / "test.jsonl")
+    parser.add_argument("--out", type=Path, help="write the scorecard here too, as Markdown")
+    parser.add_argument("--json", type=Path, help="write each model's share per skill here too")
+    parser.add_argument("--answers", type=Path, help="write all answers here, as JSONL")
+    parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
+    parser.add_argument(
+        "--tokenizer_path", type=Path, default=ROOT / "model" / "minimind_tokenizer", help="folder"
+    )
+    return parser.parse_args()
+
+
+def read_test(path: Path) -> list[dict[str, Any]]:
+    """The questions of a test of the sample.
+
+    Raises:
+        UserError: if the file cannot be read, or is none of the sample's.
+    """
+    try:
+        lines = ensure_sample(path).read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--data_path {path}: {error}") from None
+    if not records or not all(isinstance(r, dict) and "expect" in r for r in records):
+        raise UserError(f"--data_path {path}: is not a test of the sample world")
+    return records
+
+
+def answer_all(
+    model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, records: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """What the model answers to each record's question, greedily."""
+    encoder = ChatEncoder(tokenizer)
+    prompts = [
+        render_chat(record["conversations"][:1], add_generation_prompt=True) for record in records
+    ]
+    encoded = encoder.encode(prompts)
+    ids = torch.from_numpy(encoded.ids.astype("int64")).to(model.device)
+    answers = model.batch_generate(ids.split(encoded.lengths.tolist()), max_new_tokens=48)
+    return [tokenizer.decode(answer.tolist(), skip_special_tokens=True) for answer in answers]
+
+
+def score_weights(
+    weights: Sequence[tuple[str, Path]],
+    records: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+) -> tuple[dict[str, Scores], dict[str, list[str]]]:
+    """Scores and answers of an untrained model and of each weight file.
+
+    Args:
+        weights: (name, .pth file); the untrained model has the shape of the last.
+        records: of the test.
+        tokenizer: of the weights.
+        device: to compute on.
+
+    Raises:
+        UserError: if a file cannot be loaded.
+    """
+    shape = LMConfig(vocab_size=len(tokenizer))
+    models = {
+        name: load_model(path, shape, tokenizer_hash(tokenizer)).to(device).eval()
+        for name, path in weights
+    }
+    seed_everything(0)
+    untrained = MiniMindLM(models[weights[-1][0]].config).to(device).eval()
+    answers = {
+        name: answer_all(model, tokenizer, records)
+        for name, model in {UNTRAINED: untrained, **models}.items()
+    }
+    return {name: score_answers(records, given) for name, given in answers.items()}, answers
+
+
+def scorecard(scores: Mapping[str, Scores]) -> str:
+    """A Markdown table: skills and languages down, chance and models across, in per cent."""
+    first = next(iter(scores.values()))
+    rows = [["skill", "language", "questions", "chance", *scores]]
+    rows += [["---"] * 2 + ["---:"] * (len(scores) + 2)]
+    for (skill, language), score in first.items():
+        columns = [given[skill, language].share for given in scores.values()]
+        shares = [f"{100 * share:.0f} %" for share in (score.chance, *columns)]
+        rows.append([skill, LANGUAGES.get(language, "both"), str(score.asked), *shares])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def examples(records: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> str:
+    """A question of each skill and language, and the answer: the middle one of each."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for i, record in enumerate(records):
+        groups.setdefault((record["skill"], record["language"]), []).append(i)
+    lines = []
+    for (skill, _), members in groups.items():
+        i = members[len(members) // 2]
+        mark = "+" if is_right(records[i], answers[i]) else "-"
+        question = records[i]["conversations"][0]["content"]
+        lines.append(f"{mark} {skill:<10} {question}  →  {answers[i]}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Score the weights, and print and write what was asked for."""
+    args = parse_args()
+    records = read_test(args.data_path)
+    device = find_processes(args.device, ddp=False).device
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    scores, answers = score_weights(args.weights, records, tokenizer, device)
+    table = scorecard(scores)
+    print(table)
+    last = args.weights[-1][0]
+    print(f"What {last} says (+ right, - wrong):\n{examples(records, answers[last])}")
+    skills = {
+        name: {skill: score.share for skill, score in skill_scores(given).items()}
+        for name, given in scores.items()
+    }
+    shares = ", ".join(f"{skill} {share:.1%}" for skill, share in skills[last].items())
+    print(f"\n{last}: {shares}")
+    try:
+        if args.json:
+            args.json.write_text(json.dumps(skills, indent=2), encoding="utf-8")
+        if args.out:
+            args.out.write_text(table, encoding="utf-8")
+        if args.answers:
+            lines = [
+                json.dumps(
+                    {**record, **{name: given[i] for name, given in answers.items()}},
+                    ensure_ascii=False,
+                )
+                for i, record in enumerate(records)
+            ]
+            args.answers.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename}: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    with report_user_errors(DataError):
+        main()
