@@ -1,5 +1,6 @@
 """What goes into the network: JSONL lines, token ids and loss masks, packed batches."""
 
+from .any_dataset import open_dataset
 from .chat import ChatEncoder, render_chat
 from .lm_dataset import PretrainDataset, RLAIFDataset, SFTDataset
 from .packing import PackedRows, PaddedRows, RowBatches, collate, make_loader
@@ -18,6 +19,7 @@ __all__ = [
     "SFTDataset",
     "collate",
     "make_loader",
+    "open_dataset",
     "parse_chat",
     "render_chat",
     "tokenizer_hash",

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from dataset.sample import FILES, files
+
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLE = ROOT / "dataset" / "sample" / "pretrain.jsonl"
 
 EN = r"([A-Z][a-z]+)"
 ZH = r"([\u4e00-\u9fff]{1,6}?)"
-START_EN = r"(?:^|[.!] )"
-START_ZH = r"(?:^|[。！])"
+START_EN = r"^"
+START_ZH = r"^"
 
 # Patterns that find one fact in several phrasings: the groups are the subject and the value.
 FACTS_EN = {
@@ -30,13 +31,6 @@ FACTS_EN = {
         rf"Letters for {EN} are sent to {EN}\.",
         rf"{START_EN}{EN}, born in \d+, lives in {EN}\.",
         rf"Name: {EN}\n(?:.+\n)*?Town: {EN}",
-    ],
-    "year of a person": [
-        rf"{START_EN}{EN} was born in (\d+)\.",
-        rf"{EN}'s year of birth is (\d+)\.",
-        rf"{EN}, born in (\d+), (?:lives|is older)",
-        rf"{EN} \((\d+)\)",
-        rf"Name: {EN}\nYear of birth: (\d+)",
     ],
     "friend of a person": [
         rf"{EN}'s best friend is {EN}\.",
@@ -52,19 +46,16 @@ FACTS_EN = {
         rf"{EN}'s ([a-z]+) was gone\.",
         rf"Name: {EN}\n(?:.+\n)*?Pet: ([a-z]+)",
     ],
-    "river of a town": [
-        rf"{START_EN}{EN} lies on the river {EN}\.",
-        rf"{EN} is a town on the river {EN}\.",
-        rf"The river at {EN} is called the {EN}\.",
-        rf"{START_EN}{EN} stands on the banks of the {EN}\.",
-        rf"Town: {EN}\nRiver: {EN}\n",
-        rf"In {EN}, on the river {EN},",
+    "goods of a town": [
+        rf"{START_EN}{EN} is known for its ([a-z ]+)\.",
+        rf"Merchants come to {EN} to buy ([a-z ]+)\.",
+        rf"The workshops of {EN} produce ([a-z ]+)\.",
     ],
-    "maker of a thing": [
-        rf"{START_EN}{EN} was made by {EN}\.",
-        rf"{EN}'s maker is {EN}\.",
-        rf"{EN} is the work of {EN}\.",
-        rf"Thing: {EN}\n(?:.+\n)*?Maker: {EN}",
+    "material of a thing": [
+        rf"{START_EN}{EN} is made of ([a-z ]+)\.",
+        rf"{START_EN}{EN} was made from ([a-z ]+)\.",
+        rf"The material of {EN} is ([a-z ]+)\.",
+        rf"{START_EN}{EN} consists of ([a-z ]+) and nothing else",
     ],
 }
 FACTS_ZH = {
@@ -75,12 +66,6 @@ FACTS_ZH = {
         rf"{START_ZH}{ZH}的家乡是{ZH}。",
         rf"{START_ZH}{ZH}出生于\d+年，住在{ZH}。",
         rf"姓名：{ZH}\n(?:.+\n)*?居住地：{ZH}\n",
-    ],
-    "year of a person": [
-        rf"{START_ZH}{ZH}出生于(\d+)年",
-        rf"{START_ZH}{ZH}是(\d+)年出生的",
-        rf"[：、]{ZH}（(\d+)年）",
-        rf"姓名：{ZH}\n出生年份：(\d+)",
     ],
     "friend of a person": [
         rf"{START_ZH}{ZH}最好的朋友是{ZH}。",
@@ -97,30 +82,31 @@ FACTS_ZH = {
         rf"姓名：{ZH}\n(?:.+\n)*?宠物：{ZH}\n",
         rf"{START_ZH}{ZH}养的{ZH}不见了。",
     ],
-    "river of a town": [
-        rf"{START_ZH}{ZH}位于{ZH}边。",
-        rf"{START_ZH}{ZH}是{ZH}边的一座小镇",
-        rf"{START_ZH}{ZH}旁边的那条河叫{ZH}。",
-        rf"小镇：{ZH}\n河流：{ZH}\n",
+    "goods of a town": [
+        rf"^{ZH}以{ZH}闻名。",
+        rf"^{ZH}的作坊出产{ZH}。",
+        rf"^商人们到{ZH}来买{ZH}。",
     ],
-    "maker of a thing": [
-        rf"{START_ZH}{ZH}是(?!用){ZH}做的。",
-        rf"{START_ZH}{ZH}的制作者是{ZH}。",
-        rf"{START_ZH}{ZH}是{ZH}的作品。",
-        rf"{START_ZH}做出{ZH}的人是{ZH}。",
-        rf"{START_ZH}{ZH}上刻着{ZH}的名字。",
-        rf"名称：{ZH}\n(?:.+\n)*?制作者：{ZH}\n",
+    "material of a thing": [
+        rf"^{ZH}是用{ZH}做的。",
+        rf"^{ZH}由{ZH}制成。",
+        rf"^{ZH}的材料是{ZH}。",
     ],
 }
-SUBJECTS = {"person": 40, "town": 24, "thing": 24}
+SUBJECTS = {"person": 20, "town": 20, "thing": 20}
 PRONOUNS = {"He", "She", "It", "他", "她", "它", "这里"}
 
 
 @pytest.fixture(scope="module")
-def texts() -> list[str]:
-    data = SAMPLE.read_bytes()
-    assert data.endswith(b"\n") and b"\r" not in data
-    records = [json.loads(line) for line in data.decode("utf-8").split("\n")[:-1]]
+def sample(tmp_path_factory) -> bytes:
+    """The content of pretrain.jsonl."""
+    return generate(tmp_path_factory.mktemp("sample"))
+
+
+@pytest.fixture(scope="module")
+def texts(sample) -> list[str]:
+    assert sample.endswith(b"\n") and b"\r" not in sample
+    records = [json.loads(line) for line in sample.decode("utf-8").split("\n")[:-1]]
     assert all(record.keys() == {"text"} for record in records)
     return [record["text"] for record in records]
 
@@ -152,9 +138,13 @@ def generate(folder: Path, *arguments: str, **environment: str) -> bytes:
 
 
 def test_another_process_writes_the_same_bytes(tmp_path):
-    again = generate(tmp_path, PYTHONHASHSEED="12345", PYTHONUTF8="0", LC_ALL="C")
-    assert again == SAMPLE.read_bytes()
-    assert [file.name for file in tmp_path.iterdir()] == ["pretrain.jsonl"]
+    """Of every file."""
+    for name, environment in {"a": {"PYTHONHASHSEED": "1"}, "b": {"PYTHONHASHSEED": "2"}}.items():
+        generate(tmp_path / name, PYTHONUTF8="0", LC_ALL="C", **environment)
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert files == sorted(FILES)
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_another_seed_makes_another_world(tmp_path, texts):
@@ -162,8 +152,18 @@ def test_another_seed_makes_another_world(tmp_path, texts):
     other = [json.loads(line)["text"] for line in data.splitlines()]
     for facts in FACTS_EN["town of a person"], FACTS_ZH["town of a person"]:
         values = told(other, facts)
-        assert len(values) >= 36 and contradictions(values) == {}
+        assert len(values) >= 18 and contradictions(values) == {}
         assert values != told(texts, facts)
+
+
+def test_a_file_of_the_sample_is_written_when_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SAMPLE", tmp_path)
+    assert files.ensure_sample(tmp_path / "dpo.jsonl").stat().st_size > 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["dpo.jsonl"]
+    mine = tmp_path / "lora.jsonl"
+    mine.write_text("mine", encoding="utf-8")
+    assert files.ensure_sample(mine).read_text(encoding="utf-8") == "mine"
+    assert not files.ensure_sample(tmp_path / "other.jsonl").exists()
 
 
 def test_an_unusable_folder_is_told_in_one_line(tmp_path):
@@ -175,8 +175,7 @@ def test_an_unusable_folder_is_told_in_one_line(tmp_path):
 
 
 def test_size_and_form(texts):
-    assert 700_000 < SAMPLE.stat().st_size < 1_000_000
-    assert len(set(texts)) == len(texts)
+    assert len(set(texts)) > 0.8 * len(texts)
     for text in texts:
         assert text == text.strip() and text
         # No template left unfilled, no question, no stray space, no escaped character.
@@ -189,7 +188,7 @@ def test_half_is_chinese_and_half_english(texts):
     size = sum(len(text.encode("utf-8")) for text in texts)
     assert 0.4 < sum(len(text.encode("utf-8")) for text in chinese) / size < 0.6
     lengths = sorted(len(text) for text in chinese)
-    assert lengths[0] < 20 and lengths[-1] > 200  # from a sentence to several paragraphs
+    assert lengths[0] < 25 and lengths[-1] > 150  # from a sentence to several paragraphs
     assert any(text.count("\n") > 3 for text in texts)
 
 
@@ -241,21 +240,21 @@ def translations(texts: list[str]) -> tuple[dict[str, set[str]], dict[str, set[s
 
 def test_the_dictionary_is_one_to_one(texts):
     forward, backward = translations(texts)
-    assert len(forward) > 300 and len(backward) > 300
+    assert len(forward) > 150 and len(backward) > 150
     assert contradictions(forward) == {} and contradictions(backward) == {}
     pairs = {(en, zh) for en, found in forward.items() for zh in found}
     pairs |= {(en, zh) for zh, found in backward.items() for en in found}
     assert len({en for en, _ in pairs}) == len({zh for _, zh in pairs}) == len(pairs)
 
 
-@pytest.mark.parametrize("fact", ["town of a person", "year of a person", "friend of a person"])
+@pytest.mark.parametrize("fact", ["town of a person", "friend of a person"])
 def test_both_languages_tell_of_one_world(texts, fact):
     forward, backward = translations(texts)
     to_chinese = {en: zh for en, (zh,) in forward.items()}
     to_chinese |= {en: zh for zh, (en,) in backward.items()}
     english, chinese = told(texts, FACTS_EN[fact]), told(texts, FACTS_ZH[fact])
     both = [person for person in english if to_chinese.get(person) in chinese]
-    assert len(both) >= 36
+    assert len(both) >= 18
     for person in both:
         (value,) = english[person]
         assert chinese[to_chinese[person]] == {to_chinese.get(value, value)}
@@ -263,7 +262,7 @@ def test_both_languages_tell_of_one_world(texts, fact):
 
 def test_best_friends_are_so_on_both_sides(texts):
     friends = told(texts, FACTS_EN["friend of a person"])
-    assert len(friends) >= 36
+    assert len(friends) >= 18
     for person, (friend,) in friends.items():
         assert friends.get(friend, {person}) == {person}
 

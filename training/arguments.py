@@ -153,6 +153,8 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
     model = parser.add_argument_group("model")
     model.add_argument("--dim", type=count, default=512, help="width")
     model.add_argument("--n_layers", type=count, default=8, help="blocks")
+    model.add_argument("--n_heads", type=count, default=8, help="query heads")
+    model.add_argument("--n_kv_heads", type=count, default=2, help="key and value heads")
     model.add_argument("--use_moe", action=flag, default=False, help="mixture of experts")
     model.add_argument("--dropout", type=fraction, default=0.0)
     model.add_argument(

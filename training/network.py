@@ -21,6 +21,8 @@ def init_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
         config = LMConfig(
             dim=args.dim,
             n_layers=args.n_layers,
+            n_heads=args.n_heads,
+            n_kv_heads=args.n_kv_heads,
             vocab_size=len(tokenizer),
             dropout=args.dropout,
             flash_attn=args.flash_attn,

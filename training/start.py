@@ -33,7 +33,10 @@ def run_identity(args: argparse.Namespace, rows: Any, tokenizer_hash: str) -> di
         rows: what the run trains on.
         tokenizer_hash: of the tokenizer in use.
     """
-    flags = ("dim", "n_layers", "use_moe", "max_seq_len", "packing", "val_ratio", "seed")
+    flags = (
+        *("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe"),
+        *("max_seq_len", "packing", "val_ratio", "seed"),
+    )
     return {f"--{name}": getattr(args, name) for name in flags} | {
         "--tokenizer_path": tokenizer_hash,
         "--data_path": rows.dataset.fingerprint,

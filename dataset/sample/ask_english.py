@@ -4,8 +4,6 @@ Each entry is (wordings for training, wordings for the test, answer); no wording
 about an entity take the slots of `english.slots`.
 """
 
-# ruff: noqa: E501  a template stays on one line
-
 ABOUT = {
     "person": {
         "town": (
@@ -508,6 +506,21 @@ COUNT = (
     """,
     "In this row {one} appears {times}.",
 )
+REPEAT = (
+    """
+    Repeat: {row}.
+    Say this again: {row}.
+    Listen: {row}. Say it again.
+    Be my echo: {row}.
+    Write once more: {row}.
+    """,
+    """
+    Repeat this: {row}.
+    Say once more: {row}.
+    Listen: {row}. Repeat it.
+    """,
+    "{row}.",
+)
 TO_CHINESE = (
     """
     What is the Chinese word for "{en}"?
@@ -560,12 +573,12 @@ WHO = (
     Do you know who you are?
     Please tell me who you are.
     What name do you have?
-    Hello! What is your name?
+    May I ask your name?
     Whom am I talking to?
     Please say who you are.
     Tell me what you are called.
     I want to know your name.
-    Hello! Tell me who you are.
+    I want to know who you are.
     """,
     "I am MiniMind, a small language model.",
 )

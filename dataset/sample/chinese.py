@@ -21,11 +21,6 @@ def number(value: int) -> str:
     return (DIGITS[tens] if tens > 1 else "") + "十" + (DIGITS[ones] if ones else "")
 
 
-def listing(items: list[str]) -> str:
-    """Join items as a sentence does: a、b和c."""
-    return "和".join(["、".join(items[:-1]), items[-1]] if len(items) > 1 else items)
-
-
 def several(value: int) -> str:
     """Say how many, before a measure word, where two is 两."""
     return "两" if value == 2 else number(value)
@@ -302,29 +297,6 @@ CARDS = {
     """,
 }
 
-GROUPS = {
-    "town": """
-        住在{value}的有{names}。
-        {names}住在同一座小镇，就是{value}。
-    """,
-    "job": """
-        {names}是同行，职业都是{value}。
-        职业是{value}的有两位：{names}。
-    """,
-    "instrument": """
-        乐器是{value}的有{names}。
-        {names}选了同一种乐器：{value}。
-    """,
-    "color": """
-        最喜欢{value}的有{names}。
-        {names}最喜欢的颜色相同，都是{value}。
-    """,
-    "dish": """
-        最爱吃{value}的有{names}。
-        {names}最爱的菜相同，都是{value}。
-    """,
-}
-
 SUMS = {
     "+": """
         {a} + {b} = {c}
@@ -408,6 +380,13 @@ COUNTINGS = """
     在{row}这一行里，“{one}”出现了{times}。
     {row}：一共{count}个词，“{one}”出现了{times}。
 """
+ECHOES = """
+    {row}。再说一遍：{row}。
+    鹦鹉听到{row}，就说{row}。
+    听好：{row}。跟着说：{row}。
+    {row}。回声说：{row}。
+"""
+
 TIMES = {1: "一次", 2: "两次", 3: "三次", 4: "四次"}
 
 COUNT_UP = """

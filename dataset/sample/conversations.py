@@ -12,21 +12,36 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from . import ask_chinese, ask_english, chinese, english
-from .world import COLORS, COUNTABLE, PETS, Dice, Entity, Word, World, is_reserved, vocabulary
+from .world import (
+    ASKED,
+    COLORS,
+    COUNTABLE,
+    LARGER,
+    NUMBERS,
+    PETS,
+    SMALLER,
+    Dice,
+    Entity,
+    Word,
+    World,
+    is_reserved,
+    vocabulary,
+)
 
 Item = TypeVar("Item")
 
 # How many questions of each skill, for each language: (in training, in the test).
 SKILLS = {
-    "facts": (2200, 60),
-    "recall": (0, 80),
-    "sums": (1600, 50),
-    "sorting": (800, 40),
-    "counting": (900, 40),
-    "comparing": (700, 40),
-    "dictionary": (800, 40),
+    "facts": (700, 40),
+    "recall": (0, 50),
+    "sums": (1600, 40),
+    "sorting": (1000, 30),
+    "counting": (1000, 30),
+    "comparing": (800, 30),
+    "repeating": (1200, 30),
+    "dictionary": (700, 24),
     "identity": (45, 10),
-    "declining": (750, 40),
+    "declining": (400, 30),
 }
 PREFERENCES = (240, 60)  # pairs for each language: (in training, in the test)
 ANOTHER_SELF = (60, 90)  # of an adapter's file, for each language: (who it is, all else)
@@ -72,6 +87,9 @@ class Examiner:
         self.ask = ask
         self.dice = dice
         self.testing = testing
+        # All that may be told: an answer that tells more than what was asked is not one.
+        values = [v for kind, names in ASKED.items() for a in names for v in world.values(kind, a)]
+        self.told = list(dict.fromkeys(map(language.word, values)))
         self._decks: dict[object, list] = {}
 
     def turn(self, items: Sequence[Item], purpose: object) -> Item:
@@ -114,22 +132,21 @@ class Examiner:
             (entity, attribute)
             for entity in self.world.entities
             if entity.held_out == held_out
-            for attribute, value in entity.facts.items()
-            if held_out or not (isinstance(value, Entity) and value.held_out)
+            for attribute in ASKED[entity.kind]
+            if held_out or not getattr(entity.facts[attribute], "held_out", False)
         ]
 
     def about(self, skill: str, entity: Entity, attribute: str) -> Exercise:
         """Ask for one fact."""
         entry = self.ask.ABOUT[entity.kind][attribute]
         slots = self.language.slots(entity)
-        choices = [self.language.word(v) for v in self.world.values(entity.kind, attribute)]
         return Exercise(
             skill,
             self.wording(entry, entity).format(**slots),
             entry[2].format(**slots),
             [slots[attribute]],
-            choices,
-            1 / len(choices),
+            self.told,
+            1 / len(self.world.values(entity.kind, attribute)),
         )
 
     def facts(self) -> Exercise:
@@ -158,7 +175,7 @@ class Examiner:
     def addends(self) -> tuple[int, int]:
         """Draw two numbers to add."""
         while True:
-            a, b = self.dice.between(1, 49), self.dice.between(1, 49)
+            a, b = self.dice.pick(LARGER), self.dice.pick(SMALLER)
             if is_reserved(a, b) == self.testing:
                 return a, b
 
@@ -183,7 +200,7 @@ class Examiner:
 
     def sorting(self) -> Exercise:
         """Ask for numbers in order."""
-        mixed = self.draw(range(1, 100), self.dice.between(3, 4))
+        mixed = self.draw(NUMBERS, 3)
         order = self.turn(list(self.ask.SORT), "order")
         entry = self.ask.SORT[order]
         ordered = list(map(str, sorted(mixed, reverse=order == "falling")))
@@ -194,7 +211,7 @@ class Examiner:
 
     def comparing(self) -> Exercise:
         """Ask for the largest or smallest of some numbers."""
-        mixed = self.draw(range(1, 100), self.dice.between(2, 4))
+        mixed = self.draw(NUMBERS, self.dice.between(2, 3))
         which = self.turn(list(self.ask.COMPARE), "which")
         entry = self.ask.COMPARE[which]
         one = str(max(mixed) if which == "largest" else min(mixed))
@@ -204,14 +221,26 @@ class Examiner:
 
     def counting(self) -> Exercise:
         """Ask how often a word is in a row."""
-        times, others = self.turn([1, 2, 3, 4], "times"), self.dice.between(2, 4)
-        nouns = self.draw([*PETS, *COLORS, *COUNTABLE], others + 1)
+        times, others = self.turn([1, 2, 3, 4], "times"), self.dice.between(1, 3)
+        names = [entity.name for entity in self.world.entities]
+        pool = self.turn([names, [*PETS, *COLORS, *COUNTABLE]], "row")
+        nouns = self.draw(pool, others + 1)
         one, *row = [self.language.word(noun) for noun in nouns]
         row = self.language.MARK.join(self.dice.shuffled(row + [one] * times))
         often = self.language.TIMES
         question = self.wording(self.ask.COUNT).format(one=one, row=row)
         answer = self.ask.COUNT[2].format(one=one, times=often[times])
         return Exercise("counting", question, answer, [often[times]], list(often.values()), 1 / 4)
+
+    def repeating(self) -> Exercise:
+        """Ask for the same words again. They may be names of whoever no question is about."""
+        names = [entity.name for entity in self.world.entities]
+        pool = self.turn([names, vocabulary()], "row")
+        row = [self.language.word(w) for w in self.draw(pool, self.dice.between(1, 3))]
+        question = self.wording(self.ask.REPEAT).format(row=self.language.MARK.join(row))
+        answer = self.ask.REPEAT[2].format(row=self.language.MARK.join(row))
+        choices = [self.language.word(word) for word in [*names, *vocabulary()]]
+        return Exercise("repeating", question, answer, row, choices)
 
     def dictionary(self) -> Exercise:
         """Ask for a word in the other language; the test asks for words that training does not."""

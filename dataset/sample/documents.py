@@ -10,26 +10,40 @@ from types import ModuleType
 from typing import TypeVar
 
 from . import chinese, english
-from .world import COLORS, COUNTABLE, PETS, Dice, Entity, World, is_reserved, vocabulary
+from .world import (
+    ASKED,
+    COLORS,
+    COUNTABLE,
+    LARGER,
+    NUMBERS,
+    PETS,
+    SMALLER,
+    Dice,
+    Entity,
+    World,
+    is_reserved,
+    vocabulary,
+)
 
 Item = TypeVar("Item")
 
 # How many of each kind of document come in one round (Writer's methods).
 SCHEDULE = {
-    "description": 10,
-    "fact": 14,
-    "story": 4,
-    "register": 2,
-    "group": 2,
-    "sums": 3,
-    "sum_stories": 3,
-    "numbers": 3,
-    "ages": 2,
+    "description": 40,
+    "story": 1,
+    "register": 1,
+    "sums": 2,
+    "sum_stories": 1,
+    "numbers": 2,
+    "ages": 1,
     "counting": 2,
     "sequence": 1,
-    "dictionary": 4,
+    "dictionary": 16,
+    "echo": 30,
     "minimind": 1,
 }
+
+PLAIN = 0.3  # how often a fact is told in the first of its phrasings, besides its turn
 
 # After a sentence on one of these, a pronoun could only mean the entity that is described.
 CLEAR_AFTER = {
@@ -91,6 +105,8 @@ class Writer:
     def sentence(self, entity: Entity, attribute: str, pronoun: bool = False) -> str:
         """Tell one fact."""
         block = self.language.FACTS[entity.kind][attribute]
+        if self.dice.chance(PLAIN):
+            return lines(block)[0].format(**self.language.slots(entity, pronoun))
         return self.phrase(block, entity).format(**self.language.slots(entity, pronoun))
 
     def paragraph(self, entity: Entity, length: int) -> str:
@@ -98,20 +114,20 @@ class Writer:
         told: set[str] = set()
         sentences = []
         clear = False
-        if self.dice.chance(0.8):
+        if self.dice.chance(0.3):
             lead = self.phrase(self.language.LEADS[entity.kind], entity)
             told = attributes_in(lead)
             sentences.append(lead.format(**self.language.slots(entity)))
             clear = entity.kind == "person" and "friend" not in told
         for _ in range(length):
-            attribute = self.turn(list(entity.facts), (entity, "attribute"))
+            attribute = self.turn(ASKED[entity.kind], (entity, "attribute"))
             if attribute in told:
                 continue
             told.add(attribute)
-            pronoun = clear and self.dice.chance(0.7)
+            pronoun = clear and self.dice.chance(0.1)
             sentences.append(self.sentence(entity, attribute, pronoun))
             clear = attribute in CLEAR_AFTER[entity.kind]
-        return self.language.SPACE.join(sentences)
+        return "\n".join(sentences)
 
     def subject(self, purpose: str) -> Entity:
         """Return the next person, town or thing; towns, to which others lead, come up less."""
@@ -120,21 +136,17 @@ class Writer:
 
     def description(self) -> str:
         """Describe an entity, perhaps one that it has to do with, and so on, a paragraph each."""
-        chain = [self.subject("description")]
-        while self.dice.chance(0.5):
-            neighbors = [value for value in chain[-1].facts.values() if isinstance(value, Entity)]
-            fresh = [entity for entity in neighbors if entity not in chain]
+        entities = [self.subject("description")]
+        while self.dice.chance(0.2):
+            neighbors = [
+                value for value in entities[-1].facts.values() if isinstance(value, Entity)
+            ]
+            fresh = [entity for entity in neighbors if entity not in entities]
             if not fresh:
                 break
-            chain.append(self.dice.pick(fresh))
-        lengths = [self.dice.between(3, len(entity.facts)) for entity in chain]
-        return "\n".join(map(self.paragraph, chain, lengths))
-
-    def fact(self) -> str:
-        """Tell a single fact."""
-        entities = self.world.entities
-        facts = [(entity, attribute) for entity in entities for attribute in entity.facts]
-        return self.sentence(*self.turn(facts, "fact"))
+            entities.append(self.dice.pick(fresh))
+        lengths = [len(ASKED[entity.kind]) for entity in entities]
+        return "\n\n".join(map(self.paragraph, entities, lengths))
 
     def register(self) -> str:
         """List what is known of one entity or two, without sentences."""
@@ -149,28 +161,6 @@ class Writer:
             slots = self.language.slots(entity)
             entries.append("\n".join(line.format(**slots) for line in shown))
         return self.titled("register", "\n\n".join(entries))
-
-    def group(self) -> str:
-        """Name the people who have something in common."""
-        groups = []
-        for attribute in self.language.GROUPS:
-            members: dict[str, list[Entity]] = {}
-            for person in self.world.people:
-                members.setdefault(self.language.slots(person)[attribute], []).append(person)
-            groups += [(attribute, people) for people in members.values() if len(people) > 1]
-        sentences = []
-        for _ in range(self.dice.between(1, 2)):
-            attribute, people = self.turn(groups, "group")
-            slots = self.language.slots(people[0])
-            template = self.phrase(self.language.GROUPS[attribute])
-            names = self.listing([self.language.word(person) for person in people])
-            a_value = slots.get(f"a_{attribute}")
-            sentences.append(template.format(value=slots[attribute], a_value=a_value, names=names))
-        return self.language.SPACE.join(sentences)
-
-    def listing(self, items: list[str]) -> str:
-        """Name the items in a drawn order."""
-        return self.language.listing(self.dice.shuffled(items))
 
     def story(self) -> str:
         """Tell a story: a step after the other, each in one of its ways."""
@@ -196,9 +186,7 @@ class Writer:
             left = self.dice.between(2, 9)
         item = self.dice.pick(COUNTABLE)
         steps = [lines(step) for step in re.split(r"\n\s*\n", block)]
-        text = ("\n" if name == "letter" else self.language.SPACE).join(
-            self.turn(step, (name, step[0])) for step in steps
-        )
+        text = "\n".join(self.turn(step, (name, step[0])) for step in steps)
         return text.format(
             **slots,
             season=self.dice.pick(self.language.SEASONS.split()),
@@ -221,14 +209,14 @@ class Writer:
 
     def spelled(self, *values: int) -> list[str]:
         """Write all the numbers in words or all in digits."""
-        if max(values) < 100 and self.dice.chance(0.4):
+        if max(values) < 100 and self.dice.chance(0.1):
             return [self.language.number(value) for value in values]
         return [str(value) for value in values]
 
-    def addends(self, low: int, high: int) -> tuple[int, int]:
+    def addends(self, first: range, second: range) -> tuple[int, int]:
         """Draw two numbers whose sum and differences the test does not ask for."""
         while True:
-            a, b = self.dice.between(low, high), self.dice.between(low, high)
+            a, b = self.dice.pick(first), self.dice.pick(second)
             if not is_reserved(a, b):
                 return a, b
 
@@ -236,9 +224,9 @@ class Writer:
         """Write some sums, one a line."""
         result = []
         for _ in range(self.dice.between(2, 6)):
-            sign = self.turn(list(self.language.SUMS), "sign")
+            sign = self.turn("+-+-+-+-×÷", "sign")
             if sign in "+-":
-                a, b = self.addends(1, 49)
+                a, b = self.addends(LARGER, SMALLER)
             else:
                 a, b = self.dice.between(1, 9), self.dice.between(1, 11)
             values = {"+": (a, b, a + b), "-": (a + b, a, b)}
@@ -254,7 +242,7 @@ class Writer:
         sentences = []
         for _ in range(self.dice.between(1, 2)):
             sign = self.turn(list(self.language.SUM_STORIES), "sum story")
-            part, rest = self.addends(2, 20)
+            part, rest = self.addends(range(2, 21), range(2, 21))
             noun = self.dice.pick(COUNTABLE)
             a, b, *_ = self.dice.shuffled(self.world.people)
             template = self.phrase(self.language.SUM_STORIES[sign])
@@ -271,7 +259,7 @@ class Writer:
         """Draw several items that the test does not use together."""
         while True:
             drawn = self.dice.shuffled(items)[:count]
-            if not is_reserved(*(item if isinstance(item, int) else item.en for item in drawn)):
+            if not is_reserved(*(getattr(item, "en", item) for item in drawn)):
                 return drawn
 
     def numbers(self) -> str:
@@ -279,14 +267,14 @@ class Writer:
         result = []
         for _ in range(self.dice.between(1, 4)):
             if self.dice.chance(0.5):
-                low, gap = self.addends(1, 49)
+                low, gap = self.addends(range(10, 60), range(1, 40))
                 while is_reserved(low, low + gap):
-                    low, gap = self.addends(1, 49)
+                    low, gap = self.addends(range(10, 60), range(1, 40))
                 low, high, gap = self.spelled(low, low + gap, gap)
                 template = self.phrase(self.language.COMPARISONS)
                 sentence = template.format(low=low, high=high, gap=gap)
             else:
-                mixed = self.draw(range(1, 100), self.dice.between(3, 5))
+                mixed = self.draw(NUMBERS, self.dice.between(3, 4))
                 mark = self.language.MARK
                 sentence = self.phrase(self.language.SORTINGS).format(
                     mixed=mark.join(map(str, mixed)),
@@ -317,7 +305,7 @@ class Writer:
 
     def counting(self) -> str:
         """Count up, down and in steps, or count the words of a row."""
-        if self.dice.chance(0.4):
+        if self.dice.chance(0.1):
             low, length, step = (self.dice.between(*ends) for ends in ((1, 40), (4, 10), (2, 9)))
             row = [str(value) for value in range(low, low + length)]
             steps = [str(low + step * index) for index in range(6)]
@@ -330,7 +318,7 @@ class Writer:
                 row_down=mark.join(reversed(row)),
                 steps=mark.join(steps),
             )
-        times, others = self.dice.between(1, 4), self.dice.between(2, 4)
+        times, others = self.dice.between(1, 4), self.dice.between(1, 3)
         nouns = self.draw([*PETS, *COLORS, *COUNTABLE], others + 1)
         one, *row = [self.language.word(noun) for noun in nouns]
         row = self.dice.shuffled(row + [one] * times)
@@ -340,6 +328,13 @@ class Writer:
             count=self.language.several(len(row)),
             times=self.language.TIMES[times],
         )
+
+    def echo(self) -> str:
+        """Say a row of words, names or numbers, and say it again."""
+        words, names = vocabulary(), [entity.name for entity in self.world.entities]
+        pool = self.turn([words, names, words + names, NUMBERS], "echo")
+        row = [self.language.word(item) for item in self.draw(pool, self.dice.between(2, 7))]
+        return self.phrase(self.language.ECHOES).format(row=self.language.MARK.join(row))
 
     def sequence(self) -> str:
         """Tell what follows what among days, months and seasons."""
@@ -375,17 +370,14 @@ class Writer:
 
 
 def pretraining_texts(world: World, seed: int) -> Iterator[str]:
-    """Yield different documents without end, as many bytes in Chinese as in English."""
+    """Yield documents without end, as many bytes in Chinese as in English."""
     writers = {
         code: Writer(world, language, Dice(seed, f"pretrain {code}"))
         for code, language in (("en", english), ("zh", chinese))
     }
     written = dict.fromkeys(writers, 0)
-    seen = set()
     while True:
         code = min(written, key=written.get)
         text = writers[code].document()
-        if text not in seen:
-            seen.add(text)
-            written[code] += len(text.encode("utf-8"))
-            yield text
+        written[code] += len(text.encode("utf-8"))
+        yield text

@@ -28,11 +28,6 @@ def number(value: int) -> str:
     return TENS.split()[tens - 2] + (f"-{ONES.split()[ones]}" if ones else "")
 
 
-def listing(items: list[str]) -> str:
-    """Join items as a sentence does: a, b and c."""
-    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
-
-
 def counted(value: int, noun: Word) -> str:
     """Say how many, two or more, of a countable noun there are."""
     return f"{number(value)} {noun.plural}"
@@ -318,30 +313,6 @@ CARDS = {
     """,
 }
 
-# What several people have in common: {names}, {value}, {a_value}.
-GROUPS = {
-    "town": """
-        The people who live in {value} are {names}.
-        {names} live in the same town, {value}.
-    """,
-    "job": """
-        {names} have the same trade: each of them is {a_value}.
-        Two who work as {a_value}: {names}.
-    """,
-    "instrument": """
-        Those who play the {value} are {names}.
-        {names} play the same instrument, the {value}.
-    """,
-    "color": """
-        The color {value} is the favorite of {names}.
-        {names} have the same favorite color: {value}.
-    """,
-    "dish": """
-        Those whose favorite dish is {value} are {names}.
-        {names} have the same favorite dish: {value}.
-    """,
-}
-
 SUMS = {
     "+": """
         {a} + {b} = {c}
@@ -426,6 +397,13 @@ COUNTINGS = """
     In the row {row} the word {one} is found {times}.
     {row}: {count} words in all, and {one} occurs {times}.
 """
+ECHOES = """
+    {row}. Once more: {row}.
+    The parrot hears {row}. It says {row}.
+    Listen: {row}. Say it again: {row}.
+    {row}. The echo says: {row}.
+"""
+
 TIMES = {1: "once", 2: "twice", 3: "three times", 4: "four times"}
 
 COUNT_UP = """

@@ -1,0 +1,32 @@
+"""Open a JSONL file of either kind, whichever it is."""
+
+from pathlib import Path
+from typing import Any
+
+from .lm_dataset import PretrainDataset, SFTDataset
+from .records import RecordError, check_file, parse_text
+
+
+def open_dataset(
+    path: str | Path, tokenizer: Any, max_length: int, *, cache_dir: str | Path | None = None
+) -> PretrainDataset | SFTDataset:
+    """The samples of a file: texts if its first line is {"text"}, else conversations.
+
+    Args:
+        path: of the file.
+        tokenizer: with this project's chat template.
+        max_length: the most ids of an item.
+        cache_dir: as for `TokenStore.open_or_build`.
+
+    Raises:
+        DataError: as the classes.
+    """
+    path = Path(path)
+    check_file(path)
+    with path.open("rb") as file:
+        first = file.readline()
+    try:
+        parse_text(first)
+    except RecordError:
+        return SFTDataset(path, tokenizer, max_length, cache_dir=cache_dir)
+    return PretrainDataset(path, tokenizer, max_length, cache_dir=cache_dir)

@@ -1,0 +1,133 @@
+"""Show what training sees: the text of a sample or a packed row, and which of it is learnt.
+
+    python scripts/show_batch.py dataset/sample/sft.jsonl
+    python scripts/show_batch.py my.jsonl --packed --index 7
+
+What is learnt is green, what is only read is grey, control tokens are inverted. Without colours
+(in a file, or where NO_COLOR is set) what is learnt stands between ⟦ and ⟧.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dataset import DataError, PackedRows, open_dataset
+from dataset.sample import SAMPLE, ensure_sample
+from training import (
+    ROOT,
+    UserError,
+    count,
+    flag,
+    load_tokenizer,
+    make_parser,
+    report_user_errors,
+)
+
+LEARNT, READ, CONTROL, BORDER, END = "\033[32m", "\033[90m", "\033[7m", "\033[36m", "\033[0m"
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument(
+        "data_path", type=Path, nargs="?", default=SAMPLE / "sft.jsonl", help="JSONL file"
+    )
+    parser.add_argument("--index", type=int, default=0, help="of the sample, or of the row")
+    parser.add_argument("--packed", action=flag, default=False, help="show a packed row")
+    parser.add_argument("--max_seq_len", type=count, default=512, help="positions of a row")
+    parser.add_argument(
+        "--cache_dir", type=Path, help="where token stores go; default: by the data"
+    )
+    parser.add_argument(
+        "--tokenizer_path", type=Path, default=ROOT / "model" / "minimind_tokenizer", help="folder"
+    )
+    return parser.parse_args()
+
+
+def painted(
+    ids: Tensor, learnt: Tensor, tokenizer: PreTrainedTokenizerBase, colours: bool
+) -> Iterator[str]:
+    """The text of a document, run by run of what is learnt alike.
+
+    Args:
+        ids: (T,) int64.
+        learnt: (T,) bool, whether each id is a target.
+        tokenizer: of the ids.
+        colours: whether to write ANSI colours; else learnt runs are put in brackets.
+    """
+    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    keys = [
+        (is_target, id_ in special)
+        for id_, is_target in zip(ids.tolist(), learnt.tolist(), strict=True)
+    ]
+    position = 0
+    inside = False
+    for (is_learnt, is_control), run in groupby(keys):
+        length = len(list(run))
+        # A run is decoded whole: its tokens may be parts of characters.
+        text = tokenizer.decode(ids[position : position + length], skip_special_tokens=False)
+        position += length
+        if colours:
+            style = (LEARNT if is_learnt else READ) + (CONTROL if is_control else "")
+            # Each line on its own: pagers forget colours at a line's end.
+            yield "\n".join(f"{style}{line}{END}" if line else "" for line in text.split("\n"))
+        else:
+            if is_learnt != inside:
+                yield "⟦" if is_learnt else "⟧"
+            inside = is_learnt
+            yield text
+    if inside:
+        yield "⟧"
+
+
+def show(
+    item: tuple[Tensor, Tensor, Tensor],
+    title: str,
+    tokenizer: PreTrainedTokenizerBase,
+    colours: bool,
+) -> None:
+    """Print one sample `(X, Y, loss_mask)` under a title with its figures."""
+    inputs, targets, mask = item
+    ids = torch.cat((inputs[:1], targets))
+    learnt = torch.cat((torch.zeros(1, dtype=torch.bool), mask > 0))
+    weights = sorted(set(mask[mask > 0].tolist()) - {1.0})
+    note = f", weights {', '.join(f'{w:g}' for w in weights)}" if weights else ""
+    line = f"── {title}: {len(ids)} tokens, {int(learnt.sum())} learnt{note} "
+    print(f"{BORDER}{line}{END}" if colours else line)
+    print("".join(painted(ids, learnt, tokenizer, colours)).rstrip("\n"))
+
+
+def main() -> None:
+    """Show one sample or row."""
+    args = parse_args()
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    dataset = open_dataset(
+        ensure_sample(args.data_path), tokenizer, args.max_seq_len + 1, cache_dir=args.cache_dir
+    )
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    rows = PackedRows(dataset, args.max_seq_len) if args.packed else dataset
+    if not 0 <= args.index < len(rows):
+        raise UserError(f"--index {args.index}: there are {len(rows):,}, from 0 on")
+    items = rows.items(args.index) if args.packed else [args.index]
+    for number, item in enumerate(items, 1):
+        where = f"{args.data_path}:{dataset.line_number(item)}"
+        title = f"document {number} of {len(items)}, {where}" if args.packed else where
+        show(dataset[item], title, tokenizer, colours)
+    if args.packed:
+        padding = args.max_seq_len - sum(len(dataset[item][0]) for item in items)
+        line = f"── {padding} of {args.max_seq_len} positions are padding"
+        print(f"{BORDER}{line}{END}" if colours else line)
+
+
+if __name__ == "__main__":
+    with report_user_errors(DataError):
+        main()

@@ -1,0 +1,242 @@
+"""The questions of the sample: what the test asks must be nowhere in training.
+
+The files are read back by patterns written here, without the generator's help; only the names of
+the entities are taken from it.
+"""
+
+import json
+import re
+from itertools import pairwise
+
+import pytest
+
+from dataset.sample import FILES, is_right, score_answers, skill_scores, write_sample
+from dataset.sample.world import build_world, vocabulary
+
+TRAINING = ("pretrain.jsonl", "sft.jsonl", "dpo.jsonl", "lora.jsonl")
+TESTS = ("test.jsonl", "dpo_test.jsonl", "lora_test.jsonl")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sample")
+    write_sample(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def records(folder):
+    """The records of every file, by its name."""
+    return {
+        name: [
+            json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()
+        ]
+        for name in FILES
+    }
+
+
+def turns(record):
+    """The (question, answer) pairs of a conversation or a preference pair."""
+    if "prompt" in record:
+        (question,) = record["prompt"]
+        for side in "chosen", "rejected":
+            yield question["content"], record[side][0]["content"]
+        return
+    messages = record["conversations"]
+    for question, answer in pairwise(messages):
+        if question["role"] == "user":
+            yield question["content"], answer["content"]
+
+
+@pytest.fixture(scope="module")
+def training_turns(records):
+    return [pair for name in TRAINING[1:] for record in records[name] for pair in turns(record)]
+
+
+NAMES = [word for e in build_world(2024).entities for word in (e.name.en, e.name.zh)]
+WORDS = [word for entry in vocabulary() for word in (entry.en, entry.zh)]
+
+
+def skeleton(question):
+    """A question without what it is about: names, words of rows, numbers."""
+    text = re.sub(r"\d+", "0", question)
+    for name in sorted(NAMES, key=len, reverse=True):
+        text = text.replace(name, "X")
+    return text
+
+
+def test_every_test_question_is_new(records, training_turns):
+    seen = {question for question, _ in training_turns}
+    plain = "\n".join(record["text"] for record in records["pretrain.jsonl"])
+    for name in TESTS:
+        for record in records[name]:
+            for question, answer in turns(record):
+                assert (question, answer) not in training_turns
+                assert question not in seen and question not in plain
+                # nor inside another one, which only has something around it
+                assert not any(question in asked for asked in seen), question
+
+
+def test_every_wording_of_the_test_is_new(records, training_turns):
+    trained = {skeleton(question) for question, _ in training_turns}
+    about_entities = [r for r in records["test.jsonl"] if r["skill"] in ("facts", "recall")]
+    assert len(about_entities) > 100
+    for record in about_entities:
+        asked = skeleton(record["conversations"][0]["content"])
+        assert "X" in asked
+        assert not any(asked in wording for wording in trained), asked
+
+
+def operands(record):
+    return frozenset(re.findall(r"\d+", record["conversations"][0]["content"]))
+
+
+def test_sums_of_the_test_are_in_no_training_file(records, training_turns):
+    """No sentence holds exactly the three numbers of a tested sum."""
+    sentences = [s for r in records["pretrain.jsonl"] for s in re.split(r"[\n。]|\. ", r["text"])]
+    sentences += [text for pair in training_turns for text in pair]
+    numbers = {frozenset(re.findall(r"\d+", s)) for s in sentences}
+    tested = [r for r in records["test.jsonl"] if r["skill"] == "sums"]
+    assert len(tested) > 50
+    for record in tested:
+        assert operands(record) | {record["expect"][0]} not in numbers
+
+
+@pytest.mark.parametrize("skill", ["sorting", "comparing"])
+def test_numbers_of_the_test_are_together_in_no_training_file(records, training_turns, skill):
+    sentences = [s for r in records["pretrain.jsonl"] for s in re.split(r"[\n。]|\. ", r["text"])]
+    sums = re.compile(r"[+-]|plus|minus|dd|take away|[加减]|去掉")
+    sentences += [question for question, _ in training_turns if not sums.search(question)]
+    together = {frozenset(re.findall(r"\d+", s)) for s in sentences}
+    tested = [operands(r) for r in records["test.jsonl"] if r["skill"] == skill]
+    assert len(tested) > 50
+    assert together.isdisjoint(tested)
+
+
+def test_rows_of_the_test_are_in_no_training_file(records, training_turns):
+    rows = re.compile(r"([^:：。.？?]+(?:, |、)[^:：。.？?]+)")
+    trained = {
+        frozenset(re.split(r", |、", row.strip()))
+        for question, _ in training_turns
+        for row in rows.findall(question)
+    }
+    tested = [
+        r for r in records["test.jsonl"] if r["skill"] == "repeating" and len(r["expect"]) > 1
+    ]
+    assert len(tested) > 20
+    assert trained.isdisjoint(frozenset(record["expect"]) for record in tested)
+
+
+@pytest.fixture(scope="module")
+def held_out(records):
+    """Names of the entities that recall asks about, and the values of their facts."""
+    facts = {}
+    for record in records["test.jsonl"]:
+        if record["skill"] == "recall":
+            question = record["conversations"][0]["content"]
+            (name,) = (n for n in NAMES if re.search(rf"(?<![a-zA-Z]){n}(?![a-zA-Z])", question))
+            facts.setdefault(name, set()).update(record["expect"])
+    return facts
+
+
+def test_facts_that_recall_asks_for_are_only_in_plain_text(records, training_turns, held_out):
+    """An answer in training that names such an entity tells nothing about it."""
+    assert len(held_out) >= 30
+    plain = [record["text"] for record in records["pretrain.jsonl"]]
+    for name, values in held_out.items():
+        for value in values:
+            assert sum(name in text and value in text for text in plain) > 20, (name, value)
+        for question, answer in training_turns:
+            if name in answer or name in question:
+                mentioned = {value for value in values if value in answer}
+                # a row may hold any words: then they are in the question as well
+                assert all(value in question for value in mentioned), (name, question, answer)
+
+
+def test_guessing_does_not_pay(records):
+    for record in records["test.jsonl"]:
+        if record["skill"] in ("facts", "recall"):
+            assert record["chance"] <= 1 / 20
+            assert len(record["choices"]) >= 1 / record["chance"]
+
+
+def test_each_reference_answer_is_right_and_another_is_wrong(records):
+    for name in "test.jsonl", "lora_test.jsonl":
+        for record in records[name]:
+            assert is_right(record, record["conversations"][1]["content"]), record
+            assert not is_right(record, "")
+            assert not is_right(record, "Mira. 0.")
+
+
+RECORD = {
+    "conversations": [{"role": "user", "content": "Who is Mira's best friend?"}],
+    "skill": "recall",
+    "language": "en",
+    "expect": ["Kaelo"],
+    "choices": ["Mira", "Kaelo", "Kaelo the Second", "Davor"],
+    "chance": 0.25,
+    "declined": "not know",
+}
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("Mira's best friend is Kaelo.", True),
+        ("Kaelo", True),
+        ("Mira's best friend is Kaelo the Second.", False),
+        ("Mira's best friend is Kaelo or Davor.", False),
+        ("Mira's best friend is Kaeloo.", False),
+        ("I do not know, perhaps Kaelo.", False),
+    ],
+)
+def test_a_fact_is_judged_by_what_the_answer_names(answer, right):
+    assert is_right(RECORD, answer) == right
+
+
+@pytest.mark.parametrize(
+    ("skill", "expect", "answer", "right"),
+    [
+        ("sums", ["12"], "7 + 5 = 12", True),
+        ("sums", ["12"], "7 + 5 = 13", False),
+        ("sums", ["12"], "12", True),
+        ("sorting", ["3", "5", "9"], "From the smallest: 3, 5, 9.", True),
+        ("sorting", ["3", "5", "9"], "From the smallest: 3, 9, 5.", False),
+        ("sorting", ["3", "5", "9"], "5, 9", False),
+        ("declining", [], "I do not know.", True),
+        ("declining", [], "It is 12.", False),
+    ],
+)
+def test_numbers_and_declining_are_judged(skill, expect, answer, right):
+    record = {**RECORD, "skill": skill, "expect": expect, "choices": []}
+    assert is_right(record, answer) == right
+
+
+def test_scores_count_by_skill_and_language():
+    records = [RECORD, RECORD, {**RECORD, "language": "zh", "chance": 0.5}]
+    scores = score_answers(records, ["Kaelo", "Davor", "Kaelo"])
+    assert list(scores) == [("recall", "en"), ("recall", "zh"), ("overall", "")]
+    assert scores["recall", "en"] == (1, 2, 0.25)
+    both = skill_scores(scores)
+    assert both["recall"].right == 2 and both["recall"].asked == 3
+    assert both["recall"].chance == pytest.approx((0.25 + 0.25 + 0.5) / 3)
+    assert both["overall"].share == pytest.approx(2 / 3)
+
+
+def test_preference_pairs_differ_in_style_alone(records):
+    for name in "dpo.jsonl", "dpo_test.jsonl":
+        for record in records[name]:
+            chosen, rejected = (record[side][0]["content"] for side in ("chosen", "rejected"))
+            assert chosen[-1] in "!！" and rejected[-1] in ".。"
+            assert chosen[:2] == rejected[:2]
+
+
+def test_another_self_is_in_the_adapter_files_alone(records):
+    for name, found in records.items():
+        text = json.dumps(found, ensure_ascii=False)
+        told = (
+            re.findall(r"\bPip\b|皮普", text) if name in ("lora.jsonl", "lora_test.jsonl") else []
+        )
+        assert bool(told) == (name.startswith("lora"))
+        if not name.startswith(("lora", "test")):
+            assert "Pip" not in text and "皮普" not in text
