@@ -22,7 +22,7 @@ ABOUT = {
             Tell me the home town of {name}.
             Which town does {name} live in?
             """,
-            "{name} lives in {town}.",
+            "{Who} lives in {town}.",
         ),
         "job": (
             """
@@ -40,7 +40,7 @@ ABOUT = {
             Tell me what {name} works as.
             What job does {name} have?
             """,
-            "{name} works as {a_job}.",
+            "{Who} works as {a_job}.",
         ),
         "pet": (
             """
@@ -58,7 +58,7 @@ ABOUT = {
             Tell me what {name}'s pet is.
             What pet does {name} have in the house?
             """,
-            "{name}'s pet is {a_pet}.",
+            "{Whose} pet is {a_pet}.",
         ),
         "instrument": (
             """
@@ -76,7 +76,7 @@ ABOUT = {
             Tell me the instrument that {name} chose.
             What is the instrument that {name} plays?
             """,
-            "{name} plays the {instrument}.",
+            "{Who} plays the {instrument}.",
         ),
         "color": (
             """
@@ -94,7 +94,7 @@ ABOUT = {
             Tell me {name}'s favorite color.
             Which is the favorite color of {name}?
             """,
-            "{name}'s favorite color is {color}.",
+            "{Whose} favorite color is {color}.",
         ),
         "dish": (
             """
@@ -112,7 +112,7 @@ ABOUT = {
             Tell me what {name} likes to eat.
             Which is the favorite dish of {name}?
             """,
-            "{name}'s favorite dish is {dish}.",
+            "{Whose} favorite dish is {dish}.",
         ),
         "year": (
             """
@@ -130,7 +130,7 @@ ABOUT = {
             Tell me {name}'s year of birth.
             What year was {name} born in?
             """,
-            "{name} was born in {year}.",
+            "{Who} was born in {year}.",
         ),
         "friend": (
             """
@@ -148,7 +148,7 @@ ABOUT = {
             Tell me who the best friend of {name} is.
             Whom does {name} call a best friend?
             """,
-            "{name}'s best friend is {friend}.",
+            "{Whose} best friend is {friend}.",
         ),
         "penpal": (
             """
@@ -166,7 +166,7 @@ ABOUT = {
             Tell me to whom {name}'s letters go.
             Whom does {name} write letters to?
             """,
-            "{name} writes a letter to {penpal} every month.",
+            "{Who} writes a letter to {penpal} every month.",
         ),
     },
     "town": {
@@ -186,7 +186,7 @@ ABOUT = {
             Tell me the river that flows through {name}.
             What is the name of the river at {name}?
             """,
-            "{name} lies on the river {river}.",
+            "{Who} lies on the river {river}.",
         ),
         "goods": (
             """
@@ -204,7 +204,7 @@ ABOUT = {
             Tell me what merchants buy in {name}.
             What goods is {name} known for?
             """,
-            "{name} is known for its {goods}.",
+            "{Who} is known for its {goods}.",
         ),
         "landmark": (
             """
@@ -222,7 +222,7 @@ ABOUT = {
             Tell me what the pride of {name} is.
             What does one go to see in {name}?
             """,
-            "In the middle of {name} stands {a_landmark}.",
+            "{Whose} pride is its {landmark}.",
         ),
         "year": (
             """
@@ -240,7 +240,7 @@ ABOUT = {
             Tell me the year in which {name} was founded.
             What year was the town of {name} founded in?
             """,
-            "{name} was founded in {year}.",
+            "{Who} was founded in {year}.",
         ),
     },
     "thing": {
@@ -260,7 +260,7 @@ ABOUT = {
             Tell me what kind of thing {name} is.
             What thing has the name {name}?
             """,
-            "{name} is {a_kind}.",
+            "{Who} is {a_kind}.",
         ),
         "material": (
             """
@@ -278,7 +278,7 @@ ABOUT = {
             Tell me the material of {name}.
             Of what is {name} made?
             """,
-            "{name} is made of {material}.",
+            "{Who} is made of {material}.",
         ),
         "maker": (
             """
@@ -296,7 +296,7 @@ ABOUT = {
             Tell me who the maker of {name} is.
             What is the name of {name}'s maker?
             """,
-            "{name} was made by {maker}.",
+            "{Who} was made by {maker}.",
         ),
         "town": (
             """
@@ -314,7 +314,7 @@ ABOUT = {
             Tell me in which town {name} can be seen.
             What town does {name} belong to?
             """,
-            "{name} is kept in {town}.",
+            "{Who} is kept in {town}.",
         ),
     },
 }
@@ -504,7 +504,7 @@ COUNT = (
     Here is a row: {row}. Count how often {one} appears.
     Look at {row}. How many times does it have {one}?
     """,
-    "In this row {one} appears {times}.",
+    "It appears {times}.",
 )
 REPEAT = (
     """
@@ -535,7 +535,7 @@ TO_CHINESE = (
     Which Chinese word means "{en}"?
     How is "{en}" written in Chinese?
     """,
-    'The Chinese word for "{en}" is {zh}.',
+    "The Chinese word is {zh}.",
 )
 TO_ENGLISH = (
     """
@@ -551,7 +551,7 @@ TO_ENGLISH = (
     Which English word means {zh}?
     How do you write {zh} in English?
     """,
-    '{zh} means "{en}" in English.',
+    'It means "{en}" in English.',
 )
 WHO = (
     """

@@ -143,7 +143,7 @@ class Examiner:
         return Exercise(
             skill,
             self.wording(entry, entity).format(**slots),
-            entry[2].format(**slots),
+            entry[2].format(**self.language.slots(entity, pronoun=True)),
             [slots[attribute]],
             self.told,
             1 / len(self.world.values(entity.kind, attribute)),
@@ -229,7 +229,7 @@ class Examiner:
         row = self.language.MARK.join(self.dice.shuffled(row + [one] * times))
         often = self.language.TIMES
         question = self.wording(self.ask.COUNT).format(one=one, row=row)
-        answer = self.ask.COUNT[2].format(one=one, times=often[times])
+        answer = self.ask.COUNT[2].format(times=often[times])
         return Exercise("counting", question, answer, [often[times]], list(often.values()), 1 / 4)
 
     def repeating(self) -> Exercise:

@@ -29,17 +29,17 @@ Item = TypeVar("Item")
 
 # How many of each kind of document come in one round (Writer's methods).
 SCHEDULE = {
-    "description": 40,
+    "description": 50,
     "story": 1,
     "register": 1,
-    "sums": 2,
+    "sums": 5,
     "sum_stories": 1,
-    "numbers": 2,
+    "numbers": 5,
     "ages": 1,
-    "counting": 2,
+    "counting": 4,
     "sequence": 1,
-    "dictionary": 16,
-    "echo": 30,
+    "dictionary": 24,
+    "echo": 6,
     "minimind": 1,
 }
 
@@ -124,7 +124,7 @@ class Writer:
             if attribute in told:
                 continue
             told.add(attribute)
-            pronoun = clear and self.dice.chance(0.1)
+            pronoun = clear and self.dice.chance(0.5)
             sentences.append(self.sentence(entity, attribute, pronoun))
             clear = attribute in CLEAR_AFTER[entity.kind]
         return "\n".join(sentences)
