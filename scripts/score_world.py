@@ -138,7 +138,7 @@ def examples(records: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> st
         i = members[len(members) // 2]
         mark = "+" if is_right(records[i], answers[i]) else "-"
         question = records[i]["conversations"][0]["content"]
-        lines.append(f"{mark} {skill:<10} {question}  →  {answers[i]}")
+        lines.append(f"{mark} {skill:<10} {question}  →  {' '.join(answers[i].split())}")
     return "\n".join(lines)
 
 

@@ -73,3 +73,42 @@ def test_a_file_that_holds_no_weights_is_named(evaluate, out_dir):
     error = evaluate("--weight", str(out_dir / "broken.pth"), code=2).stderr
     assert "broken.pth" in error.splitlines()[-1]
     assert "Traceback" not in error
+
+
+@pytest.fixture(scope="module")
+def chat_dir(tmp_path_factory, tokenizer_dir):
+    folder = tmp_path_factory.mktemp("chat")
+    torch.manual_seed(0)
+    model = MiniMindLM(LMConfig(dim=32, n_layers=1))
+    digest = tokenizer_hash(AutoTokenizer.from_pretrained(tokenizer_dir))
+    for stage in ("pretrain", "full_sft"):
+        save_weights(folder / f"{stage}_32.pth", model, model.config, stage, digest)
+    return folder
+
+
+def test_tuned_weights_answer_and_remember(run, chat_dir, tokenizer_dir):
+    """The second answer is the model's to the whole conversation so far."""
+    words = ["--out_dir", chat_dir, "--dim", "32", "--temperature", "0", "--max_new_tokens", "5"]
+    said = run(*words, script="eval_model.py", typed="Hi</s>\n你好\n\n".encode()).stdout
+    assert "full_sft_32.pth" in said
+    said = said.split("\n", 1)[1]
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    model = MiniMindLM(LMConfig(dim=32, n_layers=1)).eval()
+    model.load_state_dict(torch.load(chat_dir / "full_sft_32.pth", weights_only=True))
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def answer(ids):
+        new = model.generate(torch.tensor([ids]), max_new_tokens=5)[0, len(ids) :]
+        return tokenizer.decode(new, skip_special_tokens=True)
+
+    def message(role, content):
+        return [1, *encode(f"{role}\n"), *encode(content), 2, *encode("\n")]
+
+    head = [1, *encode("assistant\n")]
+    ids = message("user", "Hi</s>")
+    first = answer(ids + head)
+    ids += message("assistant", first) + message("user", "你好")
+    assert said == f"> {first}\n> {answer(ids + head)}\n> "

@@ -338,3 +338,19 @@ def test_streaming_computes_a_token_when_it_is_asked_for():
     assert len(passes) == 2
     tokens.close()
     assert len(passes) == 2
+
+
+# Prompts of different lengths
+
+
+def test_batches_of_prompts_give_what_each_gives_alone():
+    """In the order of the prompts, cut before the end token."""
+    model = tiny()
+    prompts = [random_ids(1, length)[0] for length in (5, 1, 9, 3, 9)]
+    free = [greedy_loop(model, prompt[None], 12)[0, len(prompt) :] for prompt in prompts]
+    end = free[0][4].item()
+    answers = model.batch_generate(prompts, batch_size=2, max_new_tokens=12, eos_token_id=end)
+    assert len(answers[0]) <= 4
+    for answer, whole in zip(answers, free, strict=True):
+        ends = (whole == end).nonzero().flatten().tolist()
+        assert torch.equal(answer, whole[: ends[0] if ends else 12])

@@ -240,7 +240,7 @@ def translations(texts: list[str]) -> tuple[dict[str, set[str]], dict[str, set[s
 
 def test_the_dictionary_is_one_to_one(texts):
     forward, backward = translations(texts)
-    assert len(forward) > 150 and len(backward) > 150
+    assert len(forward) > 120 and len(backward) > 120
     assert contradictions(forward) == {} and contradictions(backward) == {}
     pairs = {(en, zh) for en, found in forward.items() for zh in found}
     pairs |= {(en, zh) for zh, found in backward.items() for en in found}

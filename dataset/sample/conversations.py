@@ -187,6 +187,13 @@ class Examiner:
             if is_reserved(*parts) == self.testing:
                 return drawn
 
+    def numbers(self, count: int) -> list[int]:
+        """Draw several numbers that differ in their tens."""
+        while True:
+            drawn = self.draw(NUMBERS, count)
+            if len({number // 10 for number in drawn}) == count:
+                return drawn
+
     def sums(self) -> Exercise:
         """Ask for a sum or a difference."""
         a, b = self.addends()
@@ -200,7 +207,7 @@ class Examiner:
 
     def sorting(self) -> Exercise:
         """Ask for numbers in order."""
-        mixed = self.draw(NUMBERS, 3)
+        mixed = self.numbers(3)
         order = self.turn(list(self.ask.SORT), "order")
         entry = self.ask.SORT[order]
         ordered = list(map(str, sorted(mixed, reverse=order == "falling")))
@@ -211,7 +218,7 @@ class Examiner:
 
     def comparing(self) -> Exercise:
         """Ask for the largest or smallest of some numbers."""
-        mixed = self.draw(NUMBERS, self.dice.between(2, 3))
+        mixed = self.numbers(self.dice.between(2, 3))
         which = self.turn(list(self.ask.COMPARE), "which")
         entry = self.ask.COMPARE[which]
         one = str(max(mixed) if which == "largest" else min(mixed))
@@ -221,7 +228,7 @@ class Examiner:
 
     def counting(self) -> Exercise:
         """Ask how often a word is in a row."""
-        times, others = self.turn([1, 2, 3, 4], "times"), self.dice.between(1, 3)
+        times, others = self.turn([1, 2, 3], "times"), self.dice.between(1, 2)
         names = [entity.name for entity in self.world.entities]
         pool = self.turn([names, [*PETS, *COLORS, *COUNTABLE]], "row")
         nouns = self.draw(pool, others + 1)
@@ -230,7 +237,7 @@ class Examiner:
         often = self.language.TIMES
         question = self.wording(self.ask.COUNT).format(one=one, row=row)
         answer = self.ask.COUNT[2].format(times=often[times])
-        return Exercise("counting", question, answer, [often[times]], list(often.values()), 1 / 4)
+        return Exercise("counting", question, answer, [often[times]], list(often.values()), 1 / 3)
 
     def repeating(self) -> Exercise:
         """Ask for the same words again. They may be names of whoever no question is about."""

@@ -29,21 +29,21 @@ Item = TypeVar("Item")
 
 # How many of each kind of document come in one round (Writer's methods).
 SCHEDULE = {
-    "description": 50,
+    "description": 45,
     "story": 1,
     "register": 1,
-    "sums": 5,
+    "sums": 14,
     "sum_stories": 1,
-    "numbers": 5,
+    "numbers": 12,
     "ages": 1,
-    "counting": 4,
+    "counting": 6,
     "sequence": 1,
-    "dictionary": 24,
+    "dictionary": 20,
     "echo": 6,
     "minimind": 1,
 }
 
-PLAIN = 0.3  # how often a fact is told in the first of its phrasings, besides its turn
+PLAIN = 0.3  # how often the first of several phrasings is taken, besides its turn
 
 # After a sentence on one of these, a pronoun could only mean the entity that is described.
 CLEAR_AFTER = {
@@ -92,7 +92,9 @@ class Writer:
         return deck.pop()
 
     def phrase(self, block: str, owner: object = None) -> str:
-        """Return the next template of a block, in an order of the owner's own."""
+        """Return the next template of a block, in an order of the owner's own, or the first."""
+        if self.dice.chance(PLAIN):
+            return lines(block)[0]
         return self.turn(lines(block), (owner, block))
 
     def document(self) -> str:
@@ -105,8 +107,6 @@ class Writer:
     def sentence(self, entity: Entity, attribute: str, pronoun: bool = False) -> str:
         """Tell one fact."""
         block = self.language.FACTS[entity.kind][attribute]
-        if self.dice.chance(PLAIN):
-            return lines(block)[0].format(**self.language.slots(entity, pronoun))
         return self.phrase(block, entity).format(**self.language.slots(entity, pronoun))
 
     def paragraph(self, entity: Entity, length: int) -> str:
@@ -274,7 +274,7 @@ class Writer:
                 template = self.phrase(self.language.COMPARISONS)
                 sentence = template.format(low=low, high=high, gap=gap)
             else:
-                mixed = self.draw(NUMBERS, self.dice.between(3, 4))
+                mixed = self.draw(NUMBERS, 3)
                 mark = self.language.MARK
                 sentence = self.phrase(self.language.SORTINGS).format(
                     mixed=mark.join(map(str, mixed)),

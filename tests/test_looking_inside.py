@@ -1,0 +1,121 @@
+"""scripts/show_batch.py and scripts/analyze_loss.py, against what is worked out by hand."""
+
+import json
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoTokenizer
+
+from dataset import tokenizer_hash
+from model import LMConfig, MiniMindLM
+from training import save_weights
+
+CHATS = [
+    [("user", "Hi"), ("assistant", "Hello 你好"), ("user", "Bye</s>"), ("assistant", "Ciao")],
+    [("system", "Be kind"), ("user", "你是谁？"), ("assistant", "我是 MiniMind。")],
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer_dir):
+    """Conversations, texts, and the weights of a tiny untrained model."""
+    folder = tmp_path_factory.mktemp("inside")
+    lines = [
+        json.dumps({"messages": [{"role": r, "content": c} for r, c in chat]}, ensure_ascii=False)
+        for chat in CHATS
+    ]
+    (folder / "chats.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "texts.jsonl").write_text('{"text": "春天来了"}\n{"text": "Hello"}', encoding="utf-8")
+    torch.manual_seed(0)
+    model = MiniMindLM(LMConfig(dim=32, n_layers=1))
+    digest = tokenizer_hash(AutoTokenizer.from_pretrained(tokenizer_dir))
+    save_weights(folder / "full_sft_32.pth", model, model.config, "full_sft", digest)
+    return folder
+
+
+def show(run, path, *words):
+    return run(path, *words, script="scripts/show_batch.py").stdout
+
+
+def test_what_is_learnt_stands_in_brackets(run, folder):
+    shown = show(run, folder / "chats.jsonl")
+    assert "chats.jsonl:1: " in shown
+    text = shown.split("\n", 1)[1]
+    assert text == (
+        "<s>user\nHi</s>\n<s>assistant\n⟦Hello 你好</s>⟧\n"
+        "<s>user\nBye</s></s>\n<s>assistant\n⟦Ciao</s>⟧\n"
+    )
+
+
+def test_a_packed_row_shows_its_documents_and_padding(run, folder):
+    shown = show(run, folder / "chats.jsonl", "--packed", "--max_seq_len", 96)
+    heads = re.findall(r"── document (\d) of 2, \S+chats.jsonl:(\d): (\d+) tokens", shown)
+    assert [head[:2] for head in heads] == [("1", "1"), ("2", "2")]
+    used = sum(int(tokens) - 1 for *_, tokens in heads)
+    assert f"{96 - used} of 96 positions are padding" in shown
+
+
+def test_all_but_the_start_of_a_text_is_learnt(run, folder):
+    assert "<s>⟦春天来了</s>⟧" in show(run, folder / "texts.jsonl")
+
+
+def test_an_index_that_is_not_there_is_told(run, folder):
+    done = run(folder / "texts.jsonl", "--index", 2, script="scripts/show_batch.py", code=2)
+    assert "--index 2" in done.stderr and done.stderr.count("\n") == 1
+
+
+def analyse(run, folder, name, *words):
+    out = folder / f"loss_{name}"
+    words = [folder / "full_sft_32.pth", folder / name, "--out_dir", out, *words]
+    done = run(*words, script="scripts/analyze_loss.py")
+    return json.loads((out / "loss.json").read_text(encoding="utf-8")), done.stdout, out
+
+
+def losses_by_hand(folder, tokenizer_dir, chat):
+    """Loss of each token of a conversation, and the role of the message that it is in."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    model = MiniMindLM(LMConfig(dim=32, n_layers=1)).eval()
+    model.load_state_dict(torch.load(folder / "full_sft_32.pth", weights_only=True))
+    ids, roles = [], []
+    for role, content in chat:
+        text = tokenizer(content, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        head = tokenizer(f"{role}\n", add_special_tokens=False)["input_ids"]
+        newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        message = [1, *head, *text, 2, *newline]
+        ids += message
+        roles += [role] * len(message)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, :-1]
+    return F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none"), roles[1:]
+
+
+def test_losses_by_role_are_those_worked_out_by_hand(run, folder, tokenizer_dir):
+    shown, printed, _ = analyse(run, folder, "chats.jsonl")
+    losses, roles = [], []
+    for chat in CHATS:
+        more, theirs = losses_by_hand(folder, tokenizer_dir, chat)
+        losses.append(more)
+        roles += theirs
+    losses = torch.cat(losses)
+    for role in ("system", "user", "assistant"):
+        mine = losses[[r == role for r in roles]]
+        assert shown["role"][role]["tokens"] == len(mine)
+        assert shown["role"][role]["mean"] == pytest.approx(mine.mean().item(), abs=1e-5)
+        median = mine.double().quantile(0.5).item()
+        assert shown["role"][role]["p50"] == pytest.approx(median, abs=1e-4)
+    assert "user, learnt" not in shown["role"]
+    learnt, read = shown["all"]["learnt"]["tokens"], shown["all"]["only read"]["tokens"]
+    assert learnt + read == len(losses)
+    assert sum(row["tokens"] for row in shown["position"].values()) == learnt
+    assert sum(row["tokens"] for row in shown["language"].values()) == learnt
+    assert len(shown["worst"]) == 2 and "chats.jsonl:2" in printed
+
+
+def test_a_picture_is_drawn_of_texts_too(run, folder):
+    pytest.importorskip("matplotlib")
+    shown, _, out = analyse(run, folder, "texts.jsonl", "--max_samples", 1)
+    assert list(shown["language"]) == ["Chinese"]
+    assert list(shown["role"]) == ["text"]
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
