@@ -63,7 +63,7 @@ def run(root) -> Callable[..., Done]:
     """
 
     def start(*words, script="train_pretrain.py", code=0, typed=b"", processes=1, fresh=False):
-        words = [str(word) for word in words]
+        words = in_float32(script, [str(word) for word in words])
         if processes == 1 and not fresh:
             status, done = run_here(root, script, words, typed)
         else:
@@ -72,6 +72,12 @@ def run(root) -> Callable[..., Done]:
         return done
 
     return start
+
+
+def in_float32(script: str | Path, words: list[str]) -> list[str]:
+    """The words, and for a stage script the dtype that results are compared in."""
+    is_stage = Path(script).name.startswith("train_")
+    return [*words, "--dtype", "float32"] if is_stage and "--dtype" not in words else words
 
 
 def run_here(root: Path, script: str, words: list[str], typed: bytes) -> tuple[int, Done]:

@@ -102,6 +102,9 @@ def killed(n: int, owner: Any, name: str, **how: Any) -> Iterator[None]:
             yield
 
 
+FLOAT32 = ("--dtype", "float32")  # as the fixture `run` adds it
+
+
 def saving(path: Path, target: Path) -> bool:
     """For `at_call` of Path.replace: whether a file of the run gets its name, or another one."""
     return target.name.startswith("pretrain_32") and target.suffix in (".pth", ".json")
@@ -189,7 +192,7 @@ def started(
         paths = os.pathsep.join((folder, str(root)))
         settings = {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "PYTHONPATH": paths}
         process = subprocess.Popen(
-            [*launcher, str(script or root / "train_pretrain.py"), *map(str, words)],
+            [*launcher, str(script or root / "train_pretrain.py"), *map(str, words), *FLOAT32],
             cwd=root,
             env={**os.environ, **settings},
             stdout=subprocess.PIPE,

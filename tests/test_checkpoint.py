@@ -179,3 +179,13 @@ def test_damaged_and_dangerous_files_are_refused(tmp_path, model, capsys):
     torch.save([1, 2], path)
     with pytest.raises(UserError, match="not a state_dict"):
         load_weights(path, model, "abc")
+
+
+def test_weights_of_other_heads_are_refused_although_their_shapes_fit(tmp_path, model):
+    path = tmp_path / "pretrain_32.pth"
+    save_weights(path, model, TINY, "pretrain", "abc")
+    other = MiniMindLM(LMConfig(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=64))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in other.state_dict().items()}
+    with pytest.raises(UserError, match="--n_heads is 4, not 2"):
+        load_weights(path, other, "abc")
