@@ -269,7 +269,7 @@ def two_processes(run, tmp_path_factory):
     done = run(
         *SHAPE, "--data_path", data, "--val_data_path", val, "--out_dir", folder, "--max_seq_len",
         64, "--batch_size", 2, "--accumulation_steps", 2, "--keep_every", 1, "--log_interval", 1,
-        "--no-packing", "--learning_rate", 1e-2,
+        "--no-packing", "--learning_rate", 1e-2, "--dtype", "float32",
         script=wrapper, processes=2,
     )  # fmt: skip
     return folder, data, done
