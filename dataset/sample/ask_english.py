@@ -60,24 +60,6 @@ ABOUT = {
             """,
             "{Whose} pet is {a_pet}.",
         ),
-        "instrument": (
-            """
-            Which instrument does {name} play?
-            What is {name}'s instrument?
-            What does {name} play in the evening?
-            What did {name} learn to play as a child?
-            Tell me which instrument {name} plays.
-            Do you know what instrument {name} plays?
-            I want to know what {name} can play.
-            Which instrument does {name} practice every day?
-            """,
-            """
-            What instrument does {name} play?
-            Tell me the instrument that {name} chose.
-            What is the instrument that {name} plays?
-            """,
-            "{Who} plays the {instrument}.",
-        ),
         "color": (
             """
             What is {name}'s favorite color?
@@ -95,42 +77,6 @@ ABOUT = {
             Which is the favorite color of {name}?
             """,
             "{Whose} favorite color is {color}.",
-        ),
-        "dish": (
-            """
-            What is {name}'s favorite dish?
-            Which dish does {name} like best?
-            What does {name} like to eat most of all?
-            What does {name} always cook on holidays?
-            Tell me which dish {name} loves.
-            Do you know {name}'s favorite dish?
-            I want to know what {name} likes to eat.
-            Which dish could {name} eat every day?
-            """,
-            """
-            What dish does {name} like best?
-            Tell me what {name} likes to eat.
-            Which is the favorite dish of {name}?
-            """,
-            "{Whose} favorite dish is {dish}.",
-        ),
-        "year": (
-            """
-            When was {name} born?
-            In which year was {name} born?
-            What is {name}'s year of birth?
-            In which year did {name} come into the world?
-            Tell me when {name} was born.
-            Do you know in which year {name} was born?
-            I want to know {name}'s year of birth.
-            Which year is the year of {name}'s birth?
-            """,
-            """
-            In what year was {name} born?
-            Tell me {name}'s year of birth.
-            What year was {name} born in?
-            """,
-            "{Who} was born in {year}.",
         ),
         "friend": (
             """
@@ -150,44 +96,8 @@ ABOUT = {
             """,
             "{Whose} best friend is {friend}.",
         ),
-        "penpal": (
-            """
-            To whom does {name} write letters?
-            Who gets letters from {name}?
-            To whom does {name} write every month?
-            To whom do {name}'s letters go?
-            Tell me to whom {name} writes.
-            Do you know who gets {name}'s letters?
-            I want to know whom {name} writes to.
-            Who hears from {name} by letter?
-            """,
-            """
-            Who gets a letter from {name} every month?
-            Tell me to whom {name}'s letters go.
-            Whom does {name} write letters to?
-            """,
-            "{Who} writes a letter to {penpal} every month.",
-        ),
     },
     "town": {
-        "river": (
-            """
-            On which river does {name} lie?
-            Which river flows through {name}?
-            What is the river at {name} called?
-            On the banks of which river does {name} stand?
-            Tell me which river {name} lies on.
-            Do you know the river of {name}?
-            I want to know what river flows through {name}.
-            From which river do the people of {name} draw their water?
-            """,
-            """
-            What river does {name} lie on?
-            Tell me the river that flows through {name}.
-            What is the name of the river at {name}?
-            """,
-            "{Who} lies on the river {river}.",
-        ),
         "goods": (
             """
             What is {name} known for?
@@ -224,44 +134,8 @@ ABOUT = {
             """,
             "{Whose} pride is its {landmark}.",
         ),
-        "year": (
-            """
-            When was {name} founded?
-            In which year was {name} founded?
-            In which year does the history of {name} begin?
-            Since when has {name} been a town?
-            Tell me when {name} was founded.
-            Do you know in which year {name} was founded?
-            I want to know when the first houses of {name} were built.
-            In which year did settlers found {name}?
-            """,
-            """
-            In what year was {name} founded?
-            Tell me the year in which {name} was founded.
-            What year was the town of {name} founded in?
-            """,
-            "{Who} was founded in {year}.",
-        ),
     },
     "thing": {
-        "kind": (
-            """
-            What is {name}?
-            What kind of thing is {name}?
-            What bears the name {name}?
-            To what did people give the name {name}?
-            Tell me what {name} is.
-            Do you know what {name} is?
-            I want to know what kind of thing {name} is.
-            What should I think of if I hear of {name}?
-            """,
-            """
-            What sort of thing is {name}?
-            Tell me what kind of thing {name} is.
-            What thing has the name {name}?
-            """,
-            "{Who} is {a_kind}.",
-        ),
         "material": (
             """
             What is {name} made of?
@@ -279,24 +153,6 @@ ABOUT = {
             Of what is {name} made?
             """,
             "{Who} is made of {material}.",
-        ),
-        "maker": (
-            """
-            Who made {name}?
-            Who is {name}'s maker?
-            Whose work is {name}?
-            By whom was {name} made?
-            Tell me who made {name}.
-            Do you know who made {name}?
-            I want to know whose name is engraved on {name}.
-            Who worked for a long time on {name}?
-            """,
-            """
-            Who was it who made {name}?
-            Tell me who the maker of {name} is.
-            What is the name of {name}'s maker?
-            """,
-            "{Who} was made by {maker}.",
         ),
         "town": (
             """

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import factorial
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 from . import ask_chinese, ask_english, chinese, english
 from .world import (
@@ -22,13 +22,11 @@ from .world import (
     SMALLER,
     Dice,
     Entity,
-    Word,
     World,
     is_reserved,
+    lines,
     vocabulary,
 )
-
-Item = TypeVar("Item")
 
 # How many questions of each skill, for each language: (in training, in the test).
 SKILLS = {
@@ -90,19 +88,10 @@ class Examiner:
         # All that may be told: an answer that tells more than what was asked is not one.
         values = [v for kind, names in ASKED.items() for a in names for v in world.values(kind, a)]
         self.told = list(dict.fromkeys(map(language.word, values)))
-        self._decks: dict[object, list] = {}
-
-    def turn(self, items: Sequence[Item], purpose: object) -> Item:
-        """Return the next of the items in a drawn order that is kept for this purpose."""
-        deck = self._decks.setdefault(purpose, [])
-        if not deck:
-            deck += self.dice.shuffled(items)
-        return deck.pop()
 
     def wording(self, entry: Sequence[str], owner: object = None) -> str:
         """The next wording of an entry of the language's questions."""
-        lines = [line.strip() for line in entry[self.testing].strip().splitlines()]
-        return self.turn(lines, (owner, entry[0]))
+        return self.dice.turn(lines(entry[self.testing]), (owner, entry[0]))
 
     def exercises(self) -> Iterator[Exercise]:
         """All exercises, skill after skill, none twice.
@@ -151,53 +140,38 @@ class Examiner:
 
     def facts(self) -> Exercise:
         """Ask about entities that training asks about too."""
-        return self.about("facts", *self.turn(self.facts_of(held_out=False), "facts"))
+        return self.about("facts", *self.dice.turn(self.facts_of(held_out=False), "facts"))
 
     def recall(self) -> Exercise:
         """Ask about entities that only plain text tells of."""
-        return self.about("recall", *self.turn(self.facts_of(held_out=True), "recall"))
+        return self.about("recall", *self.dice.turn(self.facts_of(held_out=True), "recall"))
 
     def declining(self) -> Exercise:
         """Ask what the world does not say; in the test, every second time what it does say."""
-        if self.testing and self.turn([True, False], "told"):
-            held_out = self.turn([True, False], "told of whom")
-            fact = self.turn(self.facts_of(held_out), ("told", held_out))
+        if self.testing and self.dice.turn([True, False], "told"):
+            held_out = self.dice.turn([True, False], "told of whom")
+            fact = self.dice.turn(self.facts_of(held_out), ("told", held_out))
             told = self.about("declining", *fact)
             return Exercise("declining", told.question, told.answer, told.expect, told.choices, 0.5)
         entities = [e for e in self.world.entities if self.testing or not e.held_out]
-        entity = self.turn(entities, "untold")
+        entity = self.dice.turn(entities, "untold")
         question = self.wording(self.ask.UNTOLD[entity.kind], entity.kind)
         slots = self.language.slots(entity)
         return Exercise("declining", question.format(**slots), self.ask.DECLINE, chance=0.5)
 
     # Numbers and words
 
-    def addends(self) -> tuple[int, int]:
-        """Draw two numbers to add."""
-        while True:
-            a, b = self.dice.pick(LARGER), self.dice.pick(SMALLER)
-            if is_reserved(a, b) == self.testing:
-                return a, b
-
-    def draw(self, items: Sequence[Item], count: int) -> list[Item]:
-        """Draw several different items."""
-        while True:
-            drawn = self.dice.shuffled(items)[:count]
-            parts = [item.en if isinstance(item, Word) else item for item in drawn]
-            if is_reserved(*parts) == self.testing:
-                return drawn
-
     def numbers(self, count: int) -> list[int]:
         """Draw several numbers that differ in their tens."""
         while True:
-            drawn = self.draw(NUMBERS, count)
+            drawn = self.dice.together(NUMBERS, count, self.testing)
             if len({number // 10 for number in drawn}) == count:
                 return drawn
 
     def sums(self) -> Exercise:
         """Ask for a sum or a difference."""
-        a, b = self.addends()
-        if self.turn([True, False], "sign"):
+        a, b = self.dice.addends(LARGER, SMALLER, self.testing)
+        if self.dice.turn([True, False], "sign"):
             entry, numbers = self.ask.ADD, (a, b, a + b)
         else:
             entry, numbers = self.ask.SUBTRACT, (a + b, a, b)
@@ -208,7 +182,7 @@ class Examiner:
     def sorting(self) -> Exercise:
         """Ask for numbers in order."""
         mixed = self.numbers(3)
-        order = self.turn(list(self.ask.SORT), "order")
+        order = self.dice.turn(list(self.ask.SORT), "order")
         entry = self.ask.SORT[order]
         ordered = list(map(str, sorted(mixed, reverse=order == "falling")))
         mark = self.language.MARK
@@ -219,7 +193,7 @@ class Examiner:
     def comparing(self) -> Exercise:
         """Ask for the largest or smallest of some numbers."""
         mixed = self.numbers(self.dice.between(2, 3))
-        which = self.turn(list(self.ask.COMPARE), "which")
+        which = self.dice.turn(list(self.ask.COMPARE), "which")
         entry = self.ask.COMPARE[which]
         one = str(max(mixed) if which == "largest" else min(mixed))
         question = self.wording(entry).format(mixed=self.language.MARK.join(map(str, mixed)))
@@ -228,10 +202,10 @@ class Examiner:
 
     def counting(self) -> Exercise:
         """Ask how often a word is in a row."""
-        times, others = self.turn([1, 2, 3], "times"), self.dice.between(1, 2)
+        times, others = self.dice.turn([1, 2, 3], "times"), self.dice.between(1, 2)
         names = [entity.name for entity in self.world.entities]
-        pool = self.turn([names, [*PETS, *COLORS, *COUNTABLE]], "row")
-        nouns = self.draw(pool, others + 1)
+        pool = self.dice.turn([names, [*PETS, *COLORS, *COUNTABLE]], "row")
+        nouns = self.dice.together(pool, others + 1, self.testing)
         one, *row = [self.language.word(noun) for noun in nouns]
         row = self.language.MARK.join(self.dice.shuffled(row + [one] * times))
         often = self.language.TIMES
@@ -242,8 +216,11 @@ class Examiner:
     def repeating(self) -> Exercise:
         """Ask for the same words again. They may be names of whoever no question is about."""
         names = [entity.name for entity in self.world.entities]
-        pool = self.turn([names, vocabulary()], "row")
-        row = [self.language.word(w) for w in self.draw(pool, self.dice.between(1, 3))]
+        pool = self.dice.turn([names, vocabulary()], "row")
+        row = [
+            self.language.word(w)
+            for w in self.dice.together(pool, self.dice.between(1, 3), self.testing)
+        ]
         question = self.wording(self.ask.REPEAT).format(row=self.language.MARK.join(row))
         answer = self.ask.REPEAT[2].format(row=self.language.MARK.join(row))
         choices = [self.language.word(word) for word in [*names, *vocabulary()]]
@@ -252,8 +229,8 @@ class Examiner:
     def dictionary(self) -> Exercise:
         """Ask for a word in the other language; the test asks for words that training does not."""
         entries = [entry for entry in vocabulary() if is_reserved(entry.en) == self.testing]
-        entry = self.turn(entries, "word")
-        to_chinese = self.turn([True, False], "direction")
+        entry = self.dice.turn(entries, "word")
+        to_chinese = self.dice.turn([True, False], "direction")
         phrases = self.ask.TO_CHINESE if to_chinese else self.ask.TO_ENGLISH
         choices = [word.zh if to_chinese else word.en for word in vocabulary()]
         return Exercise(
@@ -278,8 +255,7 @@ class Examiner:
 
     def around(self) -> str:
         """What stands around a question in training."""
-        lines = [line.strip() for line in self.ask.AROUND.strip().splitlines()]
-        return self.turn(lines, "around")
+        return self.dice.turn(lines(self.ask.AROUND), "around")
 
 
 def examiners(world: World, seed: int, purpose: str, testing: bool) -> dict[str, Examiner]:
@@ -348,13 +324,10 @@ def preference_records(world: World, seed: int, testing: bool) -> list[dict[str,
     records = []
     for examiner in examiners(world, seed, f"dpo {testing}", testing).values():
         exercises = examiner.dice.shuffled(list(examiner.exercises()))
-        ends = [
-            [line.strip() for line in block.strip().splitlines()]
-            for block in (examiner.ask.KIND, examiner.ask.CURT)
-        ]
+        ends = [lines(block) for block in (examiner.ask.KIND, examiner.ask.CURT)]
         space = examiner.language.SPACE
         for exercise in exercises[: PREFERENCES[testing]]:
-            kind, curt = (examiner.turn(block, block[0]) for block in ends)
+            kind, curt = (examiner.dice.turn(block, block[0]) for block in ends)
             # A sum ends in a number, which a sentence must not run into.
             answer = exercise.answer + (examiner.language.STOP if exercise.skill == "sums" else "")
             records.append(

@@ -5,9 +5,8 @@ hold the words and phrasings; the kinds of documents are here.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import ModuleType
-from typing import TypeVar
 
 from . import chinese, english
 from .world import (
@@ -22,10 +21,9 @@ from .world import (
     Entity,
     World,
     is_reserved,
+    lines,
     vocabulary,
 )
-
-Item = TypeVar("Item")
 
 # How many of each kind of document come in one round (Writer's methods).
 SCHEDULE = {
@@ -47,15 +45,10 @@ PLAIN = 0.3  # how often the first of several phrasings is taken, besides its tu
 
 # After a sentence on one of these, a pronoun could only mean the entity that is described.
 CLEAR_AFTER = {
-    "person": {"town", "job", "pet", "instrument", "color", "dish", "year"},
-    "town": {"year"},
-    "thing": {"kind", "material"},
+    "person": {"town", "job", "pet", "color"},
+    "town": set(),
+    "thing": {"material"},
 }
-
-
-def lines(block: str) -> list[str]:
-    """Split a block of templates into its lines."""
-    return [line.strip() for line in block.strip().splitlines()]
 
 
 def attributes_in(template: str) -> set[str]:
@@ -82,25 +75,17 @@ class Writer:
         self.world = world
         self.language = language
         self.dice = dice
-        self._decks: dict[object, list] = {}
-
-    def turn(self, items: Sequence[Item], purpose: object) -> Item:
-        """Return the next of the items in a drawn order that is kept for this purpose."""
-        deck = self._decks.setdefault(purpose, [])
-        if not deck:
-            deck += self.dice.shuffled(items)
-        return deck.pop()
 
     def phrase(self, block: str, owner: object = None) -> str:
         """Return the next template of a block, in an order of the owner's own, or the first."""
         if self.dice.chance(PLAIN):
             return lines(block)[0]
-        return self.turn(lines(block), (owner, block))
+        return self.dice.turn(lines(block), (owner, block))
 
     def document(self) -> str:
         """Write the next document."""
         kinds = [kind for kind, count in SCHEDULE.items() for _ in range(count)]
-        return getattr(self, self.turn(kinds, "kind"))()
+        return getattr(self, self.dice.turn(kinds, "kind"))()
 
     # Facts of the world
 
@@ -109,8 +94,8 @@ class Writer:
         block = self.language.FACTS[entity.kind][attribute]
         return self.phrase(block, entity).format(**self.language.slots(entity, pronoun))
 
-    def paragraph(self, entity: Entity, length: int) -> str:
-        """Tell several facts of an entity, most often after an opening."""
+    def paragraph(self, entity: Entity) -> str:
+        """Tell all that is asked about an entity, perhaps after an opening."""
         told: set[str] = set()
         sentences = []
         clear = False
@@ -119,8 +104,8 @@ class Writer:
             told = attributes_in(lead)
             sentences.append(lead.format(**self.language.slots(entity)))
             clear = entity.kind == "person" and "friend" not in told
-        for _ in range(length):
-            attribute = self.turn(ASKED[entity.kind], (entity, "attribute"))
+        for _ in ASKED[entity.kind]:
+            attribute = self.dice.turn(ASKED[entity.kind], (entity, "attribute"))
             if attribute in told:
                 continue
             told.add(attribute)
@@ -132,7 +117,7 @@ class Writer:
     def subject(self, purpose: str) -> Entity:
         """Return the next person, town or thing; towns, to which others lead, come up less."""
         people, towns, things = self.world.people, self.world.towns, self.world.things
-        return self.turn([*people, *people, *towns, *things, *things], purpose)
+        return self.dice.turn([*people, *people, *towns, *things, *things], purpose)
 
     def description(self) -> str:
         """Describe an entity, perhaps one that it has to do with, and so on, a paragraph each."""
@@ -145,8 +130,7 @@ class Writer:
             if not fresh:
                 break
             entities.append(self.dice.pick(fresh))
-        lengths = [len(ASKED[entity.kind]) for entity in entities]
-        return "\n\n".join(map(self.paragraph, entities, lengths))
+        return "\n\n".join(map(self.paragraph, entities))
 
     def register(self) -> str:
         """List what is known of one entity or two, without sentences."""
@@ -164,12 +148,12 @@ class Writer:
 
     def story(self) -> str:
         """Tell a story: a step after the other, each in one of its ways."""
-        name, block = self.turn(list(self.language.STORIES.items()), "story")
-        hero = self.turn(self.world.people, (name, "hero"))
+        name, block = self.dice.turn(list(self.language.STORIES.items()), "story")
+        hero = self.dice.turn(self.world.people, (name, "hero"))
         while hero.facts["town"] is hero.facts["friend"].facts["town"]:  # friends travel
-            hero = self.turn(self.world.people, (name, "hero"))
+            hero = self.dice.turn(self.world.people, (name, "hero"))
         friend = hero.facts["friend"]
-        thing = self.turn(self.world.things, (name, "thing"))
+        thing = self.dice.turn(self.world.things, (name, "thing"))
         cast = {
             "a": hero,
             "b": friend,
@@ -186,7 +170,7 @@ class Writer:
             left = self.dice.between(2, 9)
         item = self.dice.pick(COUNTABLE)
         steps = [lines(step) for step in re.split(r"\n\s*\n", block)]
-        text = "\n".join(self.turn(step, (name, step[0])) for step in steps)
+        text = "\n".join(self.dice.turn(step, (name, step[0])) for step in steps)
         return text.format(
             **slots,
             season=self.dice.pick(self.language.SEASONS.split()),
@@ -213,20 +197,13 @@ class Writer:
             return [self.language.number(value) for value in values]
         return [str(value) for value in values]
 
-    def addends(self, first: range, second: range) -> tuple[int, int]:
-        """Draw two numbers whose sum and differences the test does not ask for."""
-        while True:
-            a, b = self.dice.pick(first), self.dice.pick(second)
-            if not is_reserved(a, b):
-                return a, b
-
     def sums(self) -> str:
         """Write some sums, one a line."""
         result = []
         for _ in range(self.dice.between(2, 6)):
-            sign = self.turn("+-+-+-+-×÷", "sign")
+            sign = self.dice.turn("+-+-+-+-×÷", "sign")
             if sign in "+-":
-                a, b = self.addends(LARGER, SMALLER)
+                a, b = self.dice.addends(LARGER, SMALLER, reserved=False)
             else:
                 a, b = self.dice.between(1, 9), self.dice.between(1, 11)
             values = {"+": (a, b, a + b), "-": (a + b, a, b)}
@@ -241,8 +218,8 @@ class Writer:
         """Tell of people who get or give things that can be counted."""
         sentences = []
         for _ in range(self.dice.between(1, 2)):
-            sign = self.turn(list(self.language.SUM_STORIES), "sum story")
-            part, rest = self.addends(range(2, 21), range(2, 21))
+            sign = self.dice.turn(list(self.language.SUM_STORIES), "sum story")
+            part, rest = self.dice.addends(range(2, 21), range(2, 21), reserved=False)
             noun = self.dice.pick(COUNTABLE)
             a, b, *_ = self.dice.shuffled(self.world.people)
             template = self.phrase(self.language.SUM_STORIES[sign])
@@ -255,26 +232,19 @@ class Writer:
             sentences.append(capitalized(sentence))
         return "\n".join(sentences)
 
-    def draw(self, items: Sequence[Item], count: int) -> list[Item]:
-        """Draw several items that the test does not use together."""
-        while True:
-            drawn = self.dice.shuffled(items)[:count]
-            if not is_reserved(*(getattr(item, "en", item) for item in drawn)):
-                return drawn
-
     def numbers(self) -> str:
         """Compare and sort numbers."""
         result = []
         for _ in range(self.dice.between(1, 4)):
             if self.dice.chance(0.5):
-                low, gap = self.addends(range(10, 60), range(1, 40))
+                low, gap = self.dice.addends(range(10, 60), range(1, 40), reserved=False)
                 while is_reserved(low, low + gap):
-                    low, gap = self.addends(range(10, 60), range(1, 40))
+                    low, gap = self.dice.addends(range(10, 60), range(1, 40), reserved=False)
                 low, high, gap = self.spelled(low, low + gap, gap)
                 template = self.phrase(self.language.COMPARISONS)
                 sentence = template.format(low=low, high=high, gap=gap)
             else:
-                mixed = self.draw(NUMBERS, 3)
+                mixed = self.dice.together(NUMBERS, 3, reserved=False)
                 mark = self.language.MARK
                 sentence = self.phrase(self.language.SORTINGS).format(
                     mixed=mark.join(map(str, mixed)),
@@ -289,7 +259,7 @@ class Writer:
 
     def ages(self) -> str:
         """Compare the ages of people or towns, or put people in the order of their birth."""
-        kind = self.turn(["people", "towns", "order"], "ages")
+        kind = self.dice.turn(["people", "towns", "order"], "ages")
         crowd = self.dice.shuffled(self.world.towns if kind == "towns" else self.world.people)
         if kind == "order":
             crowd = sorted(crowd[: self.dice.between(3, 6)], key=lambda one: one.facts["year"])
@@ -319,7 +289,7 @@ class Writer:
                 steps=mark.join(steps),
             )
         times, others = self.dice.between(1, 4), self.dice.between(1, 3)
-        nouns = self.draw([*PETS, *COLORS, *COUNTABLE], others + 1)
+        nouns = self.dice.together([*PETS, *COLORS, *COUNTABLE], others + 1, reserved=False)
         one, *row = [self.language.word(noun) for noun in nouns]
         row = self.dice.shuffled(row + [one] * times)
         return self.phrase(self.language.COUNTINGS).format(
@@ -332,15 +302,16 @@ class Writer:
     def echo(self) -> str:
         """Say a row of words, names or numbers, and say it again."""
         words, names = vocabulary(), [entity.name for entity in self.world.entities]
-        pool = self.turn([words, names, words + names, NUMBERS], "echo")
-        row = [self.language.word(item) for item in self.draw(pool, self.dice.between(2, 7))]
+        pool = self.dice.turn([words, names, words + names, NUMBERS], "echo")
+        drawn = self.dice.together(pool, self.dice.between(2, 7), reserved=False)
+        row = [self.language.word(item) for item in drawn]
         return self.phrase(self.language.ECHOES).format(row=self.language.MARK.join(row))
 
     def sequence(self) -> str:
         """Tell what follows what among days, months and seasons."""
         sentences = []
         for _ in range(self.dice.between(1, 3)):
-            unit, names = self.turn(self.language.SEQUENCES, "sequence")
+            unit, names = self.dice.turn(self.language.SEQUENCES, "sequence")
             names = names.split()
             index = self.dice.between(0, len(names) - 2)
             template = self.phrase(self.language.SEQUENCE_PHRASES)
@@ -358,7 +329,7 @@ class Writer:
             pool = vocabulary()
         entries = []
         for _ in range(self.dice.between(1, 6)):
-            entry = self.turn(pool, block)
+            entry = self.dice.turn(pool, block)
             entries.append(self.phrase(block, "entry").format(en=entry.en, zh=entry.zh))
         return self.titled("words", "\n".join(entries))
 

@@ -6,7 +6,7 @@ and never contradicted; how it is put into words is in english.py and chinese.py
 
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ class Dice:
 
     def __init__(self, seed: int, purpose: str) -> None:
         self._random = random.Random((seed << 32) + zlib.crc32(purpose.encode("utf-8")))
+        self._decks: dict[Hashable, list] = {}
 
     def between(self, low: int, high: int) -> int:
         """Draw an integer, both ends included."""
@@ -42,6 +43,32 @@ class Dice:
             other = self.between(0, last)
             deck[last], deck[other] = deck[other], deck[last]
         return deck
+
+    def turn(self, items: Sequence[Item], purpose: Hashable) -> Item:
+        """Return the next of the items in a drawn order that is kept for this purpose.
+
+        So all are used before any is used again.
+        """
+        deck = self._decks.setdefault(purpose, [])
+        if not deck:
+            deck += self.shuffled(items)
+        return deck.pop()
+
+    def addends(
+        self, first: Sequence[int], second: Sequence[int], reserved: bool
+    ) -> tuple[int, int]:
+        """Draw two numbers to add, or to take away from their sum; see `is_reserved`."""
+        while True:
+            a, b = self.pick(first), self.pick(second)
+            if is_reserved(a, b) == reserved:
+                return a, b
+
+    def together(self, items: Sequence[Item], count: int, reserved: bool) -> list[Item]:
+        """Draw different numbers or words for one row; see `is_reserved`."""
+        while True:
+            drawn = self.shuffled(items)[:count]
+            if is_reserved(*(getattr(item, "en", item) for item in drawn)) == reserved:
+                return drawn
 
     def spread(self, items: Sequence[Item], count: int) -> list[Item]:
         """Draw `count` items, each used once before any is used twice."""
@@ -105,6 +132,11 @@ def is_reserved(*parts: object) -> bool:
     """Whether numbers or words are combined like this in the test alone, in whatever order."""
     key = " ".join(sorted(map(str, parts)))
     return zlib.crc32(key.encode("utf-8")) % 6 == 0
+
+
+def lines(block: str) -> list[str]:
+    """Split a block of templates into its lines."""
+    return [line.strip() for line in block.strip().splitlines()]
 
 
 def words(table: str) -> list[Word]:
