@@ -187,5 +187,5 @@ def test_weights_of_other_heads_are_refused_although_their_shapes_fit(tmp_path, 
     other = MiniMindLM(LMConfig(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=64))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in other.state_dict().items()}
-    with pytest.raises(UserError, match="--n_heads is 4, not 2"):
+    with pytest.raises(UserError, match="n_heads is 4 there, 2 here"):
         load_weights(path, other, "abc")

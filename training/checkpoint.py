@@ -193,16 +193,11 @@ def load_weights(path: Path, model: nn.Module, tokenizer_hash: str) -> None:
 
     Raises:
         UserError: if the file is damaged, its names or shapes are not the model's, or the JSON file
-            beside it names another tokenizer or other numbers of heads.
+            beside it names another tokenizer.
     """
     about = read_about(path)
     if about is not None and about["tokenizer"] != tokenizer_hash:
         raise UserError(f"{path}: trained with another tokenizer; --tokenizer_path names it")
-    # Their numbers leave no trace in the shapes: 8 heads over 2 are as wide as 4 over 1.
-    for heads in ("n_heads", "n_kv_heads") if about is not None else ():
-        theirs, ours = getattr(about["config"], heads), getattr(model.config, heads)
-        if theirs != ours:
-            raise UserError(f"{path}: weights of another model: --{heads} is {theirs}, not {ours}")
     check_sums(path)
     state = read_state(path)
     difference = _first_difference(path, state, model)
