@@ -50,7 +50,7 @@ def turns(record):
 
 @pytest.fixture(scope="module")
 def training_turns(records):
-    return [pair for name in TRAINING[1:] for record in records[name] for pair in turns(record)]
+    return {pair for name in TRAINING[1:] for record in records[name] for pair in turns(record)}
 
 
 NAMES = [word for e in build_world(2024).entities for word in (e.name.en, e.name.zh)]
@@ -233,10 +233,7 @@ def test_preference_pairs_differ_in_style_alone(records):
 
 def test_another_self_is_in_the_adapter_files_alone(records):
     for name, found in records.items():
-        text = json.dumps(found, ensure_ascii=False)
-        told = (
-            re.findall(r"\bPip\b|皮普", text) if name in ("lora.jsonl", "lora_test.jsonl") else []
-        )
-        assert bool(told) == (name.startswith("lora"))
-        if not name.startswith(("lora", "test")):
-            assert "Pip" not in text and "皮普" not in text
+        said = [r["text"] for r in found if "text" in r]
+        said += [text for r in found if "text" not in r for pair in turns(r) for text in pair]
+        told = [text for text in said if re.search(r"\bPip\b|皮普", text)]
+        assert bool(told) == name.startswith("lora"), name
