@@ -4,7 +4,7 @@ from .any_dataset import open_dataset
 from .chat import ChatEncoder, render_chat
 from .lm_dataset import PretrainDataset, RLAIFDataset, SFTDataset
 from .packing import PackedRows, PaddedRows, RowBatches, collate, make_loader
-from .records import Conversation, DataError, parse_chat
+from .records import Conversation, DataError, check_file, parse_chat
 from .token_store import tokenizer_hash
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "RLAIFDataset",
     "RowBatches",
     "SFTDataset",
+    "check_file",
     "collate",
     "make_loader",
     "open_dataset",

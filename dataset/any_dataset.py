@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from .lm_dataset import PretrainDataset, SFTDataset
-from .records import RecordError, check_file, parse_text
+from .records import check_file
 
 
 def open_dataset(
     path: str | Path, tokenizer: Any, max_length: int, *, cache_dir: str | Path | None = None
 ) -> PretrainDataset | SFTDataset:
-    """The samples of a file: texts if its first line is {"text"}, else conversations.
+    """The samples of a file: texts if its first line has a "text", else conversations.
 
     Args:
         path: of the file.
@@ -25,8 +25,7 @@ def open_dataset(
     check_file(path)
     with path.open("rb") as file:
         first = file.readline()
-    try:
-        parse_text(first)
-    except RecordError:
-        return SFTDataset(path, tokenizer, max_length, cache_dir=cache_dir)
-    return PretrainDataset(path, tokenizer, max_length, cache_dir=cache_dir)
+    # A bad line of either kind must be named as what it is.
+    is_chat = any(name in first for name in (b'"conversations"', b'"messages"', b'"instruction"'))
+    kind = PretrainDataset if b'"text"' in first and not is_chat else SFTDataset
+    return kind(path, tokenizer, max_length, cache_dir=cache_dir)

@@ -181,7 +181,9 @@ class GenerationMixin:
         Raises:
             ValueError: as `generate`.
         """
-        eos = options.pop("eos_token_id", self.config.eos_token_id)
+        eos = options.pop("eos_token_id", None)
+        if eos is None:
+            eos = self.config.eos_token_id
         ends = torch.as_tensor([] if eos is None else eos, dtype=torch.long, device=self.device)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         answers: list[Tensor] = [ends] * len(prompts)

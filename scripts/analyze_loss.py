@@ -8,6 +8,7 @@ learn too; they have lines of their own.
 """
 
 import argparse
+import importlib.util
 import json
 import re
 import sys
@@ -90,9 +91,10 @@ def roles_of(ids: list[int], encoder: ChatEncoder | None) -> list[str]:
     roles, role = [], TEXT
     for i, id_ in enumerate(ids):
         if id_ == encoder.start:
-            after = ids[i + 1 : i + 8]
             role = next(
-                name for name, head in encoder.headers.items() if after[: len(head)] == list(head)
+                name
+                for name, head in encoder.headers.items()
+                if ids[i + 1 : i + 1 + len(head)] == list(head)
             )
         roles.append(role)
     return roles
@@ -224,14 +226,10 @@ def draw(tables: dict[str, dict[str, np.ndarray]], path: Path) -> None:
     """Draw the distribution of the losses and their mean by position, role and language, as PNG.
 
     Raises:
-        UserError: without matplotlib, or if the file cannot be written.
+        OSError: if the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(
-            "pictures need matplotlib: pip install -r scripts/requirements.txt"
-        ) from None
+    from matplotlib.figure import Figure  # which printing alone does not need
+
     figure = Figure(figsize=(11, 8), layout="constrained")
     axes = figure.subplots(2, 2)
     axes[0, 0].hist(tables["all"]["learnt"], bins=60, color="tab:green")
@@ -241,10 +239,7 @@ def draw(tables: dict[str, dict[str, np.ndarray]], path: Path) -> None:
         ax.bar(list(means), list(means.values()), color="tab:blue")
         ax.set(title=f"by {grouping}", ylabel="mean loss (nats)")
         ax.tick_params(axis="x", labelrotation=30)
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise UserError(f"--out_dir {path}: {error.strerror}") from None
+    figure.savefig(path, dpi=120)
 
 
 def worst_lines(samples: list[Sample], dataset: PretrainDataset | SFTDataset) -> list[str]:
@@ -260,10 +255,10 @@ def worst_lines(samples: list[Sample], dataset: PretrainDataset | SFTDataset) ->
 def main() -> None:
     """Score, print, write."""
     args = parse_args()
+    if args.out_dir and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--out_dir needs matplotlib: pip install -r scripts/requirements.txt")
     device = find_processes(args.device, ddp=False).device
     tokenizer = load_tokenizer(args.tokenizer_path)
-    if not args.weights.is_file():
-        raise UserError(f"{args.weights}: no such file")
     shape = LMConfig(vocab_size=len(tokenizer))
     model = load_model(args.weights, shape, tokenizer_hash(tokenizer)).to(device).eval()
     dataset = open_dataset(
@@ -283,9 +278,9 @@ def main() -> None:
             args.out_dir.mkdir(parents=True, exist_ok=True)
             text = json.dumps({**shown, "worst": worst}, ensure_ascii=False, indent=2)
             (args.out_dir / "loss.json").write_text(text, encoding="utf-8")
+            draw(tables, args.out_dir / "loss.png")
         except OSError as error:
             raise UserError(f"--out_dir {args.out_dir}: {error.strerror}") from None
-        draw(tables, args.out_dir / "loss.png")
         print(f"{args.out_dir / 'loss.png'}")
 
 

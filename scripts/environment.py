@@ -32,9 +32,17 @@ def require_python() -> None:
 
 
 def run(*command: str | Path) -> int:
-    """Run a command in the project root, its output shown as it comes; return its exit status."""
+    """Run a command in the project root, its output shown as it comes; return its exit status.
+
+    Ctrl-C reaches the command as well, and what it does about it, as saving first, is waited for.
+    """
     environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment).returncode
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
 
 
 def interpreter_version(python: Path) -> str | None:

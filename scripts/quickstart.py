@@ -14,6 +14,9 @@ from __future__ import annotations  # an old Python must get as far as `require_
 
 import argparse
 import json
+import os
+import shlex
+import subprocess
 import sys
 import time
 from itertools import islice
@@ -60,11 +63,17 @@ def parse_args() -> argparse.Namespace:
 def step(title: str, python: Path, script: str, *words: str | Path) -> None:
     """Run a script of the project as a step of its own; exit with its status if that is not 0."""
     command = [script, *map(short, words)]
-    print(f"\n== {title}\n$ python {' '.join(command)}", flush=True)
+    print(f"\n== {title}\n$ {typed(python, *command)}", flush=True)
     status = run(python, *command)
     if status:
         print(f"quickstart.py: stopped in “{title}”; run it again to go on", file=sys.stderr)
         sys.exit(status)
+
+
+def typed(*words: str | Path) -> str:
+    """The words as a shell takes them."""
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return join(map(short, words))
 
 
 def short(word: str | Path) -> str:
@@ -190,7 +199,7 @@ def main() -> int:
     if sys.stdin.isatty() and sys.stdout.isatty():
         step("Chat", python, "eval_model.py", *chat)
     else:
-        print(f"Chat with it: python eval_model.py {' '.join(map(short, chat))}")
+        print(f"Chat with it: {typed(python, 'eval_model.py', *chat)}")
     return 0
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dataset import ChatEncoder, DataError, render_chat, tokenizer_hash
+from dataset import ChatEncoder, DataError, check_file, render_chat, tokenizer_hash
 from dataset.sample import SAMPLE, Score, ensure_sample, is_right, score_answers, skill_scores
 from model import LMConfig, MiniMindLM
 from training import (
@@ -33,6 +33,8 @@ from training import (
 )
 
 UNTRAINED = "untrained"
+QUESTION = {"conversations", "skill", "language", "expect", "choices", "chance", "declined"}
+LONGEST_ANSWER = 48  # tokens
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 
 Scores = Mapping[tuple[str, str], Score]
@@ -47,42 +49,47 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data_path", type=Path, default=SAMPLE / "test.jsonl")
     parser.add_argument("--out", type=Path, help="write the scorecard here too, as Markdown")
     parser.add_argument("--json", type=Path, help="write each model's share per skill here too")
-    parser.add_argument("--answers", type=Path, help="write all answers here, as JSONL")
     parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
     parser.add_argument(
         "--tokenizer_path", type=Path, default=ROOT / "model" / "minimind_tokenizer", help="folder"
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    names = [UNTRAINED, *(name for name, _ in args.weights)]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two models are named {name}; name them: name=path")
+    return args
 
 
 def read_test(path: Path) -> list[dict[str, Any]]:
     """The questions of a test of the sample.
 
     Raises:
-        UserError: if the file cannot be read, or is none of the sample's.
+        DataError: if the file cannot be read.
+        UserError: if a line, which it names, is no question of such a test.
     """
-    try:
-        lines = ensure_sample(path).read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
-        raise UserError(f"--data_path {path}: {error}") from None
-    if not records or not all(isinstance(r, dict) and "expect" in r for r in records):
-        raise UserError(f"--data_path {path}: is not a test of the sample world")
+    check_file(ensure_sample(path))
+    records = []
+    for number, line in enumerate(path.read_bytes().rstrip(b"\n").split(b"\n"), 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: broken JSON: {error}") from None
+        if not isinstance(record, dict) or not record.keys() >= QUESTION:
+            raise UserError(f"{path}:{number}: not a question of the sample world's test")
+        records.append(record)
     return records
 
 
-def answer_all(
-    model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, records: Sequence[Mapping[str, Any]]
-) -> list[str]:
-    """What the model answers to each record's question, greedily."""
-    encoder = ChatEncoder(tokenizer)
+def encode_questions(
+    tokenizer: PreTrainedTokenizerBase, records: Sequence[Mapping[str, Any]]
+) -> list[torch.Tensor]:
+    """Ids of each record's question, up to where its answer begins: (T,) int64 each."""
     prompts = [
         render_chat(record["conversations"][:1], add_generation_prompt=True) for record in records
     ]
-    encoded = encoder.encode(prompts)
-    ids = torch.from_numpy(encoded.ids.astype("int64")).to(model.device)
-    answers = model.batch_generate(ids.split(encoded.lengths.tolist()), max_new_tokens=48)
-    return [tokenizer.decode(answer.tolist(), skip_special_tokens=True) for answer in answers]
+    encoded = ChatEncoder(tokenizer).encode(prompts)
+    return list(torch.from_numpy(encoded.ids.astype("int64")).split(encoded.lengths.tolist()))
 
 
 def score_weights(
@@ -109,8 +116,12 @@ def score_weights(
     }
     seed_everything(0)
     untrained = MiniMindLM(models[weights[-1][0]].config).to(device).eval()
+    prompts = encode_questions(tokenizer, records)
     answers = {
-        name: answer_all(model, tokenizer, records)
+        name: [
+            tokenizer.decode(answer.tolist(), skip_special_tokens=True)
+            for answer in model.batch_generate(prompts, max_new_tokens=LONGEST_ANSWER)
+        ]
         for name, model in {UNTRAINED: untrained, **models}.items()
     }
     return {name: score_answers(records, given) for name, given in answers.items()}, answers
@@ -164,15 +175,6 @@ def main() -> None:
             args.json.write_text(json.dumps(skills, indent=2), encoding="utf-8")
         if args.out:
             args.out.write_text(table, encoding="utf-8")
-        if args.answers:
-            lines = [
-                json.dumps(
-                    {**record, **{name: given[i] for name, given in answers.items()}},
-                    ensure_ascii=False,
-                )
-                for i, record in enumerate(records)
-            ]
-            args.answers.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {error.filename}: {error.strerror}") from None
 

@@ -66,6 +66,17 @@ def test_an_index_that_is_not_there_is_told(run, folder):
     assert "--index 2" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [('{"text": ""}', '"text" is empty'), ('{"id": 1, "text": "a', "JSON ends too early")],
+)
+def test_a_bad_first_line_is_told_as_the_text_that_it_is(run, tmp_path, line, reason):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(line + '\n{"text": "good"}\n', encoding="utf-8")
+    done = run(path, script="scripts/show_batch.py", code=2)
+    assert f"{path}:1: {reason}" in done.stderr
+
+
 def analyse(run, folder, name, *words):
     out = folder / f"loss_{name}"
     words = [folder / "full_sft_32.pth", folder / name, "--out_dir", out, *words]

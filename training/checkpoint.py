@@ -226,8 +226,10 @@ def load_model(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
         tokenizer_hash: of the tokenizer in use.
 
     Raises:
-        UserError: as `load_weights` and `read_about`.
+        UserError: if there is no such file, and as `load_weights` and `read_about`.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     about = read_about(path)
     model = MiniMindLM(about["config"] if about else shape)
     load_weights(path, model, tokenizer_hash)

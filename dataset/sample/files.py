@@ -2,11 +2,15 @@
 
 import json
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from ..records import DataError
+from ..token_store import POLL_SECONDS
 from .conversations import adapter_records, preference_records, test_records, tuning_records
 from .documents import pretraining_texts
 from .world import World, build_world
@@ -71,12 +75,22 @@ def write_sample(folder: Path, seed: int = SEED, names: Iterable[str] = FILES) -
 def ensure_sample(path: str | Path) -> Path:
     """Write a file of the sample if it is one and not there yet; any other path is left alone.
 
+    One process writes it. The others wait, since a file's time of change tells its stores apart:
+    under torchrun for the first process of their host, else for the one that holds the lock.
+
     Raises DataError if it cannot be written.
     """
     path = Path(path)
-    if path.name in FILES and not path.exists() and path.resolve().parent == SAMPLE:
-        try:
-            write_sample(SAMPLE, names=[path.name])
-        except OSError as error:
-            raise DataError(f"{path}: cannot be written ({error.strerror})") from None
+    if path.name not in FILES or path.exists() or path.resolve().parent != SAMPLE:
+        return path
+    if "WORLD_SIZE" in os.environ and int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        while not path.exists():
+            time.sleep(POLL_SECONDS)
+        return path
+    try:
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                write_sample(SAMPLE, names=[path.name])
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror})") from None
     return path
