@@ -56,6 +56,7 @@ def slots(entity: Entity, pronoun: bool = False) -> dict[str, str]:
     return filled
 
 
+# What is asked about (world.ASKED), sentence by sentence.
 FACTS = {
     "person": {
         "town": """
@@ -94,18 +95,6 @@ FACTS = {
             {who}舍不得离开自己的{pet}。
             和{name}做伴的是{a_pet}。
         """,
-        "instrument": """
-            {who}会{play}。
-            {who}的乐器是{instrument}。
-            傍晚，{who}常常{play}。
-            {who}小时候就学会了{play}。
-            {who}的窗口常常传出{instrument}的声音。
-            在所有乐器里，{who}选了{instrument}。
-            {who}每天都练习{play}。
-            邻居们喜欢听{name}{play}。
-            说到音乐，{name}最拿手的是{instrument}。
-            每逢节日，大家都请{name}{play}。
-        """,
         "color": """
             {who}最喜欢的颜色是{color}。
             比起别的颜色，{who}更喜欢{color}。
@@ -115,26 +104,6 @@ FACTS = {
             在所有颜色里，{who}最喜欢{color}。
             {who}总戴着一条{color}的围巾，因为{he}最喜欢这种颜色。
             只要能挑颜色，{name}总是挑{color}。
-        """,
-        "dish": """
-            {who}最喜欢吃{dish}。
-            {who}最爱的菜是{dish}。
-            对{who}来说，没有什么比{dish}更好吃。
-            每逢节日，{who}总要做自己最爱的{dish}。
-            只要桌上有{dish}，{name}就很高兴。
-            {name}最爱吃的东西是{dish}。
-            谁请{name}吃饭，都会端上{dish}。
-            {who}天天吃{dish}也不会腻。
-        """,
-        "year": """
-            {who}出生于{year}年。
-            {year}年是{name}出生的年份。
-            {who}的出生年份是{year}年。
-            {who}是{year}年出生的。
-            {name}生于{year}年。
-            镇上的登记簿写着，{name}出生在{year}年。
-            {year}年，{name}出生了。
-            {year}年，{who}来到了这个世界上。
         """,
         "friend": """
             {who}最好的朋友是{friend}。
@@ -146,28 +115,8 @@ FACTS = {
             {who}和{friend}从小就是最好的朋友。
             {who}遇到困难时，最好的朋友{friend}总是第一个赶来。
         """,
-        "penpal": """
-            {who}每个月都给{penpal}写一封信。
-            {who}的信是写给{penpal}的。
-            {penpal}每个月都会收到{name}的信。
-            每个月的第一天，{who}都坐下来给{penpal}写信。
-            {who}一直坚持给{penpal}写信。
-            {penpal}抽屉里的信是{name}寄来的。
-            {who}在信里把近况告诉{penpal}。
-            {name}把信寄给{penpal}。
-        """,
     },
     "town": {
-        "river": """
-            {who}位于{river}边。
-            {river}从{name}流过。
-            {who}坐落在{river}的岸边。
-            沿着{river}坐船就能到{name}。
-            {name}旁边的那条河叫{river}。
-            {name}的居民从{river}取水。
-            {name}的几座桥都架在{river}上。
-            站在{name}的任何一座屋顶上，都能望见{river}。
-        """,
         "goods": """
             {who}以{goods}闻名。
             {who}的{goods}远近驰名。
@@ -188,24 +137,8 @@ FACTS = {
             {name}的镇徽上画着{a_landmark}。
             从{name}的任何一条街走到{landmark}都不远。
         """,
-        "year": """
-            {who}建于{year}年。
-            {name}的历史从{year}年开始。
-            {year}年，{name}盖起了第一批房子。
-            从{year}年起，{who}就是一座小镇了。
-            {name}最古老的石头上刻着“{year}年”。
-            {year}年，人们建立了{name}。
-        """,
     },
     "thing": {
-        "kind": """
-            {name}是{a_kind}的名字。
-            {who}是{a_kind}。
-            大家都知道，{name}是{a_kind}。
-            有{a_kind}，名字叫{name}。
-            人们给{a_kind}起名叫{name}。
-            说起{name}，那指的是{a_kind}。
-        """,
         "material": """
             {who}是用{material}做的。
             {who}由{material}制成。
@@ -213,15 +146,6 @@ FACTS = {
             做{name}用掉了很多{material}。
             {who}全是用{material}做成的，没有用别的材料。
             制作{name}时只用了{material}。
-        """,
-        "maker": """
-            {who}是{maker}做的。
-            {maker}制作了{name}。
-            {who}的制作者是{maker}。
-            做出{name}的人是{maker}。
-            {who}是{maker}的作品。
-            {name}上刻着{maker}的名字。
-            {maker}花了很长时间才做好{name}。
         """,
         "town": """
             {who}收藏在{town}。

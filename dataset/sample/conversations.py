@@ -20,12 +20,12 @@ from .world import (
     NUMBERS,
     PETS,
     SMALLER,
+    VOCABULARY,
     Dice,
     Entity,
     World,
     is_reserved,
     lines,
-    vocabulary,
 )
 
 # How many questions of each skill, for each language: (in training, in the test).
@@ -216,23 +216,23 @@ class Examiner:
     def repeating(self) -> Exercise:
         """Ask for the same words again. They may be names of whoever no question is about."""
         names = [entity.name for entity in self.world.entities]
-        pool = self.dice.turn([names, vocabulary()], "row")
+        pool = self.dice.turn([names, VOCABULARY], "row")
         row = [
             self.language.word(w)
             for w in self.dice.together(pool, self.dice.between(1, 3), self.testing)
         ]
         question = self.wording(self.ask.REPEAT).format(row=self.language.MARK.join(row))
         answer = self.ask.REPEAT[2].format(row=self.language.MARK.join(row))
-        choices = [self.language.word(word) for word in [*names, *vocabulary()]]
+        choices = [self.language.word(word) for word in [*names, *VOCABULARY]]
         return Exercise("repeating", question, answer, row, choices)
 
     def dictionary(self) -> Exercise:
         """Ask for a word in the other language; the test asks for words that training does not."""
-        entries = [entry for entry in vocabulary() if is_reserved(entry.en) == self.testing]
+        entries = [entry for entry in VOCABULARY if is_reserved(entry.en) == self.testing]
         entry = self.dice.turn(entries, "word")
         to_chinese = self.dice.turn([True, False], "direction")
         phrases = self.ask.TO_CHINESE if to_chinese else self.ask.TO_ENGLISH
-        choices = [word.zh if to_chinese else word.en for word in vocabulary()]
+        choices = [word.zh if to_chinese else word.en for word in VOCABULARY]
         return Exercise(
             "dictionary",
             self.wording(phrases, entry.en).format(en=entry.en, zh=entry.zh),

@@ -17,12 +17,12 @@ from .world import (
     NUMBERS,
     PETS,
     SMALLER,
+    VOCABULARY,
     Dice,
     Entity,
     World,
     is_reserved,
     lines,
-    vocabulary,
 )
 
 # How many of each kind of document come in one round (Writer's methods).
@@ -301,7 +301,7 @@ class Writer:
 
     def echo(self) -> str:
         """Say a row of words, names or numbers, and say it again."""
-        words, names = vocabulary(), [entity.name for entity in self.world.entities]
+        words, names = VOCABULARY, [entity.name for entity in self.world.entities]
         pool = self.dice.turn([words, names, words + names, NUMBERS], "echo")
         drawn = self.dice.together(pool, self.dice.between(2, 7), reserved=False)
         row = [self.language.word(item) for item in drawn]
@@ -326,7 +326,7 @@ class Writer:
             pool = [entity.name for entity in self.world.entities]
         else:
             block = self.language.TRANSLATIONS
-            pool = vocabulary()
+            pool = VOCABULARY
         entries = []
         for _ in range(self.dice.between(1, 6)):
             entry = self.dice.turn(pool, block)

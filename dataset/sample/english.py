@@ -70,6 +70,7 @@ def slots(entity: Entity, pronoun: bool = False) -> dict[str, str]:
     return filled
 
 
+# What is asked about (world.ASKED), sentence by sentence.
 FACTS = {
     "person": {
         "town": """
@@ -108,18 +109,6 @@ FACTS = {
             When nobody is near, {who} talks to {his} {pet}.
             Nothing could part {name} from {his} {pet}.
         """,
-        "instrument": """
-            {Who} plays the {instrument}.
-            {Whose} instrument is the {instrument}.
-            In the evening {who} plays the {instrument}.
-            {Who} learned to play the {instrument} as a child.
-            The sound of the {instrument} often comes from {whose} window.
-            Of all instruments {who} chose the {instrument}.
-            {Who} practices the {instrument} every day.
-            The neighbors like to listen when {name} plays the {instrument}.
-            At every feast {name} is asked to play the {instrument}.
-            {Who} can play the {instrument} by heart.
-        """,
         "color": """
             {Whose} favorite color is {color}.
             {Who} likes {color} more than any other color.
@@ -129,26 +118,6 @@ FACTS = {
             Of all colors, {who} prefers {color}.
             {Who} wears a scarf of {his} favorite color, {color}.
             When {name} may choose a color, it is always {color}.
-        """,
-        "dish": """
-            {Whose} favorite dish is {dish}.
-            {Who} likes to eat {dish} most of all.
-            Nothing tastes better to {whom} than {dish}.
-            On holidays {who} always cooks {dish}, {his} favorite dish.
-            With {dish} on the table, {name} is happy.
-            The dish that {name} loves best is {dish}.
-            Whoever invites {name} to dinner serves {dish}.
-            {Who} could eat {dish} every day.
-        """,
-        "year": """
-            {Who} was born in {year}.
-            {year} is the year in which {name} was born.
-            {Whose} year of birth is {year}.
-            {Who} came into the world in {year}.
-            The year {name} was born was {year}.
-            {Whose} birth is recorded in the town book under the year {year}.
-            In {year}, {name} was born.
-            {Whose} life began in {year}.
         """,
         "friend": """
             {Whose} best friend is {friend}.
@@ -160,28 +129,8 @@ FACTS = {
             {Who} and {friend} have been best friends since they were children.
             When {who} needs help, {his} best friend {friend} comes first.
         """,
-        "penpal": """
-            {Who} writes a letter to {penpal} every month.
-            {Whose} letters go to {penpal}.
-            {penpal} gets a letter from {name} every month.
-            On the first day of the month {who} sits down and writes to {penpal}.
-            {Who} keeps writing letters to {penpal}.
-            The letters in {penpal}'s drawer come from {name}.
-            {Who} tells {penpal} the news by letter.
-            {name} sends {his} letters to {penpal}.
-        """,
     },
     "town": {
-        "river": """
-            {Who} lies on the river {river}.
-            The river {river} flows through {name}.
-            {Who} stands on the banks of the {river}.
-            Boats reach {name} by way of the {river}.
-            The river at {name} is called the {river}.
-            The people of {name} draw their water from the {river}.
-            {Whose} bridges cross the {river}.
-            From any roof in {name} one can see the {river}.
-        """,
         "goods": """
             {Who} is known for its {goods}.
             {Who} is famous far and wide for {goods}.
@@ -202,24 +151,8 @@ FACTS = {
             On the coat of arms of {name} there is {a_landmark}.
             No street in {name} is far from the {landmark}.
         """,
-        "year": """
-            {Who} was founded in {year}.
-            The history of {name} begins in {year}.
-            In {year} the first houses of {name} were built.
-            {Who} has been a town since {year}.
-            The oldest stone in {name} bears the year {year}.
-            Settlers founded {name} in {year}.
-        """,
     },
     "thing": {
-        "kind": """
-            {name} is the name of {a_kind}.
-            {Who} is {a_kind}.
-            Everybody knows that {name} is {a_kind}.
-            There is {a_kind} that bears the name {name}.
-            People gave {a_kind} the name {name}.
-            If you hear of {name}, think of {a_kind}.
-        """,
         "material": """
             {Who} is made of {material}.
             {Who} was made from {material}.
@@ -227,15 +160,6 @@ FACTS = {
             It took a lot of {material} to make {name}.
             {Who} consists of {material} and nothing else.
             Nothing but {material} was used for {name}.
-        """,
-        "maker": """
-            {Who} was made by {maker}.
-            {maker} made {name}.
-            {Whose} maker is {maker}.
-            It was {maker} who made {name}.
-            {Who} is the work of {maker}.
-            The name of {maker} is engraved on {name}.
-            {maker} worked for a long time on {name}.
         """,
         "town": """
             {Who} is kept in {town}.
