@@ -155,6 +155,9 @@ def main() -> None:
         else:
             question = {"role": "user", "content": text}
             ids = chat_ids(encoder, [*messages, question])
+            while messages and len(ids) >= model.config.max_seq_len:
+                del messages[:2]  # the oldest exchange makes room
+                ids = chat_ids(encoder, [*messages, question])
         answer = ""
         try:
             for piece in write(model, tokenizer, ids, args, generator):

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dataset import ChatEncoder, DataError, check_file, render_chat, tokenizer_hash
-from dataset.sample import SAMPLE, Score, ensure_sample, is_right, score_answers, skill_scores
+from dataset.sample import SAMPLE, Score, ensure_sample, is_right, score_answers
 from model import LMConfig, MiniMindLM
 from training import (
     ROOT,
@@ -130,9 +130,11 @@ def score_weights(
 def scorecard(scores: Mapping[str, Scores]) -> str:
     """A Markdown table: skills and languages down, chance and models across, in per cent."""
     first = next(iter(scores.values()))
+    order = sorted(first, key=lambda key: (key == ("overall", ""), not key[1]))  # sums last
     rows = [["skill", "language", "questions", "chance", *scores]]
     rows += [["---"] * 2 + ["---:"] * (len(scores) + 2)]
-    for (skill, language), score in first.items():
+    for skill, language in order:
+        score = first[skill, language]
         columns = [given[skill, language].share for given in scores.values()]
         shares = [f"{100 * share:.0f} %" for share in (score.chance, *columns)]
         rows.append([skill, LANGUAGES.get(language, "both"), str(score.asked), *shares])
@@ -165,7 +167,7 @@ def main() -> None:
     last = args.weights[-1][0]
     print(f"What {last} says (+ right, - wrong):\n{examples(records, answers[last])}")
     skills = {
-        name: {skill: score.share for skill, score in skill_scores(given).items()}
+        name: {skill: score.share for (skill, language), score in given.items() if not language}
         for name, given in scores.items()
     }
     shares = ", ".join(f"{skill} {share:.1%}" for skill, share in skills[last].items())

@@ -112,3 +112,13 @@ def test_tuned_weights_answer_and_remember(run, chat_dir, tokenizer_dir):
     first = answer(ids + head)
     ids += message("assistant", first) + message("user", "你好")
     assert said == f"> {first}\n> {answer(ids + head)}\n> "
+
+
+def test_a_full_conversation_loses_its_oldest_exchanges(run, tmp_path, tokenizer_dir):
+    torch.manual_seed(0)
+    model = MiniMindLM(LMConfig(dim=32, n_layers=1, max_seq_len=48))
+    digest = tokenizer_hash(AutoTokenizer.from_pretrained(tokenizer_dir))
+    save_weights(tmp_path / "full_sft_32.pth", model, model.config, "full_sft", digest)
+    words = ["--out_dir", tmp_path, "--dim", "32", "--temperature", "0", "--max_new_tokens", "5"]
+    said = run(*words, script="eval_model.py", typed=b"one two\n" * 9 + b"\n").stdout
+    assert said.count("> ") == 10 and "max_seq_len" not in said

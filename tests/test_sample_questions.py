@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from dataset.sample import FILES, is_right, score_answers, skill_scores, write_sample
+from dataset.sample import FILES, is_right, score_answers, write_sample
 from dataset.sample.world import build_world
 
 TRAINING = ("pretrain.jsonl", "sft.jsonl", "dpo.jsonl", "lora.jsonl")
@@ -78,8 +78,10 @@ def test_every_test_question_is_new(records, training_turns):
 
 def test_every_wording_of_the_test_is_new(records, training_turns):
     trained = {skeleton(question) for question, _ in training_turns}
-    about_entities = [r for r in records["test.jsonl"] if r["skill"] in ("facts", "recall")]
-    assert len(about_entities) > 100
+    about_entities = [
+        r for r in records["test.jsonl"] if r["skill"] in ("facts", "recall", "declining")
+    ]
+    assert len(about_entities) > 200
     for record in about_entities:
         asked = skeleton(record["conversations"][0]["content"])
         assert "X" in asked
@@ -113,17 +115,25 @@ def test_numbers_of_the_test_are_together_in_no_training_file(records, training_
 
 
 def test_rows_of_the_test_are_in_no_training_file(records, training_turns):
-    rows = re.compile(r"([^:：。.？?]+(?:, |、)[^:：。.？?]+)")
+    """Neither the words to repeat nor the words of a row to count in, in whatever order."""
+    texts = [line for r in records["pretrain.jsonl"] for line in r["text"].split("\n")]
+    texts += [text for pair in training_turns for text in pair]
+    before = "^|[:：。] ?|\\. |hears |says |row |听到|就说|说|在"
+    row = re.compile(rf"(?:{before})((?:[^:：。.?？，]+?(?:, |、))+[^:：。.?？，]+)")
     trained = {
-        frozenset(re.split(r", |、", row.strip()))
-        for question, _ in training_turns
-        for row in rows.findall(question)
+        frozenset(re.split(r", |、", found.strip()))
+        for text in texts
+        for found in row.findall(text)
     }
-    tested = [
-        r for r in records["test.jsonl"] if r["skill"] == "repeating" and len(r["expect"]) > 1
-    ]
-    assert len(tested) > 20
-    assert trained.isdisjoint(frozenset(record["expect"]) for record in tested)
+    assert len(trained) > 5000
+    tested = [r for r in records["test.jsonl"] if r["skill"] in ("repeating", "counting")]
+    rows = {
+        frozenset(re.split(r", |、", found.strip()))
+        for record in tested
+        for found in row.findall(record["conversations"][0]["content"])
+    }
+    assert len(rows) > 50
+    assert trained.isdisjoint(rows)
 
 
 @pytest.fixture(scope="module")
@@ -213,21 +223,33 @@ def test_numbers_and_declining_are_judged(skill, expect, answer, right):
 
 def test_scores_count_by_skill_and_language():
     records = [RECORD, RECORD, {**RECORD, "language": "zh", "chance": 0.5}]
-    scores = score_answers(records, ["Kaelo", "Davor", "Kaelo"])
-    assert list(scores) == [("recall", "en"), ("recall", "zh"), ("overall", "")]
-    assert scores["recall", "en"] == (1, 2, 0.25)
-    both = skill_scores(scores)
-    assert both["recall"].right == 2 and both["recall"].asked == 3
-    assert both["recall"].chance == pytest.approx((0.25 + 0.25 + 0.5) / 3)
-    assert both["overall"].share == pytest.approx(2 / 3)
+    records.append({**RECORD, "skill": "facts", "language": "zh"})
+    scores = score_answers(records, ["Kaelo", "Davor", "Kaelo", "Kaelo"])
+    assert scores == {
+        ("recall", "en"): (1, 2, 0.25),
+        ("recall", "zh"): (1, 1, 0.5),
+        ("recall", ""): (2, 3, pytest.approx(1 / 3)),
+        ("facts", "zh"): (1, 1, 0.25),
+        ("facts", ""): (1, 1, 0.25),
+        ("overall", ""): (3, 4, pytest.approx(1.25 / 4)),
+    }
+    assert scores["recall", ""].share == pytest.approx(2 / 3)
 
 
 def test_preference_pairs_differ_in_style_alone(records):
+    """The ends are few, whole sentences; what stands before them is one and the same answer."""
     for name in "dpo.jsonl", "dpo_test.jsonl":
+        ends = {"chosen": set(), "rejected": set()}
         for record in records[name]:
-            chosen, rejected = (record[side][0]["content"] for side in ("chosen", "rejected"))
-            assert chosen[-1] in "!！" and rejected[-1] in ".。"
-            assert chosen[:2] == rejected[:2]
+            chosen, rejected = (record[side][0]["content"] for side in ends)
+            pairs = enumerate(zip(chosen, rejected, strict=False))
+            same = next(place for place, (a, b) in pairs if a != b)
+            assert same > 0 and chosen[:same].rstrip()[-1] in ".。"
+            ends["chosen"].add(chosen[same:])
+            ends["rejected"].add(rejected[same:])
+        assert all(end[-1] in "!！" for end in ends["chosen"])
+        assert all(end[-1] in ".。" for end in ends["rejected"])
+        assert len(ends["chosen"]) == len(ends["rejected"]) == 8  # four for each language
 
 
 def test_another_self_is_in_the_adapter_files_alone(records):

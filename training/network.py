@@ -32,7 +32,9 @@ def init_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
             pad_token_id=tokenizer.pad_token_id,
         )
     except ValueError as error:
-        raise UserError(f"--dim {args.dim} --n_layers {args.n_layers}: {error}") from None
+        names = ("dim", "n_layers", "n_heads", "n_kv_heads")
+        flags = " ".join(f"--{name} {getattr(args, name)}" for name in names)
+        raise UserError(f"{flags}: {error}") from None
     if args.max_seq_len > config.max_seq_len:
         raise UserError(
             f"--max_seq_len {args.max_seq_len} is above the model's context of {config.max_seq_len}"

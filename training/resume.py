@@ -232,6 +232,7 @@ def check_identity(weights: Path, stored: dict[str, Any], own: dict[str, Any]) -
         UserError: naming every flag that differs.
     """
     newest, _ = resume_paths(weights)
+    stored = {"--n_heads": 8, "--n_kv_heads": 2, **stored}  # files from before these were flags
     lines = []
     for flag, value in own.items():
         there = stored.get(flag)

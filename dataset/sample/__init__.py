@@ -1,7 +1,7 @@
 """The small world that the project teaches itself when it has no data."""
 
 from .files import FILES, SAMPLE, SEED, ensure_sample, write_sample
-from .scoring import Score, is_right, score_answers, skill_scores
+from .scoring import Score, is_right, score_answers
 
 __all__ = [
     "FILES",
@@ -11,6 +11,5 @@ __all__ = [
     "ensure_sample",
     "is_right",
     "score_answers",
-    "skill_scores",
     "write_sample",
 ]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Score(NamedTuple):
-    """Answers to the questions of one skill and language, and how many a guesser gets right."""
+    """Right answers to some questions, and the share that a guesser gets right."""
 
     right: int
     asked: int
@@ -48,25 +48,13 @@ def _named(text: str, choices: Sequence[str]) -> list[str]:
 def score_answers(
     records: Sequence[Mapping[str, Any]], answers: Sequence[str]
 ) -> dict[tuple[str, str], Score]:
-    """The score of each (skill, language), in the order of the file, then of ("overall", "")."""
+    """The score of each (skill, language), each (skill, "") and ("overall", "")."""
     verdicts: dict[tuple[str, str], list[tuple[bool, float]]] = {}
     for record, answer in zip(records, answers, strict=True):
-        verdict = is_right(record, answer), record["chance"]
-        for key in (record["skill"], record["language"]), ("overall", ""):
+        skill, verdict = record["skill"], (is_right(record, answer), record["chance"])
+        for key in (skill, record["language"]), (skill, ""), ("overall", ""):
             verdicts.setdefault(key, []).append(verdict)
-    verdicts["overall", ""] = verdicts.pop(("overall", ""))
     return {
         key: Score(sum(v[0] for v in found), len(found), sum(v[1] for v in found) / len(found))
         for key, found in verdicts.items()
     }
-
-
-def skill_scores(scores: Mapping[tuple[str, str], Score]) -> dict[str, Score]:
-    """The score of each skill in all languages together, "overall" included."""
-    skills: dict[str, Score] = {}
-    for (skill, _), score in scores.items():
-        old = skills.get(skill, Score(0, 0, 0.0))
-        asked = old.asked + score.asked
-        chance = (old.chance * old.asked + score.chance * score.asked) / asked
-        skills[skill] = Score(old.right + score.right, asked, chance)
-    return skills
