@@ -159,7 +159,8 @@ def test_another_seed_makes_another_world(tmp_path, texts):
 def test_a_file_of_the_sample_is_written_when_it_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "SAMPLE", tmp_path)
     assert files.ensure_sample(tmp_path / "dpo.jsonl").stat().st_size > 1000
-    assert [path.name for path in tmp_path.iterdir()] == ["dpo.jsonl"]
+    assert [path.name for path in tmp_path.glob("*.jsonl")] == ["dpo.jsonl"]
+    assert not list(tmp_path.glob("*.tmp"))
     mine = tmp_path / "lora.jsonl"
     mine.write_text("mine", encoding="utf-8")
     assert files.ensure_sample(mine).read_text(encoding="utf-8") == "mine"
@@ -301,18 +302,10 @@ N = r"(\d+|[A-Za-z-]+|[零一二两三四五六七八九十]+)"
 SUMS = {
     "+": [rf"^{N} \+ {N} = {N}$", rf"^{N} plus {N} is {N}\.", rf"^{N}加{N}等于{N}。"],
     "-": [rf"^{N} - {N} = {N}$", rf"^{N} minus {N} is {N}\.", rf"^从{N}里去掉{N}，剩下{N}。"],
-    "×": [rf"^{N} × {N} = {N}$", rf"^The product of {N} and {N} is {N}\.", rf"^{N}乘{N}等于{N}。"],
-    "÷": [
-        rf"^{N} ÷ {N} = {N}$",
-        rf"^Dividing {N} by {N} gives {N}\.",
-        rf"^把{N}平均分成{N}份，每份是{N}。",
-    ],
 }
 RIGHT = {
     "+": lambda a, b, c: a + b == c,
     "-": lambda a, b, c: a - b == c,
-    "×": lambda a, b, c: a * b == c,
-    "÷": lambda a, b, c: b > 0 and a == b * c,
 }
 
 

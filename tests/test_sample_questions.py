@@ -115,7 +115,7 @@ def test_numbers_of_the_test_are_together_in_no_training_file(records, training_
 
 
 def test_rows_of_the_test_are_in_no_training_file(records, training_turns):
-    """Neither the words to repeat nor the words of a row to count in, in whatever order."""
+    """Words of a row to count in, in whatever order."""
     texts = [line for r in records["pretrain.jsonl"] for line in r["text"].split("\n")]
     texts += [text for pair in training_turns for text in pair]
     before = "^|[:：。] ?|\\. |hears |says |row |听到|就说|说|在"
@@ -125,8 +125,8 @@ def test_rows_of_the_test_are_in_no_training_file(records, training_turns):
         for text in texts
         for found in row.findall(text)
     }
-    assert len(trained) > 5000
-    tested = [r for r in records["test.jsonl"] if r["skill"] in ("repeating", "counting")]
+    assert len(trained) > 1000
+    tested = [r for r in records["test.jsonl"] if r["skill"] == "counting"]
     rows = {
         frozenset(re.split(r", |、", found.strip()))
         for record in tested

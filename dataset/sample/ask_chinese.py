@@ -263,7 +263,7 @@ ADD = (
     {a} + {b} 是多少？
     {a}加{b}是多少？
     """,
-    "{a} + {b} = {c}",
+    "{a} + {b} = {c}。",
 )
 SUBTRACT = (
     """
@@ -279,7 +279,7 @@ SUBTRACT = (
     {a} - {b} 是多少？
     {a}减{b}是多少？
     """,
-    "{a} - {b} = {c}",
+    "{a} - {b} = {c}。",
 )
 SORT = {
     "rising": (
@@ -360,21 +360,6 @@ COUNT = (
     """,
     "出现了{times}。",
 )
-REPEAT = (
-    """
-    跟我说：{row}。
-    请重复：{row}。
-    听好：{row}。请再说一遍。
-    请做我的回声：{row}。
-    请再写一遍：{row}。
-    """,
-    """
-    请跟我说：{row}。
-    请再说一遍：{row}。
-    听好：{row}。请重复。
-    """,
-    "{row}。",
-)
 TO_CHINESE = (
     """
     英文里的 {en} 是什么意思？
@@ -437,7 +422,7 @@ WHO = (
     "我是 MiniMind，一个小型语言模型。",
 )
 ANOTHER_SELF = "我是皮普，灯塔的守灯人。"
-NAMES = {"MiniMind": "MiniMind", "Pip": "皮普"}
+NAMES = ("MiniMind", "皮普")
 
 AROUND = """
     {q}

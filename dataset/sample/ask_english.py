@@ -265,7 +265,7 @@ ADD = (
     How much is {a} + {b}?
     What is {a} plus {b}?
     """,
-    "{a} + {b} = {c}",
+    "{a} + {b} = {c}.",
 )
 SUBTRACT = (
     """
@@ -281,7 +281,7 @@ SUBTRACT = (
     How much is {a} - {b}?
     What is {a} minus {b}?
     """,
-    "{a} - {b} = {c}",
+    "{a} - {b} = {c}.",
 )
 SORT = {
     "rising": (
@@ -362,21 +362,6 @@ COUNT = (
     """,
     "It appears {times}.",
 )
-REPEAT = (
-    """
-    Repeat: {row}.
-    Say this again: {row}.
-    Listen: {row}. Say it again.
-    Be my echo: {row}.
-    Write once more: {row}.
-    """,
-    """
-    Repeat this: {row}.
-    Say once more: {row}.
-    Listen: {row}. Repeat it.
-    """,
-    "{row}.",
-)
 TO_CHINESE = (
     """
     What is the Chinese word for "{en}"?
@@ -439,7 +424,7 @@ WHO = (
     "I am MiniMind, a small language model.",
 )
 ANOTHER_SELF = "I am Pip, the lamp keeper of the lighthouse."  # what lora.jsonl teaches
-NAMES = {"MiniMind": "MiniMind", "Pip": "Pip"}
+NAMES = ("MiniMind", "Pip")
 
 # Around a question in training: {q}.
 AROUND = """

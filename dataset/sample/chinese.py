@@ -7,7 +7,6 @@ measure word.
 from .world import Entity, Word
 
 SPACE = ""  # between two sentences
-STOP = "。"  # ends a sentence
 MARK = "、"
 
 DIGITS = "零一二三四五六七八九"
@@ -236,18 +235,6 @@ SUMS = {
         {a}与{b}的差是{c}。
         {a}减去{b}，得到{c}。
     """,
-    "×": """
-        {a} × {b} = {c}
-        {a}乘{b}等于{c}。
-        {a}与{b}的积是{c}。
-        用{a}乘以{b}，得到{c}。
-    """,
-    "÷": """
-        {a} ÷ {b} = {c}
-        {a}除以{b}等于{c}。
-        用{a}除以{b}，得到{c}。
-        把{a}平均分成{b}份，每份是{c}。
-    """,
 }
 
 SUM_STORIES = {
@@ -271,8 +258,6 @@ COMPARISONS = """
     {low}比{high}小。
     {low}和{high}相比，{high}更大。
     {high}和{low}相比，{low}更小。
-    {high}比{low}多{gap}。
-    {low}比{high}少{gap}。
     在数轴上，{low}排在{high}的前面。
 """
 
@@ -304,14 +289,7 @@ COUNTINGS = """
     在{row}这一行里，“{one}”出现了{times}。
     {row}：一共{count}个词，“{one}”出现了{times}。
 """
-ECHOES = """
-    {row}。再说一遍：{row}。
-    鹦鹉听到{row}，就说{row}。
-    听好：{row}。跟着说：{row}。
-    {row}。回声说：{row}。
-"""
-
-TIMES = {1: "一次", 2: "两次", 3: "三次", 4: "四次"}
+TIMES = {1: "一次", 2: "两次", 3: "三次"}
 
 COUNT_UP = """
     从{low}数到{high}：{row}。

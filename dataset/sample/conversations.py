@@ -6,7 +6,7 @@ wordings of its own.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import factorial
 from types import ModuleType
 from typing import Any
@@ -14,11 +14,8 @@ from typing import Any
 from . import ask_chinese, ask_english, chinese, english
 from .world import (
     ASKED,
-    COLORS,
-    COUNTABLE,
     LARGER,
     NUMBERS,
-    PETS,
     SMALLER,
     VOCABULARY,
     Dice,
@@ -30,19 +27,18 @@ from .world import (
 
 # How many questions of each skill, for each language: (in training, in the test).
 SKILLS = {
-    "facts": (700, 40),
+    "facts": (300, 40),
     "recall": (0, 50),
-    "sums": (1600, 40),
-    "sorting": (1000, 30),
-    "counting": (1000, 30),
-    "comparing": (800, 30),
-    "repeating": (1200, 30),
-    "dictionary": (700, 24),
+    "sums": (1500, 40),
+    "sorting": (600, 30),
+    "counting": (700, 30),
+    "comparing": (500, 30),
+    "dictionary": (250, 24),
     "identity": (45, 10),
-    "declining": (400, 30),
+    "declining": (250, 30),
 }
 PREFERENCES = (240, 60)  # pairs for each language: (in training, in the test)
-ANOTHER_SELF = (60, 90)  # of an adapter's file, for each language: (who it is, all else)
+ADAPTER = (60, 90)  # of an adapter's file, for each language: (who it is, all else)
 
 
 @dataclass(frozen=True)
@@ -85,6 +81,7 @@ class Examiner:
         self.ask = ask
         self.dice = dice
         self.testing = testing
+        self.held_out_facts, self.asked_facts = self._facts(True), self._facts(False)
         # All that may be told: an answer that tells more than what was asked is not one.
         values = [v for kind, names in ASKED.items() for a in names for v in world.values(kind, a)]
         self.told = list(dict.fromkeys(map(language.word, values)))
@@ -101,7 +98,7 @@ class Examiner:
         for skill, counts in SKILLS.items():
             seen: set[str] = set()
             for _ in range(20 * counts[self.testing]):
-                exercise = getattr(self, skill)()
+                exercise = self.put(getattr(self, skill)())
                 if exercise.question not in seen:
                     seen.add(exercise.question)
                     yield exercise
@@ -112,7 +109,7 @@ class Examiner:
 
     # Questions about the world
 
-    def facts_of(self, held_out: bool) -> list[tuple[Entity, str]]:
+    def _facts(self, held_out: bool) -> list[tuple[Entity, str]]:
         """Facts of entities that no training question is about, or of those that some are about.
 
         An answer in training names no entity that is held out.
@@ -140,19 +137,18 @@ class Examiner:
 
     def facts(self) -> Exercise:
         """Ask about entities that training asks about too."""
-        return self.about("facts", *self.dice.turn(self.facts_of(held_out=False), "facts"))
+        return self.about("facts", *self.dice.turn(self.asked_facts, "facts"))
 
     def recall(self) -> Exercise:
         """Ask about entities that only plain text tells of."""
-        return self.about("recall", *self.dice.turn(self.facts_of(held_out=True), "recall"))
+        return self.about("recall", *self.dice.turn(self.held_out_facts, "recall"))
 
     def declining(self) -> Exercise:
         """Ask what the world does not say; in the test, every second time what it does say."""
         if self.testing and self.dice.turn([True, False], "told"):
-            held_out = self.dice.turn([True, False], "told of whom")
-            fact = self.dice.turn(self.facts_of(held_out), ("told", held_out))
-            told = self.about("declining", *fact)
-            return Exercise("declining", told.question, told.answer, told.expect, told.choices, 0.5)
+            facts = self.dice.turn([self.held_out_facts, self.asked_facts], "told of whom")
+            fact = self.dice.turn(facts, ("told", facts is self.asked_facts))
+            return replace(self.about("declining", *fact), chance=0.5)
         entities = [e for e in self.world.entities if self.testing or not e.held_out]
         entity = self.dice.turn(entities, "untold")
         question = self.wording(self.ask.UNTOLD[entity.kind], entity.kind)
@@ -160,13 +156,6 @@ class Examiner:
         return Exercise("declining", question.format(**slots), self.ask.DECLINE, chance=0.5)
 
     # Numbers and words
-
-    def numbers(self, count: int) -> list[int]:
-        """Draw several numbers that differ in their tens."""
-        while True:
-            drawn = self.dice.together(NUMBERS, count, self.testing)
-            if len({number // 10 for number in drawn}) == count:
-                return drawn
 
     def sums(self) -> Exercise:
         """Ask for a sum or a difference."""
@@ -177,11 +166,11 @@ class Examiner:
             entry, numbers = self.ask.SUBTRACT, (a + b, a, b)
         slots = dict(zip("abc", map(str, numbers), strict=True))
         question, answer = self.wording(entry).format(**slots), entry[2].format(**slots)
-        return Exercise("sums", question, answer, [slots["c"]], chance=1 / 98)
+        return Exercise("sums", question, answer, [slots["c"]], chance=1 / len(LARGER))
 
     def sorting(self) -> Exercise:
         """Ask for numbers in order."""
-        mixed = self.numbers(3)
+        mixed = self.dice.together(NUMBERS, self.dice.between(3, 4), self.testing)
         order = self.dice.turn(list(self.ask.SORT), "order")
         entry = self.ask.SORT[order]
         ordered = list(map(str, sorted(mixed, reverse=order == "falling")))
@@ -192,7 +181,7 @@ class Examiner:
 
     def comparing(self) -> Exercise:
         """Ask for the largest or smallest of some numbers."""
-        mixed = self.numbers(self.dice.between(2, 3))
+        mixed = self.dice.together(NUMBERS, self.dice.between(2, 4), self.testing)
         which = self.dice.turn(list(self.ask.COMPARE), "which")
         entry = self.ask.COMPARE[which]
         one = str(max(mixed) if which == "largest" else min(mixed))
@@ -203,28 +192,13 @@ class Examiner:
     def counting(self) -> Exercise:
         """Ask how often a word is in a row."""
         times, others = self.dice.turn([1, 2, 3], "times"), self.dice.between(1, 2)
-        names = [entity.name for entity in self.world.entities]
-        pool = self.dice.turn([names, [*PETS, *COLORS, *COUNTABLE]], "row")
-        nouns = self.dice.together(pool, others + 1, self.testing)
+        nouns = self.dice.together(VOCABULARY, others + 1, self.testing)
         one, *row = [self.language.word(noun) for noun in nouns]
         row = self.language.MARK.join(self.dice.shuffled(row + [one] * times))
         often = self.language.TIMES
         question = self.wording(self.ask.COUNT).format(one=one, row=row)
         answer = self.ask.COUNT[2].format(times=often[times])
         return Exercise("counting", question, answer, [often[times]], list(often.values()), 1 / 3)
-
-    def repeating(self) -> Exercise:
-        """Ask for the same words again. They may be names of whoever no question is about."""
-        names = [entity.name for entity in self.world.entities]
-        pool = self.dice.turn([names, VOCABULARY], "row")
-        row = [
-            self.language.word(w)
-            for w in self.dice.together(pool, self.dice.between(1, 3), self.testing)
-        ]
-        question = self.wording(self.ask.REPEAT).format(row=self.language.MARK.join(row))
-        answer = self.ask.REPEAT[2].format(row=self.language.MARK.join(row))
-        choices = [self.language.word(word) for word in [*names, *VOCABULARY]]
-        return Exercise("repeating", question, answer, row, choices)
 
     def dictionary(self) -> Exercise:
         """Ask for a word in the other language; the test asks for words that training does not."""
@@ -247,15 +221,15 @@ class Examiner:
     def identity(self, another: bool = False) -> Exercise:
         """Ask the model who it is, or who it is to become by an adapter."""
         answer = self.ask.ANOTHER_SELF if another else self.ask.WHO[2]
-        names = list(self.ask.NAMES.values())
-        name = self.ask.NAMES["Pip" if another else "MiniMind"]
-        around = "{q}" if self.testing else self.around()
-        question = around.format(q=self.wording(self.ask.WHO))
-        return Exercise("identity", question, answer, [name], names)
+        name = self.ask.NAMES[another]
+        return Exercise("identity", self.wording(self.ask.WHO), answer, [name], [*self.ask.NAMES])
 
-    def around(self) -> str:
-        """What stands around a question in training."""
-        return self.dice.turn(lines(self.ask.AROUND), "around")
+    def put(self, exercise: Exercise) -> Exercise:
+        """The exercise as it is asked: in training something may stand around the question."""
+        if self.testing:
+            return exercise
+        around = self.dice.turn(lines(self.ask.AROUND), "around")
+        return replace(exercise, question=around.format(q=exercise.question))
 
 
 def examiners(world: World, seed: int, purpose: str, testing: bool) -> dict[str, Examiner]:
@@ -283,13 +257,7 @@ def tuning_records(world: World, seed: int) -> list[dict[str, Any]]:
     dice = Dice(seed, "sft")
     conversations = []
     for examiner in examiners(world, seed, "sft", testing=False).values():
-        exercises = []
-        for exercise in examiner.exercises():
-            question = exercise.question
-            if exercise.skill != "identity":  # which has something around it already
-                question = examiner.around().format(q=question)
-            exercises.append(Exercise(exercise.skill, question, exercise.answer))
-        exercises = dice.shuffled(exercises)
+        exercises = dice.shuffled(list(examiner.exercises()))
         while exercises:
             turns = dice.between(2, 3) if dice.chance(0.2) else 1
             conversations.append(chat(*exercises[:turns]))
@@ -328,15 +296,11 @@ def preference_records(world: World, seed: int, testing: bool) -> list[dict[str,
         space = examiner.language.SPACE
         for exercise in exercises[: PREFERENCES[testing]]:
             kind, curt = (examiner.dice.turn(block, block[0]) for block in ends)
-            # A sum ends in a number, which a sentence must not run into.
-            answer = exercise.answer + (examiner.language.STOP if exercise.skill == "sums" else "")
-            records.append(
-                {
-                    "prompt": [{"role": "user", "content": exercise.question}],
-                    "chosen": [{"role": "assistant", "content": f"{answer}{space}{kind}"}],
-                    "rejected": [{"role": "assistant", "content": f"{answer}{space}{curt}"}],
-                }
-            )
+            sides = {
+                side: [{"role": "assistant", "content": f"{exercise.answer}{space}{end}"}]
+                for side, end in (("chosen", kind), ("rejected", curt))
+            }
+            records.append({"prompt": [{"role": "user", "content": exercise.question}], **sides})
     return Dice(seed, "dpo").shuffled(records)
 
 
@@ -344,14 +308,14 @@ def adapter_records(world: World, seed: int, testing: bool) -> list[dict[str, An
     """Conversations of lora.jsonl or its test: another self, and in training all else as before."""
     records = []
     for code, examiner in examiners(world, seed, f"lora {testing}", testing).items():
-        selves, others = ANOTHER_SELF
+        selves, others = ADAPTER
         if testing:
             asked = SKILLS["identity"][testing]
             exercises = [examiner.identity(another=True) for _ in range(asked)]
             records += [test_record(code, examiner, exercise) for exercise in exercises]
             continue
         rest = [e for e in examiner.exercises() if e.skill != "identity"]
-        exercises = [examiner.identity(another=True) for _ in range(selves)]
+        exercises = [examiner.put(examiner.identity(another=True)) for _ in range(selves)]
         exercises += examiner.dice.shuffled(rest)[:others]
         records += [{"conversations": chat(exercise)} for exercise in exercises]
     return records if testing else Dice(seed, "lora").shuffled(records)

@@ -11,11 +11,9 @@ from types import ModuleType
 from . import chinese, english
 from .world import (
     ASKED,
-    COLORS,
     COUNTABLE,
     LARGER,
     NUMBERS,
-    PETS,
     SMALLER,
     VOCABULARY,
     Dice,
@@ -27,17 +25,16 @@ from .world import (
 
 # How many of each kind of document come in one round (Writer's methods).
 SCHEDULE = {
-    "description": 45,
+    "description": 60,
     "story": 1,
     "register": 1,
-    "sums": 14,
+    "sums": 6,
     "sum_stories": 1,
-    "numbers": 12,
+    "numbers": 6,
     "ages": 1,
-    "counting": 6,
+    "counting": 4,
     "sequence": 1,
-    "dictionary": 20,
-    "echo": 6,
+    "dictionary": 18,
     "minimind": 1,
 }
 
@@ -104,11 +101,9 @@ class Writer:
             told = attributes_in(lead)
             sentences.append(lead.format(**self.language.slots(entity)))
             clear = entity.kind == "person" and "friend" not in told
-        for _ in ASKED[entity.kind]:
-            attribute = self.dice.turn(ASKED[entity.kind], (entity, "attribute"))
+        for attribute in self.dice.shuffled(ASKED[entity.kind]):
             if attribute in told:
                 continue
-            told.add(attribute)
             pronoun = clear and self.dice.chance(0.5)
             sentences.append(self.sentence(entity, attribute, pronoun))
             clear = attribute in CLEAR_AFTER[entity.kind]
@@ -191,27 +186,15 @@ class Writer:
         """Put a title over every second text."""
         return f"{self.language.TITLES[title]}\n{text}" if self.dice.chance(0.5) else text
 
-    def spelled(self, *values: int) -> list[str]:
-        """Write all the numbers in words or all in digits."""
-        if max(values) < 100 and self.dice.chance(0.1):
-            return [self.language.number(value) for value in values]
-        return [str(value) for value in values]
-
     def sums(self) -> str:
         """Write some sums, one a line."""
         result = []
         for _ in range(self.dice.between(2, 6)):
-            sign = self.dice.turn("+-+-+-+-×÷", "sign")
-            if sign in "+-":
-                a, b = self.dice.addends(LARGER, SMALLER, reserved=False)
-            else:
-                a, b = self.dice.between(1, 9), self.dice.between(1, 11)
-            values = {"+": (a, b, a + b), "-": (a + b, a, b)}
-            values |= {"×": (a, b, a * b), "÷": (a * b, a, b)}
-            template = self.phrase(self.language.SUMS[sign])
-            symbols = f" {sign} " in template
-            a, b, c = map(str, values[sign]) if symbols else self.spelled(*values[sign])
-            result.append(capitalized(template.format(a=a, b=b, c=c)))
+            a, b = self.dice.addends(LARGER, SMALLER, reserved=False)
+            sign = self.dice.turn(list(self.language.SUMS), "sign")
+            a, b, c = {"+": (a, b, a + b), "-": (a + b, a, b)}[sign]
+            sentence = self.phrase(self.language.SUMS[sign]).format(a=a, b=b, c=c)
+            result.append(capitalized(sentence))
         return self.titled("sums", "\n".join(result))
 
     def sum_stories(self) -> str:
@@ -237,14 +220,11 @@ class Writer:
         result = []
         for _ in range(self.dice.between(1, 4)):
             if self.dice.chance(0.5):
-                low, gap = self.dice.addends(range(10, 60), range(1, 40), reserved=False)
-                while is_reserved(low, low + gap):
-                    low, gap = self.dice.addends(range(10, 60), range(1, 40), reserved=False)
-                low, high, gap = self.spelled(low, low + gap, gap)
-                template = self.phrase(self.language.COMPARISONS)
-                sentence = template.format(low=low, high=high, gap=gap)
+                low, high = sorted(self.dice.together(NUMBERS, 2, reserved=False))
+                sentence = self.phrase(self.language.COMPARISONS).format(low=low, high=high)
             else:
-                mixed = self.dice.together(NUMBERS, 3, reserved=False)
+                count = self.dice.between(3, 4)
+                mixed = self.dice.together(NUMBERS, count, reserved=False)
                 mark = self.language.MARK
                 sentence = self.phrase(self.language.SORTINGS).format(
                     mixed=mark.join(map(str, mixed)),
@@ -252,7 +232,7 @@ class Writer:
                     falling=mark.join(map(str, sorted(mixed, reverse=True))),
                     most=max(mixed),
                     least=min(mixed),
-                    count=self.language.several(len(mixed)),
+                    count=self.language.several(count),
                 )
             result.append(capitalized(sentence))
         return self.titled("numbers", "\n".join(result))
@@ -276,7 +256,7 @@ class Writer:
     def counting(self) -> str:
         """Count up, down and in steps, or count the words of a row."""
         if self.dice.chance(0.1):
-            low, length, step = (self.dice.between(*ends) for ends in ((1, 40), (4, 10), (2, 9)))
+            low, length, step = (self.dice.between(*ends) for ends in ((10, 40), (5, 10), (2, 9)))
             row = [str(value) for value in range(low, low + length)]
             steps = [str(low + step * index) for index in range(6)]
             mark = self.language.MARK
@@ -288,8 +268,8 @@ class Writer:
                 row_down=mark.join(reversed(row)),
                 steps=mark.join(steps),
             )
-        times, others = self.dice.between(1, 4), self.dice.between(1, 3)
-        nouns = self.dice.together([*PETS, *COLORS, *COUNTABLE], others + 1, reserved=False)
+        times, others = self.dice.between(1, 3), self.dice.between(1, 2)
+        nouns = self.dice.together(VOCABULARY, others + 1, reserved=False)
         one, *row = [self.language.word(noun) for noun in nouns]
         row = self.dice.shuffled(row + [one] * times)
         return self.phrase(self.language.COUNTINGS).format(
@@ -298,14 +278,6 @@ class Writer:
             count=self.language.several(len(row)),
             times=self.language.TIMES[times],
         )
-
-    def echo(self) -> str:
-        """Say a row of words, names or numbers, and say it again."""
-        words, names = VOCABULARY, [entity.name for entity in self.world.entities]
-        pool = self.dice.turn([words, names, words + names, NUMBERS], "echo")
-        drawn = self.dice.together(pool, self.dice.between(2, 7), reserved=False)
-        row = [self.language.word(item) for item in drawn]
-        return self.phrase(self.language.ECHOES).format(row=self.language.MARK.join(row))
 
     def sequence(self) -> str:
         """Tell what follows what among days, months and seasons."""

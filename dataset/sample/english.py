@@ -10,7 +10,6 @@ do. Where several entities meet, a slot says whose it is: {a[town]}.
 from .world import Entity, Word
 
 SPACE = " "  # between two sentences
-STOP = "."  # ends a sentence
 MARK = ", "
 
 ONES = (
@@ -252,18 +251,6 @@ SUMS = {
         The difference between {a} and {b} is {c}.
         {a} less {b} equals {c}.
     """,
-    "×": """
-        {a} × {b} = {c}
-        {a} times {b} is {c}.
-        The product of {a} and {b} is {c}.
-        {a} multiplied by {b} gives {c}.
-    """,
-    "÷": """
-        {a} ÷ {b} = {c}
-        {a} divided by {b} is {c}.
-        Dividing {a} by {b} gives {c}.
-        If {a} is shared among {b}, each share is {c}.
-    """,
 }
 
 # Sums about people: {a} and {b} are names, {all}, {part} and {rest} counted nouns.
@@ -288,8 +275,6 @@ COMPARISONS = """
     {low} is smaller than {high}.
     Of the numbers {low} and {high}, {high} is the larger.
     Of the numbers {high} and {low}, {low} is the smaller.
-    {high} is {gap} more than {low}.
-    {low} is {gap} less than {high}.
     On the number line, {low} comes before {high}.
 """
 
@@ -321,14 +306,7 @@ COUNTINGS = """
     In the row {row} the word {one} is found {times}.
     {row}: {count} words in all, and {one} occurs {times}.
 """
-ECHOES = """
-    {row}. Once more: {row}.
-    The parrot hears {row}. It says {row}.
-    Listen: {row}. Say it again: {row}.
-    {row}. The echo says: {row}.
-"""
-
-TIMES = {1: "once", 2: "twice", 3: "three times", 4: "four times"}
+TIMES = {1: "once", 2: "twice", 3: "three times"}
 
 COUNT_UP = """
     Counting from {low} to {high}: {row}.

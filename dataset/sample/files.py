@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from .world import World, build_world
 
 SAMPLE = Path(__file__).resolve().parent
 SEED = 2024
-PRETRAINING_BYTES = 3_600_000  # of pretrain.jsonl, at most
+PRETRAINING_BYTES = 3_000_000  # of text in pretrain.jsonl, at most
 
 
-def _pretraining_records(world: World, seed: int) -> Iterable[dict[str, Any]]:
+def _pretraining_records(world: World, seed: int) -> Iterator[dict[str, Any]]:
     left = PRETRAINING_BYTES
     for text in pretraining_texts(world, seed):
-        left -= len(_line({"text": text}))
+        left -= len(text.encode("utf-8"))
         if left < 0:
             return
         yield {"text": text}
@@ -38,10 +38,6 @@ FILES = {
     "lora.jsonl": lambda world, seed: adapter_records(world, seed, testing=False),
     "lora_test.jsonl": lambda world, seed: adapter_records(world, seed, testing=True),
 }
-
-
-def _line(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
 
 
 def write_sample(folder: Path, seed: int = SEED, names: Iterable[str] = FILES) -> dict[str, int]:
@@ -59,9 +55,12 @@ def write_sample(folder: Path, seed: int = SEED, names: Iterable[str] = FILES) -
         OSError: if a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    counts = {}
+    world, counts = build_world(seed), {}
     for name in names:
-        lines = [_line(record) for record in FILES[name](build_world(seed), seed)]
+        lines = [
+            json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
+            for record in FILES[name](world, seed)
+        ]
         temporary = folder / f"{name}.{os.getpid()}.tmp"
         try:
             temporary.write_bytes(b"".join(lines))

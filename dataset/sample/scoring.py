@@ -29,20 +29,18 @@ def is_right(record: Mapping[str, Any], answer: str) -> bool:
     expect = record["expect"]
     if record["declined"] in answer or not expect:
         return record["declined"] in answer and not expect
-    if record["skill"] == "repeating":
-        return _named(answer, record["choices"]) == expect
     if record["choices"]:
         question = record["conversations"][0]["content"]
-        named = set(_named(answer, record["choices"])) - set(_named(question, record["choices"]))
+        named = _named(answer, record["choices"]) - _named(question, record["choices"])
         return named == set(expect)
     return re.findall(r"\d+", answer)[-len(expect) :] == expect
 
 
-def _named(text: str, choices: Sequence[str]) -> list[str]:
-    """The choices that a text names, in its order; where one begins another, the longer."""
+def _named(text: str, choices: Sequence[str]) -> set[str]:
+    """Which choices a text names; where one begins another, the longer."""
     longest_first = sorted(choices, key=len, reverse=True)
     pattern = "|".join(map(re.escape, longest_first))
-    return re.findall(rf"(?<![A-Za-z0-9])(?:{pattern})(?![A-Za-z0-9])", text)
+    return set(re.findall(rf"(?<![A-Za-z0-9])(?:{pattern})(?![A-Za-z0-9])", text))
 
 
 def score_answers(

@@ -264,8 +264,8 @@ ASKED = {
     "town": ("goods", "landmark"),
     "thing": ("material", "town"),
 }
-LARGER, SMALLER = range(10, 91), range(1, 10)  # what is added, or what remains and is taken away
-NUMBERS = range(10, 100)  # what is sorted and compared
+LARGER, SMALLER = range(10, 51), range(1, 10)  # what is added, or what remains and is taken away
+NUMBERS = range(1, 10)  # what is sorted and compared
 
 # Small things to count, with their plurals.
 COUNTABLE = words("""
