@@ -10,17 +10,18 @@ learn too; they have lines of their own.
 import argparse
 import importlib.util
 import json
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from train_tokenizer import language
 from transformers import PreTrainedTokenizerBase
 
 from dataset import (
@@ -37,6 +38,7 @@ from dataset.sample import ensure_sample
 from model import LMConfig, MiniMindLM
 from training import (
     ROOT,
+    Distributed,
     UserError,
     count,
     find_processes,
@@ -103,6 +105,7 @@ def roles_of(ids: list[int], encoder: ChatEncoder | None) -> list[str]:
 @torch.no_grad()
 def score_samples(
     model: MiniMindLM,
+    world: Distributed,
     dataset: PretrainDataset | SFTDataset,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
@@ -111,7 +114,8 @@ def score_samples(
     """The losses of each sample of a data set, in an order of like lengths.
 
     Args:
-        model: in eval mode.
+        model: in eval mode, on the device.
+        world: this process and its device.
         dataset: what to score.
         tokenizer: of the data set.
         batch_size: samples at a time.
@@ -123,7 +127,7 @@ def score_samples(
     rows = PaddedRows(dataset)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = {k: v.to(model.device) for k, v in collate([rows[i] for i in chosen]).items()}
+        batch = world.to_device(collate([rows[i] for i in chosen]))
         logits = model(
             batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -144,25 +148,10 @@ def score_samples(
             )
 
 
-def language_of(text: str) -> str:
-    """Chinese, English or other, by the characters that prevail."""
-    chinese = len(re.findall(r"[\u4e00-\u9fff]", text))
-    english = len(re.findall(r"[A-Za-z]+", text))
-    if not chinese and not english:
-        return "other"
-    return "Chinese" if chinese >= english else "English"
-
-
-def position_range(position: int) -> str:
-    """The range of positions, each twice as long as the one before, that a position is in."""
-    low = 0 if position < 16 else 1 << (position.bit_length() - 1)
-    return f"{low} to {15 if low == 0 else 2 * low - 1}"
-
-
 def groups(samples: list[Sample]) -> dict[str, dict[str, np.ndarray]]:
     """The losses of all tokens by grouping and group: all, role, position, language.
 
-    Position and language are of learnt tokens alone.
+    Position and language are of learnt tokens alone; the ranges of positions double.
     """
     tables: dict[str, dict[str, list[np.ndarray]]] = {
         "all": {},
@@ -184,10 +173,12 @@ def groups(samples: list[Sample]) -> dict[str, dict[str, np.ndarray]]:
             add("role", role, sample.losses[here])
             if sample.learnt.any() and not sample.learnt[here].all():
                 add("role", f"{role}, learnt", sample.losses[here & sample.learnt])
-        add("language", language_of(sample.text), learnt)
-        ranges = np.array([position_range(p) for p in range(len(sample.losses))])
-        for name in dict.fromkeys(ranges.tolist()):
-            add("position", name, sample.losses[(ranges == name) & sample.learnt])
+        add("language", language(sample.text), learnt)
+        for low in [0, *(1 << bits for bits in range(4, len(sample.losses).bit_length()))]:
+            high = max(16, 2 * low)
+            here = slice(low, high)
+            name = f"{low} to {high - 1}"
+            add("position", name, sample.losses[here][sample.learnt[here]])
     joined = {
         grouping: {group: np.concatenate(parts) for group, parts in table.items()}
         for grouping, table in tables.items()
@@ -257,14 +248,16 @@ def main() -> None:
     args = parse_args()
     if args.out_dir and importlib.util.find_spec("matplotlib") is None:
         raise UserError("--out_dir needs matplotlib: pip install -r scripts/requirements.txt")
-    device = find_processes(args.device, ddp=False).device
+    world = find_processes(args.device, ddp=False)
     tokenizer = load_tokenizer(args.tokenizer_path)
     shape = LMConfig(vocab_size=len(tokenizer))
-    model = load_model(args.weights, shape, tokenizer_hash(tokenizer)).to(device).eval()
+    model = load_model(args.weights, shape, tokenizer_hash(tokenizer)).to(world.device).eval()
     dataset = open_dataset(
         ensure_sample(args.data_path), tokenizer, args.max_seq_len + 1, cache_dir=args.cache_dir
     )
-    samples = list(score_samples(model, dataset, tokenizer, args.batch_size, args.max_samples))
+    samples = list(
+        score_samples(model, world, dataset, tokenizer, args.batch_size, args.max_samples)
+    )
     tables = groups(samples)
     shown = {
         grouping: {group: figures(losses) for group, losses in table.items()}

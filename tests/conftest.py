@@ -13,8 +13,10 @@ from unittest import mock
 
 import pytest
 import torch
+from interruptions import FLOAT32
 
 ROOT = Path(__file__).resolve().parent.parent
+STAGES = {path.name for path in ROOT.glob("train_*.py")}
 
 
 @pytest.fixture(scope="session")
@@ -76,8 +78,7 @@ def run(root) -> Callable[..., Done]:
 
 def in_float32(script: str | Path, words: list[str]) -> list[str]:
     """The words, and for a stage script the dtype that results are compared in."""
-    is_stage = Path(script).name.startswith("train_")
-    return [*words, "--dtype", "float32"] if is_stage and "--dtype" not in words else words
+    return [*words, *FLOAT32] if script in STAGES and "--dtype" not in words else words
 
 
 def run_here(root: Path, script: str, words: list[str], typed: bytes) -> tuple[int, Done]:

@@ -102,7 +102,8 @@ def killed(n: int, owner: Any, name: str, **how: Any) -> Iterator[None]:
             yield
 
 
-FLOAT32 = ("--dtype", "float32")  # as the fixture `run` adds it
+# What results are compared in, whatever this machine's processor could do.
+FLOAT32 = ("--dtype", "float32")
 
 
 def saving(path: Path, target: Path) -> bool:

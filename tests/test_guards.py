@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from interruptions import FLOAT32
 from test_validation import by_hand, scores
 from transformers import AutoTokenizer
 
@@ -269,7 +270,7 @@ def two_processes(run, tmp_path_factory):
     done = run(
         *SHAPE, "--data_path", data, "--val_data_path", val, "--out_dir", folder, "--max_seq_len",
         64, "--batch_size", 2, "--accumulation_steps", 2, "--keep_every", 1, "--log_interval", 1,
-        "--no-packing", "--learning_rate", 1e-2, "--dtype", "float32",
+        "--no-packing", "--learning_rate", 1e-2, *FLOAT32,
         script=wrapper, processes=2,
     )  # fmt: skip
     return folder, data, done

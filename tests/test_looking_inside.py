@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 
 import pytest
 import torch
@@ -130,3 +131,33 @@ def test_a_picture_is_drawn_of_texts_too(run, folder):
     assert list(shown["language"]) == ["Chinese"]
     assert list(shown["role"]) == ["text"]
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "named"),
+    [
+        ("analyze_loss.py", ["missing.pth", "texts.jsonl"], "missing.pth: no such file"),
+        ("analyze_loss.py", ["full_sft_32.pth", "missing.jsonl"], "missing.jsonl: no such file"),
+        ("score_world.py", ["missing.pth"], "missing.pth: no such file"),
+        ("score_world.py", ["a=full_sft_32.pth", "a=full_sft_32.pth"], "two models are named a"),
+        ("score_world.py", ["untrained=full_sft_32.pth"], "two models are named untrained"),
+        ("score_world.py", ["full_sft_32.pth", "--data_path", "texts.jsonl"], "texts.jsonl:1: "),
+    ],
+)
+def test_mistakes_are_one_line(run, folder, script, words, named):
+    words = [
+        re.sub(r"[a-z_0-9]+\.(pth|jsonl)$", lambda file: str(folder / file[0]), word)
+        for word in words
+    ]
+    done = run(*words, script=f"scripts/{script}", code=2)
+    assert named in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_colours_mark_what_is_learnt(root, tokenizer_dir):
+    """On a terminal: learnt text is green, the rest grey, control tokens inverted besides."""
+    script = runpy.run_path(str(root / "scripts" / "show_batch.py"), run_name="show_batch")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    ids = torch.tensor([1, *tokenizer("Hi", add_special_tokens=False)["input_ids"], 2])
+    learnt = torch.tensor([False, *[True] * (len(ids) - 1)])
+    painted = "".join(script["painted"](ids, learnt, tokenizer, True))
+    assert painted == "\033[90m\033[7m<s>\033[0m\033[32mHi\033[0m\033[32m\033[7m</s>\033[0m"

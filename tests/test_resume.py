@@ -227,9 +227,9 @@ def test_two_damaged_resume_files_start_a_run(run, data, unbroken, out):
 
 
 def test_a_damaged_resume_file_never_replaces_the_good_one(run, data, unbroken, out):
-    """Killed in the save after the damage, at its last renames."""
+    """Killed in the save after the damage, at each of its renames."""
     words = [*WHOLE, "--data_path", data, "--out_dir", out, "--resume"]
-    for n in (5, 6):
+    for n in range(1, 7):
         flip(out / "pretrain_32_resume.pth")
         with killed(n, Path, "replace", when=saving):
             run(*words)

@@ -111,13 +111,14 @@ def test_the_step_is_finished_and_saved(
 
 @posix
 @pytest.mark.parametrize(
-    ("first", "n", "owner", "name", "how"),
+    ("n", "owner", "name", "how"),
     [
-        pytest.param(signal.SIGTERM, 9, MiniMindLM, "forward", {"when": learning}, id="window"),
-        pytest.param(signal.SIGINT, 1, MiniMindLM, "forward", {"when": evaluating}, id="val"),
-        pytest.param(signal.SIGINT, 6, Path, "replace", {"when": saving}, id="save"),
+        pytest.param(9, MiniMindLM, "forward", {"when": learning}, id="window"),
+        pytest.param(1, MiniMindLM, "forward", {"when": evaluating}, id="val"),
+        pytest.param(6, Path, "replace", {"when": saving}, id="save"),
     ],
 )
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_interrupt_ends_the_run_at_once(
     run, data, unbroken, handlers, tmp_path, first, n, owner, name, how
 ):
