@@ -5,6 +5,7 @@ the entities are taken from it.
 """
 
 import json
+import os
 import re
 from itertools import pairwise
 
@@ -242,8 +243,7 @@ def test_preference_pairs_differ_in_style_alone(records):
         ends = {"chosen": set(), "rejected": set()}
         for record in records[name]:
             chosen, rejected = (record[side][0]["content"] for side in ends)
-            pairs = enumerate(zip(chosen, rejected, strict=False))
-            same = next(place for place, (a, b) in pairs if a != b)
+            same = len(os.path.commonprefix([chosen, rejected]))
             assert same > 0 and chosen[:same].rstrip()[-1] in ".。"
             ends["chosen"].add(chosen[same:])
             ends["rejected"].add(rejected[same:])

@@ -302,7 +302,8 @@ def build_world(seed: int) -> World:
 
     def assign(entities: list[Entity], attribute: str, values: Sequence) -> None:
         """Give each entity a value of its own."""
-        for entity, value in zip(entities, dice.shuffled(values), strict=False):
+        drawn = dice.shuffled(values)[: len(entities)]
+        for entity, value in zip(entities, drawn, strict=True):
             entity.facts[attribute] = value
 
     assign(people, "town", towns)
