@@ -5,7 +5,6 @@ the entities are taken from it.
 """
 
 import json
-import os
 import re
 from itertools import pairwise
 
@@ -243,7 +242,7 @@ def test_preference_pairs_differ_in_style_alone(records):
         ends = {"chosen": set(), "rejected": set()}
         for record in records[name]:
             chosen, rejected = (record[side][0]["content"] for side in ends)
-            same = len(os.path.commonprefix([chosen, rejected]))
+            same = next(n for n in range(len(chosen)) if chosen[n] != rejected[n : n + 1])
             assert same > 0 and chosen[:same].rstrip()[-1] in ".。"
             ends["chosen"].add(chosen[same:])
             ends["rejected"].add(rejected[same:])
