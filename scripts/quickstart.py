@@ -120,7 +120,7 @@ def train(python: Path, out_dir: Path, sample: Path, smoke: bool, control: bool)
     texts, chats = sample / "pretrain.jsonl", sample / "sft.jsonl"
     tokenizer = out_dir / "tokenizer"
     if not (tokenizer / "tokenizer_config.json").is_file():
-        words = [texts, chats, "--out_dir", tokenizer, "--overwrite"]
+        words = [texts, chats, "--out_dir", tokenizer, "--overwrite", "--keep_repeats"]
         size = str(SMOKE_VOCABULARY if smoke else VOCABULARY)
         title = "A tokenizer for this world"
         step(title, python, "scripts/train_tokenizer.py", *words, "--vocab_size", size)

@@ -25,7 +25,8 @@ How text is cut before merging (PRE_TOKENS), and why:
   ids. (Merges of parts of characters could break this; the tests check the shipped ones.)
 
 What is counted: each distinct line once (DISTINCT_LINES), since a page header that recurs two
-thousand times says nothing about language; and no token grows beyond MAX_TOKEN_BYTES. The weights
+thousand times says nothing about language; and no token grows beyond MAX_TOKEN_BYTES. Where lines
+recur on purpose, as the facts of a small world do, --keep_repeats counts all of them. The weights
 in the command above keep the manuals, most of the text there is, from filling the vocabulary; they
 were chosen by bytes per token on held-out files of all three kinds.
 """
@@ -206,8 +207,10 @@ def _contents(messages: Any) -> list[Any]:
     return contents
 
 
-def training_texts(files: list[tuple[Path, float]]) -> Iterator[str]:
+def training_texts(files: list[tuple[Path, float]], keep_repeats: bool = False) -> Iterator[str]:
     """What is counted: each file's records by its weight, without the lines met before.
+
+    With `keep_repeats` those count too.
 
     A line is known by its hash among the last DISTINCT_LINES distinct ones, so memory is bounded.
     """
@@ -225,7 +228,7 @@ def training_texts(files: list[tuple[Path, float]]) -> Iterator[str]:
     for path, weight in files:
         for i, text in enumerate(read_texts(path)):
             times = math.floor((i + 1) * weight) - math.floor(i * weight)
-            if times:
+            if times and not keep_repeats:
                 text = "\n".join(filter(is_new, text.split("\n")))
             for _ in range(times):
                 yield text
@@ -328,6 +331,9 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="held-out text for the final report (default: the training text)",
     )
+    parser.add_argument(
+        "--keep_repeats", action="store_true", help="count a line as often as it occurs"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the tokenizer in out_dir")
     args = parser.parse_args()
 
@@ -350,7 +356,7 @@ def main() -> None:
     """Train, save, report."""
     try:
         args = parse_arguments()
-        tokenizer = train(training_texts(args.files), args.vocab_size)
+        tokenizer = train(training_texts(args.files, args.keep_repeats), args.vocab_size)
         entries = tokenizer.get_vocab_size()
         if entries < args.vocab_size:
             raise UserError(f"--vocab_size {args.vocab_size}: the text yields only {entries}")

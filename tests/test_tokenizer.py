@@ -676,6 +676,8 @@ def test_a_line_counts_once(tmp_path):
     second = write_jsonl(tmp_path / "2.jsonl", [{"text": "z\nw"}])
     texts = list(script.training_texts([(first, 1.0), (second, 2.0)]))
     assert texts == ["x\ny", "z", "w", "w"]
+    texts = list(script.training_texts([(first, 1.0), (second, 2.0)], keep_repeats=True))
+    assert texts == ["x\ny\nx", "y\nz", "z\nw", "z\nw"]
 
 
 def test_repeated_lines_are_known_within_bounds(tmp_path, monkeypatch):
