@@ -392,6 +392,27 @@ TO_ENGLISH = (
     """,
     "英文是 {en}。",
 )
+# Lists of what there is, in training alone: {kinds} is one of KINDS.
+LIST = (
+    """
+    除了{one}，还有哪些{kinds}？
+    请说出几个{one}以外的{kinds}。
+    我听说过{one}。还有什么别的{kinds}？
+    你知道{one}以外的{kinds}吗？
+    """,
+    "",
+    "有{listed}。",
+)
+KINDS = {
+    "town": "小镇",
+    "job": "职业",
+    "pet": "动物",
+    "color": "颜色",
+    "friend": "人",
+    "goods": "特产",
+    "landmark": "名胜",
+    "material": "材料",
+}
 WHO = (
     """
     你是谁？

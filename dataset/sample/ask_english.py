@@ -394,6 +394,27 @@ TO_ENGLISH = (
     """,
     'It means "{en}" in English.',
 )
+# Lists of what there is, in training alone: {kinds} is one of KINDS.
+LIST = (
+    """
+    Besides {one}, which {kinds} are there?
+    Tell me some {kinds} other than {one}.
+    I have heard of {one}. What other {kinds} are there?
+    Do you know {kinds} besides {one}?
+    """,
+    "",
+    "There is {listed}.",
+)
+KINDS = {
+    "town": "towns",
+    "job": "trades",
+    "pet": "animals",
+    "color": "colors",
+    "friend": "people",
+    "goods": "goods",
+    "landmark": "sights",
+    "material": "materials",
+}
 WHO = (
     """
     Who are you?

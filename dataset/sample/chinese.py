@@ -8,6 +8,7 @@ from .world import Entity, Word
 
 SPACE = ""  # between two sentences
 MARK = "、"
+AND = "和"
 
 DIGITS = "零一二三四五六七八九"
 

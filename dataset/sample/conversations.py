@@ -35,7 +35,8 @@ SKILLS = {
     "comparing": (500, 30),
     "dictionary": (250, 24),
     "identity": (45, 10),
-    "declining": (250, 30),
+    "declining": (150, 30),
+    "listing": (300, 0),
 }
 PREFERENCES = (240, 60)  # pairs for each language: (in training, in the test)
 ADAPTER = (60, 90)  # of an adapter's file, for each language: (who it is, all else)
@@ -214,6 +215,27 @@ class Examiner:
             [entry.zh if to_chinese else entry.en],
             choices,
             1 / len(choices),
+        )
+
+    def listing(self) -> Exercise:
+        """Ask what there is of a kind.
+
+        Values that belong to an entity that is held out are in no answer about it; here they are in
+        answers all the same, or tuning would teach never to say them.
+        """
+        attribute = self.dice.turn(list(self.ask.KINDS), "listing")
+        kind = next(kind for kind, names in ASKED.items() if attribute in names)
+        values = self.world.values(kind, attribute)
+        while True:
+            one, *listed = self.dice.shuffled(values)[:4]
+            if not any(getattr(v, "facts", {}).get(attribute) in listed for v in [one, *listed]):
+                break  # nobody beside a best friend
+        words = map(self.language.word, listed)
+        question = self.wording(self.ask.LIST, attribute)
+        return Exercise(
+            "listing",
+            question.format(one=self.language.word(one), kinds=self.ask.KINDS[attribute]),
+            self.ask.LIST[2].format(listed=self.language.AND.join(words)),
         )
 
     # The model itself

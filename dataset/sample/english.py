@@ -11,6 +11,7 @@ from .world import Entity, Word
 
 SPACE = " "  # between two sentences
 MARK = ", "
+AND = " and "
 
 ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
