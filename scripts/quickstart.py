@@ -29,10 +29,10 @@ from environment import ROOT, fail, prepare, require_python, run
 SAMPLE = ROOT / "dataset" / "sample"
 SMOKE_LINES = 600  # of each file, with --smoke
 
-VOCABULARY, SMOKE_VOCABULARY = 3000, 600  # a small world needs few words, and learns them faster
-MODEL = ["--dim", "128", "--n_layers", "4", "--n_heads", "4", "--n_kv_heads", "4"]
-PRETRAINING = ["--batch_size", "4", "--learning_rate", "4e-3", "--epochs", "3"]
-TUNING = ["--batch_size", "4", "--learning_rate", "5e-4", "--epochs", "4"]
+VOCABULARY, SMOKE_VOCABULARY = 3200, 600  # a small world needs few words, and learns them faster
+MODEL = ["--dim", "192", "--n_layers", "3", "--n_heads", "6", "--n_kv_heads", "6"]
+PRETRAINING = ["--batch_size", "4", "--learning_rate", "2.5e-3", "--epochs", "4"]
+TUNING = ["--batch_size", "4", "--learning_rate", "5e-4", "--epochs", "3"]
 ROWS = ["--max_seq_len", "256", "--log_interval", "100", "--save_interval", "500"]
 SMOKE_MODEL = ["--dim", "64", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "4"]
 
