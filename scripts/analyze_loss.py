@@ -40,6 +40,7 @@ from training import (
     ROOT,
     Distributed,
     UserError,
+    check_context,
     count,
     find_processes,
     load_model,
@@ -252,6 +253,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.tokenizer_path)
     shape = LMConfig(vocab_size=len(tokenizer))
     model = load_model(args.weights, shape, tokenizer_hash(tokenizer)).to(world.device).eval()
+    check_context(args.max_seq_len, model.config)
     dataset = open_dataset(
         ensure_sample(args.data_path), tokenizer, args.max_seq_len + 1, cache_dir=args.cache_dir
     )

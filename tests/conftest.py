@@ -40,6 +40,15 @@ def tokenizer_dir() -> Path:
     return ROOT / "model" / "minimind_tokenizer"
 
 
+@pytest.fixture(scope="session")
+def sample_dir(tmp_path_factory) -> Path:
+    """The sample world's files, written by the script that users call."""
+    folder = tmp_path_factory.mktemp("sample")
+    script = ROOT / "scripts" / "make_sample_data.py"
+    subprocess.run([sys.executable, script, "--out_dir", folder], check=True)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Tiny tensors gain nothing from threads, and waiting threads cost much on a busy machine."""

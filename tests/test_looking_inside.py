@@ -138,6 +138,11 @@ def test_a_picture_is_drawn_of_texts_too(run, folder):
     [
         ("analyze_loss.py", ["missing.pth", "texts.jsonl"], "missing.pth: no such file"),
         ("analyze_loss.py", ["full_sft_32.pth", "missing.jsonl"], "missing.jsonl: no such file"),
+        (
+            "analyze_loss.py",
+            ["full_sft_32.pth", "texts.jsonl", "--max_seq_len", "8193"],
+            "--max_seq_len 8193 is above the model's context of 8192",
+        ),
         ("score_world.py", ["missing.pth"], "missing.pth: no such file"),
         ("score_world.py", ["a=full_sft_32.pth", "a=full_sft_32.pth"], "two models are named a"),
         ("score_world.py", ["untrained=full_sft_32.pth"], "two models are named untrained"),

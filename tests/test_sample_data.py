@@ -98,9 +98,9 @@ PRONOUNS = {"He", "She", "It", "他", "她", "它", "这里"}
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory) -> bytes:
+def sample(sample_dir) -> bytes:
     """The content of pretrain.jsonl."""
-    return generate(tmp_path_factory.mktemp("sample"))
+    return (sample_dir / "pretrain.jsonl").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -137,14 +137,13 @@ def generate(folder: Path, *arguments: str, **environment: str) -> bytes:
     return (folder / "pretrain.jsonl").read_bytes()
 
 
-def test_another_process_writes_the_same_bytes(tmp_path):
-    """Of every file."""
-    for name, environment in {"a": {"PYTHONHASHSEED": "1"}, "b": {"PYTHONHASHSEED": "2"}}.items():
-        generate(tmp_path / name, PYTHONUTF8="0", LC_ALL="C", **environment)
-    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+def test_another_process_writes_the_same_bytes(tmp_path, sample_dir):
+    """Of every file, whatever the locale and the order of sets."""
+    generate(tmp_path, PYTHONUTF8="0", LC_ALL="C", PYTHONHASHSEED="1")
+    files = sorted(path.name for path in tmp_path.iterdir())
     assert files == sorted(FILES)
     for name in files:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (sample_dir / name).read_bytes()
 
 
 def test_another_seed_makes_another_world(tmp_path, texts):
@@ -165,6 +164,35 @@ def test_a_file_of_the_sample_is_written_when_it_is_asked_for(tmp_path, monkeypa
     mine.write_text("mine", encoding="utf-8")
     assert files.ensure_sample(mine).read_text(encoding="utf-8") == "mine"
     assert not files.ensure_sample(tmp_path / "other.jsonl").exists()
+
+
+ASK = """
+import sys
+from pathlib import Path
+from dataset.sample import files
+
+folder = files.SAMPLE = Path(sys.argv[1])
+write = files.write_sample
+
+def counted(*arguments, **named):
+    with (folder / "writers").open("a") as file:
+        file.write("w")
+    return write(*arguments, **named)
+
+files.write_sample = counted
+assert files.ensure_sample(folder / "sft.jsonl").stat().st_size > 1000
+"""
+
+
+@pytest.mark.parametrize("ranks", [(None, None), ("0", "1")], ids=["two runs", "torchrun"])
+def test_of_two_processes_one_writes(tmp_path, ranks):
+    started = []
+    for rank in ranks:
+        launched = {"WORLD_SIZE": "2", "LOCAL_RANK": rank} if rank else {}
+        command = [sys.executable, "-c", ASK, tmp_path]
+        started.append(subprocess.Popen(command, cwd=ROOT, env={**os.environ, **launched}))
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    assert (tmp_path / "writers").read_text() == "w"
 
 
 def test_an_unusable_folder_is_told_in_one_line(tmp_path):

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from dataset.sample import FILES, is_right, score_answers, write_sample
+from dataset.sample import FILES, is_right, score_answers
 from dataset.sample.world import build_world
 
 TRAINING = ("pretrain.jsonl", "sft.jsonl", "dpo.jsonl", "lora.jsonl")
@@ -18,18 +18,12 @@ TESTS = ("test.jsonl", "dpo_test.jsonl", "lora_test.jsonl")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sample")
-    write_sample(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def records(folder):
+def records(sample_dir):
     """The records of every file, by its name."""
     return {
         name: [
-            json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()
+            json.loads(line)
+            for line in (sample_dir / name).read_text(encoding="utf-8").splitlines()
         ]
         for name in FILES
     }

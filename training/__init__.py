@@ -27,7 +27,7 @@ from .checkpoint import (
 from .curves import draw_curves, read_metrics
 from .distributed import Distributed, autocast_dtype, find_processes, open_process_group
 from .guards import explain_out_of_memory, find_sample
-from .network import init_model
+from .network import check_context, init_model
 from .optimizer import make_optimizer
 from .resume import (
     check_identity,
@@ -50,6 +50,7 @@ __all__ = [
     "UserError",
     "add_stage_arguments",
     "autocast_dtype",
+    "check_context",
     "check_identity",
     "check_output",
     "check_stage_arguments",

@@ -10,6 +10,14 @@ from .arguments import UserError
 from .resume import seed_everything
 
 
+def check_context(max_seq_len: int, config: LMConfig) -> None:
+    """Raise UserError if rows of `max_seq_len` positions do not fit into the model's context."""
+    if max_seq_len > config.max_seq_len:
+        raise UserError(
+            f"--max_seq_len {max_seq_len} is above the model's context of {config.max_seq_len}"
+        )
+
+
 def init_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> MiniMindLM:
     """Build the network, the same on every process.
 
@@ -35,10 +43,7 @@ def init_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
         names = ("dim", "n_layers", "n_heads", "n_kv_heads")
         flags = " ".join(f"--{name} {getattr(args, name)}" for name in names)
         raise UserError(f"{flags}: {error}") from None
-    if args.max_seq_len > config.max_seq_len:
-        raise UserError(
-            f"--max_seq_len {args.max_seq_len} is above the model's context of {config.max_seq_len}"
-        )
+    check_context(args.max_seq_len, config)
     model = MiniMindLM(config)
     if args.gradient_checkpointing:
         # Named so from transformers 5 on, where the older name is deprecated.

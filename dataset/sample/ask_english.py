@@ -1,7 +1,7 @@
 """English: questions about the sample world and its small tasks, and the answers to them.
 
 Each entry is (wordings for training, wordings for the test, answer); no wording is in both. Those
-about an entity take the slots of `english.slots`.
+about an entity, answered by english.BRIEF, take the slots of `english.slots`.
 """
 
 ABOUT = {
@@ -22,7 +22,6 @@ ABOUT = {
             Tell me the home town of {name}.
             Which town does {name} live in?
             """,
-            "{Who} lives in {town}.",
         ),
         "job": (
             """
@@ -40,7 +39,6 @@ ABOUT = {
             Tell me what {name} works as.
             What job does {name} have?
             """,
-            "{Who} works as {a_job}.",
         ),
         "pet": (
             """
@@ -58,7 +56,6 @@ ABOUT = {
             Tell me what {name}'s pet is.
             What pet does {name} have in the house?
             """,
-            "{Whose} pet is {a_pet}.",
         ),
         "color": (
             """
@@ -76,7 +73,6 @@ ABOUT = {
             Tell me {name}'s favorite color.
             Which is the favorite color of {name}?
             """,
-            "{Whose} favorite color is {color}.",
         ),
         "friend": (
             """
@@ -94,7 +90,6 @@ ABOUT = {
             Tell me who the best friend of {name} is.
             Whom does {name} call a best friend?
             """,
-            "{Whose} best friend is {friend}.",
         ),
     },
     "town": {
@@ -114,7 +109,6 @@ ABOUT = {
             Tell me what merchants buy in {name}.
             What goods is {name} known for?
             """,
-            "{Who} is known for its {goods}.",
         ),
         "landmark": (
             """
@@ -132,7 +126,6 @@ ABOUT = {
             Tell me what the pride of {name} is.
             What does one go to see in {name}?
             """,
-            "{Whose} pride is its {landmark}.",
         ),
     },
     "thing": {
@@ -152,7 +145,6 @@ ABOUT = {
             Tell me the material of {name}.
             Of what is {name} made?
             """,
-            "{Who} is made of {material}.",
         ),
         "town": (
             """
@@ -170,7 +162,6 @@ ABOUT = {
             Tell me in which town {name} can be seen.
             What town does {name} belong to?
             """,
-            "{Who} is kept in {town}.",
         ),
     },
 }
@@ -414,7 +405,10 @@ KINDS = {
     "goods": "goods",
     "landmark": "sights",
     "material": "materials",
+    "en": "English words",
+    "zh": "Chinese words",
 }
+QUOTED = {"en": '"{en}"', "zh": "{zh}"}  # as the answers of the dictionary name a word
 WHO = (
     """
     Who are you?

@@ -159,6 +159,25 @@ FACTS = {
     },
 }
 
+# The same in brief, once the text or a question has said of whom.
+BRIEF = {
+    "person": {
+        "town": "住在{town}。",
+        "job": "职业是{job}。",
+        "pet": "宠物是{a_pet}。",
+        "color": "最喜欢的颜色是{color}。",
+        "friend": "最好的朋友是{friend}。",
+    },
+    "town": {
+        "goods": "特产是{goods}。",
+        "landmark": "名胜是{landmark}。",
+    },
+    "thing": {
+        "material": "材料是{material}。",
+        "town": "收藏在{town}。",
+    },
+}
+
 LEADS = {
     "person": """
         {name}是{town}的一位{job}。

@@ -27,7 +27,7 @@ from .world import (
 
 # How many questions of each skill, for each language: (in training, in the test).
 SKILLS = {
-    "facts": (300, 40),
+    "facts": (600, 40),
     "recall": (0, 50),
     "sums": (1500, 40),
     "sorting": (600, 30),
@@ -36,7 +36,7 @@ SKILLS = {
     "dictionary": (250, 24),
     "identity": (45, 10),
     "declining": (150, 30),
-    "listing": (300, 0),
+    "listing": (400, 0),
 }
 PREFERENCES = (240, 60)  # pairs for each language: (in training, in the test)
 ADAPTER = (60, 90)  # of an adapter's file, for each language: (who it is, all else)
@@ -83,9 +83,11 @@ class Examiner:
         self.dice = dice
         self.testing = testing
         self.held_out_facts, self.asked_facts = self._facts(True), self._facts(False)
+        word = language.word
+        self.friends = {word(one): word(one.facts["friend"]) for one in world.people}
         # All that may be told: an answer that tells more than what was asked is not one.
         values = [v for kind, names in ASKED.items() for a in names for v in world.values(kind, a)]
-        self.told = list(dict.fromkeys(map(language.word, values)))
+        self.told = list(dict.fromkeys(map(word, values)))
 
     def wording(self, entry: Sequence[str], owner: object = None) -> str:
         """The next wording of an entry of the language's questions."""
@@ -125,12 +127,12 @@ class Examiner:
 
     def about(self, skill: str, entity: Entity, attribute: str) -> Exercise:
         """Ask for one fact."""
-        entry = self.ask.ABOUT[entity.kind][attribute]
+        wording = self.wording(self.ask.ABOUT[entity.kind][attribute], entity)
         slots = self.language.slots(entity)
         return Exercise(
             skill,
-            self.wording(entry, entity).format(**slots),
-            entry[2].format(**self.language.slots(entity, pronoun=True)),
+            wording.format(**slots),
+            self.language.BRIEF[entity.kind][attribute].format(**slots),
             [slots[attribute]],
             self.told,
             1 / len(self.world.values(entity.kind, attribute)),
@@ -220,22 +222,24 @@ class Examiner:
     def listing(self) -> Exercise:
         """Ask what there is of a kind.
 
-        Values that belong to an entity that is held out are in no answer about it; here they are in
-        answers all the same, or tuning would teach never to say them.
+        Tuning asks nothing that has a value of a held-out entity, or a reserved word, for an
+        answer; were they in no other answer either, it would teach never to say them.
         """
-        attribute = self.dice.turn(list(self.ask.KINDS), "listing")
-        kind = next(kind for kind, names in ASKED.items() if attribute in names)
-        values = self.world.values(kind, attribute)
-        while True:
-            one, *listed = self.dice.shuffled(values)[:4]
-            if not any(getattr(v, "facts", {}).get(attribute) in listed for v in [one, *listed]):
-                break  # nobody beside a best friend
-        words = map(self.language.word, listed)
-        question = self.wording(self.ask.LIST, attribute)
+        kind = self.dice.turn(list(self.ask.KINDS), "listing")
+        if kind in self.ask.QUOTED:
+            values = [self.ask.QUOTED[kind].format(en=w.en, zh=w.zh) for w in VOCABULARY]
+        else:
+            owner = next(owner for owner, attributes in ASKED.items() if kind in attributes)
+            values = list(map(self.language.word, self.world.values(owner, kind)))
+        drawn = self.dice.shuffled(values)[:4]
+        while any(self.friends.get(value) in drawn for value in drawn):
+            drawn = self.dice.shuffled(values)[:4]  # best friends side by side would tell a fact
+        one, *listed = drawn
+        question = self.wording(self.ask.LIST, kind)
         return Exercise(
             "listing",
-            question.format(one=self.language.word(one), kinds=self.ask.KINDS[attribute]),
-            self.ask.LIST[2].format(listed=self.language.AND.join(words)),
+            question.format(one=one, kinds=self.ask.KINDS[kind]),
+            self.ask.LIST[2].format(listed=self.language.AND.join(listed)),
         )
 
     # The model itself

@@ -38,6 +38,7 @@ SCHEDULE = {
     "minimind": 1,
 }
 
+BRIEFLY = 0.3  # how often a fact is told in brief, once it is clear of whom
 PLAIN = 0.3  # how often the first of several phrasings is taken, besides its turn
 
 # After a sentence on one of these, a pronoun could only mean the entity that is described.
@@ -92,20 +93,29 @@ class Writer:
         return self.phrase(block, entity).format(**self.language.slots(entity, pronoun))
 
     def paragraph(self, entity: Entity) -> str:
-        """Tell all that is asked about an entity, perhaps after an opening."""
+        """Tell all that is asked about an entity, perhaps after an opening.
+
+        Only the first sentence after a friend's name must say again whom it is about.
+        """
         told: set[str] = set()
         sentences = []
-        clear = False
+        clear = friend_named = False
         if self.dice.chance(0.3):
             lead = self.phrase(self.language.LEADS[entity.kind], entity)
             told = attributes_in(lead)
             sentences.append(lead.format(**self.language.slots(entity)))
-            clear = entity.kind == "person" and "friend" not in told
+            friend_named = "friend" in told
+            clear = entity.kind == "person" and not friend_named
         for attribute in self.dice.shuffled(ASKED[entity.kind]):
             if attribute in told:
                 continue
-            pronoun = clear and self.dice.chance(0.5)
-            sentences.append(self.sentence(entity, attribute, pronoun))
+            if sentences and not friend_named and self.dice.chance(BRIEFLY):
+                brief = self.language.BRIEF[entity.kind][attribute]
+                sentences.append(brief.format(**self.language.slots(entity)))
+            else:
+                pronoun = clear and self.dice.chance(0.5)
+                sentences.append(self.sentence(entity, attribute, pronoun))
+            friend_named = attribute == "friend"
             clear = attribute in CLEAR_AFTER[entity.kind]
         return "\n".join(sentences)
 
@@ -160,9 +170,11 @@ class Writer:
             "where": thing.facts["town"],
         }
         slots = {role: self.language.slots(entity) for role, entity in cast.items()}
-        count, price, left = (self.dice.between(2, 9) for _ in range(3))
-        while is_reserved(count * price, left):
-            left = self.dice.between(2, 9)
+        while True:
+            count, price, left = (self.dice.between(2, 9) for _ in range(3))
+            paid = count * price
+            if not (is_reserved(price, paid) or is_reserved(paid, left)):
+                break
         item = self.dice.pick(COUNTABLE)
         steps = [lines(step) for step in re.split(r"\n\s*\n", block)]
         text = "\n".join(self.dice.turn(step, (name, step[0])) for step in steps)
@@ -175,8 +187,8 @@ class Writer:
             items=self.language.counted(count, item),
             item_measure=item.measure,
             price=price,
-            paid=count * price,
-            have=count * price + left,
+            paid=paid,
+            have=paid + left,
             left=left,
         )
 

@@ -173,6 +173,26 @@ FACTS = {
     },
 }
 
+# The same in brief, once the text or a question has said of whom: nothing in it tells what the entity
+# is, a man or a town.
+BRIEF = {
+    "person": {
+        "town": "The home town is {town}.",
+        "job": "The job is that of {a_job}.",
+        "pet": "The pet is {a_pet}.",
+        "color": "The favorite color is {color}.",
+        "friend": "The best friend is {friend}.",
+    },
+    "town": {
+        "goods": "The best-known goods are {goods}.",
+        "landmark": "The landmark is the {landmark}.",
+    },
+    "thing": {
+        "material": "The material is {material}.",
+        "town": "The place to see it is {town}.",
+    },
+}
+
 # Openings that tell several facts at once; a description goes on from there.
 LEADS = {
     "person": """
