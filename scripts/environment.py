@@ -8,6 +8,7 @@ from __future__ import annotations  # an old Python must get as far as `require_
 import hashlib
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -34,15 +35,25 @@ def require_python() -> None:
 def run(*command: str | Path) -> int:
     """Run a command in the project root, its output shown as it comes; return its exit status.
 
-    Ctrl-C reaches the command as well, and what it does about it, as saving first, is waited for.
+    Ctrl-C reaches the command as well, SIGTERM is passed on to it, and what it does about them, as
+    saving first, is waited for.
+
+    Raises KeyboardInterrupt if Ctrl-C ended it.
     """
     environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment)
-    while True:
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    interrupted = False
+    while process.returncode is None:
         try:
-            return process.wait()
+            process.wait()
         except KeyboardInterrupt:
-            continue
+            interrupted = True
+    signal.signal(signal.SIGTERM, before)
+    if interrupted and process.returncode:
+        raise KeyboardInterrupt
+    # A signal's number as shells tell it, since an exit status is not negative.
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
 def interpreter_version(python: Path) -> str | None:

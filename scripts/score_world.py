@@ -58,6 +58,9 @@ def parse_args() -> argparse.Namespace:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two models are named {name}; name them: name=path")
+    for flag, path in {"--out": args.out, "--json": args.json}.items():
+        if path and not path.parent.is_dir():
+            raise UserError(f"{flag} {path}: there is no such folder")
     return args
 
 

@@ -360,7 +360,10 @@ def main() -> None:
         entries = tokenizer.get_vocab_size()
         if entries < args.vocab_size:
             raise UserError(f"--vocab_size {args.vocab_size}: the text yields only {entries}")
-        save(tokenizer, args.out_dir)
+        try:
+            save(tokenizer, args.out_dir)
+        except OSError as error:
+            raise UserError(f"--out_dir {args.out_dir}: {error.strerror}") from None
         print(f"{entries:,} entries in {args.out_dir}")
         report(tokenizer, args.eval or [path for path, _ in args.files])
     except UserError as error:

@@ -146,6 +146,7 @@ def test_a_picture_is_drawn_of_texts_too(run, folder):
         ("score_world.py", ["missing.pth"], "missing.pth: no such file"),
         ("score_world.py", ["a=full_sft_32.pth", "a=full_sft_32.pth"], "two models are named a"),
         ("score_world.py", ["untrained=full_sft_32.pth"], "two models are named untrained"),
+        ("score_world.py", ["full_sft_32.pth", "--out", "nowhere/x.md"], "--out nowhere/x.md: "),
         ("score_world.py", ["full_sft_32.pth", "--data_path", "texts.jsonl"], "texts.jsonl:1: "),
     ],
 )

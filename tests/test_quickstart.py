@@ -3,8 +3,10 @@
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -68,3 +70,67 @@ def test_scores_that_are_too_low_are_named(quickstart):
         "sums",
         f"recall, {names[0]}",
     ]
+
+
+STEP = """
+import pathlib, signal, sys, time
+
+def stop(number, frame):
+    print("saved", flush=True)
+    sys.exit(int(sys.argv[2]))
+
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, stop)
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(60)
+"""
+RUN = """
+import sys
+from environment import run
+
+try:
+    print("status", run(sys.executable, *sys.argv[1:]))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize(
+    ("number", "group", "step_exits", "told"),
+    [
+        (signal.SIGTERM, False, 143, "status 143"),  # passed on by `run`
+        (signal.SIGINT, True, 130, "interrupted"),  # from a terminal, to both
+        (signal.SIGINT, True, 0, "status 0"),  # a chat ends well
+    ],
+)
+def test_a_signal_lets_the_step_save_first(root, tmp_path, number, group, step_exits, told):
+    ready = tmp_path / "ready"
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, "-c", STEP, ready, str(step_exits)],
+        cwd=root / "scripts",
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not ready.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (os.killpg if group else os.kill)(process.pid, number)
+    assert process.communicate(timeout=60)[0].splitlines() == ["saved", told]
+
+
+def test_a_step_that_a_signal_ended_has_the_status_of_a_shell(root):
+    killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    command = [sys.executable, "-c", RUN, "-c", killed]
+    done = subprocess.run(command, cwd=root / "scripts", capture_output=True, text=True)
+    assert done.stdout == "status 137\n"
+
+
+@pytest.mark.parametrize("words", [["--out_dir", "file"], ["--bogus"]])
+def test_a_mistake_is_one_line(root, tmp_path, words):
+    (tmp_path / "file").touch()
+    command = [sys.executable, root / "scripts" / "quickstart.py", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert words[-1] in done.stderr and done.stderr.count("\n") == 1
