@@ -314,6 +314,9 @@ COMPARE = {
         Tell me the largest of {mixed}.
         Here are some numbers: {mixed}. Which is the largest?
         Look at {mixed}. No number is larger than which one?
+        Here are some numbers: {mixed}. Which one is the largest of them?
+        Here are numbers: {mixed}. Tell me which is the largest.
+        Look at the numbers {mixed} and tell me the largest one.
         """,
         """
         Which is the largest of these numbers: {mixed}?
@@ -329,6 +332,9 @@ COMPARE = {
         Tell me the smallest of {mixed}.
         Here are some numbers: {mixed}. Which is the smallest?
         Look at {mixed}. No number is smaller than which one?
+        Here are some numbers: {mixed}. Which one is the smallest of them?
+        Here are numbers: {mixed}. Tell me which is the smallest.
+        Look at the numbers {mixed} and tell me the smallest one.
         """,
         """
         Which is the smallest of these numbers: {mixed}?
@@ -345,6 +351,8 @@ COUNT = (
     How often is {one} in the row {row}?
     Here is a row: {row}. How many times does it have {one}?
     Look at {row}. How often does {one} appear?
+    Here is a row of words: {row}. Count the word {one}.
+    Look at this row: {row}. How many times is {one} in it?
     """,
     """
     How often does {one} appear in this row: {row}?
@@ -391,7 +399,7 @@ LIST = (
     Besides {one}, which {kinds} are there?
     Tell me some {kinds} other than {one}.
     I have heard of {one}. What other {kinds} are there?
-    Do you know {kinds} besides {one}?
+    Name a few {kinds} besides {one}.
     """,
     "",
     "There is {listed}.",
@@ -423,6 +431,14 @@ WHO = (
     Hello! Who is there?
     Please say something about yourself.
     I do not know you. Who are you?
+    I want to know what you are called.
+    Please tell me your name.
+    May I know who you are?
+    Whom am I speaking with?
+    Can you tell me who you are?
+    Do you know your own name?
+    Say who you are.
+    What name were you given?
     """,
     """
     Tell me what your name is.

@@ -16,6 +16,7 @@ from .world import (
     ASKED,
     LARGER,
     NUMBERS,
+    ROW,
     SMALLER,
     VOCABULARY,
     Dice,
@@ -31,12 +32,12 @@ SKILLS = {
     "recall": (0, 50),
     "sums": (1500, 40),
     "sorting": (600, 30),
-    "counting": (700, 30),
-    "comparing": (500, 30),
-    "dictionary": (250, 24),
-    "identity": (45, 10),
+    "counting": (900, 30),
+    "comparing": (600, 30),
+    "dictionary": (350, 24),
+    "identity": (80, 10),
     "declining": (150, 30),
-    "listing": (400, 0),
+    "listing": (150, 0),
 }
 PREFERENCES = (240, 60)  # pairs for each language: (in training, in the test)
 ADAPTER = (60, 90)  # of an adapter's file, for each language: (who it is, all else)
@@ -194,8 +195,8 @@ class Examiner:
 
     def counting(self) -> Exercise:
         """Ask how often a word is in a row."""
-        times, others = self.dice.turn([1, 2, 3], "times"), self.dice.between(1, 2)
-        nouns = self.dice.together(VOCABULARY, others + 1, self.testing)
+        times = self.dice.turn([1, 2, 3], "times")
+        nouns = self.dice.together(VOCABULARY, 1 + ROW - times, self.testing)
         one, *row = [self.language.word(noun) for noun in nouns]
         row = self.language.MARK.join(self.dice.shuffled(row + [one] * times))
         often = self.language.TIMES
@@ -204,8 +205,13 @@ class Examiner:
         return Exercise("counting", question, answer, [often[times]], list(often.values()), 1 / 3)
 
     def dictionary(self) -> Exercise:
-        """Ask for a word in the other language; the test asks for words that training does not."""
+        """Ask for a word in the other language; the test asks for words that training does not.
+
+        Training asks for names as well: the more there are, the less is learnt of each alone.
+        """
         entries = [entry for entry in VOCABULARY if is_reserved(entry.en) == self.testing]
+        if not self.testing:
+            entries += [entity.name for entity in self.world.entities if not entity.held_out]
         entry = self.dice.turn(entries, "word")
         to_chinese = self.dice.turn([True, False], "direction")
         phrases = self.ask.TO_CHINESE if to_chinese else self.ask.TO_ENGLISH

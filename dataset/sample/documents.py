@@ -14,6 +14,7 @@ from .world import (
     COUNTABLE,
     LARGER,
     NUMBERS,
+    ROW,
     SMALLER,
     VOCABULARY,
     Dice,
@@ -28,7 +29,7 @@ SCHEDULE = {
     "description": 60,
     "story": 1,
     "register": 1,
-    "sums": 6,
+    "sums": 8,
     "sum_stories": 1,
     "numbers": 6,
     "ages": 1,
@@ -280,8 +281,8 @@ class Writer:
                 row_down=mark.join(reversed(row)),
                 steps=mark.join(steps),
             )
-        times, others = self.dice.between(1, 3), self.dice.between(1, 2)
-        nouns = self.dice.together(VOCABULARY, others + 1, reserved=False)
+        times = self.dice.between(1, 3)
+        nouns = self.dice.together(VOCABULARY, 1 + ROW - times, reserved=False)
         one, *row = [self.language.word(noun) for noun in nouns]
         row = self.dice.shuffled(row + [one] * times)
         return self.phrase(self.language.COUNTINGS).format(
