@@ -175,7 +175,7 @@ folder = files.SAMPLE = Path(sys.argv[1])
 write = files.write_sample
 
 def counted(*arguments, **named):
-    with (folder / "writers").open("a") as file:
+    with (folder / "writers").open("a", encoding="utf-8") as file:
         file.write("w")
     return write(*arguments, **named)
 
@@ -192,7 +192,7 @@ def test_of_two_processes_one_writes(tmp_path, ranks):
         command = [sys.executable, "-c", ASK, tmp_path]
         started.append(subprocess.Popen(command, cwd=ROOT, env={**os.environ, **launched}))
     assert [process.wait(timeout=120) for process in started] == [0, 0]
-    assert (tmp_path / "writers").read_text() == "w"
+    assert (tmp_path / "writers").read_text(encoding="utf-8") == "w"
 
 
 def test_an_unusable_folder_is_told_in_one_line(tmp_path):
