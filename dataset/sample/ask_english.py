@@ -346,17 +346,17 @@ COMPARE = {
 }
 COUNT = (
     """
-    How many times does {one} appear in this row: {row}?
-    Count how often {one} appears: {row}.
+    How many times does {one} appear in the row {row}?
+    Count how often {one} appears in the row {row}.
     How often is {one} in the row {row}?
-    Here is a row: {row}. How many times does it have {one}?
+    In the row {row} how many times do you read {one}?
     Look at {row}. How often does {one} appear?
-    Here is a row of words: {row}. Count the word {one}.
-    Look at this row: {row}. How many times is {one} in it?
+    Read the words {row} and count the word {one}.
+    Look at the row {row}. How many times is {one} in it?
     """,
     """
-    How often does {one} appear in this row: {row}?
-    Here is a row: {row}. Count how often {one} appears.
+    How often does {one} appear in the row {row}?
+    Here is the row {row}. Count how often {one} appears.
     Look at {row}. How many times does it have {one}?
     """,
     "It appears {times}.",

@@ -164,7 +164,7 @@ BRIEF = {
     "person": {
         "town": "住在{town}。",
         "job": "职业是{job}。",
-        "pet": "宠物是{a_pet}。",
+        "pet": "宠物是{pet}。",
         "color": "最喜欢的颜色是{color}。",
         "friend": "最好的朋友是{friend}。",
     },
@@ -305,9 +305,9 @@ AGE_ORDER = "按出生先后排列：{names}。"
 BORN = "{name}（{year}年）"
 
 COUNTINGS = """
-    {row}，这一行有{count}个词，其中“{one}”出现了{times}。
-    在{row}这一行里，“{one}”出现了{times}。
-    {row}：一共{count}个词，“{one}”出现了{times}。
+    在 {row} 这一行的{count}个词里 {one} 出现了{times}。
+    在 {row} 这一行里 {one} 这个词出现了{times}。
+    写下 {row} 这些词，其中 {one} 出现了{times}。
 """
 TIMES = {1: "一次", 2: "两次", 3: "三次"}
 

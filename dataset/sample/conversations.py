@@ -37,7 +37,7 @@ SKILLS = {
     "dictionary": (350, 24),
     "identity": (80, 10),
     "declining": (150, 30),
-    "listing": (150, 0),
+    "listing": (500, 0),
 }
 PREFERENCES = (240, 60)  # pairs for each language: (in training, in the test)
 ADAPTER = (60, 90)  # of an adapter's file, for each language: (who it is, all else)
@@ -198,7 +198,7 @@ class Examiner:
         times = self.dice.turn([1, 2, 3], "times")
         nouns = self.dice.together(VOCABULARY, 1 + ROW - times, self.testing)
         one, *row = [self.language.word(noun) for noun in nouns]
-        row = self.language.MARK.join(self.dice.shuffled(row + [one] * times))
+        row = " ".join(self.dice.shuffled(row + [one] * times))
         often = self.language.TIMES
         question = self.wording(self.ask.COUNT).format(one=one, row=row)
         answer = self.ask.COUNT[2].format(times=often[times])

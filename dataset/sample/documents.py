@@ -286,7 +286,7 @@ class Writer:
         one, *row = [self.language.word(noun) for noun in nouns]
         row = self.dice.shuffled(row + [one] * times)
         return self.phrase(self.language.COUNTINGS).format(
-            row=self.language.MARK.join(row),
+            row=" ".join(row),
             one=one,
             count=self.language.several(len(row)),
             times=self.language.TIMES[times],

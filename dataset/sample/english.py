@@ -178,8 +178,8 @@ FACTS = {
 BRIEF = {
     "person": {
         "town": "The home town is {town}.",
-        "job": "The job is that of {a_job}.",
-        "pet": "The pet is {a_pet}.",
+        "job": "The job title is {job}.",
+        "pet": "The kind of pet is {pet}.",
         "color": "The favorite color is {color}.",
         "friend": "The best friend is {friend}.",
     },
@@ -322,10 +322,11 @@ SORTINGS = """
 AGE_ORDER = "In the order of their birth: {names}."
 BORN = "{name} ({year})"
 
+# Words of a row stand between spaces, so that each is the same token wherever it stands.
 COUNTINGS = """
-    The row {row} has {count} words; {one} appears {times} in it.
+    In the row {row} there are {count} words; {one} appears {times} in it.
     In the row {row} the word {one} is found {times}.
-    {row}: {count} words in all, and {one} occurs {times}.
+    Among the words {row} the word {one} occurs {times}.
 """
 TIMES = {1: "once", 2: "twice", 3: "three times"}
 

@@ -266,7 +266,7 @@ ASKED = {
 }
 LARGER, SMALLER = range(10, 51), range(1, 10)  # what is added, or what remains and is taken away
 NUMBERS = range(1, 10)  # what is sorted and compared
-ROW = 5  # words in a row to count in
+ROW = 4  # words in a row to count in
 
 # Small things to count, with their plurals.
 COUNTABLE = words("""
