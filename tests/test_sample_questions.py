@@ -97,7 +97,7 @@ def test_sums_of_the_test_are_in_no_training_file(records, training_turns):
         assert operands(record) | {record["expect"][0]} not in numbers
 
 
-@pytest.mark.parametrize("skill", ["sorting", "comparing"])
+@pytest.mark.parametrize("skill", ["sorting", "comparing", "counting"])
 def test_numbers_of_the_test_are_together_in_no_training_file(records, training_turns, skill):
     sentences = [s for r in records["pretrain.jsonl"] for s in re.split(r"[\n。]|\. ", r["text"])]
     sums = re.compile(r"[+-]|plus|minus|dd|take away|[加减]|去掉")
@@ -108,23 +108,24 @@ def test_numbers_of_the_test_are_together_in_no_training_file(records, training_
     assert together.isdisjoint(tested)
 
 
-def test_rows_of_the_test_are_in_no_training_file(records, training_turns):
-    """Words of a row to count in, in whatever order."""
-    texts = [line for r in records["pretrain.jsonl"] for line in r["text"].split("\n")]
-    texts += [text for pair in training_turns for text in pair]
-    words = sorted((w for v in VOCABULARY for w in (v.en, v.zh)), key=len, reverse=True)
-    word = rf"(?:{'|'.join(words)})"
-    row = re.compile(rf"(?<![a-z])(?:{word} )+{word}(?![a-z])")
-    trained = {frozenset(found.split()) for text in texts for found in row.findall(text)}
-    assert len(trained) > 1000
-    tested = [r for r in records["test.jsonl"] if r["skill"] == "counting"]
-    rows = {
-        frozenset(found.split())
-        for record in tested
-        for found in row.findall(record["conversations"][0]["content"])
-    }
-    assert len(rows) > 50
-    assert trained.isdisjoint(rows)
+def whole(word):
+    """A pattern that finds a word, not a part of another one."""
+    letters = "A-Za-z" if word.isascii() else "\u4e00-\u9fff"
+    return re.compile(rf"(?<![{letters}]){word}(?![{letters}])")
+
+
+def test_no_training_question_asks_for_a_word_of_the_test(records, training_turns):
+    """A word may be asked for from the other language, which is another direction."""
+    others = {word.en: word.zh for word in VOCABULARY} | {word.zh: word.en for word in VOCABULARY}
+    targets = {r["expect"][0] for r in records["test.jsonl"] if r["skill"] == "dictionary"}
+    assert len(targets) > 24
+    trained = 0
+    for target in targets:
+        source, target = whole(others[target]), whole(target)
+        for question, answer in training_turns:
+            assert not (source.search(question) and target.search(answer)), (question, answer)
+            trained += bool(target.search(question) and source.search(answer))
+    assert trained > len(targets)
 
 
 @pytest.fixture(scope="module")

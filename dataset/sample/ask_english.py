@@ -349,10 +349,13 @@ COUNT = (
     How many times does {one} appear in the row {row}?
     Count how often {one} appears in the row {row}.
     How often is {one} in the row {row}?
-    In the row {row} how many times do you read {one}?
+    In the row {row}, how many times do you read {one}?
     Look at {row}. How often does {one} appear?
-    Read the words {row} and count the word {one}.
+    Read the numbers {row} and count the number {one}.
     Look at the row {row}. How many times is {one} in it?
+    Here is a row of numbers: {row}. How often does {one} appear?
+    Here are the numbers {row}. Count how many times {one} appears.
+    Look at the numbers {row} and tell me how often {one} appears.
     """,
     """
     How often does {one} appear in the row {row}?
@@ -375,7 +378,7 @@ TO_CHINESE = (
     Which Chinese word means "{en}"?
     How is "{en}" written in Chinese?
     """,
-    "The Chinese word is {zh}.",
+    'The Chinese word for "{en}" is {zh}.',
 )
 TO_ENGLISH = (
     """
@@ -391,7 +394,7 @@ TO_ENGLISH = (
     Which English word means {zh}?
     How do you write {zh} in English?
     """,
-    'It means "{en}" in English.',
+    '{zh} means "{en}" in English.',
 )
 # Lists of what there is, in training alone: {kinds} is one of KINDS.
 LIST = (

@@ -178,6 +178,28 @@ BRIEF = {
     },
 }
 
+TALK = """
+    客人问起{name}。
+    关于{name}，人们是这样说的。
+    有人问起{topic}。
+    谁也不会忘记{topic}。
+    孩子们都想知道{topic}。
+    书上有一行写着{topic}。
+    有人记不清{topic}，就去查了查。
+    说到{topic}，大家都这样讲。
+"""
+TOPICS = {
+    "person": {
+        "town": "{name}的住处",
+        "job": "{name}的职业",
+        "pet": "{name}的宠物",
+        "color": "{name}最喜欢的颜色",
+        "friend": "{name}最好的朋友",
+    },
+    "town": {"goods": "{name}的特产", "landmark": "{name}的名胜"},
+    "thing": {"material": "{name}的材料", "town": "{name}的收藏地"},
+}
+
 LEADS = {
     "person": """
         {name}是{town}的一位{job}。
@@ -305,9 +327,9 @@ AGE_ORDER = "按出生先后排列：{names}。"
 BORN = "{name}（{year}年）"
 
 COUNTINGS = """
-    在 {row} 这一行的{count}个词里 {one} 出现了{times}。
-    在 {row} 这一行里 {one} 这个词出现了{times}。
-    写下 {row} 这些词，其中 {one} 出现了{times}。
+    在{row}这一行的{count}个数里，{one}出现了{times}。
+    在{row}这一行里，{one}这个数出现了{times}。
+    写下{row}这些数，其中{one}出现了{times}。
 """
 TIMES = {1: "一次", 2: "两次", 3: "三次"}
 

@@ -32,9 +32,9 @@ SKILLS = {
     "recall": (0, 50),
     "sums": (1500, 40),
     "sorting": (600, 30),
-    "counting": (900, 30),
+    "counting": (800, 30),
     "comparing": (600, 30),
-    "dictionary": (350, 24),
+    "dictionary": (450, 24),
     "identity": (80, 10),
     "declining": (150, 30),
     "listing": (500, 0),
@@ -194,26 +194,32 @@ class Examiner:
         return Exercise("comparing", question, answer, [one], chance=1 / len(mixed))
 
     def counting(self) -> Exercise:
-        """Ask how often a word is in a row."""
+        """Ask how often a number is in a row."""
         times = self.dice.turn([1, 2, 3], "times")
-        nouns = self.dice.together(VOCABULARY, 1 + ROW - times, self.testing)
-        one, *row = [self.language.word(noun) for noun in nouns]
-        row = " ".join(self.dice.shuffled(row + [one] * times))
+        one, *row = self.dice.together(NUMBERS, 1 + ROW - times, self.testing)
+        row = self.language.MARK.join(map(str, self.dice.shuffled(row + [one] * times)))
         often = self.language.TIMES
         question = self.wording(self.ask.COUNT).format(one=one, row=row)
         answer = self.ask.COUNT[2].format(times=often[times])
         return Exercise("counting", question, answer, [often[times]], list(often.values()), 1 / 3)
 
     def dictionary(self) -> Exercise:
-        """Ask for a word in the other language; the test asks for words that training does not.
+        """Ask for a word in the other language.
 
-        Training asks for names as well: the more there are, the less is learnt of each alone.
+        The test asks for words in a direction in which training does not. Training asks for names
+        as well: the more there are, the less is learnt of each alone.
         """
-        entries = [entry for entry in VOCABULARY if is_reserved(entry.en) == self.testing]
+        directions = {True: "to Chinese", False: "to English"}
+        asked = [
+            (entry, to_chinese)
+            for entry in VOCABULARY
+            for to_chinese, direction in directions.items()
+            if is_reserved(entry.en, direction) == self.testing
+        ]
         if not self.testing:
-            entries += [entity.name for entity in self.world.entities if not entity.held_out]
-        entry = self.dice.turn(entries, "word")
-        to_chinese = self.dice.turn([True, False], "direction")
+            names = [entity.name for entity in self.world.entities if not entity.held_out]
+            asked += [(name, to_chinese) for name in names for to_chinese in directions]
+        entry, to_chinese = self.dice.turn(asked, "word")
         phrases = self.ask.TO_CHINESE if to_chinese else self.ask.TO_ENGLISH
         choices = [word.zh if to_chinese else word.en for word in VOCABULARY]
         return Exercise(
@@ -228,7 +234,7 @@ class Examiner:
     def listing(self) -> Exercise:
         """Ask what there is of a kind.
 
-        Tuning asks nothing that has a value of a held-out entity, or a reserved word, for an
+        Tuning asks nothing that has a value of a held-out entity, or a word of the test, for an
         answer; were they in no other answer either, it would teach never to say them.
         """
         kind = self.dice.turn(list(self.ask.KINDS), "listing")

@@ -26,20 +26,22 @@ from .world import (
 
 # How many of each kind of document come in one round (Writer's methods).
 SCHEDULE = {
-    "description": 60,
+    "description": 35,
+    "talk": 15,
     "story": 1,
     "register": 1,
-    "sums": 8,
+    "sums": 14,
     "sum_stories": 1,
-    "numbers": 6,
+    "numbers": 16,
     "ages": 1,
-    "counting": 4,
+    "counting": 10,
     "sequence": 1,
     "dictionary": 18,
     "minimind": 1,
 }
 
 BRIEFLY = 0.3  # how often a fact is told in brief, once it is clear of whom
+HEADED = 0.2  # how often a description is a name and the facts in brief
 PLAIN = 0.3  # how often the first of several phrasings is taken, besides its turn
 
 # After a sentence on one of these, a pronoun could only mean the entity that is described.
@@ -98,6 +100,11 @@ class Writer:
 
         Only the first sentence after a friend's name must say again whom it is about.
         """
+        if self.dice.chance(HEADED):
+            brief = self.language.BRIEF[entity.kind]
+            slots = self.language.slots(entity)
+            facts = [brief[attribute] for attribute in self.dice.shuffled(ASKED[entity.kind])]
+            return "\n".join(line.format(**slots) for line in ["{name}", *facts])
         told: set[str] = set()
         sentences = []
         clear = friend_named = False
@@ -121,9 +128,8 @@ class Writer:
         return "\n".join(sentences)
 
     def subject(self, purpose: str) -> Entity:
-        """Return the next person, town or thing; towns, to which others lead, come up less."""
-        people, towns, things = self.world.people, self.world.towns, self.world.things
-        return self.dice.turn([*people, *people, *towns, *things, *things], purpose)
+        """Return the next person, town or thing."""
+        return self.dice.turn(self.world.entities, purpose)
 
     def description(self) -> str:
         """Describe an entity, perhaps one that it has to do with, and so on, a paragraph each."""
@@ -137,6 +143,19 @@ class Writer:
                 break
             entities.append(self.dice.pick(fresh))
         return "\n\n".join(map(self.paragraph, entities))
+
+    def talk(self) -> str:
+        """Say of whom there is talk, then a fact in brief; a line for each of some entities."""
+        result = []
+        for _ in range(self.dice.between(1, 4)):
+            entity = self.subject("talk")
+            attribute = self.dice.turn(ASKED[entity.kind], ("talk", entity))
+            slots = self.language.slots(entity)
+            topic = self.language.TOPICS[entity.kind][attribute].format(**slots)
+            opening = self.phrase(self.language.TALK).format(topic=topic, **slots)
+            brief = self.language.BRIEF[entity.kind][attribute].format(**slots)
+            result.append(f"{opening}{self.language.SPACE}{brief}")
+        return "\n".join(result)
 
     def register(self) -> str:
         """List what is known of one entity or two, without sentences."""
@@ -267,7 +286,7 @@ class Writer:
         return self.phrase(self.language.AGES).format(**slots, gap=gap)
 
     def counting(self) -> str:
-        """Count up, down and in steps, or count the words of a row."""
+        """Count up, down and in steps, or count how often a number is in a row."""
         if self.dice.chance(0.1):
             low, length, step = (self.dice.between(*ends) for ends in ((10, 40), (5, 10), (2, 9)))
             row = [str(value) for value in range(low, low + length)]
@@ -282,11 +301,10 @@ class Writer:
                 steps=mark.join(steps),
             )
         times = self.dice.between(1, 3)
-        nouns = self.dice.together(VOCABULARY, 1 + ROW - times, reserved=False)
-        one, *row = [self.language.word(noun) for noun in nouns]
+        one, *row = self.dice.together(NUMBERS, 1 + ROW - times, reserved=False)
         row = self.dice.shuffled(row + [one] * times)
         return self.phrase(self.language.COUNTINGS).format(
-            row=" ".join(row),
+            row=self.language.MARK.join(map(str, row)),
             one=one,
             count=self.language.several(len(row)),
             times=self.language.TIMES[times],

@@ -193,6 +193,30 @@ BRIEF = {
     },
 }
 
+# What is said when there is talk of an entity or of one of its attributes, the {topic}; then comes
+# a fact in brief.
+TALK = """
+    A guest asked about {name}.
+    Here is what people say of {name}.
+    Those who ask about {topic} hear this.
+    Nobody forgets {topic}.
+    A child wanted to know {topic}.
+    In the book there is a line about {topic}.
+    Someone was not sure about {topic} and looked it up.
+    As for {topic}, everyone says the same.
+"""
+TOPICS = {
+    "person": {
+        "town": "{name}'s home town",
+        "job": "the job of {name}",
+        "pet": "{name}'s pet",
+        "color": "the favorite color of {name}",
+        "friend": "{name}'s best friend",
+    },
+    "town": {"goods": "the goods of {name}", "landmark": "the landmark of {name}"},
+    "thing": {"material": "the material of {name}", "town": "the place of {name}"},
+}
+
 # Openings that tell several facts at once; a description goes on from there.
 LEADS = {
     "person": """
@@ -322,11 +346,10 @@ SORTINGS = """
 AGE_ORDER = "In the order of their birth: {names}."
 BORN = "{name} ({year})"
 
-# Words of a row stand between spaces, so that each is the same token wherever it stands.
 COUNTINGS = """
-    In the row {row} there are {count} words; {one} appears {times} in it.
-    In the row {row} the word {one} is found {times}.
-    Among the words {row} the word {one} occurs {times}.
+    In the row {row} there are {count} numbers; {one} appears {times} in it.
+    In the row {row} the number {one} is found {times}.
+    Among the numbers {row} the number {one} occurs {times}.
 """
 TIMES = {1: "once", 2: "twice", 3: "three times"}
 

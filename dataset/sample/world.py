@@ -63,11 +63,11 @@ class Dice:
             if is_reserved(a, b) == reserved:
                 return a, b
 
-    def together(self, items: Sequence[Item], count: int, reserved: bool) -> list[Item]:
-        """Draw different numbers or words for one row; see `is_reserved`."""
+    def together(self, numbers: Sequence[int], count: int, reserved: bool) -> list[int]:
+        """Draw different numbers for one row; see `is_reserved`."""
         while True:
-            drawn = self.shuffled(items)[:count]
-            if is_reserved(*(getattr(item, "en", item) for item in drawn)) == reserved:
+            drawn = self.shuffled(numbers)[:count]
+            if is_reserved(*drawn) == reserved:
                 return drawn
 
 
@@ -265,8 +265,8 @@ ASKED = {
     "thing": ("material", "town"),
 }
 LARGER, SMALLER = range(10, 51), range(1, 10)  # what is added, or what remains and is taken away
-NUMBERS = range(1, 10)  # what is sorted and compared
-ROW = 4  # words in a row to count in
+NUMBERS = range(1, 10)  # what is sorted, compared and counted
+ROW = 4  # numbers in a row to count in
 
 # Small things to count, with their plurals.
 COUNTABLE = words("""
