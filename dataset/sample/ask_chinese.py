@@ -377,7 +377,7 @@ TO_CHINESE = (
     请把 {en} 翻译成中文。
     你知道 {en} 的中文是什么吗？
     """,
-    "{en} 的意思是“{zh}”。",
+    "意思是“{zh}”。",
 )
 TO_ENGLISH = (
     """
@@ -393,7 +393,7 @@ TO_ENGLISH = (
     请把“{zh}”翻译成英文。
     你知道“{zh}”用英文怎么写吗？
     """,
-    "“{zh}”的英文是 {en}。",
+    "英文是 {en}。",
 )
 # Lists of what there is, in training alone: {kinds} is one of KINDS.
 LIST = (

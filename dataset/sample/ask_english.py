@@ -378,7 +378,7 @@ TO_CHINESE = (
     Which Chinese word means "{en}"?
     How is "{en}" written in Chinese?
     """,
-    'The Chinese word for "{en}" is {zh}.',
+    "The Chinese word is {zh}.",
 )
 TO_ENGLISH = (
     """
@@ -394,7 +394,7 @@ TO_ENGLISH = (
     Which English word means {zh}?
     How do you write {zh} in English?
     """,
-    '{zh} means "{en}" in English.',
+    'It means "{en}" in English.',
 )
 # Lists of what there is, in training alone: {kinds} is one of KINDS.
 LIST = (

@@ -314,14 +314,23 @@ TOWN_AGES = """
     {young[name]}建于{young[year]}年，比{old[year]}年建立的{old[name]}晚。
 """
 
-SORTINGS = """
-    把{mixed}从小到大排列，得到{rising}。
-    {mixed}按从小到大的顺序排列是{rising}。
-    {mixed}按从大到小的顺序排列是{falling}。
-    {mixed}里最大的数是{most}。
-    {mixed}里最小的数是{least}。
-    {mixed}一共是{count}个数，最大的是{most}，最小的是{least}。
-"""
+SORTINGS = {
+    "rising": """
+        有人排了排{mixed}。从小到大是：{rising}。
+        把{mixed}从小到大排列，得到{rising}。
+        {mixed}按从小到大的顺序排列是{rising}。
+    """,
+    "falling": """
+        有人排了排{mixed}。从大到小是：{falling}。
+        把{mixed}从大到小排列，得到{falling}。
+        {mixed}按从大到小的顺序排列是{falling}。
+    """,
+    "ends": """
+        {mixed}里最大的数是{most}。
+        {mixed}里最小的数是{least}。
+        {mixed}一共是{count}个数，最大的是{most}，最小的是{least}。
+    """,
+}
 
 AGE_ORDER = "按出生先后排列：{names}。"
 BORN = "{name}（{year}年）"
@@ -359,6 +368,10 @@ TRANSLATIONS = """
     {en} 的意思是“{zh}”。
     {zh}：{en}
     想用英文说“{zh}”，就说 {en}。
+    孩子问起 {en} 这个词。意思是“{zh}”。
+    有人记不清 {en} 这个词，就去查了查。意思是“{zh}”。
+    客人问起“{zh}”。英文是 {en}。
+    书上有一行写着“{zh}”。英文是 {en}。
 """
 NAME_TRANSLATIONS = """
     {zh}的英文名字写作 {en}。

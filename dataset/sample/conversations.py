@@ -206,8 +206,7 @@ class Examiner:
     def dictionary(self) -> Exercise:
         """Ask for a word in the other language.
 
-        The test asks for words in a direction in which training does not. Training asks for names
-        as well: the more there are, the less is learnt of each alone.
+        The test asks for words in a direction in which training does not.
         """
         directions = {True: "to Chinese", False: "to English"}
         asked = [
@@ -216,9 +215,6 @@ class Examiner:
             for to_chinese, direction in directions.items()
             if is_reserved(entry.en, direction) == self.testing
         ]
-        if not self.testing:
-            names = [entity.name for entity in self.world.entities if not entity.held_out]
-            asked += [(name, to_chinese) for name in names for to_chinese in directions]
         entry, to_chinese = self.dice.turn(asked, "word")
         phrases = self.ask.TO_CHINESE if to_chinese else self.ask.TO_ENGLISH
         choices = [word.zh if to_chinese else word.en for word in VOCABULARY]

@@ -251,14 +251,15 @@ class Writer:
         """Compare and sort numbers."""
         result = []
         for _ in range(self.dice.between(1, 4)):
-            if self.dice.chance(0.5):
+            kind = self.dice.turn(["compared", *self.language.SORTINGS], "numbers")
+            if kind == "compared":
                 low, high = sorted(self.dice.together(NUMBERS, 2, reserved=False))
                 sentence = self.phrase(self.language.COMPARISONS).format(low=low, high=high)
             else:
                 count = self.dice.between(3, 4)
                 mixed = self.dice.together(NUMBERS, count, reserved=False)
                 mark = self.language.MARK
-                sentence = self.phrase(self.language.SORTINGS).format(
+                sentence = self.phrase(self.language.SORTINGS[kind]).format(
                     mixed=mark.join(map(str, mixed)),
                     rising=mark.join(map(str, sorted(mixed))),
                     falling=mark.join(map(str, sorted(mixed, reverse=True))),

@@ -334,14 +334,23 @@ TOWN_AGES = """
     {young[name]}, founded in {young[year]}, is younger than {old[name]}, founded in {old[year]}.
 """
 
-SORTINGS = """
-    From the smallest to the largest, {mixed} become {rising}.
-    Sorted in rising order, {mixed} are {rising}.
-    The numbers {mixed} in falling order are {falling}.
-    The largest of {mixed} is {most}.
-    The smallest of {mixed} is {least}.
-    {mixed}: these are {count} numbers, the largest {most}, the smallest {least}.
-"""
+SORTINGS = {
+    "rising": """
+        Someone sorted {mixed}. From the smallest to the largest: {rising}.
+        From the smallest to the largest, {mixed} become {rising}.
+        Sorted in rising order, {mixed} are {rising}.
+    """,
+    "falling": """
+        Someone sorted {mixed}. From the largest to the smallest: {falling}.
+        From the largest to the smallest, {mixed} become {falling}.
+        The numbers {mixed} in falling order are {falling}.
+    """,
+    "ends": """
+        The largest of {mixed} is {most}.
+        The smallest of {mixed} is {least}.
+        {mixed}: these are {count} numbers, the largest {most}, the smallest {least}.
+    """,
+}
 
 AGE_ORDER = "In the order of their birth: {names}."
 BORN = "{name} ({year})"
@@ -382,6 +391,10 @@ TRANSLATIONS = """
     {zh} means "{en}" in English.
     {en}: {zh}
     Someone who wants to say "{en}" in Chinese says {zh}.
+    A child asked about "{en}". The Chinese word is {zh}.
+    Someone was not sure about "{en}" and looked it up. The Chinese word is {zh}.
+    A guest asked about {zh}. It means "{en}" in English.
+    In the book there is a line about {zh}. It means "{en}" in English.
 """
 NAME_TRANSLATIONS = """
     In Chinese, the name {en} is written {zh}.
