@@ -415,6 +415,7 @@ KINDS = {
     "goods": "特产",
     "landmark": "名胜",
     "material": "材料",
+    "thing": "有名的东西",
     "en": "英文词",
     "zh": "中文词",
 }

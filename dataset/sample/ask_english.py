@@ -416,6 +416,7 @@ KINDS = {
     "goods": "goods",
     "landmark": "sights",
     "material": "materials",
+    "thing": "famous things",
     "en": "English words",
     "zh": "Chinese words",
 }

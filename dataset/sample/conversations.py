@@ -34,10 +34,10 @@ SKILLS = {
     "sorting": (600, 30),
     "counting": (800, 30),
     "comparing": (600, 30),
-    "dictionary": (450, 24),
+    "dictionary": (350, 24),
     "identity": (80, 10),
     "declining": (150, 30),
-    "listing": (500, 0),
+    "listing": (700, 0),
 }
 PREFERENCES = (240, 60)  # pairs for each language: (in training, in the test)
 ADAPTER = (60, 90)  # of an adapter's file, for each language: (who it is, all else)
@@ -228,14 +228,18 @@ class Examiner:
         )
 
     def listing(self) -> Exercise:
-        """Ask what there is of a kind.
+        """Ask what there is of a kind; for words, of which there are many, more often.
 
-        Tuning asks nothing that has a value of a held-out entity, or a word of the test, for an
-        answer; were they in no other answer either, it would teach never to say them.
+        Tuning asks nothing about a held-out entity, and nothing that has one of its values, or a
+        word of the test, for an answer. Were they in no other conversation either, it would teach
+        never to say them, and meet the names in the test for the first time.
         """
-        kind = self.dice.turn(list(self.ask.KINDS), "listing")
+        words = list(self.ask.QUOTED)
+        kind = self.dice.turn([*self.ask.KINDS, *words, *words], "listing")
         if kind in self.ask.QUOTED:
             values = [self.ask.QUOTED[kind].format(en=w.en, zh=w.zh) for w in VOCABULARY]
+        elif kind == "thing":
+            values = list(map(self.language.word, self.world.things))
         else:
             owner = next(owner for owner, attributes in ASKED.items() if kind in attributes)
             values = list(map(self.language.word, self.world.values(owner, kind)))

@@ -36,7 +36,7 @@ SCHEDULE = {
     "ages": 1,
     "counting": 10,
     "sequence": 1,
-    "dictionary": 18,
+    "dictionary": 24,
     "minimind": 1,
 }
 
