@@ -356,9 +356,7 @@ def main() -> int:
             load_first_weights(args, network, tokenizer_hash(tokenizer))
     data = open_rows(args, tokenizer)
     if resume is not None:
-        check_identity(
-            path, resume["identity"], run_identity(args, data[0], tokenizer_hash(tokenizer))
-        )
+        check_identity(path, resume, run_identity(args, data[0], tokenizer_hash(tokenizer)))
         check_output(path, network)
     with open_process_group(world):
         run = train(args, world, dtype, tokenizer, network, data, resume, notes)

@@ -159,6 +159,12 @@ class StoredDataset(Dataset, ABC):
         """Lines of the file that are left out."""
         return self.store.bad_lines.count
 
+    @property
+    def notes(self) -> list[str]:
+        """What is missing of the file, a line for each kind of it; empty if all is used."""
+        bad = self.n_bad_lines
+        return [f"{bad:,} bad lines of the file left out"] if bad else []
+
     def line_number(self, index: int) -> int:
         """The line of the file, from 1, that item `index` comes from."""
         return int(self.store.lines[self._document(index)])
@@ -203,11 +209,6 @@ class PretrainDataset(StoredDataset):
             skip_bad_lines=skip_bad_lines,
         )
         self._use_all()
-
-    @property
-    def notes(self) -> list[str]:
-        """What the user should know of the items: nothing, as every text is used whole."""
-        return []
 
     @property
     def n_tokens(self) -> int:
@@ -342,7 +343,7 @@ class ChatDataset(StoredDataset):
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of the items: a line for each count that is not 0."""
+        """What is missing of the file: its bad lines, and each count that is not 0."""
         reasons = {
             "unanswered_turns": "last turns left out: nobody answers them",
             "dropped_turns": "turns left out: their conversations are longer than --max_seq_len",
@@ -350,11 +351,8 @@ class ChatDataset(StoredDataset):
             "left_out": "conversations left out: nothing to learn, or nothing of that fits",
         }
         counts = self.counts
-        return [
-            f"{self.store.path}: {counts[name]:,} {reason}"
-            for name, reason in reasons.items()
-            if counts[name]
-        ]
+        missing = [f"{counts[name]:,} {why}" for name, why in reasons.items() if counts[name]]
+        return [*super().notes, *missing]
 
     def __len__(self) -> int:
         return self.n_documents

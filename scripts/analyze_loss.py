@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +44,7 @@ from training import (
     check_context,
     count,
     find_processes,
+    flag,
     load_model,
     load_tokenizer,
     make_parser,
@@ -77,6 +79,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_seq_len", type=count, default=512, help="positions of a row")
     parser.add_argument("--max_samples", type=count, help="use the first so many")
     parser.add_argument("--batch_size", type=count, default=8)
+    parser.add_argument(
+        "--skip_bad_lines", action=flag, default=False, help="go on without lines that have errors"
+    )
     parser.add_argument(
         "--cache_dir", type=Path, help="where token stores go; default: by the data"
     )
@@ -244,19 +249,40 @@ def worst_lines(samples: list[Sample], dataset: PretrainDataset | SFTDataset) ->
     ]
 
 
+def make_out_dir(folder: Path) -> None:
+    """Make sure, before anything is computed, that the figures can be written and drawn.
+
+    Raises:
+        UserError: if not.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--out_dir needs matplotlib: pip install -r scripts/requirements.txt")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"--out_dir {folder}: {error.strerror}") from None
+
+
 def main() -> None:
     """Score, print, write."""
     args = parse_args()
-    if args.out_dir and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--out_dir needs matplotlib: pip install -r scripts/requirements.txt")
+    if args.out_dir:
+        make_out_dir(args.out_dir)
     world = find_processes(args.device, ddp=False)
     tokenizer = load_tokenizer(args.tokenizer_path)
     shape = LMConfig(vocab_size=len(tokenizer))
     model = load_model(args.weights, shape, tokenizer_hash(tokenizer)).to(world.device).eval()
     check_context(args.max_seq_len, model.config)
     dataset = open_dataset(
-        ensure_sample(args.data_path), tokenizer, args.max_seq_len + 1, cache_dir=args.cache_dir
+        ensure_sample(args.data_path),
+        tokenizer,
+        args.max_seq_len + 1,
+        cache_dir=args.cache_dir,
+        skip_bad_lines=args.skip_bad_lines,
     )
+    for note in dataset.notes:
+        print(f"{args.data_path}: {note}")
     samples = list(
         score_samples(model, world, dataset, tokenizer, args.batch_size, args.max_samples)
     )
@@ -270,7 +296,6 @@ def main() -> None:
     print("the worst samples, by mean loss of learnt tokens\n" + "\n".join(worst))
     if args.out_dir:
         try:
-            args.out_dir.mkdir(parents=True, exist_ok=True)
             text = json.dumps({**shown, "worst": worst}, ensure_ascii=False, indent=2)
             (args.out_dir / "loss.json").write_text(text, encoding="utf-8")
             draw(tables, args.out_dir / "loss.png")

@@ -45,6 +45,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--packed", action=flag, default=False, help="show a packed row")
     parser.add_argument("--max_seq_len", type=count, default=512, help="positions of a row")
     parser.add_argument(
+        "--skip_bad_lines", action=flag, default=False, help="go on without lines that have errors"
+    )
+    parser.add_argument(
         "--cache_dir", type=Path, help="where token stores go; default: by the data"
     )
     parser.add_argument(
@@ -111,8 +114,14 @@ def main() -> None:
     args = parse_args()
     tokenizer = load_tokenizer(args.tokenizer_path)
     dataset = open_dataset(
-        ensure_sample(args.data_path), tokenizer, args.max_seq_len + 1, cache_dir=args.cache_dir
+        ensure_sample(args.data_path),
+        tokenizer,
+        args.max_seq_len + 1,
+        cache_dir=args.cache_dir,
+        skip_bad_lines=args.skip_bad_lines,
     )
+    for note in dataset.notes:
+        print(f"{args.data_path}: {note}")
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     rows = PackedRows(dataset, args.max_seq_len) if args.packed else dataset
     if not 0 <= args.index < len(rows):

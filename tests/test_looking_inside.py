@@ -133,6 +133,45 @@ def test_a_picture_is_drawn_of_texts_too(run, folder):
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("first", ["", "  \t", "\r"])
+def test_a_blank_first_line_does_not_make_texts_conversations(run, tmp_path, first):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(first + '\n\n{"text": "Hello"}\n', encoding="utf-8", newline="")
+    done = run(path, script="scripts/show_batch.py", code=2)
+    assert f"{path}:1: blank line\n{path}:2: blank line\n{path}: 2 bad lines" in done.stderr
+    shown = show(run, path, "--skip_bad_lines")
+    assert shown.startswith(f"{path}: 2 bad lines of the file left out\n")
+    assert f"{path}:3: " in shown and "<s>⟦Hello</s>⟧" in shown
+
+
+def test_losses_without_bad_lines(run, folder, tmp_path):
+    """They are those of the file without them."""
+    path, weights = tmp_path / "some_bad.jsonl", folder / "full_sft_32.pth"
+    text = (folder / "chats.jsonl").read_text(encoding="utf-8")
+    path.write_text("bad\n" + text.replace("\n", "\n{}\n"), encoding="utf-8")
+    done = run(weights, path, script="scripts/analyze_loss.py", code=2)
+    assert f"{path}:3: " in done.stderr and "--skip_bad_lines" in done.stderr
+    note, *figures = run(
+        weights, path, "--skip_bad_lines", script="scripts/analyze_loss.py"
+    ).stdout.splitlines()
+    assert note == f"{path}: 2 bad lines of the file left out"
+    expected = run(weights, folder / "chats.jsonl", script="scripts/analyze_loss.py").stdout
+    table = expected[: expected.index("the worst samples")].splitlines()
+    assert figures[: len(table)] == table
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_an_out_dir_that_is_a_file_is_found_before_anything_else(run, tmp_path, below):
+    """Before the weights, even, which are not there."""
+    pytest.importorskip("matplotlib")
+    (tmp_path / "mine").write_text("mine", encoding="utf-8")
+    out = tmp_path / "mine" / below
+    words = [tmp_path / "missing.pth", tmp_path / "missing.jsonl", "--out_dir", out]
+    done = run(*words, script="scripts/analyze_loss.py", code=2)
+    assert f"--out_dir {out}: " in done.stderr and done.stderr.count("\n") == 1
+    assert (tmp_path / "mine").read_text(encoding="utf-8") == "mine"
+
+
 @pytest.mark.parametrize(
     ("script", "words", "named"),
     [

@@ -236,7 +236,7 @@ def test_nobody_answers_the_last_turn(tmp_path):
     assert ids_of(dataset[0]) == exchange_ids("1")
     assert ids_of(dataset[1]) == ids_of(dataset[2]) == template_ids([question, call])
     assert dataset.counts["unanswered_turns"] == 2
-    assert dataset.notes == [f"{dataset.store.path}: 2 last turns left out: nobody answers them"]
+    assert dataset.notes == ["2 last turns left out: nobody answers them"]
 
 
 def test_a_cut_within_what_a_tool_says_leaves_the_call(tmp_path):
@@ -348,6 +348,7 @@ def test_all_shapes_in_one_file(tmp_path):
     assert [ids_of(dataset[i]) for i in range(4)] == [exchange_ids("1")] * 4
     assert [dataset.line_number(i) for i in range(-4, 4)] == [1, 3, 5, 7] * 2
     assert dataset.n_bad_lines == 4
+    assert dataset.notes == ["4 bad lines of the file left out"]
 
 
 def test_impossible_arguments(tmp_path):

@@ -75,6 +75,8 @@ def test_one_gradient_however_it_is_split(splits):
             assert ours["tokens"] == theirs["tokens"]
             assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
             assert ours.get("aux_loss") == pytest.approx(theirs.get("aux_loss"), abs=1e-5)
+            # Which AdamW and clipping would make up for if it were a multiple of what it should be.
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
         for name, tensor in whole.items():
             torch.testing.assert_close(split[name], tensor, rtol=0, atol=1e-5, msg=name)
 

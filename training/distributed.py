@@ -96,7 +96,7 @@ def find_processes(device: str | None, ddp: bool) -> Distributed:
     launched = "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
     if ddp and not launched:
         raise UserError(
-            "--ddp: start with torchrun, e.g. torchrun --nproc_per_node 2 train_pretrain.py"
+            f"--ddp: start with torchrun, e.g. torchrun --nproc_per_node 2 {Path(sys.argv[0]).name}"
         )
     rank, local_rank, world_size = (
         int(os.environ.get(name, default)) if launched else default

@@ -220,26 +220,32 @@ def find_resume(weights: Path, stage: str, wanted: bool) -> tuple[dict[str, Any]
     return None, [*notes, f"--resume: nothing to go on from in {weights.parent}: a new run starts"]
 
 
-def check_identity(weights: Path, stored: dict[str, Any], own: dict[str, Any]) -> None:
+def check_identity(weights: Path, resume: dict[str, Any], own: dict[str, Any]) -> None:
     """Make sure that a run can be continued with the flags of this one.
 
     Args:
         weights: path of the run's weights.
-        stored: the identity in its resume file.
+        resume: the content of its resume file.
         own: the identity now.
 
     Raises:
         UserError: naming every flag that differs.
     """
     newest, _ = resume_paths(weights)
-    stored = {"--n_heads": 8, "--n_kv_heads": 2, **stored}  # files from before these were flags
+    # Older files have fewer flags in the identity, and there, after the hash of the data's content,
+    # what is used of it.
+    arguments = {f"--{name}": value for name, value in resume["arguments"].items()}
+    stored = {"--n_heads": 8, "--n_kv_heads": 2, **arguments, **resume["identity"]}
+    stored["--data_path"] = stored["--data_path"].split()[0]
+    same_tokenizer = stored["--tokenizer_path"] == own["--tokenizer_path"]
     lines = []
     for flag, value in own.items():
         there = stored.get(flag)
-        if there == value:
+        # Another tokenizer gives other ids, and the content of the data is that of its ids.
+        if there == value or (flag == "--data_path" and not same_tokenizer):
             continue
-        # Fingerprints are for comparing, not for reading.
-        readable = not isinstance(value, str)
+        # Hashes are for comparing, not for reading.
+        readable = flag not in ("--tokenizer_path", "--data_path")
         what = f"{flag} {value}: {there} in" if readable else f"{flag}: not what was used by"
         lines.append(f"{what} the run to resume, {newest}")
     if lines:

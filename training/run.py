@@ -456,8 +456,8 @@ def summarise(sums: dict[str, tuple[float, float, int]], prefix: str) -> dict[st
     Returns:
         Mean loss of a target token in nats, perplexity, and bits per byte: the bits that the model
         needs for the whole text, `</s>` included, by its bytes. Unlike the other two, that can be
-        compared between tokenizers. Of all sets together, and of each as `…/name` if there are
-        several.
+        compared between tokenizers; where there is no text, as in empty answers, it is left out.
+        Of all sets together, and of each as `…/name` if there are several.
     """
     named = {f"/{name}": values for name, values in sums.items()} if len(sums) > 1 else {}
     together = tuple(map(sum, zip(*sums.values(), strict=True)))
@@ -466,5 +466,6 @@ def summarise(sums: dict[str, tuple[float, float, int]], prefix: str) -> dict[st
         loss = nats / tokens
         scores[f"{prefix}_loss{name}"] = loss
         scores[f"{prefix}_perplexity{name}"] = math.exp(loss) if loss < 700 else math.inf
-        scores[f"{prefix}_bits_per_byte{name}"] = nats / math.log(2) / text_bytes
+        if text_bytes:
+            scores[f"{prefix}_bits_per_byte{name}"] = nats / math.log(2) / text_bytes
     return scores

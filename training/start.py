@@ -36,10 +36,11 @@ def run_identity(args: argparse.Namespace, rows: Any, tokenizer_hash: str) -> di
     flags = (
         *("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe"),
         *("max_seq_len", "packing", "val_ratio", "seed"),
+        *("max_turns", "loss_weighting"),  # which not every stage has
     )
-    return {f"--{name}": getattr(args, name) for name in flags} | {
+    return {f"--{name}": getattr(args, name) for name in flags if name in args} | {
         "--tokenizer_path": tokenizer_hash,
-        "--data_path": rows.dataset.fingerprint,
+        "--data_path": rows.dataset.store.content,  # what is used of it follows from the flags
     }
 
 
@@ -110,7 +111,9 @@ def start_run(
     total_steps = state.step + steps_left(state, len(rows), rows_per_step, args.epochs)
     notes = [
         *notes,
-        *describe_rows(rows),
+        *describe_rows("training", rows),
+        *(note for data in val.values() for note in describe_rows("validation", data)),
+        *(describe_rows("test", test) if test is not None else ()),
         *plan_run(
             args,
             network,
@@ -156,15 +159,14 @@ def start_run(
     )
 
 
-def describe_rows(rows: Any) -> list[str]:
-    """What there is to train on, and what was left out."""
+def describe_rows(use: str, rows: Any) -> list[str]:
+    """What there is to train on, to validate on or to test on, and what was left out: lines."""
     dataset = rows.dataset
-    bad = f", {dataset.n_bad_lines:,} bad lines left out" if dataset.n_bad_lines else ""
-    return [
-        f"{dataset.store.path}: {dataset.n_documents:,} documents, {dataset.n_tokens:,} target "
-        f"tokens in {len(rows):,} rows, {rows.fill:.1%} filled{bad}",
-        *dataset.notes,
-    ]
+    size = (
+        f"{dataset.n_documents:,} documents, {dataset.n_tokens:,} target tokens in {len(rows):,} "
+        f"rows, {rows.fill:.1%} filled"
+    )
+    return [f"{use} data {dataset.store.path}: {note}" for note in (size, *dataset.notes)]
 
 
 def steps_left(state: TrainState, n_rows: int, rows_per_step: int, epochs: int) -> int:
