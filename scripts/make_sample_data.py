@@ -3,7 +3,8 @@
     python scripts/make_sample_data.py [--out_dir dataset/sample] [--seed 2024]
 
 The same seed gives the same bytes on every platform and Python version. Nobody needs to run this:
-a stage script that is given a file of dataset/sample writes it first if it is not there.
+a stage script that is given a file of dataset/sample writes it first if it is not there, or is of
+another version of the generator.
 """
 
 import sys
@@ -22,12 +23,15 @@ def main() -> None:
     parser.add_argument("--seed", type=seed, default=SEED)
     args = parser.parse_args()
     try:
-        counts = write_sample(args.out_dir, args.seed)
+        written = write_sample(args.out_dir, args.seed)
     except OSError as error:
         raise UserError(f"--out_dir {args.out_dir}: {error.strerror}") from None
-    for name, count in counts.items():
-        path = args.out_dir / name
-        print(f"{path}: {count:,} lines, {path.stat().st_size:,} bytes")
+    for path in written:
+        content = path.read_bytes()
+        lines = content.count(b"\n")
+        print(f"{path}: {lines:,} lines, {len(content):,} bytes")
+    if not written:
+        print(f"{args.out_dir}: all files are there")
 
 
 if __name__ == "__main__":

@@ -61,6 +61,8 @@ def parse_args() -> argparse.Namespace:
     for flag, path in {"--out": args.out, "--json": args.json}.items():
         if path and not path.parent.is_dir():
             raise UserError(f"{flag} {path}: there is no such folder")
+        if path and path.is_dir():
+            raise UserError(f"{flag} {path}: is a folder")
     return args
 
 

@@ -1,7 +1,7 @@
 """The questions of the sample: what the test asks must be nowhere in training.
 
 The files are read back by patterns written here, without the generator's help; only the names of
-the entities and the words of its rows are taken from it.
+the entities and the words of the dictionary are taken from it.
 """
 
 import json
@@ -50,11 +50,19 @@ def training_turns(records):
 NAMES = [word for e in build_world(2024).entities for word in (e.name.en, e.name.zh)]
 
 
-def skeleton(question):
-    """A question without what it is about: names and numbers."""
-    text = re.sub(r"\d+", "0", question)
+def whole(word):
+    """A pattern that finds a word, not a part of another one."""
+    letters = "A-Za-z" if word.isascii() else "\u4e00-\u9fff"
+    return re.compile(rf"(?<![{letters}]){word}(?![{letters}])")
+
+
+def skeleton(question, words=()):
+    """A question without what it is about: names, numbers, rows of numbers, some words."""
+    text = re.sub(r"\d+([,、] ?\d+)*", "0", question)
     for name in sorted(NAMES, key=len, reverse=True):
         text = text.replace(name, "X")
+    for word in words:
+        text = whole(word).sub("W", text) if word.isascii() else text.replace(word, "W")
     return text
 
 
@@ -71,15 +79,15 @@ def test_every_test_question_is_new(records, training_turns):
 
 
 def test_every_wording_of_the_test_is_new(records, training_turns):
-    trained = {skeleton(question) for question, _ in training_turns}
-    about_entities = [
-        r for r in records["test.jsonl"] if r["skill"] in ("facts", "recall", "declining")
-    ]
-    assert len(about_entities) > 200
-    for record in about_entities:
-        asked = skeleton(record["conversations"][0]["content"])
-        assert "X" in asked
-        assert not any(asked in wording for wording in trained), asked
+    words = [word for entry in VOCABULARY for word in (entry.en, entry.zh)]
+    for about in ((), words):
+        trained = {skeleton(question, about) for question, _ in training_turns}
+        tested = [r for r in records["test.jsonl"] if (r["skill"] == "dictionary") == bool(about)]
+        assert len(tested) >= 48
+        for record in tested:
+            asked = skeleton(record["conversations"][0]["content"], about)
+            assert record["skill"] == "identity" or re.search("[X0W]", asked), asked
+            assert not any(asked in wording for wording in trained), asked
 
 
 def operands(record):
@@ -100,18 +108,12 @@ def test_sums_of_the_test_are_in_no_training_file(records, training_turns):
 @pytest.mark.parametrize("skill", ["sorting", "comparing", "counting"])
 def test_numbers_of_the_test_are_together_in_no_training_file(records, training_turns, skill):
     sentences = [s for r in records["pretrain.jsonl"] for s in re.split(r"[\n。]|\. ", r["text"])]
-    sums = re.compile(r"[+-]|plus|minus|dd|take away|[加减]|去掉")
+    sums = re.compile(r"[+-]|plus|minus|dd|take away|sum of|difference of|[加减]|去掉|的[和差]")
     sentences += [question for question, _ in training_turns if not sums.search(question)]
     together = {frozenset(re.findall(r"\d+", s)) for s in sentences}
     tested = [operands(r) for r in records["test.jsonl"] if r["skill"] == skill]
     assert len(tested) > 50
     assert together.isdisjoint(tested)
-
-
-def whole(word):
-    """A pattern that finds a word, not a part of another one."""
-    letters = "A-Za-z" if word.isascii() else "\u4e00-\u9fff"
-    return re.compile(rf"(?<![{letters}]){word}(?![{letters}])")
 
 
 def test_no_training_question_asks_for_a_word_of_the_test(records, training_turns):
@@ -150,7 +152,7 @@ def test_facts_that_recall_asks_for_are_only_in_plain_text(records, training_tur
         for question, answer in training_turns:
             if name in answer or name in question:
                 mentioned = {value for value in values if value in answer}
-                # a row may hold any words: then they are in the question as well
+                # a question may list words: then they are no answer
                 assert all(value in question for value in mentioned), (name, question, answer)
 
 
@@ -204,6 +206,9 @@ def test_a_fact_is_judged_by_what_the_answer_names(answer, right):
         ("sorting", ["3", "5", "9"], "From the smallest: 3, 5, 9.", True),
         ("sorting", ["3", "5", "9"], "From the smallest: 3, 9, 5.", False),
         ("sorting", ["3", "5", "9"], "5, 9", False),
+        ("sorting", ["3", "5", "9"], "9, 3, 5, 9", False),
+        ("comparing", ["9"], "The largest is 9.", True),
+        ("comparing", ["9"], "It is 5, or 9.", False),
         ("declining", [], "I do not know.", True),
         ("declining", [], "It is 12.", False),
     ],
@@ -226,6 +231,15 @@ def test_scores_count_by_skill_and_language():
         ("overall", ""): (3, 4, pytest.approx(1.25 / 4)),
     }
     assert scores["recall", ""].share == pytest.approx(2 / 3)
+
+
+def test_declining_is_counted_both_ways():
+    told = {**RECORD, "skill": "declining"}
+    untold = {**told, "expect": [], "choices": []}
+    scores = score_answers([told, told, untold], ["Kaelo", "I do not know.", "I do not know."])
+    assert scores["declining", ""][:2] == (2, 3)
+    assert scores["answered where it can be", ""][:2] == (1, 2)
+    assert scores["declined where it must be", ""][:2] == (1, 1)
 
 
 def test_preference_pairs_differ_in_style_alone(records):

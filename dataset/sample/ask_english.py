@@ -178,7 +178,7 @@ UNTOLD = {
         Which book does {name} like best?
         What does {name} dream of at night?
         What color are {name}'s eyes?
-        How much money does {name} have?
+        How many pairs of shoes does {name} have?
         How many languages does {name} speak?
         On which day is {name}'s birthday?
         Tell me the name of {name}'s teacher.
@@ -232,7 +232,7 @@ UNTOLD = {
         Do you know how long it took to make {name}?
         """,
         """
-        How much money does {name} cost?
+        Tell me how much {name} costs.
         Tell me how heavy {name} is.
         In what year was {name} made?
         Do you know how old {name} is?
@@ -250,6 +250,10 @@ ADD = (
     Add {a} and {b}.
     What do you get if you add {a} and {b}?
     Calculate {a} + {b}.
+    Work out {a} + {b}.
+    What is the sum of {a} and {b}?
+    Do you know what {a} + {b} makes?
+    Please write the result of {a} + {b}.
     """,
     """
     Tell me what {a} + {b} is.
@@ -266,6 +270,10 @@ SUBTRACT = (
     From {a} take away {b}.
     What is left if you have {a} and take away {b}?
     Calculate {a} - {b}.
+    Work out {a} - {b}.
+    What is the difference of {a} and {b}?
+    Do you know what {a} - {b} makes?
+    Please write the result of {a} - {b}.
     """,
     """
     Tell me what {a} - {b} is.
@@ -282,6 +290,8 @@ SORT = {
         Which order do {mixed} have, from the smallest to the largest?
         Write {mixed} again, the smallest number first.
         Here are some numbers: {mixed}. Sort them, the smallest first.
+        Arrange {mixed}, beginning with the smallest number.
+        Please sort {mixed} so that the smallest number comes first.
         """,
         """
         Write these numbers from the smallest to the largest: {mixed}.
@@ -297,6 +307,8 @@ SORT = {
         Which order do {mixed} have, from the largest to the smallest?
         Write {mixed} again, the largest number first.
         Here are some numbers: {mixed}. Sort them, the largest first.
+        Arrange {mixed}, beginning with the largest number.
+        Please sort {mixed} so that the largest number comes first.
         """,
         """
         Write these numbers from the largest to the smallest: {mixed}.
@@ -366,17 +378,20 @@ COUNT = (
 )
 TO_CHINESE = (
     """
-    What is the Chinese word for "{en}"?
-    How do you write "{en}" in Chinese?
-    What is "{en}" in Chinese?
-    Translate "{en}" into Chinese.
-    Tell me the Chinese word for "{en}".
-    How does one say "{en}" in Chinese?
+    What is the Chinese word for {en}?
+    How do you write {en} in Chinese?
+    What is {en} in Chinese?
+    Translate {en} into Chinese.
+    Tell me the Chinese word for {en}.
+    How does one say {en} in Chinese?
+    Do you know the Chinese word for {en}?
+    I want to say {en} in Chinese. What do I say?
+    Please translate the word {en} into Chinese.
     """,
     """
-    Tell me what "{en}" is in Chinese.
-    Which Chinese word means "{en}"?
-    How is "{en}" written in Chinese?
+    Tell me what {en} is in Chinese.
+    Which Chinese word means {en}?
+    How is {en} written in Chinese?
     """,
     "The Chinese word is {zh}.",
 )
@@ -388,13 +403,16 @@ TO_ENGLISH = (
     Tell me what {zh} means in English.
     How does one say {zh} in English?
     What is the English word for {zh}?
+    Do you know what {zh} means in English?
+    I have read {zh}. What is that in English?
+    Please translate the word {zh} into English.
     """,
     """
     Tell me the English word for {zh}.
     Which English word means {zh}?
     How do you write {zh} in English?
     """,
-    'It means "{en}" in English.',
+    "The English word is {en}.",
 )
 # Lists of what there is, in training alone: {kinds} is one of KINDS.
 LIST = (
@@ -417,10 +435,16 @@ KINDS = {
     "landmark": "sights",
     "material": "materials",
     "thing": "famous things",
-    "en": "English words",
-    "zh": "Chinese words",
 }
-QUOTED = {"en": '"{en}"', "zh": "{zh}"}  # as the answers of the dictionary name a word
+# Another word of a language, in training alone: {one} is a word, {kind} its language.
+ANOTHER_WORD = """
+    Besides {one}, which {kind} do you know?
+    Tell me one {kind} other than {one}.
+    I know the {kind} {one}. Say another one.
+    Which {kind} is there besides {one}?
+"""
+WORD_KINDS = {"en": "English word", "zh": "Chinese word"}
+QUOTED = {"en": "{en}", "zh": "{zh}"}
 WHO = (
     """
     Who are you?

@@ -5,6 +5,7 @@ ask_chinese.py. The test asks about entities and combinations that no training q
 wordings of its own.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import factorial
@@ -34,10 +35,11 @@ SKILLS = {
     "sorting": (600, 30),
     "counting": (800, 30),
     "comparing": (600, 30),
-    "dictionary": (350, 24),
+    "dictionary": (450, 24),
     "identity": (80, 10),
     "declining": (150, 30),
-    "listing": (700, 0),
+    "listing": (420, 0),
+    "words": (450, 0),
 }
 PREFERENCES = (240, 60)  # pairs for each language: (in training, in the test)
 ADAPTER = (60, 90)  # of an adapter's file, for each language: (who it is, all else)
@@ -227,32 +229,41 @@ class Examiner:
             1 / len(choices),
         )
 
-    def listing(self) -> Exercise:
-        """Ask what there is of a kind; for words, of which there are many, more often.
+    # Tuning asks nothing about a held-out entity, and nothing that has one of its values, or a word
+    # of the test, for an answer. Were they in no other conversation either, it would teach never to
+    # say them, and meet them in the test for the first time.
 
-        Tuning asks nothing about a held-out entity, and nothing that has one of its values, or a
-        word of the test, for an answer. Were they in no other conversation either, it would teach
-        never to say them, and meet the names in the test for the first time.
-        """
-        words = list(self.ask.QUOTED)
-        kind = self.dice.turn([*self.ask.KINDS, *words, *words], "listing")
-        if kind in self.ask.QUOTED:
-            values = [self.ask.QUOTED[kind].format(en=w.en, zh=w.zh) for w in VOCABULARY]
-        elif kind == "thing":
-            values = list(map(self.language.word, self.world.things))
+    def listing(self) -> Exercise:
+        """Ask what there is of a kind."""
+        kind = self.dice.turn(list(self.ask.KINDS), "listing")
+        if kind == "thing":
+            values = self.world.things
         else:
             owner = next(owner for owner, attributes in ASKED.items() if kind in attributes)
-            values = list(map(self.language.word, self.world.values(owner, kind)))
-        drawn = self.dice.shuffled(values)[:4]
-        while any(self.friends.get(value) in drawn for value in drawn):
-            drawn = self.dice.shuffled(values)[:4]  # best friends side by side would tell a fact
+            values = self.world.values(owner, kind)
+        names = list(map(self.language.word, values))
+        drawn = self.dice.shuffled(names)[:4]
+        while any(self.friends.get(name) in drawn for name in drawn):
+            drawn = self.dice.shuffled(names)[:4]  # best friends side by side would tell a fact
         one, *listed = drawn
-        question = self.wording(self.ask.LIST, kind)
         return Exercise(
             "listing",
-            question.format(one=one, kinds=self.ask.KINDS[kind]),
+            self.wording(self.ask.LIST, kind).format(one=one, kinds=self.ask.KINDS[kind]),
             self.ask.LIST[2].format(listed=self.language.AND.join(listed)),
         )
+
+    def words(self) -> Exercise:
+        """Ask for any word of a language but one."""
+        kind = self.dice.turn(list(self.ask.WORD_KINDS), "words")
+        entry = self.dice.turn(VOCABULARY, ("words", kind))
+        other = self.dice.pick([word for word in VOCABULARY if word is not entry])
+        one = self.ask.QUOTED[kind].format(en=other.en, zh=other.zh)
+        wording = self.dice.turn(lines(self.ask.ANOTHER_WORD), ("words", kind, "wording"))
+        question = wording.format(one=one, kind=self.ask.WORD_KINDS[kind])
+        # Chinese writes a space beside an English word, but none before a mark.
+        question = re.sub(" (?=[，。？])", "", question)
+        answer = {"en": self.ask.TO_ENGLISH, "zh": self.ask.TO_CHINESE}[kind][2]
+        return Exercise("words", question, answer.format(en=entry.en, zh=entry.zh))
 
     # The model itself
 

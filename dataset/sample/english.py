@@ -385,16 +385,22 @@ SEQUENCE_PHRASES = """
 """
 
 TRANSLATIONS = """
-    The Chinese word for "{en}" is {zh}.
-    In Chinese, "{en}" is {zh}.
-    "{en}" is written {zh} in Chinese.
-    {zh} means "{en}" in English.
+    The Chinese word for {en} is {zh}.
+    In Chinese, {en} is {zh}.
+    The word {en} is written {zh} in Chinese.
+    The word {zh} means {en} in English.
     {en}: {zh}
-    Someone who wants to say "{en}" in Chinese says {zh}.
-    A child asked about "{en}". The Chinese word is {zh}.
-    Someone was not sure about "{en}" and looked it up. The Chinese word is {zh}.
-    A guest asked about {zh}. It means "{en}" in English.
-    In the book there is a line about {zh}. It means "{en}" in English.
+    Someone who wants to say {en} in Chinese says {zh}.
+    A child asked about the word {en}. The Chinese word is {zh}.
+    There was talk about the word {en}. The Chinese word is {zh}.
+    The teacher said {en} and waited. The Chinese word is {zh}.
+    Someone read {en} out loud. The Chinese word is {zh}.
+    Someone was not sure about the word {en} and looked it up. The Chinese word is {zh}.
+    A guest asked about the word {zh}. The English word is {en}.
+    There was talk about the word {zh}. The English word is {en}.
+    The teacher said {zh} and waited. The English word is {en}.
+    Someone read {zh} out loud. The English word is {en}.
+    In the book there is a line about the word {zh}. The English word is {en}.
 """
 NAME_TRANSLATIONS = """
     In Chinese, the name {en} is written {zh}.

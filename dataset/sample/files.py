@@ -1,5 +1,10 @@
-"""The files of the sample: written when they are first asked for, the same bytes everywhere."""
+"""The files of the sample: written when they are first asked for, the same bytes everywhere.
 
+Beside each stands a `.version`: a digest of the generator and its seed. A file of another version
+is written anew; one without is somebody's own.
+"""
+
+import hashlib
 import json
 import os
 import time
@@ -40,8 +45,27 @@ FILES = {
 }
 
 
-def write_sample(folder: Path, seed: int = SEED, names: Iterable[str] = FILES) -> dict[str, int]:
-    """Write files of the sample into a folder, each at once.
+def sample_version(seed: int) -> str:
+    """A digest of all that decides what the files hold."""
+    digest = hashlib.sha256(str(seed).encode("utf-8"))
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def _version_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.version")
+
+
+def _is_current(path: Path, version: str) -> bool:
+    note = _version_file(path)
+    return path.is_file() and (
+        not note.is_file() or note.read_text(encoding="utf-8").strip() == version
+    )
+
+
+def write_sample(folder: Path, seed: int = SEED, names: Iterable[str] = FILES) -> list[Path]:
+    """Write files of the sample into a folder, each at once, and none that is there already.
 
     Args:
         folder: made if it is missing.
@@ -49,26 +73,28 @@ def write_sample(folder: Path, seed: int = SEED, names: Iterable[str] = FILES) -
         names: of the files, keys of FILES.
 
     Returns:
-        The number of lines of each file.
+        The files that it wrote.
 
     Raises:
         OSError: if a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    world, counts = build_world(seed), {}
-    for name in names:
+    version = sample_version(seed)
+    paths = [folder / name for name in names if not _is_current(folder / name, version)]
+    world = build_world(seed)
+    for path in paths:
         lines = [
             json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
-            for record in FILES[name](world, seed)
+            for record in FILES[path.name](world, seed)
         ]
-        temporary = folder / f"{name}.{os.getpid()}.tmp"
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             temporary.write_bytes(b"".join(lines))
-            temporary.replace(folder / name)
+            temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        counts[name] = len(lines)
-    return counts
+        _version_file(path).write_text(version, encoding="utf-8")
+    return paths
 
 
 def ensure_sample(path: str | Path) -> Path:
@@ -80,15 +106,18 @@ def ensure_sample(path: str | Path) -> Path:
     Raises DataError if it cannot be written.
     """
     path = Path(path)
-    if path.name not in FILES or path.exists() or path.resolve().parent != SAMPLE:
+    if path.name not in FILES or path.resolve().parent != SAMPLE:
+        return path
+    version = sample_version(SEED)
+    if _is_current(path, version):
         return path
     if "WORLD_SIZE" in os.environ and int(os.environ.get("LOCAL_RANK", "0")) > 0:
-        while not path.exists():
+        while not _is_current(path, version):
             time.sleep(POLL_SECONDS)
         return path
     try:
         with FileLock(f"{path}.lock"):
-            if not path.exists():
+            if not _is_current(path, version):
                 write_sample(SAMPLE, names=[path.name])
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror})") from None
