@@ -27,12 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from environment import ROOT, fail, prepare, require_python, run
 
 SAMPLE = ROOT / "dataset" / "sample"
+FILES = ("pretrain.jsonl", "sft.jsonl", "test.jsonl")
 SMOKE_LINES = 600  # of each file, with --smoke
 
 VOCABULARY, SMOKE_VOCABULARY = 3200, 600  # a small world needs few words, and learns them faster
-MODEL = ["--dim", "192", "--n_layers", "3", "--n_heads", "6", "--n_kv_heads", "6"]
-PRETRAINING = ["--batch_size", "4", "--learning_rate", "2.5e-3", "--epochs", "4"]
-TUNING = ["--batch_size", "4", "--learning_rate", "5e-4", "--epochs", "3"]
+MODEL = ["--dim", "256", "--n_layers", "2", "--n_heads", "8", "--n_kv_heads", "8"]
+PRETRAINING = ["--batch_size", "4", "--learning_rate", "2e-3"]
+TUNING = ["--batch_size", "4", "--learning_rate", "4e-4"]
+EPOCHS = "4"  # of either
 ROWS = ["--max_seq_len", "256", "--log_interval", "100", "--save_interval", "500"]
 SMOKE_MODEL = ["--dim", "64", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "4"]
 
@@ -85,24 +87,32 @@ def short(word: str | Path) -> str:
     return str(word)
 
 
-def write_sample(python: Path, names: list[str], smoke_folder: Path | None) -> Path:
-    """Make sure that the sample's files are there; returns their folder.
-
-    Args:
-        python: interpreter.
-        names: of the files.
-        smoke_folder: where the beginnings of the files go if those are enough.
-    """
-    if not all((SAMPLE / name).is_file() for name in names):
-        step("The sample world", python, "scripts/make_sample_data.py")
-    if smoke_folder is None:
-        return SAMPLE
-    smoke_folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
+def cut_sample(folder: Path) -> Path:
+    """Write the beginnings of the sample's files into a folder, which it returns."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
         with (SAMPLE / name).open(encoding="utf-8", newline="") as file:
             beginning = "".join(islice(file, SMOKE_LINES))
-        (smoke_folder / name).write_text(beginning, encoding="utf-8", newline="")
-    return smoke_folder
+        if not (folder / name).is_file() or (folder / name).read_bytes() != beginning.encode():
+            (folder / name).write_text(beginning, encoding="utf-8", newline="")
+    return folder
+
+
+def keep_recipe(out_dir: Path, smoke: bool) -> None:
+    """Note what the folder's models are made of; exit with status 2 if they are of something else.
+
+    Stages go on where they stopped, which needs the data and the settings that they began with.
+    """
+    versions = [(SAMPLE / f"{name}.version").read_text(encoding="utf-8") for name in FILES]
+    settings = [VOCABULARY, MODEL, PRETRAINING, TUNING, EPOCHS, ROWS]
+    if smoke:
+        settings = [SMOKE_VOCABULARY, SMOKE_MODEL, SMOKE_LINES, *settings]
+    recipe = json.dumps([*settings, *versions])
+    note = out_dir / "recipe.json"
+    if not note.is_file() and not any(out_dir.iterdir()):
+        note.write_text(recipe, encoding="utf-8")
+    if not note.is_file() or note.read_text(encoding="utf-8") != recipe:
+        fail(f"{out_dir} holds something else: delete it or choose another --out_dir")
 
 
 def train(python: Path, out_dir: Path, sample: Path, smoke: bool, control: bool) -> dict[str, Path]:
@@ -129,14 +139,14 @@ def train(python: Path, out_dir: Path, sample: Path, smoke: bool, control: bool)
     model = SMOKE_MODEL if smoke else MODEL
     dim = model[1]
     same = ["--tokenizer_path", tokenizer, *model, *ROWS, "--resume"]
-    one_epoch = ["--epochs", "1"] if smoke else []
+    epochs = ["--epochs", "1" if smoke else EPOCHS]
     step(
         "Pretraining on plain text about the world",
         python,
         "train_pretrain.py",
-        *["--data_path", texts, "--out_dir", out_dir, *same, *PRETRAINING, *one_epoch],
+        *["--data_path", texts, "--out_dir", out_dir, *same, *PRETRAINING, *epochs],
     )
-    tune = ["--data_path", chats, "--val_ratio", "0.02", *same, *TUNING, *one_epoch]
+    tune = ["--data_path", chats, "--val_ratio", "0.02", *same, *TUNING, *epochs]
     title = "Instruction tuning on questions and answers"
     step(title, python, "train_full_sft.py", *tune, "--out_dir", out_dir)
     weights = {PRETRAINED: out_dir / f"pretrain_{dim}.pth"}
@@ -176,9 +186,10 @@ def main() -> int:
         fail(f"--out_dir {args.out_dir}: {error.strerror}")
     print("== Environment: .venv in the project's folder", flush=True)
     python = prepare(["requirements.txt"], "quickstart.sha256")
+    step("The sample world", python, "scripts/make_sample_data.py")
     try:
-        names = ["pretrain.jsonl", "sft.jsonl", "test.jsonl"]
-        sample = write_sample(python, names, args.out_dir / "sample" if args.smoke else None)
+        keep_recipe(args.out_dir, args.smoke)
+        sample = cut_sample(args.out_dir / "sample") if args.smoke else SAMPLE
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}")
     started = time.perf_counter()
@@ -201,6 +212,8 @@ def main() -> int:
             print("Below the goals:\n  " + "\n  ".join(below), file=sys.stderr, flush=True)
         else:
             print("All scores reach their goals.")
+        if TUNED not in weights:
+            print("Not measured: tuning alone (--control).")
     chat = ["--weight", weights[BOTH], "--tokenizer_path", tokenizer, "--temperature", "0"]
     if sys.stdin.isatty() and sys.stdout.isatty():
         step("Chat", python, "eval_model.py", *chat)

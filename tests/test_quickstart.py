@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -53,6 +54,24 @@ def test_a_second_start_trains_nothing_again(finished):
     assert "this run is finished" not in first
     assert second.count("this run is finished") == 3
     assert "A tokenizer for this world" not in second
+
+
+def test_a_folder_of_another_recipe_is_left_alone(root, finished):
+    out, _ = finished
+    note = (out / "recipe.json").read_text(encoding="utf-8")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    command = [sys.executable, root / "scripts" / "quickstart.py", "--out_dir", out]  # no --smoke
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert done.returncode == 2
+    assert str(out) in done.stderr and "--out_dir" in done.stderr and done.stderr.count("\n") == 1
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert (out / "recipe.json").read_text(encoding="utf-8") == note
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
+def test_the_readme_names_the_weights(root, quickstart, readme):
+    named = re.findall(r"out/quickstart/(\w+)\.pth", (root / readme).read_text(encoding="utf-8"))
+    assert named and set(named) == {f"full_sft_{quickstart['MODEL'][1]}"}
 
 
 def test_scores_that_are_too_low_are_named(quickstart):
