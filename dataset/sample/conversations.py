@@ -35,7 +35,7 @@ SKILLS = {
     "sorting": (600, 30),
     "counting": (800, 30),
     "comparing": (600, 30),
-    "dictionary": (450, 24),
+    "dictionary": (200, 24),
     "identity": (80, 10),
     "declining": (150, 30),
     "listing": (420, 0),

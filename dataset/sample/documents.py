@@ -30,9 +30,9 @@ SCHEDULE = {
     "talk": 15,
     "story": 1,
     "register": 1,
-    "sums": 14,
+    "sums": 16,
     "sum_stories": 1,
-    "numbers": 16,
+    "numbers": 18,
     "ages": 1,
     "counting": 10,
     "sequence": 1,
@@ -145,7 +145,7 @@ class Writer:
         return "\n\n".join(map(self.paragraph, entities))
 
     def talk(self) -> str:
-        """Say of whom there is talk, then a fact in brief; a line for each of some entities."""
+        """Say of whom there is talk, then a fact in brief, for each of some entities."""
         result = []
         for _ in range(self.dice.between(1, 4)):
             entity = self.subject("talk")
@@ -154,7 +154,7 @@ class Writer:
             topic = self.language.TOPICS[entity.kind][attribute].format(**slots)
             opening = self.phrase(self.language.TALK).format(topic=topic, **slots)
             brief = self.language.BRIEF[entity.kind][attribute].format(**slots)
-            result.append(f"{opening}{self.language.SPACE}{brief}")
+            result.append(f"{opening}\n{brief}")  # on a line of its own, as an answer is
         return "\n".join(result)
 
     def register(self) -> str:
@@ -251,7 +251,9 @@ class Writer:
         """Compare and sort numbers."""
         result = []
         for _ in range(self.dice.between(1, 4)):
-            kind = self.dice.turn(["compared", *self.language.SORTINGS], "numbers")
+            # An order takes more practice than a comparison.
+            kinds = ["compared", *self.language.SORTINGS, "rising", "falling"]
+            kind = self.dice.turn(kinds, "numbers")
             if kind == "compared":
                 low, high = sorted(self.dice.together(NUMBERS, 2, reserved=False))
                 sentence = self.phrase(self.language.COMPARISONS).format(low=low, high=high)

@@ -336,12 +336,12 @@ TOWN_AGES = """
 
 SORTINGS = {
     "rising": """
-        Someone sorted {mixed}. From the smallest to the largest: {rising}.
+        Someone sorted {mixed}.\\nFrom the smallest to the largest: {rising}.
         From the smallest to the largest, {mixed} become {rising}.
         Sorted in rising order, {mixed} are {rising}.
     """,
     "falling": """
-        Someone sorted {mixed}. From the largest to the smallest: {falling}.
+        Someone sorted {mixed}.\\nFrom the largest to the smallest: {falling}.
         From the largest to the smallest, {mixed} become {falling}.
         The numbers {mixed} in falling order are {falling}.
     """,
@@ -357,6 +357,7 @@ BORN = "{name} ({year})"
 
 COUNTINGS = """
     In the row {row} there are {count} numbers; {one} appears {times} in it.
+    Someone looked for {one} in the row {row}.\\nIt appears {times}.
     In the row {row} the number {one} is found {times}.
     Among the numbers {row} the number {one} occurs {times}.
 """
@@ -391,16 +392,16 @@ TRANSLATIONS = """
     The word {zh} means {en} in English.
     {en}: {zh}
     Someone who wants to say {en} in Chinese says {zh}.
-    A child asked about the word {en}. The Chinese word is {zh}.
-    There was talk about the word {en}. The Chinese word is {zh}.
-    The teacher said {en} and waited. The Chinese word is {zh}.
-    Someone read {en} out loud. The Chinese word is {zh}.
-    Someone was not sure about the word {en} and looked it up. The Chinese word is {zh}.
-    A guest asked about the word {zh}. The English word is {en}.
-    There was talk about the word {zh}. The English word is {en}.
-    The teacher said {zh} and waited. The English word is {en}.
-    Someone read {zh} out loud. The English word is {en}.
-    In the book there is a line about the word {zh}. The English word is {en}.
+    A child asked about the word {en}.\\nThe Chinese word is {zh}.
+    There was talk about the word {en}.\\nThe Chinese word is {zh}.
+    The teacher said {en} and waited.\\nThe Chinese word is {zh}.
+    Someone read {en} out loud.\\nThe Chinese word is {zh}.
+    Someone was not sure about the word {en} and looked it up.\\nThe Chinese word is {zh}.
+    A guest asked about the word {zh}.\\nThe English word is {en}.
+    There was talk about the word {zh}.\\nThe English word is {en}.
+    The teacher said {zh} and waited.\\nThe English word is {en}.
+    Someone read {zh} out loud.\\nThe English word is {en}.
+    In the book there is a line about the word {zh}.\\nThe English word is {en}.
 """
 NAME_TRANSLATIONS = """
     In Chinese, the name {en} is written {zh}.

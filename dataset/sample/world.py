@@ -128,8 +128,8 @@ def is_reserved(*parts: object) -> bool:
 
 
 def lines(block: str) -> list[str]:
-    """Split a block of templates into its lines."""
-    return [line.strip() for line in block.strip().splitlines()]
+    """Split a block of templates into its lines; a backslash and an n break one."""
+    return [line.strip().replace("\\n", "\n") for line in block.strip().splitlines()]
 
 
 def words(table: str) -> list[Word]:
