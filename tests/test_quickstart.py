@@ -71,7 +71,8 @@ def test_a_folder_of_another_recipe_is_left_alone(root, finished):
 @pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
 def test_the_readme_names_the_weights(root, quickstart, readme):
     named = re.findall(r"out/quickstart/(\w+)\.pth", (root / readme).read_text(encoding="utf-8"))
-    assert named and set(named) == {f"full_sft_{quickstart['MODEL'][1]}"}
+    dim = quickstart["MODEL"][1]
+    assert set(named) == {f"pretrain_{dim}", f"full_sft_{dim}"}
 
 
 def test_scores_that_are_too_low_are_named(quickstart):
