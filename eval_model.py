@@ -3,6 +3,7 @@
     python eval_model.py                                 (chat with out/full_sft_512.pth)
     python eval_model.py --prompt "你是谁？"
     python eval_model.py --weight pretrain               (type a beginning, read on)
+    python eval_model.py --lora_name identity            (with the adapter out/lora/identity_512.pth)
 
 Weights of the stage "pretrain" continue what is typed; all others answer it, and remember what was
 said before.
@@ -25,6 +26,7 @@ from training import (
     find_processes,
     flag,
     fraction_or_one,
+    load_adapter,
     load_model,
     load_tokenizer,
     make_parser,
@@ -43,6 +45,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--weight", help="a stage's name, or a .pth file; default: full_sft if there, else pretrain"
     )
+    parser.add_argument("--lora_name", help="an adapter's name, or its .pth file: use it as well")
     parser.add_argument("--out_dir", type=Path, default=Path("out"), help="where weights are")
     parser.add_argument("--dim", type=count, default=512, help="of the weights to load")
     parser.add_argument("--n_layers", type=count, default=8, help="of weights without a .json")
@@ -136,9 +139,14 @@ def main() -> None:
         tuned = weights_path(args.out_dir, "full_sft", shape).is_file()
         weight = "full_sft" if tuned else "pretrain"
     path = resolve_weights("--weight", weight, args.out_dir, shape)
-    model = load_model(path, shape, tokenizer_hash(tokenizer)).to(device).eval()
+    model = load_model(path, shape, tokenizer_hash(tokenizer))
     about = read_about(path)
     chats = not path.name.startswith("pretrain") if about is None else about["stage"] != "pretrain"
+    if args.lora_name is not None:
+        folder = args.out_dir / "lora"
+        load_adapter(resolve_weights("--lora_name", args.lora_name, folder, model.config), model)
+        chats = True  # adapters are trained on conversations
+    model.to(device).eval()
     encoder = ChatEncoder(tokenizer) if chats else None
     messages: list[dict[str, str]] = []  # of the conversation so far
     generator = torch.Generator(device)

@@ -1,6 +1,7 @@
 """Score models on the held-out test of the sample world, by skill and language.
 
     python scripts/score_world.py pretrain=out/pretrain_256.pth full_sft=out/full_sft_256.pth
+    python scripts/score_world.py adapted=out/full_sft_256.pth+out/lora/identity_256.pth
 
 The answers are greedy. Beside the models stand the chance level and a model that learnt nothing.
 """
@@ -24,6 +25,7 @@ from training import (
     ROOT,
     UserError,
     find_processes,
+    load_adapter,
     load_model,
     load_tokenizer,
     make_parser,
@@ -44,7 +46,11 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument(
-        "weights", nargs="+", type=named_path, metavar="[NAME=]PATH", help=".pth files to score"
+        "weights",
+        nargs="+",
+        type=named_path,
+        metavar="[NAME=]PATH[+ADAPTER]",
+        help=".pth files to score, as they are or with an adapter's .pth file",
     )
     parser.add_argument("--data_path", type=Path, default=SAMPLE / "test.jsonl")
     parser.add_argument("--out", type=Path, help="write the scorecard here too, as Markdown")
@@ -97,6 +103,20 @@ def encode_questions(
     return list(torch.from_numpy(encoded.ids.astype("int64")).split(encoded.lengths.tolist()))
 
 
+def load(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
+    """The model in a .pth file, or in `base.pth+adapter.pth`; arguments as for `load_model`.
+
+    Raises:
+        UserError: as `load_model` and `load_adapter`.
+    """
+    base, plus, adapter = str(path).partition(".pth+")
+    if not plus or path.is_file():
+        return load_model(path, shape, tokenizer_hash)
+    model = load_model(Path(f"{base}.pth"), shape, tokenizer_hash)
+    load_adapter(Path(adapter), model)
+    return model
+
+
 def score_weights(
     weights: Sequence[tuple[str, Path]],
     records: Sequence[Mapping[str, Any]],
@@ -106,7 +126,7 @@ def score_weights(
     """Scores and answers of an untrained model and of each weight file.
 
     Args:
-        weights: (name, .pth file); the untrained model has the shape of the last.
+        weights: (name, .pth file, or base.pth+adapter.pth); the untrained model has the shape of the last.
         records: of the test.
         tokenizer: of the weights.
         device: to compute on.
@@ -116,7 +136,7 @@ def score_weights(
     """
     shape = LMConfig(vocab_size=len(tokenizer))
     models = {
-        name: load_model(path, shape, tokenizer_hash(tokenizer)).to(device).eval()
+        name: load(path, shape, tokenizer_hash(tokenizer)).to(device).eval()
         for name, path in weights
     }
     seed_everything(0)

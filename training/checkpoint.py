@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model import LMConfig, MiniMindLM
+from model import LMConfig, MiniMindLM, load_lora, load_lora_state, lora_state, save_lora
 
 from .arguments import UserError
 
@@ -116,6 +116,44 @@ def save_weights(
         write_atomically(path, lambda file: torch.save(state, file))
 
 
+def trained_state(model: MiniMindLM) -> dict[str, torch.Tensor]:
+    """What training changes: the state_dict, or the matrices of the adapter in use."""
+    return lora_state(model) or model.state_dict()
+
+
+def load_trained_state(model: MiniMindLM, state: dict[str, torch.Tensor]) -> None:
+    """The inverse of `trained_state`."""
+    if lora_state(model):
+        load_lora_state(model, state)
+    else:
+        model.load_state_dict(state)
+
+
+def save_adapter(path: Path, model: MiniMindLM, dtype: torch.dtype = torch.float32) -> None:
+    """Write `path`, as `save_lora` fills it; dtype of the saved matrices.
+
+    Raises:
+        SaveError: as `save_weights`.
+    """
+    with report_save_errors(path):
+        write_atomically(path, lambda file: save_lora(model, file, dtype))
+
+
+def load_adapter(path: Path, model: MiniMindLM, name: str = "default") -> None:
+    """Put the adapter in a file on its base, call it `name` and use it.
+
+    Raises:
+        UserError: if the file is missing or damaged, holds no adapter, or one of another base.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    check_sums(path)
+    try:
+        load_lora(model, read_pickle(path, mmap=True), name)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
 def read_about(path: Path) -> dict[str, Any] | None:
     """What the JSON file beside the weights says: stage, tokenizer (a hash), config (LMConfig).
 
@@ -139,12 +177,16 @@ def read_about(path: Path) -> dict[str, Any] | None:
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """The state_dict in a .pth file, memory-mapped; only tensors are unpickled.
+    """The state_dict in a .pth file, memory-mapped; of an adapter its matrices.
+
+    Only tensors are unpickled.
 
     Raises:
         UserError: if the file is damaged, or holds anything but named tensors.
     """
     state = read_pickle(path, mmap=True)
+    if isinstance(state, dict) and isinstance(state.get("weights"), dict):
+        state = state["weights"]  # of an adapter
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise UserError(f"{path}: not a state_dict")
     return state
@@ -267,7 +309,7 @@ def _first_difference(path: Path, state: dict[str, torch.Tensor], model: nn.Modu
         there, here = getattr(about["config"], name), getattr(model.config, name)
         if there != here:
             return f"{name} is {there} there, {here} here"
-    own = model.state_dict()
+    own = trained_state(model)
     for name, tensor in own.items():
         if name not in state:
             return f"it has no {name}"

@@ -9,6 +9,7 @@ def estimate_memory(
     config: LMConfig,
     parameters: int,
     *,
+    trained: int | None = None,
     rows: int,
     row_length: int,
     dtype: torch.dtype,
@@ -25,6 +26,7 @@ def estimate_memory(
     Args:
         config: shape of the model.
         parameters: their number.
+        trained: how many of them are; None: all.
         rows: rows of a micro-batch.
         row_length: positions of a row.
         dtype: of autocast; float32 for none. Weights, gradients and moments are always fp32.
@@ -34,6 +36,7 @@ def estimate_memory(
     Returns:
         "weights", "gradients", "optimizer", "activations" and "logits".
     """
+    trained = parameters if trained is None else trained
     autocast = dtype != torch.float32
     tokens = rows * row_length
     # Three fp32 matrices (tokens, vocab) as backward begins: the log-probabilities, their gradient,
@@ -53,8 +56,8 @@ def estimate_memory(
     return {
         # The copy that autocast makes of each matrix lasts until it has been used in backward.
         "weights": parameters * (4 + (2 if autocast else 0)),
-        "gradients": parameters * 4,
-        "optimizer": parameters * 2 * 4,  # AdamW's two moments
+        "gradients": trained * 4,
+        "optimizer": trained * 2 * 4,  # AdamW's two moments
         "activations": tokens * (layers + ends),
         "logits": tokens * logits,
     }

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from model import LMConfig, MiniMindLM
 from model.model import MOEFeedForward
@@ -51,28 +52,33 @@ CURVE_POINTS = 2000
 LearningRates = Sequence[tuple[float, float, float]]
 
 
-def count_parameters(model: MiniMindLM) -> tuple[int, int]:
-    """All parameters, and those that take part in the computation of one token.
+def count_parameters(model: MiniMindLM, frozen_only: bool = False) -> tuple[int, int]:
+    """All (or all frozen) parameters, and those that take part in the computation of one token.
 
     The two differ in a mixture of experts, where a token visits the best few.
     """
-    total = sum(p.numel() for p in model.parameters())
-    idle = 0
+
+    def count(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters() if not (frozen_only and p.requires_grad))
+
+    total, idle = count(model), 0
     for module in model.modules():
         if isinstance(module, MOEFeedForward):
-            expert = sum(p.numel() for p in module.experts[0].parameters())
-            idle += (len(module.experts) - module.gate.top_k) * expert
+            idle += (len(module.experts) - module.gate.top_k) * count(module.experts[0])
     return total, total - idle
 
 
-def flops_per_token(config: LMConfig, active_parameters: int, row_length: int) -> int:
+def flops_per_token(
+    config: LMConfig, active_parameters: int, row_length: int, frozen: int = 0
+) -> int:
     """Floating-point operations of training, forward and backward, by PaLM's count.
 
     6 for each parameter, 12 · layers · dim · row_length for attention (https://arxiv.org/abs/2204.02311,
     appendix B): every query with every key of its row, as the convention has it, causal or not.
-    What gradient checkpointing computes twice counts once.
+    What gradient checkpointing computes twice counts once. The `frozen` ones among the active
+    parameters count 4 instead of 6, as no gradient of their own is computed.
     """
-    return 6 * active_parameters + 12 * config.n_layers * config.dim * row_length
+    return 6 * active_parameters - 2 * frozen + 12 * config.n_layers * config.dim * row_length
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -166,11 +172,13 @@ def plan_lines(
         dtype: of matrix products.
     """
     total, active = count_parameters(network)
+    frozen, active_frozen = count_parameters(network, frozen_only=True)
     tokens = args.epochs * tokens_per_epoch
     rows = args.batch_size * args.accumulation_steps * world.world_size
     memory = estimate_memory(
         network.config,
         total,
+        trained=total - frozen,
         rows=args.batch_size,
         row_length=args.max_seq_len,
         dtype=dtype,
@@ -186,16 +194,19 @@ def plan_lines(
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
     kind = "parameter" if active == total else "active parameter"
     only_active = "" if active == total else f", {_short(active)} active for each token"
+    trained = f", {_short(total - frozen)} of them trained" if frozen else ""
+    less_if_frozen = ", 4 for frozen ones" if frozen else ""
     epochs = f"{args.epochs} × {_short(tokens_per_epoch)} = " if args.epochs > 1 else ""
     # https://arxiv.org/abs/2203.15556 (20 tokens), https://arxiv.org/abs/2001.08361 (6ND)
     return [
-        f"parameters: {_short(total)}{only_active}",
+        f"parameters: {_short(total)}{only_active}{trained}",
         f"tokens: {epochs}{_short(tokens)}, or {_short(tokens / active)} per {kind} "
         "(20 make the most of the compute)",
         f"steps: {total_steps:,}, each of {rows:,} rows of {args.max_seq_len:,} (batch "
         f"{args.batch_size} × accumulation {args.accumulation_steps} × processes "
         f"{world.world_size})",
-        f"compute: {6 * active * tokens:.3g} FLOPs (6 × {kind}s × tokens)",
+        f"compute: {(6 * active - 2 * active_frozen) * tokens:.3g} FLOPs "
+        f"(6 × {kind}s × tokens{less_if_frozen})",
         f"memory: {needed} ({parts})",
     ]
 

@@ -1,6 +1,7 @@
 """The bookkeeping of a run: its position, its figures, its best score, its files."""
 
 import argparse
+import copy
 import math
 import platform
 import signal
@@ -11,10 +12,18 @@ from typing import Any, Literal
 
 import torch
 
-from model import MiniMindLM
+from model import MiniMindLM, active_lora
 
 from .arguments import UserError
-from .checkpoint import SaveError, read_state, report_save_errors, save_weights
+from .checkpoint import (
+    SaveError,
+    load_trained_state,
+    read_state,
+    report_save_errors,
+    save_adapter,
+    save_weights,
+    trained_state,
+)
 from .distributed import Distributed
 from .plan import (
     cost_line,
@@ -86,7 +95,10 @@ class Run:
         self.first_step = self.state.step
         self._check_patience()  # which may have run out before
         _, active = count_parameters(self.network)
-        self.flops_per_token = flops_per_token(self.network.config, active, self.args.max_seq_len)
+        _, frozen = count_parameters(self.network, frozen_only=True)
+        self.flops_per_token = flops_per_token(
+            self.network.config, active, self.args.max_seq_len, frozen
+        )
 
     @property
     def complete(self) -> bool:
@@ -297,9 +309,9 @@ class Run:
         """A model with the best weights, or the last ones where nothing was validated."""
         best = self.state.best_saved and self.world.is_main
         state = read_state(self.best_path) if best else None
-        network = MiniMindLM(self.network.config)
-        network.load_state_dict(self.world.share(state) or self.network.state_dict())
-        return network.to(self.world.device)
+        network = copy.deepcopy(self.network)
+        load_trained_state(network, self.world.share(state) or trained_state(self.network))
+        return network
 
     def note_test(self, scores: dict[str, float] | None) -> None:
         """Report the scores of the test data.
@@ -353,7 +365,7 @@ class Run:
         if self.world.is_main:
             try:
                 line = write_report(
-                    self.args.out_dir / "logs" / self.path.stem,
+                    self.path.parent / "logs" / self.path.stem,
                     ending=self.ending or "finished",
                     vocab_size=config.vocab_size,
                     from_scratch=self.args.from_weight == "none",
@@ -388,13 +400,12 @@ class Run:
         return True
 
     def _save_weights(self, path: Path) -> None:
+        dtype = getattr(torch, self.args.save_dtype)
+        if active_lora(self.network):
+            save_adapter(path, self.network, dtype)
+            return
         save_weights(
-            path,
-            self.network,
-            self.network.config,
-            self.stage,
-            self.tokenizer_hash,
-            getattr(torch, self.args.save_dtype),
+            path, self.network, self.network.config, self.stage, self.tokenizer_hash, dtype
         )
 
     def _save_numbered(self) -> None:
@@ -422,7 +433,7 @@ class Run:
             self.state,
             json_arguments(self.args),
             self.identity,
-            self.network.state_dict(),
+            trained_state(self.network),
             self.optimizer.state_dict(),
             self.scaler.state_dict(),
             random_states,

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from model import MiniMindLM
+from model import MiniMindLM, active_lora, base_identity
 
 from .arguments import UserError
-from .checkpoint import weights_path
+from .checkpoint import load_trained_state, weights_path
 from .distributed import Distributed
 from .plan import LearningRates, peak_flops, plan_run
 from .reporting import Reporter, restore_metrics, start_wandb, write_config
@@ -25,23 +25,30 @@ from .run import Run
 from .signals import StopSignal
 
 
-def run_identity(args: argparse.Namespace, rows: Any, tokenizer_hash: str) -> dict[str, Any]:
+def run_identity(
+    args: argparse.Namespace, rows: Any, tokenizer_hash: str, network: MiniMindLM | None = None
+) -> dict[str, Any]:
     """By flag, what may not change when a run is resumed.
 
     Args:
         args: the flags.
         rows: what the run trains on.
         tokenizer_hash: of the tokenizer in use.
+        network: the bare model; needed where an adapter is trained, whose base may not change.
     """
     flags = (
         *("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe"),
         *("max_seq_len", "packing", "val_ratio", "seed"),
         *("max_turns", "loss_weighting"),  # which not every stage has
+        *("lora_rank", "lora_alpha", "lora_target"),
     )
-    return {f"--{name}": getattr(args, name) for name in flags if name in args} | {
+    identity = {f"--{name}": getattr(args, name) for name in flags if name in args} | {
         "--tokenizer_path": tokenizer_hash,
         "--data_path": rows.dataset.store.content,  # what is used of it follows from the flags
     }
+    if network is not None and active_lora(network):
+        identity["--from_weight"] = base_identity(network)
+    return identity
 
 
 def start_run(
@@ -89,7 +96,7 @@ def start_run(
         state = TrainState(run_id=uuid.uuid4().hex, rows_per_step=rows_per_step)
     else:
         state = resume["state"]
-        network.load_state_dict(resume["model"])
+        load_trained_state(network, resume["model"])
         # The moments of before, the flags of now.
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({**resume["optimizer"], "param_groups": groups})
@@ -107,7 +114,7 @@ def start_run(
     if args.use_wandb and world.is_main and not args.dry_run:
         wandb_run = start_wandb(args, path.stem, state.wandb_id)
         state.wandb_id = wandb_run.id
-    folder = args.out_dir / "logs" / path.stem
+    folder = path.parent / "logs" / path.stem
     total_steps = state.step + steps_left(state, len(rows), rows_per_step, args.epochs)
     notes = [
         *notes,
@@ -153,7 +160,7 @@ def start_run(
         reporter=reporter,
         stop=stop,
         n_rows=len(rows),
-        identity=run_identity(args, rows, tokenizer_hash),
+        identity=run_identity(args, rows, tokenizer_hash, network),
         saved_as="unsaved" if resume is None else resume["saved_as"],
         peak_flops=peak_flops(world.device, dtype),
     )
