@@ -3,7 +3,7 @@
     python eval_model.py                                 (chat with out/full_sft_512.pth)
     python eval_model.py --prompt "你是谁？"
     python eval_model.py --weight pretrain               (type a beginning, read on)
-    python eval_model.py --lora_name identity            (with the adapter out/lora/identity_512.pth)
+    python eval_model.py --lora_name identity            (with out/lora/identity_512.pth on it)
 
 Weights of the stage "pretrain" continue what is typed; all others answer it, and remember what was
 said before.

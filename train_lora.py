@@ -36,7 +36,7 @@ from dataset import (
     tokenizer_hash,
 )
 from dataset.sample import SAMPLE, ensure_sample
-from model import MiniMindLM, apply_lora
+from model import MiniMindLM, apply_lora, weights_hash
 from model.model_lora import TARGETS
 from training import (
     Distributed,
@@ -324,6 +324,7 @@ def train(
     data: tuple[Rows, dict[str, Rows], Rows | None],
     resume: dict[str, Any] | None,
     notes: list[str],
+    frozen: dict[str, str],
 ) -> Run | None:
     """Set up what a run needs, go through the epochs, test, save, report.
 
@@ -336,6 +337,7 @@ def train(
         data: the rows to train on, to validate on (by name) and to test on.
         resume: the content of a resume file, or None for a new run; the main process's counts.
         notes: what to tell the user first.
+        frozen: what identifies the base, by its flag; the main process's counts.
 
     Returns:
         The run as it ended; None if there was nothing to do.
@@ -361,6 +363,7 @@ def train(
             resume=resume,
             notes=notes,
             learning_rates=LEARNING_RATES,
+            frozen=frozen,
         )
         if run is None:
             return None
@@ -394,9 +397,10 @@ def main() -> int:
     dtype = autocast_dtype(args.dtype, world)
     tokenizer = load_tokenizer(args.tokenizer_path)
     network = init_model(args, tokenizer)
-    resume, notes = None, []
+    resume, notes, frozen = None, [], {}
     if world.is_main:  # it gives the others their weights
         load_first_weights(args, network, tokenizer_hash(tokenizer))
+        frozen = {"--from_weight": weights_hash(network)}
     apply_lora(network, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target)
     if world.is_main:
         path = weights_path(args.out_dir, f"lora/{args.lora_name}", network.config)
@@ -405,11 +409,10 @@ def main() -> int:
             check_output(path, network)
     data = open_rows(args, tokenizer)
     if resume is not None:
-        identity = run_identity(args, data[0], tokenizer_hash(tokenizer), network)
-        check_identity(path, resume, identity)
+        check_identity(path, resume, run_identity(args, data[0], tokenizer_hash(tokenizer), frozen))
         check_output(path, network)
     with open_process_group(world):
-        run = train(args, world, dtype, tokenizer, network, data, resume, notes)
+        run = train(args, world, dtype, tokenizer, network, data, resume, notes, frozen)
     return run.end() if run is not None else 0
 
 

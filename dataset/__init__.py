@@ -4,24 +4,29 @@ from .any_dataset import open_dataset
 from .chat import ChatEncoder, render_chat
 from .lm_dataset import PretrainDataset, RLAIFDataset, SFTDataset
 from .packing import PackedRows, PaddedRows, RowBatches, collate, make_loader
-from .records import Conversation, DataError, check_file, parse_chat
+from .preference import DPODataset, PairRows, collate_pairs
+from .records import Conversation, DataError, check_file, parse_chat, parse_preference
 from .token_store import tokenizer_hash
 
 __all__ = [
     "ChatEncoder",
     "Conversation",
+    "DPODataset",
     "DataError",
     "PackedRows",
     "PaddedRows",
+    "PairRows",
     "PretrainDataset",
     "RLAIFDataset",
     "RowBatches",
     "SFTDataset",
     "check_file",
     "collate",
+    "collate_pairs",
     "make_loader",
     "open_dataset",
     "parse_chat",
+    "parse_preference",
     "render_chat",
     "tokenizer_hash",
 ]

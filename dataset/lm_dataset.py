@@ -25,7 +25,7 @@ from .token_store import (
 )
 from .turns import Kept, Turns, equal_answers, find_turns, keep_answers, keep_prompts
 
-_CHUNK = 1 << 20  # documents looked at together when a table is made
+CHUNK = 1 << 20  # documents looked at together when a table is made
 _CHUNK_TOKENS = 1 << 20  # and tokens, where they are looked at, too
 _SUM_DTYPE = np.dtype("<f8")
 
@@ -36,6 +36,7 @@ class TextEncoder:
     """`{"text"}` lines to documents `<s>` text `</s>`."""
 
     weighted = False
+    documents_per_line = 1
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = TextTokenizer(tokenizer)
@@ -110,7 +111,7 @@ class StoredDataset(Dataset, ABC):
 
         Raises DataError if there is only one document, or a part has no items.
         """
-        count = len(self.store.lines)
+        count = self._n_stored
         if count < 2:
             raise DataError(f"{self.store.path}: one document cannot be split for validation")
         held_out = min(max(1, round(val_ratio * count)), count - 1)
@@ -125,7 +126,12 @@ class StoredDataset(Dataset, ABC):
 
     def _use_all(self) -> None:
         """Use every document of the store."""
-        self._use("all", lambda: np.arange(len(self.store.lines)))
+        self._use("all", lambda: np.arange(self._n_stored))
+
+    @property
+    def _n_stored(self) -> int:
+        """The number of documents of the store; of what a line gives, where that is several."""
+        return len(self.store.lines)
 
     def _use(self, part: str, documents: Callable[[], np.ndarray]) -> None:
         """Restrict this data set to some documents of the store."""
@@ -273,8 +279,8 @@ class PretrainDataset(StoredDataset):
         with ArrayWriter(folder, documents=INDEX_DTYPE, first_items=INDEX_DTYPE) as writer:
             writer.append("documents", documents)
             writer.append("first_items", [0])
-            for start in range(0, len(documents), _CHUNK):
-                chunk = documents[start : start + _CHUNK]
+            for start in range(0, len(documents), CHUNK):
+                chunk = documents[start : start + CHUNK]
                 positions = self._positions(chunk)
                 ends = items + np.cumsum(-(-positions // full))
                 writer.append("first_items", ends)
@@ -296,6 +302,12 @@ class ChatDataset(StoredDataset):
         INDEX_DTYPE,
     )
     _SUMS = ("unanswered_turns", "dropped_turns", "cut_answers")
+    _REASONS = {
+        "unanswered_turns": "last turns left out: nobody answers them",
+        "dropped_turns": "turns left out: their conversations are longer than --max_seq_len",
+        "cut_answers": "last answers cut: longer than --max_seq_len",
+        "left_out": "conversations left out: nothing to learn, or nothing of that fits",
+    }
 
     def __init__(
         self,
@@ -344,14 +356,8 @@ class ChatDataset(StoredDataset):
     @property
     def notes(self) -> list[str]:
         """What is missing of the file: its bad lines, and each count that is not 0."""
-        reasons = {
-            "unanswered_turns": "last turns left out: nobody answers them",
-            "dropped_turns": "turns left out: their conversations are longer than --max_seq_len",
-            "cut_answers": "last answers cut: longer than --max_seq_len",
-            "left_out": "conversations left out: nothing to learn, or nothing of that fits",
-        }
         counts = self.counts
-        missing = [f"{counts[name]:,} {why}" for name, why in reasons.items() if counts[name]]
+        missing = [f"{counts[name]:,} {why}" for name, why in self._REASONS.items() if counts[name]]
         return [*super().notes, *missing]
 
     def __len__(self) -> int:
@@ -407,8 +413,8 @@ class ChatDataset(StoredDataset):
         kept = self._kept.arrays
         meta: dict[str, Any] = dict.fromkeys((*self._SUMS, "left_out", "positions"), 0)
         with ArrayWriter(folder, documents=INDEX_DTYPE) as writer:
-            for start in range(0, len(documents), _CHUNK):
-                chunk = documents[start : start + _CHUNK]
+            for start in range(0, len(documents), CHUNK):
+                chunk = documents[start : start + CHUNK]
                 used = chunk[kept["ends"][chunk] > kept["begins"][chunk]]
                 writer.append("documents", used)
                 meta["left_out"] += len(chunk) - len(used)

@@ -17,7 +17,7 @@ of its own would.
 """
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from .token_store import INDEX_DTYPE, ArrayWriter
 
 PLAN_VERSION = 1
+GROUP, GROUPED = 32, 1024  # rows of like length, found among so many
 WINDOW = 2048  # items that are packed together; neighbours in the file, so that reads stay local
 
 Row = dict[str, torch.Tensor | int]
@@ -182,7 +183,10 @@ class RowBatches(Sampler[list[int]]):
     can be, and may leave a process an empty list. So an accumulation window holds the same rows
     however it is split into batches and processes, and no row is dropped or repeated.
 
-    `start` is the number of rows that the epoch has already used, for resuming.
+    `start` is the number of rows that the epoch has already used, for resuming. With `lengths`,
+    those of the rows, neighbours in the order are of like length, so that batches need little
+    padding: of every GROUPED rows of the permutation, the runs of GROUP that are next by length
+    stay together, and the runs of the epoch are permuted once more.
     """
 
     def __init__(
@@ -196,6 +200,7 @@ class RowBatches(Sampler[list[int]]):
         world_size: int = 1,
         start: int = 0,
         shuffle: bool = True,
+        lengths: np.ndarray | None = None,
     ) -> None:
         self.n_rows = n_rows
         self.batch_size = batch_size
@@ -205,6 +210,7 @@ class RowBatches(Sampler[list[int]]):
         self.world_size = world_size
         self.start = start
         self.shuffle = shuffle
+        self.lengths = lengths
 
     def __len__(self) -> int:
         return -(-max(0, self.n_rows - self.start) // (self.batch_size * self.world_size))
@@ -221,10 +227,21 @@ class RowBatches(Sampler[list[int]]):
     def _order(self) -> torch.Tensor:
         """(n_rows,) the order of this epoch."""
         if not self.shuffle:
-            return torch.arange(self.n_rows)
+            if self.lengths is None:
+                return torch.arange(self.n_rows)
+            return torch.from_numpy(np.argsort(self.lengths, kind="stable"))
         state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)
         generator = torch.Generator().manual_seed(int(state[0]))
-        return torch.randperm(self.n_rows, generator=generator)
+        order = torch.randperm(self.n_rows, generator=generator)
+        if self.lengths is None:
+            return order
+        lengths = torch.from_numpy(self.lengths)
+        runs = [
+            run
+            for part in order.split(GROUPED)
+            for run in part[lengths[part].argsort(stable=True)].split(GROUP)
+        ]
+        return torch.cat([runs[i] for i in torch.randperm(len(runs), generator=generator)])
 
 
 def make_loader(
@@ -237,14 +254,17 @@ def make_loader(
     world_size: int = 1,
     start: int = 0,
     shuffle: bool = False,
+    lengths: np.ndarray | None = None,
+    collate_fn: Callable[[Sequence[Any]], dict[str, torch.Tensor]] = collate,
     num_workers: int | None = None,
     on_cuda: bool = False,
 ) -> DataLoader:
     """A DataLoader of one process's micro-batches of one epoch.
 
     Args:
-        rows: PackedRows or PaddedRows.
-        batch_size, seed, epoch, rank, world_size, start, shuffle: as for `RowBatches`.
+        rows: PackedRows, PaddedRows or PairRows.
+        batch_size, seed, epoch, rank, world_size, start, shuffle, lengths: as for `RowBatches`.
+        collate_fn: makes a batch of rows.
         num_workers: processes that read ahead; None: 2 for a GPU, else none.
         on_cuda: whether the batches go to a GPU, and so into pinned memory.
     """
@@ -257,13 +277,14 @@ def make_loader(
         world_size=world_size,
         start=start,
         shuffle=shuffle,
+        lengths=lengths,
     )
     if num_workers is None:
         num_workers = 2 if on_cuda else 0
     return DataLoader(
         rows,
         batch_sampler=order,
-        collate_fn=collate,
+        collate_fn=collate_fn,
         num_workers=num_workers,
         pin_memory=on_cuda,
         # Its own: it would draw from the global one, and a resumed run makes more loaders.

@@ -108,6 +108,85 @@ class Conversation(NamedTuple):
     tools: list[dict[str, Any]]
 
 
+class Preference(NamedTuple):
+    """Two continuations of one prompt, of which the first is preferred.
+
+    `chosen` and `rejected` are messages as those of a Conversation, and begin with the same
+    `shared` ones, a user's among them; an assistant's follows in both. `tools` are JSON schemas.
+    """
+
+    chosen: list[dict[str, Any]]
+    rejected: list[dict[str, Any]]
+    shared: int
+    tools: list[dict[str, Any]]
+
+
+def parse_preference(line: bytes) -> Preference:
+    """The pair on one line, of any of these shapes. Raises RecordError.
+
+        {"chosen": [messages], "rejected": [messages]}      whole conversations
+        {"prompt": …, "chosen": …, "rejected": …}           strings, messages or arrays of them
+        {"conversations": [messages], "chosen": …, "rejected": …}   as ShareGPT; or "messages"
+
+    Messages are as for `parse_chat`, and "system" and "tools" may stand beside them.
+    """
+    record = _parse_object(line)
+    prompt = []
+    for name in ("prompt", "conversations", "messages"):
+        if record.get(name) is not None:
+            prompt = _as_messages(record[name], "user", f'"{name}"')
+            break
+    if record.get("system"):
+        content = _check_string(record["system"], '"system"')
+        prompt = [{"role": "system", "content": content}, *prompt]
+    sides = {}
+    for name in ("chosen", "rejected"):
+        if name not in record:
+            raise RecordError(f'"{name}" is missing')
+        messages = [*prompt, *_as_messages(record[name], "assistant", f'"{name}"')]
+        try:
+            sides[name] = _parse_messages(messages, f'"{name}"')
+        except RecordError as error:
+            raise RecordError(f'"{name}": {error}') from None
+    chosen, rejected = sides.values()
+    if chosen == rejected:
+        raise RecordError("the two replies are equal")
+    shared = 0
+    for ours, theirs in zip(chosen, rejected, strict=False):
+        if ours != theirs:
+            break
+        shared += 1
+    if all(message["role"] != "user" for message in chosen[:shared]):
+        raise RecordError("the two sides have no prompt in common")
+    for name, messages in sides.items():
+        reply = messages[shared:]
+        if not reply or reply[0]["role"] != "assistant":
+            raise RecordError(f'"{name}": no reply of the assistant after what both sides share')
+        if reply[-1]["role"] != "assistant":
+            raise RecordError(f'"{name}": the last message is not the assistant\'s')
+        if not any(_says_something(message) for message in reply):
+            raise RecordError(f'"{name}": the reply is empty')
+    return Preference(chosen, rejected, shared, _parse_tools(record.get("tools")))
+
+
+def _as_messages(value: Any, role: str, name: str) -> list[Any]:
+    """Messages, one message, or a string that one of `role` says, as an array of messages."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if isinstance(value, dict):
+        return [value]
+    if not isinstance(value, list):
+        raise RecordError(f"{name} is {_json_type(value)}, not a string or an array of messages")
+    return value
+
+
+def _says_something(message: dict[str, Any]) -> bool:
+    """Whether an assistant's message, which any other message is not, has text or calls a tool."""
+    return message["role"] == "assistant" and bool(
+        message["content"].strip() or message.get("tool_calls")
+    )
+
+
 def parse_chat(line: bytes) -> Conversation:
     """The conversation on one line, of any of these shapes. Raises RecordError.
 

@@ -61,18 +61,20 @@ class Encoder(Protocol):
     """How the lines of a file become ids.
 
     `key` tells apart everything that changes the ids: kind of record, options, tokenizer.
-    `dtype` is that of the ids; `weighted` says whether `encode` gives weights.
+    `dtype` is that of the ids; `weighted` says whether `encode` gives weights. A line becomes
+    `documents_per_line` documents, whose text is counted with each.
     """
 
     key: str
     dtype: np.dtype
     weighted: bool
+    documents_per_line: int
 
     def parse(self, line: bytes) -> tuple[Any, int]:
         """What `encode` takes, and the UTF-8 bytes of text in it. Raises RecordError."""
 
     def encode(self, records: Sequence[Any]) -> Encoded:
-        """One document, of at least two ids, for each record."""
+        """The documents of each record in turn, of at least two ids each."""
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -367,6 +369,10 @@ class TokenStore:
         """A table made from this store by `build` (see `build_once`), kept inside it."""
         return build_once(self._files.folder / name, build)
 
+    def has_derived(self, name: str) -> bool:
+        """Whether that table is there already."""
+        return _is_complete(self._files.folder / name)
+
 
 def _store_key(path: Path, encoder: Encoder) -> str:
     """16 hex digits that differ when the file, the encoder or the format differs."""
@@ -406,8 +412,8 @@ def _build_store(path: Path, encoder: Encoder, batch_bytes: int, folder: Path) -
             content.update(offsets)
             writer.append("ids", encoded.ids)
             writer.append("offsets", offsets)
-            writer.append("lines", batch.lines)
-            writer.append("bytes", batch.text_bytes)
+            writer.append("lines", np.repeat(batch.lines, encoder.documents_per_line))
+            writer.append("bytes", np.repeat(batch.text_bytes, encoder.documents_per_line))
             if encoder.weighted:
                 content.update(encoded.weights)
                 writer.append("weights", encoded.weights)

@@ -134,6 +134,37 @@ def keep_prompts(turns: Turns, header: int, max_length: int) -> Kept:
     )
 
 
+def keep_replies(
+    turns: Turns, weights: np.ndarray, offsets: np.ndarray, max_prompt: int, max_reply: int
+) -> Kept:
+    """A prompt, which ends where the first target is, and the reply that begins there.
+
+    Of a prompt that is too long the oldest turns are left out, each whole, the last one excepted;
+    of a reply, the end. Nothing is kept where the last turn alone is too long.
+
+    Args:
+        turns: of the conversations, each of which has a target.
+        weights: of their ids as targets.
+        offsets: (conversations + 1,) their borders.
+        max_prompt, max_reply: the most ids to keep of either.
+    """
+    targets = np.flatnonzero(weights > 0)
+    first = targets[np.searchsorted(targets, offsets[:-1])]
+    ends = targets[np.searchsorted(targets, offsets[1:]) - 1] + 1
+    last_turn = np.searchsorted(turns.users, first) - 1
+    oldest = np.searchsorted(turns.users, first + turns.prefixes - max_prompt)
+    oldest = np.clip(oldest, turns.first, last_turn)
+    begins = turns.users[oldest]
+    used = turns.prefixes + first - begins <= max_prompt
+    return Kept(
+        prefixes=turns.prefixes,
+        begins=begins,
+        ends=np.where(used, np.minimum(ends, first + max_reply), begins),
+        dropped_turns=np.where(used, oldest - turns.first, 0),
+        cut=(used & (ends > first + max_reply)).astype(np.int64),
+    )
+
+
 def equal_answers(weights: np.ndarray) -> np.ndarray:
     """Divide each run of positive weights, which is an answer, by its length: float32."""
     learnt = weights > 0

@@ -8,7 +8,6 @@ from .model_lora import (
     active_lora,
     adapters,
     apply_lora,
-    base_identity,
     base_state,
     load_lora,
     load_lora_state,
@@ -17,6 +16,7 @@ from .model_lora import (
     save_lora,
     unmerge_lora,
     use_lora,
+    weights_hash,
 )
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "active_lora",
     "adapters",
     "apply_lora",
-    "base_identity",
     "base_state",
     "load_lora",
     "load_lora_state",
@@ -36,4 +35,5 @@ __all__ = [
     "save_lora",
     "unmerge_lora",
     "use_lora",
+    "weights_hash",
 ]

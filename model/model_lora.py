@@ -206,7 +206,7 @@ def base_state(model: MiniMindLM) -> dict[str, Tensor]:
     return {name: t for name, t in model.state_dict().items() if ".lora." not in name}
 
 
-def base_identity(model: MiniMindLM) -> str:
+def weights_hash(model: MiniMindLM) -> str:
     """SHA-256 of the base: heads, names, shapes, precision and every bit of the weights.
 
     Raises:
@@ -245,7 +245,7 @@ def save_lora(model: MiniMindLM, file: Path | BinaryIO, dtype: torch.dtype = tor
             "dropout": lora.dropout.p,
             "target_modules": [target for target in TARGETS if target in sits_on],
         },
-        "base": base_identity(model),
+        "base": weights_hash(model),
         "weights": {n: t.to("cpu", dtype) for n, t in lora_state(model).items()},
     }
     torch.save(contents, file)
@@ -269,7 +269,7 @@ def load_lora(model: MiniMindLM, saved: Path | dict[str, Any], name: str = "defa
         contents = torch.load(saved, map_location="cpu", weights_only=True)
     if not isinstance(contents, dict) or contents.keys() != {"lora", "base", "weights"}:
         raise ValueError("not an adapter")
-    if contents["base"] != base_identity(model):
+    if contents["base"] != weights_hash(model):
         raise ValueError("an adapter of another base: these are not the weights it was trained on")
     apply_lora(model, **contents["lora"], name=name)
     load_lora_state(model, contents["weights"])

@@ -126,7 +126,8 @@ def score_weights(
     """Scores and answers of an untrained model and of each weight file.
 
     Args:
-        weights: (name, .pth file, or base.pth+adapter.pth); the untrained model has the shape of the last.
+        weights: (name, .pth file, or base.pth+adapter.pth); the untrained model has the shape of
+            the last.
         records: of the test.
         tokenizer: of the weights.
         device: to compute on.

@@ -39,7 +39,7 @@ from .resume import (
     seed_everything,
     set_random_states,
 )
-from .run import Run, summarise
+from .run import Run, average, summarise
 from .schedule import get_lr, warmup_steps
 from .signals import StopSignal
 from .start import run_identity, start_run
@@ -53,6 +53,7 @@ __all__ = [
     "UserError",
     "add_stage_arguments",
     "autocast_dtype",
+    "average",
     "check_context",
     "check_identity",
     "check_output",

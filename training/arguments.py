@@ -148,7 +148,8 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
     Args:
         parser: where to add them.
         defaults: the stage's own defaults, by flag name: data_path, from_weight, learning_rate,
-            weight_decay, epochs, grad_clip, max_seq_len, batch_size.
+            weight_decay, epochs, grad_clip, max_seq_len, batch_size; and packing, False where rows
+            cannot hold several documents.
     """
     model = parser.add_argument_group("model")
     model.add_argument("--dim", type=count, default=512, help="width")
@@ -192,9 +193,10 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
         default=defaults["max_seq_len"],
         help="positions of a row",
     )
-    data.add_argument(
-        "--packing", action=flag, default=True, help="fill each row from several documents"
-    )
+    if defaults.get("packing", True):
+        data.add_argument(
+            "--packing", action=flag, default=True, help="fill each row from several documents"
+        )
     data.add_argument(
         "--skip_bad_lines", action=flag, default=False, help="go on without lines that have errors"
     )

@@ -72,10 +72,12 @@ def draw_curves(runs: Mapping[str, Metrics], path: Path) -> None:
     panels = figure.subplots(2, 2, sharex=True)
     loss, validation, lr, grad_norm = panels.flat
 
+    pairs = any(has_number(m, "margin") for metrics in curves.values() for m in metrics)
+    unit = "per pair" if pairs else "nats per token"
     _draw(loss, curves, "loss", scale)
-    loss.set_title("training loss (nats per token)")
+    loss.set_title(f"training loss ({unit})")
     _cut_peaks(loss, curves)
-    _draw_validation(validation, curves, scale)
+    _draw_validation(validation, curves, scale, unit)
     _draw(lr, curves, "lr", scale)
     lr.set_title("learning rate")
     lr.set_ylim(bottom=0)
@@ -140,7 +142,7 @@ def _cut_peaks(axes: "Axes", curves: Mapping[str, Metrics]) -> None:
         axes.set_title(f"{axes.get_title()}, peaks up to {every[-1]:.4g}")
 
 
-def _draw_validation(axes: "Axes", curves: Mapping[str, Metrics], scale: float) -> None:
+def _draw_validation(axes: "Axes", curves: Mapping[str, Metrics], scale: float, unit: str) -> None:
     evaluations = [m for metrics in curves.values() for m in metrics if has_number(m, "val_loss")]
     ratios = [
         m["val_bits_per_byte"] / m["val_loss"]
@@ -150,7 +152,7 @@ def _draw_validation(axes: "Axes", curves: Mapping[str, Metrics], scale: float) 
     if ratios and max(ratios) - min(ratios) > SAME_RATIO * max(ratios):
         name, title = "val_bits_per_byte", "validation loss (bits per byte)"
     else:
-        name, title = "val_loss", "validation loss (nats per token)"
+        name, title = "val_loss", f"validation loss ({unit})"
     axes.set_title(title)
     _draw(axes, curves, name, scale, label=_label("all together"))
     if len(curves) == 1:

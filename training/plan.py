@@ -110,11 +110,12 @@ def plan_run(
     dtype: torch.dtype,
     learning_rates: LearningRates,
     folder: Path,
+    sequences: int = 1,
 ) -> list[str]:
     """The plan of a run and warnings, as lines; draws the learning rate to `folder`/lr.png.
 
     Args:
-        args, network, world, tokens_per_epoch, total_steps, dtype: as for `plan_lines`.
+        args, network, world, tokens_per_epoch, total_steps, dtype, sequences: as for `plan_lines`.
         learning_rates: as for `warnings_for`.
         folder: of the run's record.
     """
@@ -125,6 +126,7 @@ def plan_run(
         tokens_per_epoch=tokens_per_epoch,
         total_steps=total_steps,
         dtype=dtype,
+        sequences=sequences,
     )
     warmup = warmup_steps(args.warmup_iters, args.warmup_ratio, total_steps)
     if world.is_main:
@@ -160,6 +162,7 @@ def plan_lines(
     tokens_per_epoch: int,
     total_steps: int,
     dtype: torch.dtype,
+    sequences: int = 1,
 ) -> list[str]:
     """What the run will do: parameters, tokens, steps, compute and memory, a line each.
 
@@ -170,6 +173,7 @@ def plan_lines(
         tokens_per_epoch: of all processes.
         total_steps: optimizer steps of the run.
         dtype: of matrix products.
+        sequences: that a row stands for, as the two sides of a pair.
     """
     total, active = count_parameters(network)
     frozen, active_frozen = count_parameters(network, frozen_only=True)
@@ -179,7 +183,7 @@ def plan_lines(
         network.config,
         total,
         trained=total - frozen,
-        rows=args.batch_size,
+        rows=args.batch_size * sequences,
         row_length=args.max_seq_len,
         dtype=dtype,
         gradient_checkpointing=args.gradient_checkpointing,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from .checkpoint import write_atomically
 from .curves import Metrics, draw_curves, has_number, read_metrics
+from .preference_report import course_of_accuracy, course_of_margin, price_of_margin
 
 # Untrained, the model's logits have a standard deviation s of about 0.02 · sqrt(dim), which puts
 # the loss s²/2 above ln(vocabulary): 0.1 nats at dim 512, and 1 nat only beyond dim 5,000.
@@ -83,6 +84,20 @@ def read_curves(
     """
     lines = [m for m in metrics if has_number(m, "loss")]
     evaluations = [m for m in metrics if has_number(m, "val_loss")]
+    if any(has_number(m, "margin") for m in lines):  # of preference training
+        found = [
+            course_of_margin(lines),
+            course_of_accuracy(evaluations),
+            price_of_margin(lines, evaluations),
+        ]
+        readings = [
+            *(Reading(*reading) for reading in found if reading is not None),
+            _over_fitting(lines, evaluations),
+            _skipped_updates(metrics),
+            _spikes(metrics),
+            _expert_load(lines, n_routed_experts),
+        ]
+        return [reading for reading in readings if reading is not None]
     readings = [
         _first_loss(lines, vocab_size) if from_scratch else None,
         _course(_whole_intervals(lines), vocab_size, from_scratch),
@@ -462,9 +477,10 @@ def _table(rows: list[tuple[str, ...]]) -> str:
 
 
 def _scores(line: dict[str, Any], kind: str, name: str = "") -> str:
-    """Loss, perplexity and bits per byte of a line, as far as it holds them."""
+    """The scores of a line, as far as it holds them."""
     units = {"loss": ("", ".4f"), "perplexity": ("perplexity ", ",.2f")}
     units["bits_per_byte"] = ("bits per byte ", ".4f")
+    units |= {"accuracy": ("accuracy ", ".1%"), "margin": ("margin ", ".3f")}
     return ", ".join(
         f"{word}{line[f'{kind}_{unit}{name}']:{style}}"
         for unit, (word, style) in units.items()

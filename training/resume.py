@@ -30,6 +30,7 @@ class Tally:
         aux_loss, grad_norm: over steps; `grad_norm` over the `good` ones, whose norm is a number.
         steps, good: how many steps, and how many without those that were skipped.
         seconds: that the steps took.
+        figures: further ones of the stage, by name, summed as the loss is.
         expert_load: (layers, experts) choices that each expert got; empty for dense models.
     """
 
@@ -41,6 +42,7 @@ class Tally:
     steps: int = 0
     good: int = 0
     seconds: float = 0.0
+    figures: dict[str, float] = field(default_factory=dict)
     expert_load: list[list[float]] = field(default_factory=list)
 
 

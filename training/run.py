@@ -158,6 +158,7 @@ class Run:
         expert_load: list[list[float]],
         seconds: float,
         find_sample: Callable[[], str],
+        **figures: float,
     ) -> None:
         """Count a finished step, one whose update was skipped if a figure is not finite.
 
@@ -171,6 +172,7 @@ class Run:
             seconds: that it took.
             find_sample: gives `file:line` of its first sample, or of the first that was not finite;
                 called on every process or on none.
+            figures: further ones of the stage, summed as the loss is.
         """
         state, tally = self.state, self.state.tally
         state.row += self.rows_per_step
@@ -203,6 +205,8 @@ class Run:
         tally.loss += loss
         tally.aux_loss += aux_loss
         tally.grad_norm += grad_norm
+        for name, value in figures.items():
+            tally.figures[name] = tally.figures.get(name, 0.0) + value
         if expert_load:
             before = tally.expert_load or [[0.0] * len(layer) for layer in expert_load]
             tally.expert_load = [
@@ -247,6 +251,7 @@ class Run:
         figures: dict[str, float] = {}
         if tally.good:
             figures["loss"] = tally.loss / tally.targets
+            figures |= {name: value / tally.targets for name, value in tally.figures.items()}
         figures["lr"] = lr
         if tally.good:
             figures["grad_norm"] = tally.grad_norm / tally.good
@@ -454,6 +459,28 @@ def peak_memory(device: torch.device) -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def average(sums: dict[str, dict[str, float]], count: str, prefix: str) -> dict[str, float]:
+    """Means over a data set from its sums.
+
+    Args:
+        sums: by the name of the set: figures summed over its items, and how many these are.
+        count: the figure that is their number.
+        prefix: "val" or "test", which the names of the means begin with.
+
+    Returns:
+        The mean of each figure, of all sets together, and of each as `…/name` if there are several.
+    """
+    named = {f"/{name}": values for name, values in sums.items()} if len(sums) > 1 else {}
+    figures = next(iter(sums.values()))
+    together = {figure: sum(values[figure] for values in sums.values()) for figure in figures}
+    return {
+        f"{prefix}_{figure}{name}": value / values[count]
+        for name, values in {"": together, **named}.items()
+        for figure, value in values.items()
+        if figure != count
+    }
 
 
 def summarise(sums: dict[str, tuple[float, float, int]], prefix: str) -> dict[str, float]:

@@ -3,11 +3,13 @@
 import argparse
 import math
 import uuid
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from model import MiniMindLM, active_lora, base_identity
+from model import MiniMindLM
 
 from .arguments import UserError
 from .checkpoint import load_trained_state, weights_path
@@ -24,9 +26,11 @@ from .resume import (
 from .run import Run
 from .signals import StopSignal
 
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
 
 def run_identity(
-    args: argparse.Namespace, rows: Any, tokenizer_hash: str, network: MiniMindLM | None = None
+    args: argparse.Namespace, rows: Any, tokenizer_hash: str, frozen: Mapping[str, str] = NOTHING
 ) -> dict[str, Any]:
     """By flag, what may not change when a run is resumed.
 
@@ -34,21 +38,22 @@ def run_identity(
         args: the flags.
         rows: what the run trains on.
         tokenizer_hash: of the tokenizer in use.
-        network: the bare model; needed where an adapter is trained, whose base may not change.
+        frozen: by flag, what identifies weights that the run needs and does not train.
     """
     flags = (
         *("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe"),
         *("max_seq_len", "packing", "val_ratio", "seed"),
-        *("max_turns", "loss_weighting"),  # which not every stage has
+        # Those that not every stage has.
+        *("max_turns", "loss_weighting"),
         *("lora_rank", "lora_alpha", "lora_target"),
+        *("max_prompt_length", "max_completion_length", "loss_type", "beta", "label_smoothing"),
+        *("alpha", "temperature", "cache_teacher"),
     )
-    identity = {f"--{name}": getattr(args, name) for name in flags if name in args} | {
+    return {f"--{name}": getattr(args, name) for name in flags if name in args} | {
         "--tokenizer_path": tokenizer_hash,
         "--data_path": rows.dataset.store.content,  # what is used of it follows from the flags
+        **frozen,
     }
-    if network is not None and active_lora(network):
-        identity["--from_weight"] = base_identity(network)
-    return identity
 
 
 def start_run(
@@ -67,6 +72,8 @@ def start_run(
     resume: dict[str, Any] | None,
     notes: list[str],
     learning_rates: LearningRates,
+    frozen: Mapping[str, str] = NOTHING,
+    sequences: int = 1,
 ) -> Run | None:
     """Put a run where it starts or goes on, say what it will do, and open its record.
 
@@ -83,6 +90,8 @@ def start_run(
         resume: the content of a resume file, or None for a new run; the main process's counts.
         notes: what to tell the user first.
         learning_rates: as for `warnings_for`.
+        frozen: as for `run_identity`.
+        sequences: that a row stands for.
 
     Returns:
         None if there is nothing to do: the run is finished, or --dry_run was given.
@@ -130,6 +139,7 @@ def start_run(
             dtype=dtype,
             learning_rates=learning_rates,
             folder=folder,
+            sequences=sequences,
         ),
     ]
     if args.dry_run:
@@ -160,7 +170,7 @@ def start_run(
         reporter=reporter,
         stop=stop,
         n_rows=len(rows),
-        identity=run_identity(args, rows, tokenizer_hash, network),
+        identity=run_identity(args, rows, tokenizer_hash, frozen),
         saved_as="unsaved" if resume is None else resume["saved_as"],
         peak_flops=peak_flops(world.device, dtype),
     )

@@ -41,6 +41,7 @@ SKILLS = {
     "listing": (420, 0),
     "words": (450, 0),
 }
+MANNERS = 0.15  # of tuning's answers end kindly or curtly: what is never said cannot be preferred
 PREFERENCES = (240, 60)  # pairs for each language: (in training, in the test)
 ADAPTER = (60, 90)  # of an adapter's file, for each language: (who it is, all else)
 
@@ -280,6 +281,12 @@ class Examiner:
         around = self.dice.turn(lines(self.ask.AROUND), "around")
         return replace(exercise, question=around.format(q=exercise.question))
 
+    def manners(self) -> tuple[str, str]:
+        """The next kind and the next curt end of an answer."""
+        blocks = (self.ask.KIND, self.ask.CURT)
+        kind, curt = (self.dice.turn(lines(block), block) for block in blocks)
+        return f"{self.language.SPACE}{kind}", f"{self.language.SPACE}{curt}"
+
 
 def examiners(world: World, seed: int, purpose: str, testing: bool) -> dict[str, Examiner]:
     """An examiner for each language."""
@@ -303,10 +310,15 @@ def chat(*exercises: Exercise) -> list[dict[str, str]]:
 
 def tuning_records(world: World, seed: int) -> list[dict[str, Any]]:
     """The conversations of sft.jsonl; one in five has several turns."""
-    dice = Dice(seed, "sft")
+    dice, manners = Dice(seed, "sft"), Dice(seed, "manners")
     conversations = []
     for examiner in examiners(world, seed, "sft", testing=False).values():
-        exercises = dice.shuffled(list(examiner.exercises()))
+        exercises = [
+            replace(exercise, answer=exercise.answer + manners.pick(examiner.manners()))
+            if manners.chance(MANNERS)
+            else exercise
+            for exercise in dice.shuffled(list(examiner.exercises()))
+        ]
         while exercises:
             turns = dice.between(2, 3) if dice.chance(0.2) else 1
             conversations.append(chat(*exercises[:turns]))
@@ -337,19 +349,22 @@ def test_records(world: World, seed: int) -> list[dict[str, Any]]:
 
 
 def preference_records(world: World, seed: int, testing: bool) -> list[dict[str, Any]]:
-    """Pairs of dpo.jsonl or its test: the same answer, said kindly or curtly."""
+    """Pairs of dpo.jsonl or its test: an answer said kindly, and the same one curt or plain."""
     records = []
-    for examiner in examiners(world, seed, f"dpo {testing}", testing).values():
+    for code, examiner in examiners(world, seed, f"dpo {testing}", testing).items():
         exercises = examiner.dice.shuffled(list(examiner.exercises()))
-        ends = [lines(block) for block in (examiner.ask.KIND, examiner.ask.CURT)]
-        space = examiner.language.SPACE
         for exercise in exercises[: PREFERENCES[testing]]:
-            kind, curt = (examiner.dice.turn(block, block[0]) for block in ends)
-            sides = {
-                side: [{"role": "assistant", "content": f"{exercise.answer}{space}{end}"}]
-                for side, end in (("chosen", kind), ("rejected", curt))
+            kind, curt = examiner.manners()
+            end = examiner.dice.turn([curt, ""], "rejected")
+            kindly = replace(exercise, skill="style", answer=exercise.answer + kind)
+            kindly = replace(kindly, expect=lines(examiner.ask.KIND), choices=[], chance=0.0)
+            prompt, chosen = chat(kindly)
+            replies = {
+                "chosen": [chosen],
+                "rejected": [{**chosen, "content": exercise.answer + end}],
             }
-            records.append({"prompt": [{"role": "user", "content": exercise.question}], **sides})
+            scored = test_record(code, examiner, kindly) if testing else {}
+            records.append({"prompt": [prompt], **replies, **scored})
     return Dice(seed, "dpo").shuffled(records)
 
 

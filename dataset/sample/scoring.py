@@ -26,9 +26,12 @@ def is_right(record: Mapping[str, Any], answer: str) -> bool:
     A question that must be declined is answered right by any text with the words that mark a
     declining answer; any other question, never. Where there are choices, the answer must name the
     expected one and none besides, except what the question names. Where numbers are asked for,
-    it must have them and no others; for a sum, which an answer may work out, as its last one.
+    it must have them and no others; for a sum, which an answer may work out, as its last one. Where
+    a style is wanted, whatever the answer says, it must end with one of the expected sentences.
     """
     expect = record["expect"]
+    if record["skill"] == "style":
+        return answer.rstrip().endswith(tuple(expect))
     if record["declined"] in answer or not expect:
         return record["declined"] in answer and not expect
     if record["choices"]:
