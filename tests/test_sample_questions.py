@@ -164,7 +164,7 @@ def test_guessing_does_not_pay(records):
 
 
 def test_each_reference_answer_is_right_and_another_is_wrong(records):
-    for name in "test.jsonl", "lora_test.jsonl":
+    for name in "test.jsonl", "lora_test.jsonl", "dpo_test.jsonl":
         for record in records[name]:
             assert is_right(record, record["conversations"][1]["content"]), record
             assert not is_right(record, "")
@@ -242,19 +242,45 @@ def test_declining_is_counted_both_ways():
     assert scores["declined where it must be", ""][:2] == (1, 1)
 
 
-def test_preference_pairs_differ_in_style_alone(records):
-    """The ends are few, whole sentences; what stands before them is one and the same answer."""
-    for name in "dpo.jsonl", "dpo_test.jsonl":
-        ends = {"chosen": set(), "rejected": set()}
-        for record in records[name]:
-            chosen, rejected = (record[side][0]["content"] for side in ends)
-            same = next(n for n in range(len(chosen)) if chosen[n] != rejected[n : n + 1])
-            assert same > 0 and chosen[:same].rstrip()[-1] in ".。"
-            ends["chosen"].add(chosen[same:])
-            ends["rejected"].add(rejected[same:])
-        assert all(end[-1] in "!！" for end in ends["chosen"])
-        assert all(end[-1] in ".。" for end in ends["rejected"])
-        assert len(ends["chosen"]) == len(ends["rejected"]) == 8  # four for each language
+def ends_of(records, name):
+    """What follows the answer that both sides of a pair have in common: (chosen, rejected) each."""
+    for record in records[name]:
+        chosen, rejected = (record[side][0]["content"] for side in ("chosen", "rejected"))
+        same = next(n for n in range(len(chosen)) if chosen[n] != rejected[n : n + 1])
+        same = len(chosen[:same].rstrip())  # both ends begin with a space in English
+        assert same > 0 and chosen[same - 1] in ".。"
+        yield chosen[same:], rejected[same:]
+
+
+@pytest.mark.parametrize("name", ["dpo.jsonl", "dpo_test.jsonl"])
+def test_preference_pairs_differ_in_style_alone(records, name):
+    """Four kind ends of an answer in each language, against four curt ones, or none."""
+    ends = list(ends_of(records, name))
+    kind, curt = {chosen for chosen, _ in ends}, {rejected for _, rejected in ends} - {""}
+    assert all(end[-1] in "!！" for end in kind)
+    assert all(end[-1] in ".。" for end in curt)
+    assert len(kind) == len(curt) == 8
+    assert sum(rejected == "" for _, rejected in ends) == len(ends) / 2
+
+
+def test_some_answers_in_tuning_have_either_manner(records, training_turns):
+    """What a model never says cannot be preferred into it; and no test asks for a manner."""
+    kind = tuple({chosen for chosen, _ in ends_of(records, "dpo.jsonl")})
+    curt = tuple({rejected for _, rejected in ends_of(records, "dpo.jsonl")} - {""})
+    answers = [pair[1] for record in records["sft.jsonl"] for pair in turns(record)]
+    for ends in (kind, curt):
+        assert 0.05 < sum(answer.endswith(ends) for answer in answers) / len(answers) < 0.1
+    for record in records["test.jsonl"]:
+        assert not record["conversations"][1]["content"].endswith(kind + curt)
+
+
+def test_a_style_is_judged_by_how_the_answer_ends(records):
+    for record in records["dpo_test.jsonl"]:
+        assert record["skill"] == "style"
+        assert is_right(record, record["chosen"][0]["content"])
+        assert is_right(record, f"What? {record['expect'][0]}\n")
+        assert not is_right(record, record["rejected"][0]["content"])
+        assert not is_right(record, f"{record['expect'][0]} And more.")
 
 
 def test_another_self_is_in_the_adapter_files_alone(records):

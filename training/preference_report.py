@@ -12,6 +12,8 @@ CLEAR = 3.0
 # A swing takes back at least this share of all that the run has gained, from line to line.
 SWING = 0.5
 SWINGS = 3
+# A margin below this is next to nothing: at 0 either reply is as likely to be taken, here 52 %.
+LITTLE = 0.1
 # Points of accuracy that a small validation set loses by accident.
 ACCURACY_FALL = 0.02
 
@@ -37,7 +39,7 @@ def course_of_margin(lines: Metrics) -> tuple[bool, str] | None:
     error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / third)
     here = f"from a margin of {low:.3f} in the first third of the run to {high:.3f} in the last"
     swings = _count_falls(margins, SWING * (max(margins) - min(0.0, min(margins))))
-    if swings >= SWINGS:
+    if swings >= SWINGS and max(margins) > LITTLE:
         return True, (
             f"The log-odds swing, {here}, with {swings} falls by half of all that was gained. Try "
             "a smaller --learning_rate, a larger --beta or more --accumulation_steps."
