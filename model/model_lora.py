@@ -85,6 +85,7 @@ class AdaptedLinear(nn.Linear):
         self.lora = nn.ModuleDict()
         self.active: str | None = None
         self.merged = False
+        self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in_features) → (…, out_features)."""
@@ -132,7 +133,7 @@ def apply_lora(
             module = AdaptedLinear(module)
             setattr(model.get_submodule(parent), last, module)
         lora = LoRA(module.in_features, module.out_features, rank, alpha, dropout)
-        module.lora[name] = lora.to(module.weight)
+        module.lora[name] = lora.to(module.weight).train(module.training)
     use_lora(model, name)
 
 
