@@ -6,6 +6,7 @@ from .lm_dataset import PretrainDataset, RLAIFDataset, SFTDataset
 from .packing import PackedRows, PaddedRows, RowBatches, collate, make_loader
 from .preference import DPODataset, PairRows, collate_pairs
 from .records import Conversation, DataError, check_file, parse_chat, parse_preference
+from .teacher import TeacherRows, collate_taught
 from .token_store import tokenizer_hash
 
 __all__ = [
@@ -20,9 +21,11 @@ __all__ = [
     "RLAIFDataset",
     "RowBatches",
     "SFTDataset",
+    "TeacherRows",
     "check_file",
     "collate",
     "collate_pairs",
+    "collate_taught",
     "make_loader",
     "open_dataset",
     "parse_chat",

@@ -39,7 +39,8 @@ class PackedRows(Dataset):
     """Rows of exactly `row_length` positions, each of one or several whole items.
 
     Every item of the data set is in one row. Which items share a row is settled once and kept on
-    disk, so that the number of rows is the same in each epoch.
+    disk, so that the number of rows is the same in each epoch. `key` tells these rows from others
+    of the same store.
 
     Raises ValueError if an item may be longer than a row, DataError if the plan cannot be written.
     """
@@ -51,8 +52,8 @@ class PackedRows(Dataset):
             )
         self.dataset = dataset
         self.row_length = row_length
-        name = f"rows_{row_length}_{dataset.items_key}_v{PLAN_VERSION}"
-        self._plan = dataset.store.derived(name, self._build_plan)
+        self.key = f"rows_{row_length}_{dataset.items_key}_v{PLAN_VERSION}"
+        self._plan = dataset.store.derived(self.key, self._build_plan)
 
     def __len__(self) -> int:
         return len(self._plan.arrays["ends"])
@@ -87,10 +88,14 @@ class PackedRows(Dataset):
 
 
 class PaddedRows(Dataset):
-    """Each item as a row of its own; `collate` pads the rows of a batch to the longest."""
+    """Each item as a row of its own; `collate` pads the rows of a batch to the longest.
+
+    `key` tells these rows from others of the same store.
+    """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
+        self.key = f"items_{dataset.items_key}"
 
     def __len__(self) -> int:
         return len(self.dataset)

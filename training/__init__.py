@@ -15,6 +15,7 @@ from .arguments import (
     positive_or_zero,
     report_user_errors,
     seed,
+    share,
 )
 from .checkpoint import (
     check_output,
@@ -90,6 +91,7 @@ __all__ = [
     "seed",
     "seed_everything",
     "set_random_states",
+    "share",
     "start_run",
     "summarise",
     "warmup_steps",

@@ -131,6 +131,7 @@ positive = _number(float, 0, open_low=True)
 positive_or_zero = _number(float, 0)
 fraction = _number(float, 0, 0.999999)
 fraction_or_one = _number(float, 0, 1, open_low=True)
+share = _number(float, 0, 1)
 ratio = _number(float, 0, 0.999999, open_low=True)
 
 

@@ -300,8 +300,8 @@ def _over_fitting(lines: Metrics, evaluations: Metrics) -> Reading | None:
 
 
 def _gap(lines: Metrics, evaluations: Metrics) -> Reading | None:
-    if not evaluations:
-        return None
+    if not evaluations or any(has_number(m, "kl") for m in lines):
+        return None  # a teacher is part of the training loss alone
     validation, step = evaluations[-1]["val_loss"], evaluations[-1]["step"]
     training = _training_loss_at(lines, step)
     if training is None:

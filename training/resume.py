@@ -247,7 +247,8 @@ def check_identity(weights: Path, resume: dict[str, Any], own: dict[str, Any]) -
         if there == value or (flag == "--data_path" and not same_tokenizer):
             continue
         # Hashes are for comparing, not for reading.
-        readable = flag not in ("--tokenizer_path", "--data_path", "--from_weight")
+        hashes = ("--tokenizer_path", "--data_path", "--from_weight", "--teacher_weight")
+        readable = flag not in hashes
         what = f"{flag} {value}: {there} in" if readable else f"{flag}: not what was used by"
         lines.append(f"{what} the run to resume, {newest}")
     if lines:
