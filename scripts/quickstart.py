@@ -4,8 +4,9 @@
 
 It makes `.venv` and installs what training needs, writes the sample world, trains a tokenizer on
 it, pretrains, tunes, and scores the result on questions that no training file holds. Then it starts
-a chat. Every step is a command that could be typed as well, and is printed before it runs. Run
-again, it goes on where it stopped.
+a chat. With --all it goes through the other stages too, and says what each one changed. Every step
+is a command that could be typed as well, and is printed before it runs. Run again, it goes on where
+it stopped.
 
 The exit status is 1 if a score is below its goal.
 """
@@ -14,9 +15,6 @@ from __future__ import annotations  # an old Python must get as far as `require_
 
 import argparse
 import json
-import os
-import shlex
-import subprocess
 import sys
 import time
 from itertools import islice
@@ -24,10 +22,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from environment import ROOT, fail, prepare, require_python, run
+from environment import ROOT, fail, prepare, require_python
+from further_stages import Quickstart, run_further_stages
+from steps import short, step, typed
 
 SAMPLE = ROOT / "dataset" / "sample"
 FILES = ("pretrain.jsonl", "sft.jsonl", "test.jsonl")
+FURTHER = ("dpo.jsonl", "dpo_test.jsonl", "lora.jsonl", "lora_test.jsonl")
 SMOKE_LINES = 600  # of each file, with --smoke
 
 VOCABULARY, SMOKE_VOCABULARY = 3200, 600  # a small world needs few words, and learns them faster
@@ -56,6 +57,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--control", action="store_true", help="also tune a model that was not pretrained"
     )
+    parser.add_argument(
+        "--all", action="store_true", help="also preference, an adapter and distillation"
+    )
     parser.error = fail  # one line, as of all else that a user can mend
     args = parser.parse_args()
     default = ROOT / "out" / ("quickstart_smoke" if args.smoke else "quickstart")
@@ -63,34 +67,10 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def step(title: str, python: Path, script: str, *words: str | Path) -> None:
-    """Run a script of the project as a step of its own; exit with its status if that is not 0."""
-    command = [script, *map(short, words)]
-    print(f"\n== {title}\n$ {typed(python, *command)}", flush=True)
-    status = run(python, *command)
-    if status:
-        print(f"quickstart.py: stopped in “{title}”; run it again to go on", file=sys.stderr)
-        sys.exit(status)
-
-
-def typed(*words: str | Path) -> str:
-    """The words as a shell takes them."""
-    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    return join(map(short, words))
-
-
-def short(word: str | Path) -> str:
-    """A word of a command; paths within the project are told from its root."""
-    path = Path(word)
-    if path.is_absolute() and path.is_relative_to(ROOT):
-        return path.relative_to(ROOT).as_posix()
-    return str(word)
-
-
 def cut_sample(folder: Path) -> Path:
     """Write the beginnings of the sample's files into a folder, which it returns."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
+    for name in (*FILES, *FURTHER):
         with (SAMPLE / name).open(encoding="utf-8", newline="") as file:
             beginning = "".join(islice(file, SMOKE_LINES))
         if not (folder / name).is_file() or (folder / name).read_bytes() != beginning.encode():
@@ -204,10 +184,16 @@ def main() -> int:
         *["--data_path", sample / "test.jsonl", "--tokenizer_path", tokenizer],
         *["--out", args.out_dir / "scorecard.md", "--json", figures],
     )
+    scores = json.loads(figures.read_text(encoding="utf-8"))
+    further: list[str] = []
+    if args.all:
+        model = SMOKE_MODEL if args.smoke else MODEL
+        made = Quickstart(python, args.out_dir, sample, tokenizer, model, ROWS, args.smoke)
+        further = run_further_stages(made, scores)
     print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes of computing in this start.")
     below: list[str] = []
     if not args.smoke:
-        below = misses(json.loads(figures.read_text(encoding="utf-8")))
+        below = misses(scores) + further
         if below:
             print("Below the goals:\n  " + "\n  ".join(below), file=sys.stderr, flush=True)
         else:

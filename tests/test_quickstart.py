@@ -23,7 +23,7 @@ def finished(root, tmp_path_factory):
     if not (root / ".venv").is_dir():
         pytest.skip("needs the .venv that scripts/test.py makes")
     out = tmp_path_factory.mktemp("quickstart")
-    command = [sys.executable, root / "scripts" / "quickstart.py", "--smoke", "--out_dir", out]
+    command = [sys.executable, root / "scripts" / "quickstart.py", "--smoke", "--all", "--out_dir", out]
     printed = []
     for _ in range(2):
         done = subprocess.run(
@@ -43,6 +43,10 @@ def test_smoke_goes_all_the_way(finished):
     out, (first, _) = finished
     for title in "Pretraining", "Instruction tuning", "without pretraining", "Scores", "Chat with":
         assert title in first
+    table = (out / "stages.md").read_text(encoding="utf-8")
+    assert table in first
+    for stage in "pretrain", "full_sft", "dpo", "lora", "distillation":
+        assert f"| `train_{stage}.py` | " in table
     scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
     assert list(scores) == ["untrained", "pretrained only", "tuned only", "both stages"]
     card = (out / "scorecard.md").read_text(encoding="utf-8")
@@ -52,7 +56,7 @@ def test_smoke_goes_all_the_way(finished):
 def test_a_second_start_trains_nothing_again(finished):
     _, (first, second) = finished
     assert "this run is finished" not in first
-    assert second.count("this run is finished") == 3
+    assert second.count("this run is finished") == 8
     assert "A tokenizer for this world" not in second
 
 

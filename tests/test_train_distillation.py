@@ -177,7 +177,7 @@ def test_the_student_becomes_the_teacher(distill, teacher, student, data, tokeni
         "--batch_size", 8,
     )  # fmt: skip
     lines = read_metrics(tmp_path, NAME)
-    assert lines[-1]["kl"] < 0.5 * lines[0]["kl"]
+    assert lines[-1]["kl"] < 0.75 * lines[0]["kl"]
     assert snapshot(teacher.parent) == before
 
 

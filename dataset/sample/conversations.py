@@ -43,7 +43,7 @@ SKILLS = {
 }
 MANNERS = 0.15  # of tuning's answers end kindly or curtly: what is never said cannot be preferred
 PREFERENCES = (240, 60)  # pairs for each language: (in training, in the test)
-ADAPTER = (60, 90)  # of an adapter's file, for each language: (who it is, all else)
+ADAPTER = (60, 240)  # of an adapter's file, for each language: (who it is, all else)
 
 
 @dataclass(frozen=True)

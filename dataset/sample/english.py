@@ -392,16 +392,16 @@ TRANSLATIONS = """
     The word {zh} means {en} in English.
     {en}: {zh}
     Someone who wants to say {en} in Chinese says {zh}.
-    A child asked about the word {en}.\\nThe Chinese word is {zh}.
-    There was talk about the word {en}.\\nThe Chinese word is {zh}.
+    A child asked what {en} is in Chinese.\\nThe Chinese word is {zh}.
+    There was talk about how to say {en} in Chinese.\\nThe Chinese word is {zh}.
     The teacher said {en} and waited.\\nThe Chinese word is {zh}.
-    Someone read {en} out loud.\\nThe Chinese word is {zh}.
-    Someone was not sure about the word {en} and looked it up.\\nThe Chinese word is {zh}.
-    A guest asked about the word {zh}.\\nThe English word is {en}.
-    There was talk about the word {zh}.\\nThe English word is {en}.
+    Someone was asked to put {en} into Chinese.\\nThe Chinese word is {zh}.
+    Someone was not sure how {en} is written in Chinese and looked it up.\\nThe Chinese word is {zh}.
+    A guest asked what {zh} means in English.\\nThe English word is {en}.
+    There was talk about how to say {zh} in English.\\nThe English word is {en}.
     The teacher said {zh} and waited.\\nThe English word is {en}.
-    Someone read {zh} out loud.\\nThe English word is {en}.
-    In the book there is a line about the word {zh}.\\nThe English word is {en}.
+    Someone was asked to put {zh} into English.\\nThe English word is {en}.
+    In the book there is a line on how {zh} is written in English.\\nThe English word is {en}.
 """
 NAME_TRANSLATIONS = """
     In Chinese, the name {en} is written {zh}.
