@@ -45,6 +45,7 @@ from training import (
     Run,
     StopSignal,
     UserError,
+    add_chat_arguments,
     add_stage_arguments,
     autocast_dtype,
     check_context,
@@ -114,14 +115,7 @@ def parse_args() -> argparse.Namespace:
         metavar="TOP",
         help="ask the teacher once, and keep its likeliest tokens for each target beside the data",
     )
-    chat = parser.add_argument_group("conversations")
-    chat.add_argument("--max_turns", type=count, help="keep the last so many exchanges of each")
-    chat.add_argument(
-        "--loss_weighting",
-        choices=("token", "sample"),
-        default="token",
-        help="mean over all answers' tokens, or each answer alike, however long",
-    )
+    add_chat_arguments(parser)
     args = parser.parse_args()
     check_stage_arguments(args)
     return args

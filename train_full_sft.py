@@ -39,12 +39,12 @@ from training import (
     Distributed,
     Run,
     StopSignal,
+    add_chat_arguments,
     add_stage_arguments,
     autocast_dtype,
     check_identity,
     check_output,
     check_stage_arguments,
-    count,
     explain_out_of_memory,
     find_processes,
     find_resume,
@@ -85,14 +85,7 @@ def parse_args() -> argparse.Namespace:
         grad_clip=1.0,
         max_seq_len=512,
     )
-    chat = parser.add_argument_group("conversations")
-    chat.add_argument("--max_turns", type=count, help="keep the last so many exchanges of each")
-    chat.add_argument(
-        "--loss_weighting",
-        choices=("token", "sample"),
-        default="token",
-        help="mean over all answers' tokens, or each answer alike, however long",
-    )
+    add_chat_arguments(parser)
     args = parser.parse_args()
     check_stage_arguments(args)
     return args

@@ -43,6 +43,7 @@ from training import (
     Run,
     StopSignal,
     UserError,
+    add_chat_arguments,
     add_stage_arguments,
     autocast_dtype,
     check_identity,
@@ -116,14 +117,7 @@ def parse_args() -> argparse.Namespace:
         default=TARGETS,
         help="projections that it sits on, in every layer and every expert",
     )
-    chat = parser.add_argument_group("conversations")
-    chat.add_argument("--max_turns", type=count, help="keep the last so many exchanges of each")
-    chat.add_argument(
-        "--loss_weighting",
-        choices=("token", "sample"),
-        default="token",
-        help="mean over all answers' tokens, or each answer alike, however long",
-    )
+    add_chat_arguments(parser)
     args = parser.parse_args()
     check_stage_arguments(args)
     args.lora_target = [name for name in TARGETS if name in args.lora_target]

@@ -23,7 +23,14 @@ def finished(root, tmp_path_factory):
     if not (root / ".venv").is_dir():
         pytest.skip("needs the .venv that scripts/test.py makes")
     out = tmp_path_factory.mktemp("quickstart")
-    command = [sys.executable, root / "scripts" / "quickstart.py", "--smoke", "--all", "--out_dir", out]
+    command = [
+        sys.executable,
+        root / "scripts" / "quickstart.py",
+        "--smoke",
+        "--all",
+        "--out_dir",
+        out,
+    ]
     printed = []
     for _ in range(2):
         done = subprocess.run(

@@ -3,6 +3,7 @@
 from .arguments import (
     ROOT,
     UserError,
+    add_chat_arguments,
     add_stage_arguments,
     check_stage_arguments,
     count,
@@ -52,6 +53,7 @@ __all__ = [
     "Run",
     "StopSignal",
     "UserError",
+    "add_chat_arguments",
     "add_stage_arguments",
     "autocast_dtype",
     "average",

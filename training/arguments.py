@@ -294,6 +294,18 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
     output.add_argument("--wandb_project", default="MiniMind")
 
 
+def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that stages which learn from conversations share besides."""
+    chat = parser.add_argument_group("conversations")
+    chat.add_argument("--max_turns", type=count, help="keep the last so many exchanges of each")
+    chat.add_argument(
+        "--loss_weighting",
+        choices=("token", "sample"),
+        default="token",
+        help="mean over all answers' tokens, or each answer alike, however long",
+    )
+
+
 def check_stage_arguments(args: argparse.Namespace) -> None:
     """Fill in the defaults that depend on other flags; refuse flags that contradict each other.
 
