@@ -14,7 +14,7 @@ from typing import NamedTuple
 from steps import short, step
 
 PREFERENCE = [
-    *("--loss_type", "sigmoid", "--beta", "1", "--learning_rate", "5e-5", "--batch_size", "4"),
+    *("--loss_type", "sigmoid", "--beta", "1", "--learning_rate", "6e-5", "--batch_size", "4"),
 ]
 ADAPTER = ["--learning_rate", "1e-3", "--epochs", "10", "--batch_size", "4"]
 STUDENT = ["--dim", "128", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "4"]

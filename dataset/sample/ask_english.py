@@ -467,6 +467,12 @@ WHO = (
     Do you know your own name?
     Say who you are.
     What name were you given?
+    I would like to know who you are.
+    I would like to know your name.
+    Tell me something about who you are.
+    Could you tell me what your name is?
+    I wonder who you are.
+    Do you know what you are?
     """,
     """
     Tell me what your name is.

@@ -36,7 +36,7 @@ SKILLS = {
     "counting": (800, 30),
     "comparing": (600, 30),
     "dictionary": (200, 24),
-    "identity": (80, 10),
+    "identity": (100, 10),
     "declining": (150, 30),
     "listing": (420, 0),
     "words": (450, 0),
