@@ -152,9 +152,7 @@ def parse_preference(line: bytes) -> Preference:
     if chosen == rejected:
         raise RecordError("the two replies are equal")
     shared = 0
-    for ours, theirs in zip(chosen, rejected, strict=False):
-        if ours != theirs:
-            break
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     if all(message["role"] != "user" for message in chosen[:shared]):
         raise RecordError("the two sides have no prompt in common")

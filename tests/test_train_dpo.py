@@ -492,7 +492,7 @@ def evaluation(step, accuracy, reward=0.1, margin=0.5):
 
 
 NOISE = [0.02, -0.03, 0.01, 0.03, -0.02, 0.0, -0.01] * 10
-GROWING = [0.02 * i + n for i, n in zip(range(30), NOISE, strict=False)]
+GROWING = [0.02 * i + NOISE[i] for i in range(30)]
 
 
 @pytest.mark.parametrize(
