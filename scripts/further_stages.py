@@ -7,7 +7,8 @@ from __future__ import annotations  # an old Python must get as far as `require_
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,8 @@ ADAPTER = ["--learning_rate", "1e-3", "--epochs", "10", "--batch_size", "4"]
 STUDENT = ["--dim", "128", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "4"]
 SMOKE_STUDENT = ["--dim", "32", "--n_layers", "1", "--n_heads", "2", "--n_kv_heads", "2"]
 STUDENT_TEXTS = ["--batch_size", "4", "--learning_rate", "3e-3", "--epochs", "1"]
-STUDENT_CHATS = ["--batch_size", "4", "--learning_rate", "1e-3", "--epochs", "4"]
+STUDENT_CHATS = ["--batch_size", "4", "--learning_rate", "1e-3", "--epochs", "8"]
+STUDENT_LINES = 2000  # of the conversations: with all of them a teacher has little to add
 
 # What the stages must reach, as shares.
 ACCURACY, STYLE, IDENTITY, FALL = 0.90, 0.80, 0.95, 0.03
@@ -60,13 +62,13 @@ class Quickstart:
     rows: list[str]
     smoke: bool
 
-    def weights(self, stage: str, model: list[str] | None = None) -> Path:
-        """A stage's weights, of the model's width or another's."""
-        return self.out_dir / f"{stage}_{(model or self.model)[1]}.pth"
+    def weights(self, stage: str) -> Path:
+        """A stage's weights."""
+        return self.out_dir / f"{stage}_{self.model[1]}.pth"
 
-    def train(self, title: str, script: str, model: list[str], *words: str | Path) -> None:
-        """Train, or go on; `words` come after the flags that all stages share."""
-        same = ["--tokenizer_path", self.tokenizer, *model, *self.rows, "--resume"]
+    def train(self, title: str, script: str, *words: str | Path) -> None:
+        """Train, or go on; flags that all stages share come after the `words`."""
+        same = ["--tokenizer_path", self.tokenizer, *self.model, *self.rows, "--resume"]
         epochs = ["--epochs", "1"] if self.smoke else []
         step(title, self.python, script, *words, *same, "--out_dir", self.out_dir, *epochs)
 
@@ -115,7 +117,6 @@ def run_preference(start: Quickstart, world: float) -> tuple[list[Measure], list
     start.train(
         "Preference: kind answers rather than curt or plain ones",
         "train_dpo.py",
-        start.model,
         *["--data_path", start.sample / "dpo.jsonl"],
         *["--val_data_path", start.sample / "dpo_test.jsonl", *PREFERENCE],
     )
@@ -149,7 +150,6 @@ def run_adapter(start: Quickstart) -> tuple[list[Measure], list[str]]:
     start.train(
         "An adapter: another self",
         "train_lora.py",
-        start.model,
         *["--data_path", start.sample / "lora.jsonl"],
         *["--val_data_path", start.sample / "lora_test.jsonl", *ADAPTER],
     )
@@ -179,31 +179,26 @@ def run_adapter(start: Quickstart) -> tuple[list[Measure], list[str]]:
 
 def run_distillation(start: Quickstart) -> tuple[list[Measure], list[str]]:
     """Teach a smaller model, beside the same one without a teacher; as `run_preference`."""
-    student = SMOKE_STUDENT if start.smoke else STUDENT
-    texts, chats = start.sample / "pretrain.jsonl", start.sample / "sft.jsonl"
-    start.train(
-        "A smaller model, pretrained",
-        "train_pretrain.py",
-        student,
-        *["--data_path", texts, *STUDENT_TEXTS],
-    )
-    start.train(
-        "It learns to answer by itself",
-        "train_full_sft.py",
-        student,
-        *["--data_path", chats, *STUDENT_CHATS],
-    )
-    start.train(
-        "It learns to answer from the larger one",
-        "train_distillation.py",
-        student,
-        *["--teacher_weight", start.weights("full_sft"), "--data_path", chats, *STUDENT_CHATS],
-    )
-    alone, taught = (start.weights(stage, student) for stage in ("full_sft", "distill"))
+    # In a folder of its own: --resume asks about runs of another shape beside it.
+    model = SMOKE_STUDENT if start.smoke else STUDENT
+    student = replace(start, model=model, out_dir=start.out_dir / "student")
+    words = ["--data_path", start.sample / "pretrain.jsonl", *STUDENT_TEXTS]
+    student.train("A smaller model, pretrained", "train_pretrain.py", *words)
+    chats = student.out_dir / "chats.jsonl"
+    with (start.sample / "sft.jsonl").open(encoding="utf-8", newline="") as file:
+        beginning = "".join(islice(file, STUDENT_LINES))
+    if not chats.is_file() or chats.read_bytes() != beginning.encode("utf-8"):
+        chats.write_text(beginning, encoding="utf-8", newline="")
+    words = ["--data_path", chats, *STUDENT_CHATS]
+    student.train("It learns to answer by itself", "train_full_sft.py", *words)
+    words += ["--teacher_weight", start.weights("full_sft")]
+    title = "It learns to answer from the larger one"
+    student.train(title, "train_distillation.py", *words)
+    alone, taught = student.weights("full_sft"), student.weights("distill")
     scores = start.score("What both know", "test.jsonl", alone=alone, taught=taught)
     right = (scores["alone"]["overall"], scores["taught"]["overall"])
     measured = "right answers of a smaller model, alone and taught"
-    minutes = start.minutes(taught.stem)
+    minutes = student.minutes(taught.stem)
     table = [Measure("train_distillation.py", measured, *map(percent, right), minutes)]
     miss = f"taught: {percent(right[1])}, more than {percent(right[0])} wanted"
     return table, [] if right[1] > right[0] else [miss]
