@@ -29,7 +29,7 @@ from steps import short, step, typed
 SAMPLE = ROOT / "dataset" / "sample"
 FILES = ("pretrain.jsonl", "sft.jsonl", "test.jsonl")
 FURTHER = ("dpo.jsonl", "dpo_test.jsonl", "lora.jsonl", "lora_test.jsonl")
-SMOKE_LINES = 600  # of each file, with --smoke
+SMOKE_LINES, SMOKE_QUESTIONS = 600, 100  # of each file and each test, with --smoke
 
 VOCABULARY, SMOKE_VOCABULARY = 3200, 600  # a small world needs few words, and learns them faster
 MODEL = ["--dim", "256", "--n_layers", "2", "--n_heads", "8", "--n_kv_heads", "8"]
@@ -72,7 +72,8 @@ def cut_sample(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name in (*FILES, *FURTHER):
         with (SAMPLE / name).open(encoding="utf-8", newline="") as file:
-            beginning = "".join(islice(file, SMOKE_LINES))
+            lines = SMOKE_QUESTIONS if "test" in name else SMOKE_LINES
+            beginning = "".join(islice(file, lines))
         if not (folder / name).is_file() or (folder / name).read_bytes() != beginning.encode():
             (folder / name).write_text(beginning, encoding="utf-8", newline="")
     return folder
@@ -86,7 +87,7 @@ def keep_recipe(out_dir: Path, smoke: bool) -> None:
     versions = [(SAMPLE / f"{name}.version").read_text(encoding="utf-8") for name in FILES]
     settings = [VOCABULARY, MODEL, PRETRAINING, TUNING, EPOCHS, ROWS]
     if smoke:
-        settings = [SMOKE_VOCABULARY, SMOKE_MODEL, SMOKE_LINES, *settings]
+        settings = [SMOKE_VOCABULARY, SMOKE_MODEL, SMOKE_LINES, SMOKE_QUESTIONS, *settings]
     recipe = json.dumps([*settings, *versions])
     note = out_dir / "recipe.json"
     if not note.is_file() and not any(out_dir.iterdir()):

@@ -400,7 +400,7 @@ def everything(dataset):
 def test_tables_are_the_same_however_they_are_made(many, tmp_path, monkeypatch):
     at_once = SFTDataset(many, tokenizer, 60, loss_weighting="sample")
     monkeypatch.setattr(lm_dataset_module, "_CHUNK_TOKENS", 100)
-    monkeypatch.setattr(lm_dataset_module, "_CHUNK", 3)
+    monkeypatch.setattr(lm_dataset_module, "CHUNK", 3)
     piecewise = SFTDataset(many, tokenizer, 60, loss_weighting="sample", cache_dir=tmp_path)
     assert everything(piecewise) == everything(at_once)
     assert piecewise.counts == at_once.counts
