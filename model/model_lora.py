@@ -223,17 +223,24 @@ def weights_hash(model: MiniMindLM) -> str:
     return digest.hexdigest()
 
 
-def save_lora(model: MiniMindLM, file: Path | BinaryIO, dtype: torch.dtype = torch.float32) -> None:
+def save_lora(
+    model: MiniMindLM,
+    file: Path | BinaryIO,
+    dtype: torch.dtype = torch.float32,
+    base: str | None = None,
+) -> None:
     """Write the adapter in use: its matrices, its configuration, and which base it belongs to.
 
     Args:
         model: whose adapter.
         file: a path, or a file that is open for writing.
         dtype: of the saved matrices.
+        base: `weights_hash` of the base, where it is known already: a run saves often.
 
     Raises:
         ValueError: if no adapter is in use, or it is merged.
     """
+    _check_unmerged(model)
     layers = [(path, layer) for path, layer in adapted_layers(model) if layer.active]
     if not layers:
         raise ValueError("no adapter is in use")
@@ -246,7 +253,7 @@ def save_lora(model: MiniMindLM, file: Path | BinaryIO, dtype: torch.dtype = tor
             "dropout": lora.dropout.p,
             "target_modules": [target for target in TARGETS if target in sits_on],
         },
-        "base": weights_hash(model),
+        "base": base or weights_hash(model),
         "weights": {n: t.to("cpu", dtype) for n, t in lora_state(model).items()},
     }
     torch.save(contents, file)

@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 from interruptions import FLOAT32
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {path.name for path in ROOT.glob("train_*.py")}
@@ -41,6 +42,12 @@ def tokenizer_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tokenizer(tokenizer_dir) -> PreTrainedTokenizerBase:
+    """The tokenizer that ships with the project."""
+    return AutoTokenizer.from_pretrained(tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
 def sample_dir(tmp_path_factory) -> Path:
     """The sample world's files, written by the script that users call."""
     folder = tmp_path_factory.mktemp("sample")
@@ -55,6 +62,17 @@ def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """No plots, which take most of a small run's time; one thread for what fixtures run too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setitem(sys.modules, "matplotlib.figure", None)
+        yield
     torch.set_num_threads(threads)
 
 

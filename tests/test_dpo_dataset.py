@@ -6,7 +6,6 @@ from itertools import chain, pairwise
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from dataset import (
     DataError,
@@ -20,11 +19,6 @@ from dataset import (
 from dataset.records import RecordError
 
 SIDES = ("chosen", "rejected")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_dir):
-    return AutoTokenizer.from_pretrained(tokenizer_dir)
 
 
 def user(text):

@@ -3,13 +3,11 @@
 import errno
 import os
 import shutil
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
 from interruptions import (
     SHAPE,
     assert_same,
@@ -33,15 +31,7 @@ WHOLE = [
 WEIGHTS = 840_000  # bytes of the weights; a resume file has three times as many
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """No plots, which take most of a small run's time; one thread for what fixtures run too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setitem(sys.modules, "matplotlib.figure", None)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
 
 from dataset import PackedRows, PaddedRows, PretrainDataset, RowBatches, collate
 from dataset.packing import best_fit
 
 KEYS = ["input_ids", "targets", "loss_mask", "position_ids", "attention_mask"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_dir):
-    return AutoTokenizer.from_pretrained(tokenizer_dir)
 
 
 @pytest.fixture(scope="module")

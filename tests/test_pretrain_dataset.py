@@ -14,11 +14,6 @@ BOS, EOS = 1, 2
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tokenizer_dir):
-    return AutoTokenizer.from_pretrained(tokenizer_dir)
-
-
-@pytest.fixture(scope="module")
 def encode(tokenizer_dir):
     """Text to ids by the tokenizers library alone."""
     backend = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,15 +36,7 @@ WHOLE = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """No plots, which take most of a small run's time; one thread for what fixtures run too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setitem(sys.modules, "matplotlib.figure", None)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,7 @@ from interruptions import (
     snapshot,
 )
 from test_train_full_sft import chat, chats, scores, scores_by_hand, write_chats
-from tiny_models import llama_with_weights_of, randomised
-from transformers import AutoTokenizer
+from tiny_models import llama_with_weights_of, random_model
 
 import train_distillation
 from dataset import PackedRows, PaddedRows, SFTDataset, TeacherRows, collate_taught, tokenizer_hash
@@ -32,30 +31,12 @@ ROWS = [*SHAPE, "--max_seq_len", 96]
 TEACHER = {"dim": 48, "n_layers": 2}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """No plots, which take most of a small run's time; one thread for what fixtures run too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setitem(sys.modules, "matplotlib.figure", None)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
 def distill(run):
     return functools.partial(run, *ROWS, script="train_distillation.py")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_dir):
-    return AutoTokenizer.from_pretrained(tokenizer_dir)
-
-
-def random_model(seed, **shape):
-    torch.manual_seed(seed)
-    return randomised(MiniMindLM(LMConfig(**shape)))
 
 
 def save(model, path, tokenizer, stage="pretrain"):
@@ -74,7 +55,7 @@ def teacher(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="module")
 def student(tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("student") / "pretrain_32.pth"
-    return save(random_model(0, dim=32, n_layers=1), path, tokenizer)
+    return save(random_model(), path, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +353,7 @@ def test_what_may_not_change_is_named(distill, whole, unbroken, tokenizer, tmp_p
 
 def test_a_mixture_of_experts_teaches_and_learns(distill, student, data, tokenizer, tmp_path):
     moe = save(
-        random_model(3, dim=32, n_layers=1, use_moe=True),
+        random_model(3, use_moe=True),
         tmp_path / "pretrain_32_moe.pth",
         tokenizer,
     )

@@ -22,14 +22,14 @@ from interruptions import (
     result,
     snapshot,
 )
-from tiny_models import as_llama, gradients, llama_with_weights_of, randomised
+from tiny_models import as_llama, gradients, llama_with_weights_of, random_model, save_tuned
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 import train_dpo
-from dataset import DPODataset, PairRows, collate_pairs, tokenizer_hash
+from dataset import DPODataset, PairRows, collate_pairs
 from model import LMConfig, MiniMindLM
-from training import Run, save_weights
+from training import Run
 from training.report import read_curves
 
 NAME = "dpo_32"
@@ -37,16 +37,7 @@ ROWS = [*SHAPE, "--max_seq_len", 96]
 LOSSES = {"sigmoid_norm": 0.5, "sigmoid": 0.1, "ipo": 0.1}  # with the default betas
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """No plots, which take most of a small run's time; one thread for what fixtures run too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setitem(sys.modules, "matplotlib.figure", None)
-        patches.setenv("HF_HUB_OFFLINE", "1")
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
@@ -55,25 +46,9 @@ def prefer(run):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tokenizer_dir):
-    return AutoTokenizer.from_pretrained(tokenizer_dir)
-
-
-def random_model(seed, **shape):
-    torch.manual_seed(seed)
-    return randomised(MiniMindLM(LMConfig(dim=32, n_layers=1, **shape)))
-
-
-def save(model, folder, tokenizer, name="full_sft_32"):
-    path = folder / f"{name}.pth"
-    save_weights(path, model, model.config, "full_sft", tokenizer_hash(tokenizer))
-    return path
-
-
-@pytest.fixture(scope="module")
 def tuned(tmp_path_factory, tokenizer):
     """full_sft_32.pth, as the second stage leaves it, in a folder of its own."""
-    return save(random_model(0), tmp_path_factory.mktemp("tuned"), tokenizer)
+    return save_tuned(random_model(0), tmp_path_factory.mktemp("tuned"), tokenizer)
 
 
 def pairs(count):
@@ -303,7 +278,7 @@ def test_one_gradient_however_it_is_split(prefer, tuned, data, tokenizer, tmp_pa
     """As 1 process × 8, 1 × 2 × 4 and, dense, 2 × 2 × 2; 21 pairs, so that some rows are empty."""
     words, start = ["--from_weight", tuned], tuned
     if moe:
-        start = save(random_model(0, use_moe=True), tmp_path, tokenizer, "full_sft_32_moe")
+        start = save_tuned(random_model(0, use_moe=True), tmp_path, tokenizer, "full_sft_32_moe")
         words = ["--from_weight", start, "--use_moe"]
     name = f"{NAME}_moe" if moe else NAME
     results = []
@@ -401,7 +376,7 @@ def test_the_reference_is_scored_once(prefer, tuned, tokenizer, data, tmp_path):
     assert scored("--from_weight", tuned) == ["17", "4"]
     same = ["--loss_type", "ipo", "--beta", 0.2, "--learning_rate", 1e-4, "--epochs", 2]
     assert scored("--from_weight", tuned, *same) == []
-    other = save(random_model(5), tmp_path, tokenizer)
+    other = save_tuned(random_model(5), tmp_path, tokenizer)
     assert scored("--from_weight", other) == ["17", "4"]
     assert scored("--from_weight", tuned, "--val_ratio", 0.5) == ["11", "10"]
 
@@ -466,7 +441,7 @@ def test_missing_weights_are_named(prefer, data, tmp_path):
 )
 def test_what_may_not_change_is_named(prefer, whole, unbroken, tokenizer, tmp_path, words, blamed):
     if words[0] == "--from_weight":
-        words = ["--from_weight", save(random_model(7), tmp_path, tokenizer)]
+        words = ["--from_weight", save_tuned(random_model(7), tmp_path, tokenizer)]
     before = snapshot(unbroken)
     done = prefer(*whole, "--out_dir", unbroken, "--resume", *words, code=2)
     assert done.stderr.startswith(f"train_dpo.py: error: {blamed}")

@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from interruptions import (
     snapshot,
 )
 from tiny_models import llama_with_weights_of, randomised
-from transformers import AutoTokenizer
 
 from dataset import tokenizer_hash
 from model import LMConfig, MiniMindLM
@@ -30,25 +28,12 @@ ROWS = [*SHAPE, "--max_seq_len", 96]
 WORDS = ["red", "green", "blue", "一座山", "河流", "stone", "云"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """No plots, which take most of a small run's time; one thread for what fixtures run too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setitem(sys.modules, "matplotlib.figure", None)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
 def tune(run):
     return functools.partial(run, *ROWS, script="train_full_sft.py")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_dir):
-    return AutoTokenizer.from_pretrained(tokenizer_dir)
 
 
 @pytest.fixture(scope="module")

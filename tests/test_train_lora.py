@@ -3,7 +3,6 @@
 import functools
 import json
 import re
-import sys
 
 import pytest
 import torch
@@ -19,27 +18,17 @@ from interruptions import (
 from interruptions import result as whole_result
 from test_lora import peft_layout, peft_twin
 from test_train_full_sft import all_answers, chat, chats, write_chats
-from tiny_models import randomised
-from transformers import AutoTokenizer
+from tiny_models import random_model, save_tuned
 
-from dataset import tokenizer_hash
 from model import LMConfig, MiniMindLM, apply_lora, load_lora
 from model.model_lora import TARGETS, lora_state
-from training import Run, save_weights
+from training import Run
 
 NAME = "identity_32"
 ROWS = [*SHAPE, "--max_seq_len", 96]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """No plots, which take most of a small run's time; one thread for what fixtures run too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setitem(sys.modules, "matplotlib.figure", None)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +37,8 @@ def adapt(run):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tokenizer_dir):
-    return AutoTokenizer.from_pretrained(tokenizer_dir)
-
-
-def random_model(seed=0, **shape):
-    torch.manual_seed(seed)
-    return randomised(MiniMindLM(LMConfig(dim=32, n_layers=1, **shape)))
-
-
-def save(model, folder, tokenizer, name="full_sft_32"):
-    path = folder / f"{name}.pth"
-    save_weights(path, model, model.config, "full_sft", tokenizer_hash(tokenizer))
-    return path
-
-
-@pytest.fixture(scope="module")
 def tuned(tmp_path_factory, tokenizer):
-    return save(random_model(), tmp_path_factory.mktemp("tuned"), tokenizer)
+    return save_tuned(random_model(), tmp_path_factory.mktemp("tuned"), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +101,7 @@ def test_only_the_adapter_is_trained_and_saved(adapt, data, tokenizer, tmp_path,
     """The base keeps every bit, in its file and in the run; the optimizer knows no more either."""
     name = f"{NAME}_moe" if moe else NAME
     words = ["--use_moe"] if moe else []
-    start = save(random_model(use_moe=moe), tmp_path, tokenizer, f"full_sft_32{'_moe' * moe}")
+    start = save_tuned(random_model(use_moe=moe), tmp_path, tokenizer, f"full_sft_32{'_moe' * moe}")
     before = snapshot(tmp_path)
     done = adapt("--data_path", data, "--out_dir", tmp_path, *words, "--learning_rate", 1e-2)
     assert {path: bytes_ for path, bytes_ in snapshot(tmp_path).items() if path in before} == before
@@ -166,7 +139,7 @@ def test_one_gradient_however_it_is_split(adapt, data, tokenizer, tmp_path, moe)
     """As 1 process × 8, 1 × 2 × 4 and, dense, 2 × 2 × 2; 21 rows."""
     words = ["--use_moe"] if moe else []
     name = f"{NAME}_moe" if moe else NAME
-    start = save(random_model(use_moe=moe), tmp_path, tokenizer, f"full_sft_32{'_moe' * moe}")
+    start = save_tuned(random_model(use_moe=moe), tmp_path, tokenizer, f"full_sft_32{'_moe' * moe}")
     results = []
     for processes, batch, accumulation in [(1, 8, 1), (1, 2, 4), (2, 2, 2)][: 2 if moe else 3]:
         out = tmp_path / f"{processes}x{batch}"
@@ -235,7 +208,7 @@ def test_killed_and_resumed_is_as_not_killed(adapt, whole, unbroken, tmp_path):
 )
 def test_what_may_not_change_is_named(adapt, whole, unbroken, tokenizer, tmp_path, words, blamed):
     if words[0] == "--from_weight":
-        words = ["--from_weight", save(random_model(7), tmp_path, tokenizer)]
+        words = ["--from_weight", save_tuned(random_model(7), tmp_path, tokenizer)]
     before = snapshot(unbroken)
     done = adapt(*whole, "--out_dir", unbroken, "--resume", *words, code=2)
     assert done.stderr.startswith(f"train_lora.py: error: {blamed}")
@@ -271,7 +244,7 @@ def test_the_best_adapter_is_the_one_that_is_tested(adapt, whole, tokenizer, tmp
 
 def test_chat_with_and_without_the_adapter(adapt, run, data, tokenizer, tmp_path):
     """Without it, the answers are the base's of before."""
-    save(random_model(), tmp_path, tokenizer)
+    save_tuned(random_model(), tmp_path, tokenizer)
     ask = ["--dim", 32, "--out_dir", tmp_path, "--prompt", "Who?", "--temperature", 0]
     ask += ["--max_new_tokens", 12]
     talk = functools.partial(run, *ask, script="eval_model.py")
@@ -286,7 +259,7 @@ def test_chat_with_and_without_the_adapter(adapt, run, data, tokenizer, tmp_path
         error
         == f"eval_model.py: error: --lora_name nobody: no file {tmp_path}/lora/nobody_32.pth\n"
     )
-    save(random_model(1), tmp_path, tokenizer)
+    save_tuned(random_model(1), tmp_path, tokenizer)
     error = talk("--lora_name", "identity", code=2).stderr
     assert error.startswith(
         f"eval_model.py: error: {tmp_path}/lora/{NAME}.pth: an adapter of another base"
@@ -295,7 +268,7 @@ def test_chat_with_and_without_the_adapter(adapt, run, data, tokenizer, tmp_path
 
 def test_an_adapter_is_scored_on_its_base(adapt, run, data, tokenizer, tmp_path, sample_dir):
     """It learns one answer by heart, which the test counts; its base never says that."""
-    base = save(random_model(), tmp_path, tokenizer)
+    base = save_tuned(random_model(), tmp_path, tokenizer)
     taught = [chat(f"{i}", "I am Pip") for i in range(4)]
     path = write_chats(tmp_path / "train.jsonl", taught)
     adapt(

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer
 
 from dataset import PretrainDataset
 from model import LMConfig, MiniMindLM
@@ -26,11 +25,6 @@ def no_matplotlib():
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(sys.modules, "matplotlib.figure", None)
         yield
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_dir):
-    return AutoTokenizer.from_pretrained(tokenizer_dir)
 
 
 def write_lines(path, texts):

@@ -1,11 +1,15 @@
 """Small models, and the same weights in transformers' layout, for several test files."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from dataset import tokenizer_hash
 from model import LMConfig, MiniMindLM
+from training import save_weights
 
 TINY = {
     "dim": 32,
@@ -31,6 +35,24 @@ def tiny(**overrides) -> MiniMindLM:
     """A small model, the same one for the same fields, in eval mode."""
     torch.manual_seed(0)
     return randomised(MiniMindLM(LMConfig(**{**TINY, **overrides}))).eval()
+
+
+def random_model(seed: int = 0, **shape) -> MiniMindLM:
+    """A model for the shipped tokenizer, by default as small as the runs of the tests take."""
+    torch.manual_seed(seed)
+    return randomised(MiniMindLM(LMConfig(**{"dim": 32, "n_layers": 1, **shape})))
+
+
+def save_tuned(
+    model: MiniMindLM,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str = "full_sft_32",
+) -> Path:
+    """Write a model as the second stage leaves it."""
+    path = folder / f"{name}.pth"
+    save_weights(path, model, model.config, "full_sft", tokenizer_hash(tokenizer))
+    return path
 
 
 def random_ids(*shape: int, seed: int = 1) -> Tensor:

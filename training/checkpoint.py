@@ -129,14 +129,14 @@ def load_trained_state(model: MiniMindLM, state: dict[str, torch.Tensor]) -> Non
         model.load_state_dict(state)
 
 
-def save_adapter(path: Path, model: MiniMindLM, dtype: torch.dtype = torch.float32) -> None:
-    """Write `path`, as `save_lora` fills it; dtype of the saved matrices.
+def save_adapter(path: Path, model: MiniMindLM, dtype: torch.dtype, base: str) -> None:
+    """Write `path`, as `save_lora` fills it.
 
     Raises:
         SaveError: as `save_weights`.
     """
     with report_save_errors(path):
-        write_atomically(path, lambda file: save_lora(model, file, dtype))
+        write_atomically(path, lambda file: save_lora(model, file, dtype, base))
 
 
 def load_adapter(path: Path, model: MiniMindLM, name: str = "default") -> None:

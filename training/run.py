@@ -407,7 +407,7 @@ class Run:
     def _save_weights(self, path: Path) -> None:
         dtype = getattr(torch, self.args.save_dtype)
         if active_lora(self.network):
-            save_adapter(path, self.network, dtype)
+            save_adapter(path, self.network, dtype, self.identity["--from_weight"])
             return
         save_weights(
             path, self.network, self.network.config, self.stage, self.tokenizer_hash, dtype
