@@ -130,7 +130,6 @@ class ChatEncoder:
     """
 
     weighted = True
-    documents_per_line = 1
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = TextTokenizer(tokenizer)
@@ -161,7 +160,8 @@ class ChatEncoder:
         Raises RecordError.
         """
         pieces = self.check_control(render_chat(*parse_chat(line)))
-        return pieces, self.learnt_bytes(pieces)
+        learnt = [p.text for p in pieces if p.weight > 0 and not p.is_control]
+        return pieces, sum(len(text.encode("utf-8")) for text in learnt)
 
     def check_control(self, pieces: list[Piece]) -> list[Piece]:
         """The same pieces. Raises RecordError if they need a token that the tokenizer lacks."""
@@ -169,12 +169,6 @@ class ChatEncoder:
             if piece.is_control and piece.text not in self._control:
                 raise RecordError(f"needs the control token {piece.text}; this tokenizer has none")
         return pieces
-
-    @staticmethod
-    def learnt_bytes(pieces: Sequence[Piece]) -> int:
-        """The UTF-8 bytes of text that are targets."""
-        learnt = [p.text for p in pieces if p.weight > 0 and not p.is_control]
-        return sum(len(text.encode("utf-8")) for text in learnt)
 
     def encode(self, records: Sequence[Sequence[Piece]]) -> Encoded:
         """Ids and weights of conversations, each the pieces that `render_chat` gives."""

@@ -36,7 +36,6 @@ class TextEncoder:
     """`{"text"}` lines to documents `<s>` text `</s>`."""
 
     weighted = False
-    documents_per_line = 1
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = TextTokenizer(tokenizer)

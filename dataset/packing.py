@@ -267,7 +267,7 @@ def make_loader(
     """A DataLoader of one process's micro-batches of one epoch.
 
     Args:
-        rows: PackedRows, PaddedRows or PairRows.
+        rows: rows of any kind.
         batch_size, seed, epoch, rank, world_size, start, shuffle, lengths: as for `RowBatches`.
         collate_fn: makes a batch of rows.
         num_workers: processes that read ahead; None: 2 for a GPU, else none.

@@ -25,14 +25,12 @@ class PreferenceEncoder(ChatEncoder):
     The targets are the assistant's tokens after the messages that both share.
     """
 
-    documents_per_line = 2
-
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer)
         self.key = f"preference {self.key}"
 
     def parse(self, line: bytes) -> tuple[tuple[list[Piece], list[Piece]], int]:
-        """The pieces of both conversations, and the UTF-8 bytes of text that are targets.
+        """The pieces of both conversations; no text is counted, as no score is by its bytes.
 
         Raises RecordError.
         """
@@ -41,7 +39,7 @@ class PreferenceEncoder(ChatEncoder):
         for messages in (pair.chosen, pair.rejected):
             scored = [{**m, "weight": float(i >= pair.shared)} for i, m in enumerate(messages)]
             sides.append(self.check_control(render_chat(scored, pair.tools)))
-        return tuple(sides), sum(map(self.learnt_bytes, sides))
+        return tuple(sides), 0
 
     def encode(self, records: Sequence[Sequence[Sequence[Piece]]]) -> Encoded:
         """Ids and weights of the conversations, two for each record."""
@@ -169,37 +167,46 @@ class PairRows(Dataset):
 
     Attributes:
         dataset: the pairs.
+        lengths: (pairs,) positions of the longer side, int64.
     """
 
     def __init__(self, dataset: DPODataset) -> None:
         self.dataset = dataset
+        self.lengths = dataset.lengths()
         self._reference: ArrayFolder | None = None
 
-    def use_reference(self, key: str, logps: np.ndarray | None = None) -> bool:
-        """Use what a reference gives the replies from now on.
+    def use_reference(self, key: str) -> bool:
+        """Use what is kept of a reference from now on.
 
         Args:
             key: names the reference; fit for a file name.
-            logps: (pairs, 2) summed log-probabilities of chosen and rejected replies, to be kept
-                beside the data; None for those that are kept there already.
 
         Returns:
-            Whether there are any.
+            Whether anything is.
+        """
+        self._reference = self.dataset.store.find_derived(self._name(key))
+        return self._reference is not None
+
+    def keep_reference(self, key: str, logps: np.ndarray) -> None:
+        """Keep what a reference gives the replies beside the data, and use it.
+
+        Args:
+            key: as for `use_reference`.
+            logps: (pairs, 2) summed log-probabilities of chosen and rejected replies.
 
         Raises:
-            DataError: if they cannot be written.
+            DataError: if it cannot be written.
         """
-        name = f"reference_{key}_{self.dataset.items_key}"
-        if logps is None and not self.dataset.store.has_derived(name):
-            return False
 
         def write(folder: Path) -> dict[str, Any]:
             with ArrayWriter(folder, logps=LOGP_DTYPE) as writer:
                 writer.append("logps", logps.flatten())
             return {"arrays": writer.description()}
 
-        self._reference = self.dataset.store.derived(name, write)
-        return True
+        self._reference = self.dataset.store.derived(self._name(key), write)
+
+    def _name(self, key: str) -> str:
+        return f"reference_{key}_{self.dataset.items_key}"
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -219,7 +226,7 @@ class PairRows(Dataset):
     @property
     def fill(self) -> float:
         """The share of real tokens if each side were padded to the longer one of its pair."""
-        return self.dataset.n_positions / (2 * int(self.dataset.lengths().sum()))
+        return self.dataset.n_positions / (2 * int(self.lengths.sum()))
 
 
 def collate_pairs(pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

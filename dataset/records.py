@@ -128,26 +128,25 @@ def parse_preference(line: bytes) -> Preference:
         {"prompt": …, "chosen": …, "rejected": …}           strings, messages or arrays of them
         {"conversations": [messages], "chosen": …, "rejected": …}   as ShareGPT; or "messages"
 
-    Messages are as for `parse_chat`, and "system" and "tools" may stand beside them.
+    Messages are as for `parse_chat`, and "system" and "tools" may stand beside them. A prompt that
+    both sides repeat counts once.
     """
     record = _parse_object(line)
-    prompt = []
-    for name in ("prompt", "conversations", "messages"):
-        if record.get(name) is not None:
-            prompt = _as_messages(record[name], "user", f'"{name}"')
-            break
-    if record.get("system"):
-        content = _check_string(record["system"], '"system"')
-        prompt = [{"role": "system", "content": content}, *prompt]
+    given = {}
+    for side in ("chosen", "rejected"):
+        if side not in record:
+            raise RecordError(f'"{side}" is missing')
+        given[side] = _as_messages(record[side], "assistant", f'"{side}"')
+    prompt = _parse_prompt(record, list(given.values()))
     sides = {}
-    for name in ("chosen", "rejected"):
-        if name not in record:
-            raise RecordError(f'"{name}" is missing')
-        messages = [*prompt, *_as_messages(record[name], "assistant", f'"{name}"')]
+    for side, messages in given.items():
         try:
-            sides[name] = _parse_messages(messages, f'"{name}"')
+            parsed = _add_system(record, _parse_messages([*prompt, *messages], ""))
         except RecordError as error:
-            raise RecordError(f'"{name}": {error}') from None
+            raise RecordError(f'"{side}": {error}') from None
+        for message in parsed:
+            message.pop("weight", None)  # whatever a message weighs, both replies count alike
+        sides[side] = parsed
     chosen, rejected = sides.values()
     if chosen == rejected:
         raise RecordError("the two replies are equal")
@@ -165,6 +164,22 @@ def parse_preference(line: bytes) -> Preference:
         if not any(_says_something(message) for message in reply):
             raise RecordError(f'"{name}": the reply is empty')
     return Preference(chosen, rejected, shared, _parse_tools(record.get("tools")))
+
+
+def _parse_prompt(record: dict[str, Any], sides: list[list[Any]]) -> list[Any]:
+    """The messages that stand before both sides; none where these are whole conversations."""
+    whole = all(side and _begins_a_conversation(side[0]) for side in sides)
+    for name in ("prompt", "conversations", "messages"):
+        if record.get(name) is None:
+            continue
+        prompt = _as_messages(record[name], "user", f'"{name}"')
+        repeated = all(side[: len(prompt)] == prompt for side in sides)
+        return [] if whole and (repeated or name != "prompt") else prompt
+    return []
+
+
+def _begins_a_conversation(message: Any) -> bool:
+    return isinstance(message, dict) and _ROLES.get(_role_name(message)) in ("system", "user")
 
 
 def _as_messages(value: Any, role: str, name: str) -> list[Any]:
@@ -204,13 +219,19 @@ def parse_chat(line: bytes) -> Conversation:
         if "instruction" not in record:
             raise RecordError('no "conversations", "messages" or "instruction"')
         messages = _parse_messages(_alpaca_messages(record), "")
-    if record.get("system"):
-        content = _check_string(record["system"], '"system"')
-        if messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": content})
-        elif messages[0]["content"] != content:
-            raise RecordError('"system" and the system message differ')
-    return Conversation(messages, _parse_tools(record.get("tools")))
+    return Conversation(_add_system(record, messages), _parse_tools(record.get("tools")))
+
+
+def _add_system(record: dict[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages after the record's own "system", if there is one that they do not begin with."""
+    if not record.get("system"):
+        return messages
+    content = _check_string(record["system"], '"system"')
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": content}, *messages]
+    if messages[0]["content"] != content:
+        raise RecordError('"system" and the system message differ')
+    return messages
 
 
 def _alpaca_messages(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -61,20 +61,18 @@ class Encoder(Protocol):
     """How the lines of a file become ids.
 
     `key` tells apart everything that changes the ids: kind of record, options, tokenizer.
-    `dtype` is that of the ids; `weighted` says whether `encode` gives weights. A line becomes
-    `documents_per_line` documents, whose text is counted with each.
+    `dtype` is that of the ids; `weighted` says whether `encode` gives weights.
     """
 
     key: str
     dtype: np.dtype
     weighted: bool
-    documents_per_line: int
 
     def parse(self, line: bytes) -> tuple[Any, int]:
         """What `encode` takes, and the UTF-8 bytes of text in it. Raises RecordError."""
 
     def encode(self, records: Sequence[Any]) -> Encoded:
-        """The documents of each record in turn, of at least two ids each."""
+        """The documents of each record in turn, as many of each, of at least two ids."""
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -369,9 +367,10 @@ class TokenStore:
         """A table made from this store by `build` (see `build_once`), kept inside it."""
         return build_once(self._files.folder / name, build)
 
-    def has_derived(self, name: str) -> bool:
-        """Whether that table is there already."""
-        return _is_complete(self._files.folder / name)
+    def find_derived(self, name: str) -> ArrayFolder | None:
+        """That table if it is there already."""
+        folder = self._files.folder / name
+        return ArrayFolder(folder) if _is_complete(folder) else None
 
 
 def _store_key(path: Path, encoder: Encoder) -> str:
@@ -412,8 +411,9 @@ def _build_store(path: Path, encoder: Encoder, batch_bytes: int, folder: Path) -
             content.update(offsets)
             writer.append("ids", encoded.ids)
             writer.append("offsets", offsets)
-            writer.append("lines", np.repeat(batch.lines, encoder.documents_per_line))
-            writer.append("bytes", np.repeat(batch.text_bytes, encoder.documents_per_line))
+            each = len(encoded.lengths) // max(1, len(batch.records))
+            writer.append("lines", np.repeat(batch.lines, each))
+            writer.append("bytes", np.repeat(batch.text_bytes, each))
             if encoder.weighted:
                 content.update(encoded.weights)
                 writer.append("weights", encoded.weights)

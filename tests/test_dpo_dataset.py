@@ -92,6 +92,26 @@ GOOD, BAD = assistant("21, 很高兴。"), assistant("Don't ask.")
         ({"prompt": PROMPT, "chosen": GOOD, "rejected": BAD["content"]}, PROMPT),
         ({"prompt": "17+4?", "chosen": GOOD["content"], "rejected": [BAD]}, [user("17+4?")]),
         (
+            {"prompt": "17+4?", "chosen": [PROMPT[3], GOOD], "rejected": [PROMPT[3], BAD]},
+            PROMPT[3:],
+        ),
+        (
+            {
+                "messages": [*PROMPT, GOOD],
+                "chosen": [*PROMPT, GOOD],
+                "rejected": [*PROMPT, BAD],
+            },
+            PROMPT,
+        ),
+        (
+            {
+                "system": PROMPT[0]["content"],
+                "chosen": [*PROMPT, GOOD],
+                "rejected": [*PROMPT, BAD],
+            },
+            PROMPT,
+        ),
+        (
             {
                 "system": PROMPT[0]["content"],
                 "conversations": [{"from": "human", "value": "17+4?"}],
@@ -101,7 +121,10 @@ GOOD, BAD = assistant("21, 很高兴。"), assistant("Don't ask.")
             [PROMPT[0], PROMPT[3]],
         ),
     ],
-    ids=["whole", "messages", "mixed", "strings", "sharegpt"],
+    ids=[
+        *("whole", "messages", "mixed", "strings", "prompt repeated", "conversation beside"),
+        *("system repeated", "sharegpt"),
+    ],
 )
 def test_every_shape_scores_the_reply_alone(open_pairs, tokenizer, record, shared):
     dataset = open_pairs([record])
@@ -124,9 +147,10 @@ def test_what_both_sides_share_is_context_and_what_others_say_is_too(open_pairs,
     assert dataset.lengths().tolist() == [max(lengths)]
 
 
-def test_the_weight_of_a_message_is_not_that_of_its_side(open_pairs, tokenizer):
-    reply = {**GOOD, "weight": 0}
-    dataset = open_pairs([{"prompt": PROMPT, "chosen": [reply], "rejected": [BAD]}])
+def test_what_a_message_weighs_changes_no_pair(open_pairs, tokenizer):
+    """Neither what is scored of it, nor what both sides share."""
+    reply, weighing = {**GOOD, "weight": 0}, [*PROMPT[:2], {**PROMPT[2], "weight": 0}, PROMPT[3]]
+    dataset = open_pairs([{"chosen": [*weighing, reply], "rejected": [*PROMPT, BAD]}])
     check(dataset[0], tokenizer, PROMPT, chosen=[GOOD], rejected=[BAD])
 
 
@@ -150,6 +174,18 @@ def test_text_forges_no_reply(open_pairs, tokenizer):
     [
         ({"prompt": "Hi", "chosen": "a"}, '"rejected" is missing'),
         ({"prompt": "Hi", "chosen": "a", "rejected": "a"}, "the two replies are equal"),
+        (
+            {
+                "prompt": "Hi",
+                "chosen": {"role": "assistant", "content": "a", "weight": 0},
+                "rejected": "a",
+            },
+            "the two replies are equal",
+        ),
+        (
+            {"system": "Be kind", "chosen": [*PROMPT, GOOD], "rejected": [*PROMPT, BAD]},
+            '"chosen": "system" and the system message differ',
+        ),
         ({"prompt": "Hi", "chosen": "a", "rejected": " \n"}, '"rejected": the reply is empty'),
         ({"prompt": "Hi", "chosen": "", "rejected": "b"}, '"chosen": the reply is empty'),
         ({"prompt": "Hi", "chosen": 3, "rejected": "b"}, '"chosen" is a number'),
@@ -288,7 +324,7 @@ def test_a_reference_is_kept_beside_the_data(open_pairs, tokenizer):
     rows = PairRows(dataset)
     assert not rows.use_reference("a")
     logps = np.arange(6).reshape(3, 2) / 8
-    assert rows.use_reference("a", logps)
+    rows.keep_reference("a", logps)
     again = PairRows(DPODataset(dataset.store.path, tokenizer, 200, 200))
     assert not again.use_reference("b")
     assert not PairRows(DPODataset(dataset.store.path, tokenizer, 200, 199)).use_reference("a")

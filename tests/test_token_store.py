@@ -25,7 +25,6 @@ class ByteEncoder:
     key = "bytes"
     dtype = np.dtype("<u4")
     weighted = True
-    documents_per_line = 1
 
     def parse(self, line):
         text = parse_text(line).encode("utf-8")
@@ -302,7 +301,6 @@ class Waiting:
     key = "bytes"
     dtype = np.dtype("<u4")
     weighted = False
-    documents_per_line = 1
 
     def parse(self, line):
         return parse_text(line), 0
