@@ -136,15 +136,17 @@ def set_lengths(args: argparse.Namespace) -> None:
     Raises:
         UserError: if the two do not fit.
     """
-    row, prompt, reply = args.max_seq_len, args.max_prompt_length, args.max_completion_length
-    args.max_prompt_length = prompt or (row - reply if reply else row // 2)
-    args.max_completion_length = reply or row - args.max_prompt_length
-    if min(args.max_prompt_length, args.max_completion_length) < 1 or row < (
-        args.max_prompt_length + args.max_completion_length
-    ):
+    row = args.max_seq_len
+    if args.max_prompt_length is None:
+        reply = args.max_completion_length
+        args.max_prompt_length = row // 2 if reply is None else row - reply
+    if args.max_completion_length is None:
+        args.max_completion_length = row - args.max_prompt_length
+    prompt, reply = args.max_prompt_length, args.max_completion_length
+    if min(prompt, reply) < 1 or prompt + reply > row:
         raise UserError(
-            f"--max_seq_len {row} is too short for prompt and reply "
-            f"(--max_prompt_length {prompt}, --max_completion_length {reply})"
+            f"--max_prompt_length {prompt} and --max_completion_length {reply} do not share a row "
+            f"of --max_seq_len {row}"
         )
 
 
@@ -187,9 +189,11 @@ def reply_logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Ten
         attention_mask=batch["attention_mask"],
         position_ids=batch["position_ids"],
     )
-    logits = output.logits.flatten(0, 1).float()  # (2B · T, vocab)
-    losses = F.cross_entropy(logits, batch["targets"].flatten(), reduction="none")
-    logps = -(losses.view_as(batch["loss_mask"]) * batch["loss_mask"]).sum(1)
+    mask = batch["loss_mask"]  # (2B, T)
+    where = mask.flatten().nonzero().squeeze(1)  # (N,) the replies' tokens: no prompt is scored
+    logits = output.logits.flatten(0, 1)[where].float()  # (N, vocab)
+    losses = F.cross_entropy(logits, batch["targets"].flatten()[where], reduction="none")
+    logps = -torch.zeros_like(mask).flatten().index_copy(0, where, losses).view_as(mask).sum(1)
     return logps, output.aux_loss, output.expert_load  # not the logits, which would stay in memory
 
 
@@ -269,7 +273,7 @@ def batches(run: Run, rows: PairRows, **order: Any) -> DataLoader:
         seed=args.seed,
         rank=world.rank,
         world_size=world.world_size,
-        lengths=rows.dataset.lengths(),
+        lengths=rows.lengths,
         collate_fn=collate_pairs,
         num_workers=args.num_workers,
         on_cuda=world.device.type == "cuda",
@@ -406,7 +410,7 @@ def score_reference(run: Run, reference: nn.Module, key: str, rows: PairRows) ->
             logps, *_ = reply_logps(reference, batch)
         real = batch["sample"] >= 0
         scores[batch["sample"][real]] = logps.view(2, -1).T[real].to(scores.dtype)
-    rows.use_reference(key, world.sum(scores).cpu().numpy())
+    rows.keep_reference(key, world.sum(scores).cpu().numpy())
     seconds = time.perf_counter() - started
     run.reporter.say(
         f"reference on {rows.dataset.store.path}: {len(rows):,} pairs in {seconds:.1f} s "
@@ -451,12 +455,17 @@ def train(
     rows, val, test = data
     frozen = world.share(frozen)
     key = f"{frozen['--from_weight'][:16]}_{dtype}".replace("torch.", "")
-    sets = (rows, *val.values(), *([] if test is None else [test]))
-    unscored = [part for part in sets if world.agree(int(not part.use_reference(key)))]
-    network.load_state_dict(world.share(network.state_dict()))
+    unscored, reference = [], None
+    for part in (rows, *val.values(), *([] if test is None else [test])):
+        missing = not part.use_reference(key)
+        if world.agree(int(missing)):  # anywhere: all processes score together
+            unscored.append(part)
+    if unscored:
+        # Before a resume file takes its place, and for no longer than there is something to score.
+        reference = copy.deepcopy(network)
+        reference.load_state_dict(world.share(reference.state_dict()))
+        reference.to(world.device)
     network.to(world.device)
-    # Before a resume file takes its place, and for no longer than there is something to score.
-    reference = copy.deepcopy(network) if unscored else None
     optimizer = make_optimizer(
         network, args.learning_rate, args.weight_decay, (args.beta1, args.beta2)
     )

@@ -208,13 +208,17 @@ def base_state(model: MiniMindLM) -> dict[str, Tensor]:
 
 
 def weights_hash(model: MiniMindLM) -> str:
-    """SHA-256 of the base: heads, names, shapes, precision and every bit of the weights.
+    """SHA-256 of the base: what it computes with its weights, their precision and every bit.
 
     Raises:
         ValueError: while an adapter is merged.
     """
     _check_unmerged(model)
-    digest = hashlib.sha256(f"{model.config.n_heads} {model.config.n_kv_heads}".encode())
+    c = model.config
+    numbers = (c.n_heads, c.n_kv_heads, float(c.norm_eps), float(c.rope_theta))
+    if c.use_moe:
+        numbers += (c.num_experts_per_tok, c.scoring_func, c.norm_topk_prob)
+    digest = hashlib.sha256(repr(numbers).encode())
     for name, tensor in base_state(model).items():
         if name == "output.weight":  # the embedding once more
             continue

@@ -233,8 +233,10 @@ def one_bit_off(model):
         lambda: tiny(use_moe=True),
         lambda: tiny(n_heads=2),
         lambda: tiny().half(),
+        lambda: tiny(norm_eps=1e-6),
+        lambda: tiny(rope_theta=1e6),
     ],
-    ids=["one bit", "dim", "layers", "moe", "heads", "precision"],
+    ids=["one bit", "dim", "layers", "moe", "heads", "precision", "norm", "rope"],
 )
 def test_another_base_is_refused(tmp_path, other):
     save_lora(adapted(), tmp_path / "a.pth")

@@ -295,8 +295,8 @@ def test_one_gradient_however_it_is_split(prefer, tuned, data, tokenizer, tmp_pa
     (whole_metrics, whole), *others = results
     assert [line["step"] for line in whole_metrics] == [0, 1, 2, 3, 4, 5, 6, 6]
     before = torch.load(start, weights_only=True)
-    moved = [(tensor - before[name]).abs().max() > 1e-3 for name, tensor in whole.items()]
-    assert all(moved) or moe
+    for tensor_name, tensor in whole.items():  # an expert may get no token of so few
+        assert (tensor - before[tensor_name]).abs().max() > 1e-3 or "experts" in tensor_name
     for split_metrics, split in others:
         for ours, theirs in zip(split_metrics, whole_metrics, strict=True):
             for figure in ("step", "tokens", "accuracy", "val_accuracy"):
@@ -406,10 +406,10 @@ def test_a_signal_in_the_reference_pass_ends_the_run_before_its_first_step(
         (["--label_smoothing", 0.5], "--label_smoothing 0.5: must be below 0.5"),
         (["--loss_type", "ipo", "--label_smoothing", 0.1], "--label_smoothing: ipo has none"),
         (["--beta", 0], "argument --beta: must be above 0, not 0"),
-        (["--max_prompt_length", 96], "--max_seq_len 96 is too short for prompt and reply"),
+        (["--max_prompt_length", 96], "do not share a row of --max_seq_len 96"),
         (
             ["--max_prompt_length", 50, "--max_completion_length", 50],
-            "--max_seq_len 96 is too short for prompt and reply",
+            "do not share a row of --max_seq_len 96",
         ),
         (["--packing"], "unknown argument --packing"),
     ],
@@ -497,6 +497,26 @@ GROWING = [0.02 * i + NOISE[i] for i in range(30)]
             "The log-probability of the chosen replies collapses",
         ),
         (lines_of(GROWING), False, "The chosen replies keep their log-probability"),
+        (
+            [*lines_of(GROWING), evaluation(30, 0.9, reward=-1e-6, margin=1e-7)],
+            False,
+            "The chosen replies keep their log-probability",
+        ),
+        (
+            [*lines_of(GROWING), evaluation(30, 1.0, reward=-5, margin=6)],
+            True,
+            "The log-probability of the chosen replies collapses",
+        ),
+        (
+            [*lines_of(GROWING), evaluation(30, 1.0, reward=-1, margin=6)],
+            False,
+            "The chosen replies lose some log-probability, the rejected more",
+        ),
+        (
+            lines_of([3 * (1 - math.exp(-i)) for i in range(60)]),
+            False,
+            "The log-odds of the chosen replies have grown early and hold",
+        ),
     ],
 )
 def test_the_report_reads_the_curves(metrics, alarm, text):

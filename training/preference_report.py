@@ -14,6 +14,8 @@ SWING = 0.5
 SWINGS = 3
 # A margin below this is next to nothing: at 0 either reply is as likely to be taken, here 52 %.
 LITTLE = 0.1
+# What the chosen replies may lose of their reward for the margin, as a share of it.
+PRICE = 0.5
 # Points of accuracy that a small validation set loses by accident.
 ACCURACY_FALL = 0.02
 
@@ -44,12 +46,14 @@ def course_of_margin(lines: Metrics) -> tuple[bool, str] | None:
             f"The log-odds swing, {here}, with {swings} falls by half of all that was gained. Try "
             "a smaller --learning_rate, a larger --beta or more --accumulation_steps."
         )
-    if high - low <= CLEAR * error:
+    grown = high - low > CLEAR * error
+    if not grown and high <= LITTLE:
         return True, (
             f"The log-odds stall, {here}. Try a larger --learning_rate or more --epochs; with a "
             "smaller --beta the model may go further from the reference."
         )
-    return False, f"The log-odds of the chosen replies grow, {here}."
+    course = "grow" if grown else "have grown early and hold"
+    return False, f"The log-odds of the chosen replies {course}, {here}."
 
 
 def _count_falls(values: list[float], depth: float) -> int:
@@ -99,22 +103,23 @@ def price_of_margin(lines: Metrics, evaluations: Metrics) -> tuple[bool, str] | 
     Returns:
         As `course_of_margin`; None without lines.
     """
-    places = [(evaluations[-1:], "val_")] if evaluations else []
-    places.append((lines[-max(1, len(lines) // 3) :], ""))
-    for place, prefix in places:
-        found = [
-            (m[f"{prefix}chosen_reward"], m[f"{prefix}margin"])
-            for m in place
-            if has_number(m, f"{prefix}chosen_reward") and has_number(m, f"{prefix}margin")
-        ]
-        if not found:
-            continue
-        reward, margin = (statistics.fmean(values) for values in zip(*found, strict=True))
-        here = f"the reward of chosen replies is {reward:.3f}, the margin {margin:.3f}"
-        if reward < 0 and -reward > margin:
-            return True, (
-                f"The log-probability of the chosen replies collapses: {here}; both replies lose. "
-                "Try a larger --beta, a smaller --learning_rate or fewer --epochs."
-            )
+    place, prefix = lines[-max(1, len(lines) // 3) :], ""
+    if evaluations and has_number(evaluations[-1], "val_margin"):
+        place, prefix = evaluations[-1:], "val_"
+    found = [
+        (m[f"{prefix}chosen_reward"], m[f"{prefix}margin"])
+        for m in place
+        if has_number(m, f"{prefix}chosen_reward") and has_number(m, f"{prefix}margin")
+    ]
+    if not found:
+        return None
+    reward, margin = (statistics.fmean(values) for values in zip(*found, strict=True))
+    here = f"the reward of chosen replies is {reward:.3f}, the margin {margin:.3f}"
+    if reward >= -LITTLE:
         return False, f"The chosen replies keep their log-probability: {here}."
-    return None
+    if -reward <= margin * PRICE:
+        return False, f"The chosen replies lose some log-probability, the rejected more: {here}."
+    return True, (
+        f"The log-probability of the chosen replies collapses: {here}; both replies lose. Try a "
+        "larger --beta, a smaller --learning_rate or fewer --epochs."
+    )

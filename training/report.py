@@ -90,21 +90,18 @@ def read_curves(
             course_of_accuracy(evaluations),
             price_of_margin(lines, evaluations),
         ]
-        readings = [
-            *(Reading(*reading) for reading in found if reading is not None),
-            _over_fitting(lines, evaluations),
-            _skipped_updates(metrics),
-            _spikes(metrics),
-            _expert_load(lines, n_routed_experts),
+        own = [Reading(*reading) for reading in found if reading is not None]
+    else:
+        own = [
+            _first_loss(lines, vocab_size) if from_scratch else None,
+            _course(_whole_intervals(lines), vocab_size, from_scratch),
+            _epoch_borders(_whole_intervals(lines)),
+            _gap(lines, evaluations),
+            _gradient_norm(lines),
         ]
-        return [reading for reading in readings if reading is not None]
     readings = [
-        _first_loss(lines, vocab_size) if from_scratch else None,
-        _course(_whole_intervals(lines), vocab_size, from_scratch),
-        _epoch_borders(_whole_intervals(lines)),
+        *own,
         _over_fitting(lines, evaluations),
-        _gap(lines, evaluations),
-        _gradient_norm(lines),
         _skipped_updates(metrics),
         _spikes(metrics),
         _expert_load(lines, n_routed_experts),

@@ -25,8 +25,8 @@ class Tally:
     """Sums over the steps since the last line of figures.
 
     Attributes:
-        loss: in nats, over target tokens, weighted by the loss mask.
-        tokens, targets: how many, and the sum of their weights.
+        loss: summed over target tokens, weighted by the loss mask, or over pairs.
+        tokens, targets: how many target tokens, and the sum of their weights, or pairs.
         aux_loss, grad_norm: over steps; `grad_norm` over the `good` ones, whose norm is a number.
         steps, good: how many steps, and how many without those that were skipped.
         seconds: that the steps took.

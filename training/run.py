@@ -164,8 +164,9 @@ class Run:
 
         Args:
             tokens: target tokens of all processes.
-            targets: the sum of their weights in the loss mask.
-            loss: the weighted sum of their losses, in nats.
+            targets: what the loss is a mean over: the sum of their weights in the loss mask, or
+                the number of pairs.
+            loss: summed over these.
             aux_loss: of the step.
             grad_norm: before clipping.
             expert_load: (layers, experts) choices of all tokens, or empty.
@@ -276,7 +277,7 @@ class Run:
         """Report an evaluation, keep the best weights, stop early if that was asked for.
 
         Args:
-            scores: as `summarise`; None if a signal broke it off.
+            scores: as `summarise` or `average`; None if a signal broke it off.
         """
         if scores is None:
             return
@@ -322,7 +323,7 @@ class Run:
         """Report the scores of the test data.
 
         Args:
-            scores: as `summarise`; None if a signal broke it off.
+            scores: as `summarise` or `average`; None if a signal broke it off.
         """
         if scores is not None:
             self._log_scores(scores)
