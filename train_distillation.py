@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ def parse_args() -> argparse.Namespace:
         "--alpha",
         type=share,
         default=0.5,
-        help="share of the loss that the data's own answers have; 1 leaves the teacher out",
+        help="share of the loss that the data's own answers have",
     )
     teaching.add_argument(
         "--temperature", type=positive, default=2.0, help="softens both models' distributions"
@@ -157,35 +157,24 @@ def open_rows(
     return rows(dataset), val, test
 
 
-class Targets(NamedTuple):
-    """What a model says of the N positions of a batch whose loss mask is above 0.
+def target_logits(
+    model: nn.Module, batch: dict[str, Tensor], where: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a model predicts at the N positions `where` of a flattened batch: (N, vocab) fp32.
 
-    `logits` (N, vocab) fp32, `ids` (N,) int64 that are to be predicted, `weights` (N,) fp32 of the
-    mask; the auxiliary loss (0 for dense models) and (layers, experts) the load of each expert.
+    Also the auxiliary loss (0 for dense models) and (layers, experts) the load of each expert.
     """
-
-    logits: Tensor
-    ids: Tensor
-    weights: Tensor
-    aux_loss: Tensor
-    expert_load: Tensor | None
-
-
-def predict(model: nn.Module, batch: dict[str, Tensor]) -> Targets:
-    """Run a model on a batch and keep what it says of the targets."""
     output = model(
         batch["input_ids"],
         attention_mask=batch["attention_mask"],
         position_ids=batch["position_ids"],
     )
-    learnt = batch["loss_mask"] > 0
-    return Targets(
-        output.logits[learnt].float(),
-        batch["targets"][learnt],
-        batch["loss_mask"][learnt],
-        output.aux_loss,
-        output.expert_load,
-    )
+    return output.logits.flatten(0, 1)[where].float(), output.aux_loss, output.expert_load
+
+
+def find_targets(batch: dict[str, Tensor]) -> Tensor:
+    """The positions of a flattened batch whose targets are learnt: (N,) int64."""
+    return batch["loss_mask"].flatten().nonzero().squeeze(1)
 
 
 def divergence(
@@ -229,19 +218,21 @@ def student_losses(
         (N,) fp32 the losses; the sums of both parts, `cross_entropy` and `kl`, weighted alike; the
         auxiliary loss and the load of each expert.
     """
-    ours = predict(model, batch)
+    where = find_targets(batch)
+    ids, weights = (batch[name].flatten()[where] for name in ("targets", "loss_mask"))
+    ours, aux_loss, load = target_logits(model, batch, where)
     if teacher is not None:
         with torch.no_grad():
-            theirs = predict(teacher, batch).logits
-    elif len(ours.ids):
+            theirs, *_ = target_logits(teacher, batch, where)
+    elif len(where):
         theirs = (batch["teacher_ids"], batch["teacher_logps"])
     else:
-        theirs = ours.logits  # nothing of it: no targets
-    cross_entropy = F.cross_entropy(ours.logits, ours.ids, reduction="none") * ours.weights
-    kl = divergence(ours.logits, theirs, args.temperature) * ours.weights
+        theirs = ours  # of no targets
+    cross_entropy = F.cross_entropy(ours, ids, reduction="none") * weights
+    kl = divergence(ours, theirs, args.temperature) * weights
     losses = args.alpha * cross_entropy + (1 - args.alpha) * args.temperature**2 * kl
     sums = {"cross_entropy": cross_entropy.detach().sum(), "kl": kl.detach().sum()}
-    return losses, sums, ours.aux_loss, ours.expert_load
+    return losses, sums, aux_loss, load
 
 
 def open_teacher(
@@ -259,24 +250,24 @@ def open_teacher(
 
 @torch.no_grad()
 def ask_teacher(
+    teacher: nn.Module,
+    rows: Rows,
     args: argparse.Namespace,
     world: Distributed,
     dtype: torch.dtype,
-    shape: LMConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, list[int]]]:
     """The teacher's likeliest tokens for the targets of all rows, as `TeacherRows` keeps them."""
     started, device = time.perf_counter(), world.device
-    teacher = open_teacher(args, shape, tokenizer).to(device)
+    teacher.to(device)
     on_cuda = device.type == "cuda"
     loader = make_loader(
         rows, args.batch_size, seed=args.seed, num_workers=args.num_workers, on_cuda=on_cuda
     )
     for batch in loader:
         counts = (batch["loss_mask"] > 0).sum(1).tolist()
+        batch = world.to_device(batch)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = predict(teacher, world.to_device(batch)).logits
+            logits, *_ = target_logits(teacher, batch, find_targets(batch))
         top = F.log_softmax(logits / args.temperature, dim=-1).topk(args.cache_teacher)
         yield top.indices.cpu().numpy(), top.values.cpu().numpy(), counts
     world.log(f"teacher: asked about {len(rows):,} rows in {time.perf_counter() - started:.1f} s")
@@ -409,9 +400,11 @@ def evaluate(
                 return None
             batch = world.to_device(batch)
             with run.autocast:
-                said = predict(model, batch)
-                losses = F.cross_entropy(said.logits, said.ids, reduction="none") * said.weights
-            total += torch.stack([x.sum(dtype=total.dtype) for x in (losses, said.weights)])
+                where = find_targets(batch)
+                ids, weights = (batch[name].flatten()[where] for name in ("targets", "loss_mask"))
+                logits, *_ = target_logits(model, batch, where)
+                losses = F.cross_entropy(logits, ids, reduction="none") * weights
+            total += torch.stack([x.sum(dtype=total.dtype) for x in (losses, weights)])
         sums[name] = (*world.sum(total).tolist(), rows.dataset.text_bytes)
     return summarise(sums, prefix)
 
@@ -428,6 +421,7 @@ def train(
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase,
     network: MiniMindLM,
+    teacher: MiniMindLM | None,
     data: tuple[Rows, dict[str, Rows], Rows | None],
     resume: dict[str, Any] | None,
     notes: list[str],
@@ -441,6 +435,7 @@ def train(
         dtype: of matrix products.
         tokenizer: of the data.
         network: the student, bare and on the CPU.
+        teacher: in eval mode; None if the rows hold what it says.
         data: the rows to train on, to validate on (by name) and to test on.
         resume: the content of a resume file, or None for a new run; the main process's counts.
         notes: what to tell the user first.
@@ -451,14 +446,8 @@ def train(
     """
     rows, val, test = data
     network.to(world.device)
-    teacher = None
-    if args.cache_teacher and not args.dry_run:
-        # Before signals are kept for later: until it is whole there is nothing to lose.
-        asked = f"{frozen['--teacher_weight'][:16]}_{args.temperature:g}_{dtype}"
-        ask = partial(ask_teacher, args, world, dtype, network.config, tokenizer, rows)
-        rows = TeacherRows(rows, asked.replace("torch.", ""), args.cache_teacher, ask)
-    else:
-        teacher = open_teacher(args, network.config, tokenizer).to(world.device)
+    if teacher is not None:
+        teacher.to(world.device)
     optimizer = make_optimizer(
         network, args.learning_rate, args.weight_decay, (args.beta1, args.beta2)
     )
@@ -516,10 +505,14 @@ def main() -> int:
     network = init_model(args, tokenizer)
     teacher = open_teacher(args, network.config, tokenizer)
     frozen = {"--teacher_weight": weights_hash(teacher)}
-    told = f"teacher {args.teacher_weight}: {teacher.num_parameters() / 1e6:.2f} M parameters"
-    del teacher  # `train` opens it again if it needs one beside the student
+    size = teacher.num_parameters()
+    told = f"teacher {args.teacher_weight}: {size / 1e6:.2f} M parameters"
     if args.cache_teacher and args.cache_teacher > len(tokenizer):
         raise UserError(f"--cache_teacher {args.cache_teacher}: there are {len(tokenizer)} tokens")
+    if not args.cache_teacher:
+        told += (
+            f"; {4 * size / 1e9:.2f} GB of them, and its logits, come on top of the memory below"
+        )
     resume, notes = None, []
     if world.is_main:  # it gives the others their weights
         path = weights_path(args.out_dir, STAGE, network.config)
@@ -531,8 +524,16 @@ def main() -> int:
     if resume is not None:
         check_identity(path, resume, run_identity(args, data[0], tokenizer_hash(tokenizer), frozen))
         check_output(path, network)
+    if args.cache_teacher and not args.dry_run:
+        # Before the processes connect: the others wait for a file, which no time-out ends.
+        asked = f"{frozen['--teacher_weight'][:16]}_{args.temperature:g}_{dtype}"
+        rows, *others = data
+        ask = partial(ask_teacher, teacher, rows, args, world, dtype)
+        rows = TeacherRows(rows, asked.replace("torch.", ""), args.cache_teacher, ask)
+        data, teacher, ask = (rows, *others), None, None
+    notes = [told, *notes]
     with open_process_group(world):
-        run = train(args, world, dtype, tokenizer, network, data, resume, [told, *notes], frozen)
+        run = train(args, world, dtype, tokenizer, network, teacher, data, resume, notes, frozen)
     return run.end() if run is not None else 0
 
 

@@ -9,7 +9,6 @@ what it had before its first step.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from training import (  # noqa: E402
     make_optimizer,
     save_weights,
 )
+from training.run import peak_memory  # noqa: E402
 
 KINDS = ("full", "lora")
 WARM_UP = 2  # rounds
@@ -74,19 +74,12 @@ def loss_of(device: torch.device) -> Callable[[nn.Module, dict[str, Tensor]], Te
     return mean_loss
 
 
-def held(device: torch.device) -> float:
-    """The most bytes so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def measure_memory(args: argparse.Namespace, kind: str, device: torch.device) -> dict[str, float]:
     """What steps of one kind hold at most, in this process."""
     model, mean_loss = build(args, kind, device), loss_of(device)
     optimizer = make_optimizer(model, 1e-4, 0.0, (0.9, 0.95))
     batch = random_batch(args, device)
-    before = held(device)
+    before = peak_memory(device)
     for _ in range(3):
         optimizer.zero_grad(set_to_none=True)
         mean_loss(model, batch).backward()
@@ -96,7 +89,7 @@ def measure_memory(args: argparse.Namespace, kind: str, device: torch.device) ->
         "trained parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
         "optimizer state": sum(moment.nbytes for moment in moments),
-        "peak of a step": held(device) - before,
+        "peak of a step": peak_memory(device) - before,
     }
 
 

@@ -17,14 +17,13 @@ import argparse
 import json
 import sys
 import time
-from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from environment import ROOT, fail, prepare, require_python
-from further_stages import Quickstart, run_further_stages
-from steps import short, step, typed
+from further_stages import SETTINGS, Quickstart, run_further_stages
+from steps import copy_beginning, short, step, typed
 
 SAMPLE = ROOT / "dataset" / "sample"
 FILES = ("pretrain.jsonl", "sft.jsonl", "test.jsonl")
@@ -71,11 +70,8 @@ def cut_sample(folder: Path) -> Path:
     """Write the beginnings of the sample's files into a folder, which it returns."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in (*FILES, *FURTHER):
-        with (SAMPLE / name).open(encoding="utf-8", newline="") as file:
-            lines = SMOKE_QUESTIONS if "test" in name else SMOKE_LINES
-            beginning = "".join(islice(file, lines))
-        if not (folder / name).is_file() or (folder / name).read_bytes() != beginning.encode():
-            (folder / name).write_text(beginning, encoding="utf-8", newline="")
+        lines = SMOKE_QUESTIONS if "test" in name else SMOKE_LINES
+        copy_beginning(SAMPLE / name, folder / name, lines)
     return folder
 
 
@@ -85,7 +81,7 @@ def keep_recipe(out_dir: Path, smoke: bool) -> None:
     Stages go on where they stopped, which needs the data and the settings that they began with.
     """
     versions = [(SAMPLE / f"{name}.version").read_text(encoding="utf-8") for name in FILES]
-    settings = [VOCABULARY, MODEL, PRETRAINING, TUNING, EPOCHS, ROWS]
+    settings = [VOCABULARY, MODEL, PRETRAINING, TUNING, EPOCHS, ROWS, *SETTINGS]
     if smoke:
         settings = [SMOKE_VOCABULARY, SMOKE_MODEL, SMOKE_LINES, SMOKE_QUESTIONS, *settings]
     recipe = json.dumps([*settings, *versions])
@@ -190,7 +186,7 @@ def main() -> int:
     if args.all:
         model = SMOKE_MODEL if args.smoke else MODEL
         made = Quickstart(python, args.out_dir, sample, tokenizer, model, ROWS, args.smoke)
-        further = run_further_stages(made, scores)
+        further = run_further_stages(made, scores[PRETRAINED], scores[BOTH])
     print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes of computing in this start.")
     below: list[str] = []
     if not args.smoke:

@@ -9,6 +9,7 @@ import os
 import shlex
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 from environment import ROOT, run
@@ -23,6 +24,14 @@ def step(title: str, python: Path, script: str, *words: str | Path) -> None:
         name = Path(sys.argv[0]).name
         print(f"{name}: stopped in “{title}”; run it again to go on", file=sys.stderr)
         sys.exit(status)
+
+
+def copy_beginning(source: Path, target: Path, lines: int) -> None:
+    """Write the first lines of a file to another one, unless it holds just these."""
+    with source.open(encoding="utf-8", newline="") as file:
+        beginning = "".join(islice(file, lines))
+    if not target.is_file() or target.read_bytes() != beginning.encode("utf-8"):
+        target.write_text(beginning, encoding="utf-8", newline="")
 
 
 def typed(*words: str | Path) -> str:
