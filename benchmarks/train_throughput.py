@@ -91,7 +91,9 @@ def make_step(model: nn.Module, loss_of: Callable, compiled: bool) -> Callable[[
     called = torch.compile(model) if compiled else model
 
     def step(ids: Tensor) -> None:
-        loss_of(called, ids).backward()
+        with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
+            loss = loss_of(called, ids)
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -125,10 +127,11 @@ def main() -> None:
             (f"transformers {peer}", peer_model, peer_loss),
         ):
             contenders[name + suffix] = make_step(model, loss_of, compiled)
+    precision = "bf16" if args.device.startswith("cuda") else "fp32"
     print(
         f"{sum(p.numel() for p in own_model.parameters()) / 1e6:.1f} M against "
         f"{sum(p.numel() for p in peer_model.parameters()) / 1e6:.1f} M parameters, "
-        f"{batch} × {args.seq_len} tokens, fp32, {args.device}, "
+        f"{batch} × {args.seq_len} tokens, {precision}, {args.device}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     )
 
@@ -151,7 +154,7 @@ def main() -> None:
     for name, times in seconds.items():
         ratio = statistics.median(b / t for b, t in zip(baseline, times, strict=True))
         median = statistics.median(times)
-        print(f"{name:34}{median:8.2f}{tokens / median:10,.0f}{ratio:8.2f}")
+        print(f"{name:34}{median:8.3f}{tokens / median:10,.0f}{ratio:8.2f}")
     print(f"ratio: how many times as fast as transformers {peer}, median over rounds")
 
 
