@@ -1,5 +1,6 @@
 """The network: its configuration, its layers and how it generates."""
 
+from .decoder import Decoder, TorchDecoder
 from .generation import KVCache
 from .LMConfig import LMConfig
 from .model import MiniMindLM
@@ -18,12 +19,16 @@ from .model_lora import (
     use_lora,
     weights_hash,
 )
+from .sampling import Sampling
 
 __all__ = [
+    "Decoder",
     "KVCache",
     "LMConfig",
     "LoRA",
     "MiniMindLM",
+    "Sampling",
+    "TorchDecoder",
     "active_lora",
     "adapters",
     "apply_lora",

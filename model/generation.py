@@ -1,10 +1,13 @@
-"""How the network writes: its cache, how a token is chosen, and the loop around both."""
+"""How the network writes: its cache, and the loop that chooses token after token."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .decoder import Decoder, TorchDecoder
+from .sampling import History, Sampling, choose_tokens, penalise
 
 
 class KVCache:
@@ -58,45 +61,8 @@ class KVCache:
         return store[layer][:, :, :end]
 
 
-def choose_token(
-    logits: Tensor,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """The next token of each row.
-
-    Args:
-        logits: (B, vocab_size).
-        do_sample: draw from the distribution; else take the likeliest token.
-        temperature: divides the logits; below 1 sharpens.
-        top_k: draw among the k likeliest only.
-        top_p: draw among the fewest tokens whose probability reaches p (nucleus sampling,
-            https://arxiv.org/abs/1904.09751).
-        generator: source of randomness.
-
-    Returns:
-        (B,) int64.
-    """
-    if not do_sample:
-        return logits.argmax(-1)
-    logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # never overflows
-    if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    probs = logits.softmax(-1)
-    if top_p < 1.0:
-        ordered, order = probs.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # probability of all likelier tokens
-        probs = probs.masked_fill((before >= top_p).gather(-1, order.argsort(-1)), 0.0)
-    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
-
-
 class GenerationMixin:
-    """Gives a model with MiniMindLM's `forward` the means to write."""
+    """Gives a MiniMindLM the means to write."""
 
     def generate(
         self,
@@ -107,73 +73,116 @@ class GenerationMixin:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
         eos_token_id: int | list[int] | None = None,
         pad_token_id: int | None = None,
+        stop: Sequence[Sequence[int]] = (),
+        num_return_sequences: int = 1,
         generator: torch.Generator | None = None,
+        seed: int | None = None,
         stream: bool = False,
+        decoder: Decoder | None = None,
     ) -> Tensor | Iterator[Tensor]:
         """Continue each row; defaults and names are those of transformers' `generate`.
 
-        It ends when every row has written an end token, after `max_new_tokens`, or when the
-        context is full.
+        It ends when every row has written an end token or a stop sequence, after `max_new_tokens`,
+        or when the context is full. A row that has ended is computed no further.
 
         Args:
             input_ids: (B, T) int64, T at least 1; shorter rows padded on the left.
             attention_mask: (B, T), 0 at padding.
             max_new_tokens: upper limit of new tokens per row.
-            do_sample, temperature, top_k, top_p, generator: see `choose_token`.
+            do_sample, temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty,
+                presence_penalty: see `Sampling`.
             eos_token_id: one or several end tokens. Default: the config's.
             pad_token_id: what a row that has ended is filled with. Default: the config's.
-            stream: return an iterator over new tokens, (B,) each, as they are chosen.
+            stop: sequences of tokens after which a row ends; they stay in it, as the end token.
+            num_return_sequences: continuations of each row, one after another in the result.
+            generator: source of randomness. Default: PyTorch's own.
+            seed: makes a generator.
+            stream: return an iterator over new tokens, (B · num_return_sequences,) each, as they
+                are chosen.
+            decoder: what to compute with, with room for so many rows. Prompts that begin as what it
+                holds are not computed again. Default: a new TorchDecoder.
 
         Returns:
-            Prompt and continuation, (B, T + new) int64, or the iterator.
+            Prompt and continuation, (B · num_return_sequences, T + new) int64, or the iterator.
 
         Raises:
             ValueError: for an empty prompt, one that fills the context, padding on the right, or a
-                sampling setting outside its range.
+                setting outside its range.
         """
-        if input_ids.shape[1] == 0:
+        sampling = Sampling(
+            do_sample,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            frequency_penalty,
+            presence_penalty,
+        )
+        length = input_ids.shape[1]
+        if length == 0:
             raise ValueError("the prompt is empty: give at least one token")
-        if input_ids.shape[1] >= self.config.max_seq_len:
+        if length >= self.config.max_seq_len:
             raise ValueError(
-                f"a prompt of {input_ids.shape[1]} tokens leaves no room in the context of "
-                f"max_seq_len {self.config.max_seq_len}"
+                f"a prompt of {length} tokens leaves no room in the context of max_seq_len "
+                f"{self.config.max_seq_len}"
             )
         if attention_mask is not None and not attention_mask[:, -1].all():
             raise ValueError("pad prompts on the left: a row's last position must be a token")
-        if do_sample and temperature <= 0:
-            raise ValueError(f"temperature must be above 0, not {temperature}")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], not {top_p}")
-        if top_k is not None and top_k < 0:
-            raise ValueError(f"top_k must be at least 0, not {top_k}")
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
-        if eos_token_id is None:
-            eos_token_id = self.config.eos_token_id
+        if num_return_sequences < 1:
+            raise ValueError(f"num_return_sequences must be at least 1, not {num_return_sequences}")
+        if not all(stop):
+            raise ValueError("a stop sequence is empty")
+        if seed is not None:
+            if generator is not None:
+                raise ValueError("give a generator or a seed, not both")
+            generator = torch.Generator(input_ids.device).manual_seed(seed)
         if pad_token_id is None:
             pad_token_id = self.config.pad_token_id or 0
-        ends = [] if eos_token_id is None else eos_token_id
-        ends = torch.as_tensor(ends, dtype=torch.long, device=input_ids.device).flatten()
-        room = self.config.max_seq_len - input_ids.shape[1]
-        sampling = (do_sample, temperature, top_k, top_p, generator)
+        kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        prompts = [row[mask.bool()] for row, mask in zip(input_ids, kept, strict=True)]
+        prompts = [prompt for prompt in prompts for _ in range(num_return_sequences)]
+        if decoder is None:
+            decoder = TorchDecoder(self, len(prompts))
+        if len(decoder.tokens) < len(prompts):
+            raise ValueError(f"the decoder has {len(decoder.tokens)} rows, not {len(prompts)}")
         tokens = self._continue(
-            input_ids, attention_mask, min(max_new_tokens, room), sampling, ends, pad_token_id
+            decoder,
+            prompts,
+            min(max_new_tokens, self.config.max_seq_len - length),
+            sampling,
+            generator,
+            self._ends(eos_token_id),
+            [list(sequence) for sequence in stop],
+            pad_token_id,
         )
         if stream:
             return tokens
+        input_ids = input_ids.repeat_interleave(num_return_sequences, dim=0)
         return torch.cat((input_ids, *(token[:, None] for token in tokens)), dim=1)
 
     def batch_generate(
-        self, prompts: Sequence[Tensor], batch_size: int = 64, **options: Any
+        self,
+        prompts: Sequence[Tensor],
+        batch_size: int = 64,
+        decoder: Decoder | None = None,
+        **options: Any,
     ) -> list[Tensor]:
         """Continue prompts of different lengths, several at a time, those of like length together.
 
         Args:
             prompts: (T,) int64 each, T at least 1.
             batch_size: the most rows at a time.
-            options: of `generate`, but for `attention_mask` and `stream`.
+            decoder: as for `generate`.
+            options: of `generate`, but for `attention_mask`, `num_return_sequences` and `stream`.
 
         Returns:
             The new tokens of each prompt, without the end token and what follows it: (new,) int64.
@@ -181,12 +190,11 @@ class GenerationMixin:
         Raises:
             ValueError: as `generate`.
         """
-        eos = options.pop("eos_token_id", None)
-        if eos is None:
-            eos = self.config.eos_token_id
-        ends = torch.as_tensor([] if eos is None else eos, dtype=torch.long, device=self.device)
+        ends = self._ends(options.get("eos_token_id"))
+        if decoder is None:
+            decoder = TorchDecoder(self, max(1, min(batch_size, len(prompts))))
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        answers: list[Tensor] = [ends] * len(prompts)
+        answers: list[Tensor] = [torch.empty(0, dtype=torch.long)] * len(prompts)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             width = len(prompts[chosen[-1]])
@@ -195,41 +203,61 @@ class GenerationMixin:
             for row, i in enumerate(chosen):
                 ids[row, width - len(prompts[i]) :] = prompts[i]
                 mask[row, width - len(prompts[i]) :] = 1
-            new = self.generate(ids, mask, eos_token_id=eos, **options)[:, width:]
-            ended = torch.isin(new, ends).int()
-            lengths = torch.where(ended.any(1), ended.argmax(1), new.shape[1])
-            for row, i in enumerate(chosen):
-                answers[i] = new[row, : lengths[row]]
+            new = self.generate(ids, mask, decoder=decoder, **options)[:, width:]
+            for i, row in zip(chosen, new, strict=True):
+                ended = [place for place, token in enumerate(row.tolist()) if token in ends]
+                answers[i] = row[: ended[0]] if ended else row
         return answers
+
+    def _ends(self, eos_token_id: int | list[int] | None) -> set[int]:
+        ends = self.config.eos_token_id if eos_token_id is None else eos_token_id
+        if ends is None:
+            return set()
+        return {ends} if isinstance(ends, int) else set(ends)
 
     @torch.no_grad()
     def _continue(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
+        decoder: Decoder,
+        prompts: list[Tensor],
         new_tokens: int,
-        sampling: tuple,
-        ends: Tensor,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+        ends: set[int],
+        stop: list[list[int]],
         pad: int,
     ) -> Iterator[Tensor]:
-        batch, prompt = input_ids.shape
-        if attention_mask is not None:
-            new_slots = attention_mask.new_ones(batch, new_tokens)
-            attention_mask = torch.cat((attention_mask, new_slots), dim=1)
-        cache = KVCache(self.config.n_layers, capacity=prompt + new_tokens)
-        ended = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
-        for _ in range(new_tokens):
-            slots = cache.length + input_ids.shape[1]
-            logits = self(
-                input_ids,
-                attention_mask=None if attention_mask is None else attention_mask[:, :slots],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            token = choose_token(logits, *sampling).masked_fill(ended, pad)
-            yield token
-            ended |= torch.isin(token, ends)
-            if ended.all():
+        if new_tokens == 0:
+            return
+        device = prompts[0].device
+        logits = torch.stack([decoder.prefill(i, ids.tolist()) for i, ids in enumerate(prompts)])
+        history = None
+        if sampling.penalises:
+            history = History(prompts, logits.shape[-1], device)
+        going = list(range(len(prompts)))  # which row of the result each row of the decoder is
+        written: list[list[int]] = [[] for _ in prompts]
+        for step in range(new_tokens):
+            rows = torch.tensor(going, device=device)
+            if history is not None:
+                logits = penalise(logits, sampling, history.seen[rows], history.written[rows])
+            chosen = choose_tokens(logits, sampling, generator)
+            if history is not None:
+                history.add(rows, chosen)
+            yield torch.full((len(prompts),), pad, device=device).index_copy(0, rows, chosen)
+            for row, token in zip(going, chosen.tolist(), strict=True):
+                written[row].append(token)
+            ended = [has_ended(written[row], ends, stop) for row in going]
+            if step == new_tokens - 1 or all(ended):
                 return
-            input_ids = token[:, None]
+            # The last row takes the place of one that ended.
+            for i in reversed([i for i, done in enumerate(ended) if done]):
+                decoder.move(len(going) - 1, i)
+                going[i] = going[-1]
+                chosen[i] = chosen[len(going) - 1]
+                del going[-1]
+            logits = decoder.step(chosen[: len(going)])
+
+
+def has_ended(written: list[int], ends: set[int], stop: list[list[int]]) -> bool:
+    """Whether new tokens end in an end token or a stop sequence."""
+    return written[-1] in ends or any(written[-len(tokens) :] == tokens for tokens in stop)

@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput
 
 from .generation import GenerationMixin, KVCache
 from .LMConfig import LMConfig
+from .rotary import apply_rotary_emb, precompute_pos_cis
 
 
 class RMSNorm(nn.Module):
@@ -27,56 +28,6 @@ class RMSNorm(nn.Module):
         """Scale each vector to root mean square 1, then by the learnt weight."""
         normed = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
         return normed.type_as(x)
-
-
-def precompute_pos_cis(dim: int, positions: int | Tensor, theta: float = 1e6) -> Tensor:
-    """Cosine and sine of every rotary angle (RoFormer, https://arxiv.org/abs/2104.09864).
-
-    Pair i of a head turns by position · theta^(−2i / dim). The table is made for the positions of
-    one forward pass and not kept as a buffer: casting a model to bf16 would round it, and loading
-    through the meta device would lose it.
-
-    Args:
-        dim: head size, even.
-        positions: how many positions, counted from 0, or a tensor (…) of positions.
-        theta: base of the frequencies.
-
-    Returns:
-        (…, dim / 2, 2) fp32: cosine and sine.
-    """
-    if isinstance(positions, int):
-        positions = torch.arange(positions)
-    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
-    angles = positions[..., None].float() * theta**-exponents
-    return torch.stack((angles.cos(), angles.sin()), dim=-1)
-
-
-def apply_rotary_emb(xq: Tensor, xk: Tensor, pos_cis: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn each adjacent pair of components by its position's angle, in fp32.
-
-    Args:
-        xq: (B, T, n_heads, head_dim).
-        xk: (B, T, n_kv_heads, head_dim).
-        pos_cis: (T, head_dim / 2, 2) or (B, T, head_dim / 2, 2) from `precompute_pos_cis`.
-
-    Returns:
-        Both inputs, turned, in their own dtypes.
-    """
-    pos_cis = pos_cis[..., None, :, :]  # (…, T, 1, head_dim / 2, 2)
-
-    def rotate(x: Tensor) -> Tensor:
-        pairs = x.float().unflatten(-1, (-1, 2))
-        # Compilers generate no code for complex numbers, and older macOS has none.
-        if torch.compiler.is_compiling() or x.device.type == "mps":
-            (even, odd), (cos, sin) = pairs.unbind(-1), pos_cis.unbind(-1)
-            turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-        else:  # one pass over memory instead of seven
-            turned = torch.view_as_real(
-                torch.view_as_complex(pairs) * torch.view_as_complex(pos_cis)
-            )
-        return turned.flatten(-2).type_as(x)
-
-    return rotate(xq), rotate(xk)
 
 
 def repeat_kv(x: Tensor, n_rep: int) -> Tensor:

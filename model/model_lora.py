@@ -94,6 +94,13 @@ class AdaptedLinear(nn.Linear):
             return y
         return y + self.lora[self.active](x)
 
+    @property
+    def adapted_weight(self) -> Tensor:
+        """The weight with the adapter in use added, (out_features, in_features)."""
+        if self.active is None or self.merged:
+            return self.weight
+        return self.weight + self.lora[self.active].delta().to(self.weight.dtype)
+
 
 def apply_lora(
     model: MiniMindLM,

@@ -13,13 +13,16 @@ from tiny_models import (
 )
 from torch import Tensor
 from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from model import MiniMindLM
-from model.generation import choose_token
+from model import MiniMindLM, TorchDecoder
+from model.decoder import CHUNK
+from model.sampling import History, Sampling, choose_tokens, penalise, probabilities
 
 NEVER = -1  # an end token that no row ever writes
 
@@ -82,15 +85,34 @@ def test_left_padded_rows_write_what_they_write_alone(use_moe, flash_attn):
             assert torch.equal(row[9:], greedy_loop(model, prompt[None], 12)[0, len(prompt) :])
 
 
-@torch.no_grad()
-def test_each_step_feeds_one_token_and_asks_for_one_position():
+@pytest.fixture
+def fed(monkeypatch) -> list[int]:
+    """How many tokens went through the layers together, each time."""
+    counts = []
+    layers = TorchDecoder._layers
+
+    def counted(decoder, ids, *others):
+        counts.append(len(ids))
+        return layers(decoder, ids, *others)
+
+    monkeypatch.setattr(TorchDecoder, "_layers", counted)
+    return counts
+
+
+def test_each_step_computes_one_token_of_each_row(fed):
+    tiny().generate(random_ids(2, 6), max_new_tokens=5, eos_token_id=NEVER)
+    assert fed == [6, 6, 2, 2, 2, 2]
+
+
+def test_a_row_that_has_ended_is_computed_no_further(fed):
     model = tiny()
-    fed, asked = [], []
-    model.tok_embeddings.register_forward_hook(lambda m, args, out: fed.append(args[0].shape[1]))
-    model.output.register_forward_hook(lambda m, args, out: asked.append(out.shape[1]))
-    model.generate(random_ids(2, 6), max_new_tokens=5, eos_token_id=NEVER)
-    assert fed == [6, 1, 1, 1, 1]
-    assert asked == [1] * 5
+    prompt = random_ids(3, 6)
+    free = greedy_loop(model, prompt, 12)[:, 6:].tolist()
+    end = free[0][4]
+    model.generate(prompt, max_new_tokens=12, eos_token_id=end)
+    lengths = [row.index(end) + 1 if end in row else 12 for row in free]
+    assert fed[3:] == [sum(length > step for length in lengths) for step in range(1, max(lengths))]
+    assert min(fed) < 3
 
 
 # Where it ends
@@ -161,16 +183,24 @@ def test_no_new_tokens_gives_the_prompt_back():
 
 def test_it_records_no_gradients_and_changes_nothing_on_the_model():
     model = tiny().train()
-    recorded = []
-    model.norm.register_forward_hook(lambda m, args, out: recorded.append(out.requires_grad))
     before, weights = dict(vars(model)), copy.deepcopy(model.state_dict())
     out = model.generate(random_ids(2, 5), max_new_tokens=5, eos_token_id=NEVER)
-    assert recorded == [False] * 5
     assert out.dtype == torch.int64
     assert torch.is_grad_enabled()
     assert dict(vars(model)) == before
     assert model.training
     assert all(torch.equal(w, weights[n]) for n, w in model.state_dict().items())
+    decoder = TorchDecoder(model)
+    assert not decoder.prefill(0, [5, 6]).requires_grad
+    assert not decoder.step(torch.tensor([7])).requires_grad
+
+
+def test_dropout_is_off_in_train_mode_too():
+    prompt = random_ids(2, 5)
+    wanted = greedy_loop(tiny(dropout=0.5), prompt, 9)
+    assert torch.equal(
+        tiny(dropout=0.5).train().generate(prompt, max_new_tokens=9, eos_token_id=NEVER), wanted
+    )
 
 
 # Errors
@@ -187,7 +217,13 @@ def test_it_records_no_gradients_and_changes_nothing_on_the_model():
         ({"do_sample": True, "top_p": 0.0}, "top_p"),
         ({"do_sample": True, "top_p": 1.5}, "top_p"),
         ({"do_sample": True, "top_k": -1}, "top_k"),
+        ({"do_sample": True, "min_p": -0.1}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"num_return_sequences": 0}, "num_return_sequences"),
+        ({"stop": [[5], []]}, "stop"),
+        ({"seed": 1, "generator": torch.Generator()}, "seed"),
+        ({"decoder": TorchDecoder(tiny(), rows=1)}, "rows"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -212,6 +248,10 @@ SETTINGS = [
     {"top_p": 1e-9},
     {"temperature": 0.7, "top_k": 12, "top_p": 0.8},
     {"temperature": 1.7, "top_k": 30, "top_p": 0.5},
+    {"min_p": 0.1},
+    {"min_p": 1.0},
+    {"temperature": 3.0, "top_p": 0.999},  # more candidates than are looked at first
+    {"temperature": 1.3, "top_k": 50, "top_p": 0.9, "min_p": 0.05},
 ]
 
 
@@ -222,37 +262,62 @@ def warped(logits: Tensor, setting: dict) -> Tensor:
         logits = TopKLogitsWarper(setting["top_k"])(None, logits)
     if setting.get("top_p", 1.0) < 1.0:
         logits = TopPLogitsWarper(setting["top_p"])(None, logits)
+    if setting.get("min_p"):
+        logits = MinPLogitsWarper(setting["min_p"])(None, logits)
     return logits.softmax(-1)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_the_distribution_is_that_of_transformers_warpers(monkeypatch, setting):
-    logits = torch.randn(40, 300, generator=torch.manual_seed(3)) * 3
-    drawn_from = []
-
-    def multinomial(probs: Tensor, n: int, generator=None) -> Tensor:
-        drawn_from.append(probs)
-        return probs.argmax(-1, keepdim=True)
-
-    monkeypatch.setattr(torch, "multinomial", multinomial)
+def test_the_distribution_is_that_of_transformers_warpers(setting):
+    logits = torch.randn(40, 600, generator=torch.manual_seed(3)) * 3
     before = logits.clone()
-    choose_token(logits, do_sample=True, **setting)
+    probs = probabilities(logits, Sampling(do_sample=True, **setting))
     assert torch.equal(logits, before)
-    probs = drawn_from[0] / drawn_from[0].sum(-1, keepdim=True)  # multinomial takes weights too
+    probs = probs / probs.sum(-1, keepdim=True)  # a draw takes weights too
     wanted = warped(logits, setting)
     assert torch.equal(probs > 0, wanted > 0)
     torch.testing.assert_close(probs, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_penalties_of_what_occurred():
+    logits = torch.randn(2, 300, generator=torch.manual_seed(3)) * 3
+    prompts = random_ids(2, 40)
+    history = History(list(prompts), 300, logits.device)
+    written = [[5, 9], [5, 7], [5, 9]]
+    for tokens in written:
+        history.add(torch.tensor([0, 1]), torch.tensor(tokens))
+    sampling = Sampling(repetition_penalty=1.3, frequency_penalty=0.7, presence_penalty=0.4)
+    found = penalise(logits, sampling, history.seen, history.written)
+    context = torch.cat((prompts, torch.tensor(written).T), dim=1)
+    wanted = RepetitionPenaltyLogitsProcessor(1.3)(context, logits)
+    for row, token, times in ((0, 5, 3), (1, 9, 2), (1, 7, 1)):
+        wanted[row, token] -= 0.7 * times + 0.4
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_penalty_counts_each_row_for_itself():
+    """With padding, rows that end and rows that go on, as transformers' Llama."""
+    model = tiny()
+    ids, mask = left_padded(list(random_ids(1, 17)[0].split([6, 4, 5, 2])), pad=1)
+    llama = llama_with_weights_of(model)
+    free = model.generate(ids, mask, max_new_tokens=16, repetition_penalty=1.8, eos_token_id=NEVER)
+    for eos in (NEVER, int(free[1, 6 + 3])):
+        options = {"max_new_tokens": 16, "eos_token_id": eos, "pad_token_id": 1}
+        options["repetition_penalty"] = 1.8
+        ours = model.generate(ids, mask, **options)
+        theirs = llama.generate(ids, attention_mask=mask, do_sample=False, **options)
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(free, model.generate(ids, mask, max_new_tokens=16, eos_token_id=NEVER))
 
 
 @pytest.mark.parametrize("setting", [{}, {"temperature": 0.6, "top_k": 4, "top_p": 0.9}], ids=str)
 def test_tokens_are_drawn_as_often_as_the_distribution_says(setting):
     draws = 20_000
     logits = torch.tensor([[2.0, 0.5, 1.5, -1.0, 1.0, -3.0]])
-    tokens = choose_token(
+    tokens = choose_tokens(
         logits.expand(draws, -1),
-        do_sample=True,
-        generator=torch.Generator().manual_seed(0),
-        **setting,
+        Sampling(do_sample=True, **setting),
+        torch.Generator().manual_seed(0),
     )
     assert tokens.shape == (draws,)
     found = tokens.bincount(minlength=6) / draws
@@ -264,7 +329,7 @@ def test_tokens_are_drawn_as_often_as_the_distribution_says(setting):
 
 def test_without_do_sample_the_likeliest_token_is_taken():
     logits = torch.randn(5, 300)
-    tokens = choose_token(logits, do_sample=False, temperature=5.0, top_k=9, top_p=0.9)
+    tokens = choose_tokens(logits, Sampling(temperature=5.0, top_k=9, top_p=0.9))
     assert torch.equal(tokens, logits.argmax(-1))
 
 
@@ -325,19 +390,159 @@ def test_streaming_yields_the_same_tokens(do_sample):
     assert torch.equal(torch.stack(tokens, dim=1), generate(stream=False)[:, ids.shape[1] :])
 
 
-def test_streaming_computes_a_token_when_it_is_asked_for():
-    model = tiny()
-    passes = []
-    model.norm.register_forward_hook(lambda *_: passes.append(1))
-    tokens = model.generate(random_ids(1, 5), max_new_tokens=9, eos_token_id=NEVER, stream=True)
-    assert len(passes) == 0
+def test_streaming_computes_a_token_when_it_is_asked_for(fed):
+    tokens = tiny().generate(random_ids(1, 5), max_new_tokens=9, eos_token_id=NEVER, stream=True)
+    assert fed == []
     next(tokens)
-    assert len(passes) == 1
+    assert fed == [5]
     assert torch.is_grad_enabled()
     next(tokens)
-    assert len(passes) == 2
+    assert fed == [5, 1]
     tokens.close()
-    assert len(passes) == 2
+    assert fed == [5, 1]
+
+
+# Several continuations, stop sequences, seeds
+
+
+def test_several_continuations_of_each_row():
+    model = tiny()
+    prompts = random_ids(2, 6)
+    options = {"max_new_tokens": 8, "eos_token_id": NEVER}
+    greedy = model.generate(prompts, num_return_sequences=3, **options)
+    assert torch.equal(greedy, model.generate(prompts, **options).repeat_interleave(3, dim=0))
+    drawn = model.generate(prompts, num_return_sequences=3, do_sample=True, seed=1, **options)
+    assert torch.equal(drawn[:, :6], prompts.repeat_interleave(3, dim=0))
+    assert len({tuple(row) for row in drawn.tolist()}) == 6
+
+
+def test_a_row_ends_after_a_stop_sequence():
+    model = tiny()
+    prompt = random_ids(2, 6)
+    free = greedy_loop(model, prompt, 14)[:, 6:].tolist()
+    stop = [free[0][3:6], [free[1][9]], [free[0][3], NEVER]]
+
+    def cut(row):
+        for end in range(1, 15):
+            if any(row[:end][-len(tokens) :] == tokens for tokens in stop):
+                return row[:end]
+        return row
+
+    wanted = [cut(row) for row in free]
+    assert len(wanted[0]) == 6 or free[0].index(stop[1][0]) < 6
+    width = max(map(len, wanted))
+    out = model.generate(prompt, max_new_tokens=14, stop=stop, eos_token_id=NEVER, pad_token_id=299)
+    assert out[:, 6:].tolist() == [row + [299] * (width - len(row)) for row in wanted]
+
+
+def test_tokens_of_the_prompt_begin_no_stop_sequence():
+    model = tiny()
+    prompt = random_ids(1, 6)
+    first = greedy_loop(model, prompt, 1)[0, -1].item()
+    options = {"max_new_tokens": 5, "eos_token_id": NEVER}
+    out = model.generate(prompt, stop=[[int(prompt[0, -1]), first]], **options)
+    assert torch.equal(out, model.generate(prompt, **options))
+
+
+def test_a_seed_is_a_generator():
+    model = tiny()
+    prompt = random_ids(2, 6)
+    options = {"max_new_tokens": 9, "do_sample": True, "eos_token_id": NEVER}
+    drawn = model.generate(prompt, seed=5, **options)
+    generator = torch.Generator().manual_seed(5)
+    assert torch.equal(drawn, model.generate(prompt, generator=generator, **options))
+
+
+# A decoder that is kept
+
+
+@both_kinds
+def test_what_a_decoder_holds_is_not_computed_again(fed, use_moe):
+    model = tiny(use_moe=use_moe)
+    decoder = TorchDecoder(model)
+    options = {"max_new_tokens": 4, "eos_token_id": NEVER}
+    first = model.generate(random_ids(1, 9), decoder=decoder, **options)
+    more = torch.cat((first, random_ids(1, 5, seed=3)), dim=1)
+    changed = torch.cat((more[:, :6], random_ids(1, 4, seed=4)), dim=1)
+    for prompt, new in ((more, 6), (more, 1), (changed, 4), (more, 12)):  # the last new token too
+        fed.clear()
+        out = model.generate(prompt, decoder=decoder, **options)
+        assert torch.equal(out, greedy_loop(model, prompt, 4))
+        assert fed == [new, 1, 1, 1]
+
+
+def test_a_prefix_is_taken_from_another_row(fed):
+    model = tiny()
+    decoder = TorchDecoder(model, rows=3)
+    system = random_ids(1, 10)
+    prompts = [torch.cat((system, random_ids(1, 3, seed=s)), dim=1) for s in range(3)]
+    options = {"max_new_tokens": 6, "eos_token_id": NEVER, "decoder": decoder}
+    out = model.generate(torch.cat(prompts), **options)
+    assert torch.equal(out, greedy_loop(model, torch.cat(prompts), 6))
+    assert fed[:3] == [13, 3, 3]
+
+
+def test_long_prompts_go_in_parts():
+    model = tiny(max_seq_len=3 * CHUNK)
+    prompt = random_ids(1, 2 * CHUNK + 7)
+    decoder = TorchDecoder(model)
+    parts = decoder.prefill_in_chunks(0, prompt[0].tolist())
+    for length in (CHUNK, 2 * CHUNK, 2 * CHUNK + 7):
+        logits = next(parts)
+        assert len(decoder.tokens[0]) == length
+    assert next(parts, None) is None
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(prompt).logits[0, -1], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@both_kinds
+def test_rows_come_and_go(use_moe):
+    """Steps over rows of any lengths, some of which end, give the logits of each row alone."""
+    model = tiny(use_moe=use_moe)
+    decoder = TorchDecoder(model, rows=4)
+    rows = [ids.tolist() for ids in random_ids(1, 20)[0].split([3, 9, 1, 7])]
+    for i in range(3):
+        decoder.prefill(i, rows[i])
+    active = [0, 1, 2]
+    for step in range(12):
+        tokens = random_ids(len(active), seed=step)
+        for row, token in zip(active, tokens.tolist(), strict=True):
+            rows[row].append(token)
+        logits = decoder.step(tokens)
+        for row, found in zip(active, logits, strict=True):
+            wanted = model(torch.tensor([rows[row]])).logits[0, -1]
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        if step == 4:  # row 0 ends
+            decoder.move(2, 0)
+            active = [2, 1]
+        if step == 8:  # another begins
+            decoder.prefill(2, rows[3])
+            active = [2, 1, 3]
+
+
+def test_a_full_row_is_an_error():
+    decoder = TorchDecoder(tiny(max_seq_len=8))
+    with pytest.raises(ValueError, match="max_seq_len 8"):
+        decoder.prefill(0, list(range(9)))
+    with pytest.raises(ValueError, match="empty"):
+        decoder.prefill(0, [])
+    decoder.prefill(0, list(range(8)))
+    with pytest.raises(ValueError, match="max_seq_len 8"):
+        decoder.step(torch.tensor([3]))
+
+
+def test_half_precision_writes_what_the_model_computes():
+    """In bfloat16 the logits are the model's, within its precision."""
+    model = tiny().to(torch.bfloat16)
+    prompt = random_ids(1, 12)
+    decoder = TorchDecoder(model)
+    decoder.prefill(0, prompt[0, :11].tolist())
+    with torch.no_grad():
+        wanted = model(prompt).logits[0, -1]
+    found = decoder.step(prompt[0, 11:])[0]
+    assert found.dtype == torch.bfloat16
+    assert (found - wanted).abs().max() <= 0.03 * wanted.abs().max()
 
 
 # Prompts of different lengths

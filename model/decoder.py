@@ -1,0 +1,321 @@
+"""The network as it writes: a token at a time, for rows that begin and end when they like.
+
+`MiniMindLM.forward` is made for training and for reading. Here are the same layers with as few
+operations per token as PyTorch allows: a step of a small model on a CPU is spent on starting
+operations and on reading weights from memory, not on arithmetic.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .rotary import precompute_pos_cis
+
+if TYPE_CHECKING:
+    from .model import MiniMindBlock, MiniMindLM
+
+CHUNK = 512  # tokens of a prompt that go through the layers together
+FEW = 32  # for so many rows or fewer, a CPU computes W xᵀ faster than x Wᵀ
+
+
+class Decoder(ABC):
+    """Rows of tokens whose keys and values are kept, and how they grow.
+
+    Rows 0 … n − 1 are those that `step` continues. Who ends a row moves the last one into its
+    place.
+
+    Args:
+        rows: the most rows.
+        max_seq_len: the most tokens of a row.
+        device: of the tokens that `step` takes and of the logits.
+
+    Attributes:
+        tokens: of each row, as far as their keys and values are there.
+    """
+
+    def __init__(self, rows: int, max_seq_len: int, device: torch.device):
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self.max_seq_len = max_seq_len
+        self.device = device
+        self.capacity = 0  # slots that every row has
+
+    def prefill(self, row: int, ids: Sequence[int]) -> Tensor:
+        """Let a row hold a prompt; what it begins with and some row holds is not computed again.
+
+        Args:
+            row: its number.
+            ids: of the prompt, at least one.
+
+        Returns:
+            Logits of the token that comes next: (vocab_size,).
+
+        Raises:
+            ValueError: if the prompt is empty or longer than the context.
+        """
+        *_, logits = self.prefill_in_chunks(row, ids)
+        return logits
+
+    def prefill_in_chunks(self, row: int, ids: Sequence[int]) -> Iterator[Tensor]:
+        """As `prefill`, CHUNK tokens at a time: other rows may take steps in between."""
+        ids = list(ids)
+        if not ids:
+            raise ValueError("the prompt is empty: give at least one token")
+        self._check(len(ids))
+        known = [common_prefix(tokens, ids[:-1]) for tokens in self.tokens]
+        shared = max(known)  # but for the last token, whose logits are wanted
+        self._make_room(len(ids))
+        if known[row] < shared:
+            self._copy(known.index(shared), row, shared)
+        self.tokens[row] = ids[:shared]
+        for start in range(shared, len(ids), CHUNK):
+            chunk = ids[start : start + CHUNK]
+            logits = self._extend(row, chunk)
+            self.tokens[row] += chunk
+            yield logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Add one token to each of the first n rows.
+
+        Args:
+            tokens: (n,) int64.
+
+        Returns:
+            Logits of the tokens that come next: (n, vocab_size).
+
+        Raises:
+            ValueError: if a row is full.
+        """
+        lengths = [len(row) for row in self.tokens[: len(tokens)]]
+        self._check(max(lengths) + 1)
+        self._make_room(max(lengths) + 1)
+        logits = self._step(tokens, lengths)
+        for row, token in zip(self.tokens, tokens.tolist(), strict=False):
+            row.append(token)
+        return logits
+
+    def move(self, source: int, target: int) -> None:
+        """Put what row `source` holds into row `target`, in place of what is there."""
+        if source != target:
+            self._copy(source, target, len(self.tokens[source]))
+            self.tokens[target] = self.tokens[source]
+            self.tokens[source] = []
+
+    def _check(self, length: int) -> None:
+        if length > self.max_seq_len:
+            raise ValueError(
+                f"{length} tokens exceed the context of max_seq_len {self.max_seq_len}"
+            )
+
+    def _make_room(self, slots: int) -> None:
+        """Let every row have at least so many slots."""
+        if slots > self.capacity:
+            capacity = min(self.max_seq_len, max(slots, 2 * self.capacity, 128))
+            self._resize(capacity)
+            self.capacity = capacity
+
+    @abstractmethod
+    def _resize(self, capacity: int) -> None:
+        """Give every row `capacity` slots, and keep what is in the first ones."""
+
+    @abstractmethod
+    def _copy(self, source: int, target: int, length: int) -> None:
+        """Copy keys and values of the first `length` slots."""
+
+    @abstractmethod
+    def _extend(self, row: int, chunk: list[int]) -> Tensor:
+        """Take tokens behind those that the row holds: logits (vocab_size,) after the last."""
+
+    @abstractmethod
+    def _step(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        """Take a token (n,) for each row that holds `lengths`: logits (n, vocab_size)."""
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    length = min(len(first), len(second))
+    return next((i for i in range(length) if first[i] != second[i]), length)
+
+
+class Layer(NamedTuple):
+    """A block's weights, those that take the same input in one matrix."""
+
+    attention_norm: Tensor  # (dim,)
+    qkv: Tensor  # (dim + 2 · kv_dim, dim)
+    wo: Tensor  # (dim, dim)
+    ffn_norm: Tensor  # (dim,)
+    w13: Tensor | None  # (2 · hidden_dim, dim), w1's rows first; None for a mixture of experts
+    w2: Tensor | None  # (dim, hidden_dim)
+    moe: nn.Module | None
+
+
+class TorchDecoder(Decoder):
+    """A decoder of PyTorch operations, on the model's device and in its dtype.
+
+    To make one takes a part of a second, most weights being copied: who generates often keeps it.
+    After a change of weights or of the adapter in use, another must be made.
+
+    Args:
+        model: with the weights to use. Dropout is off, whatever mode it is in.
+        rows: the most rows.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: "MiniMindLM", rows: int = 1):
+        config = model.config
+        super().__init__(rows, config.max_seq_len, model.device)
+        self.config = config
+        self.kv_heads = config.n_kv_heads
+        self.group = config.n_heads // config.n_kv_heads
+        self.embedding = model.tok_embeddings.weight
+        self.few_rows = self.device.type == "cpu" and rows > 1
+        self.layers = [self._fuse(block) for block in model.layers]
+        self.norm = self._norm(model.norm)
+        self.output = self._stored(self.embedding)
+        self.epsilon = self.norm.new_tensor(math.sqrt(config.dim * config.norm_eps))
+
+    def _fuse(self, block: "MiniMindBlock") -> Layer:
+        attention, feed_forward = block.attention, block.feed_forward
+        dense = not self.config.use_moe
+        return Layer(
+            attention_norm=self._norm(block.attention_norm),
+            qkv=self._stored(attention.wq, attention.wk, attention.wv),
+            wo=self._stored(attention.wo),
+            ffn_norm=self._norm(block.ffn_norm),
+            w13=self._stored(feed_forward.w1, feed_forward.w3) if dense else None,
+            w2=self._stored(feed_forward.w2) if dense else None,
+            moe=None if dense else feed_forward,
+        )
+
+    def _norm(self, norm: nn.Module) -> Tensor:
+        return norm.weight.float() * math.sqrt(self.config.dim)
+
+    def _stored(self, *projections: nn.Linear | Tensor) -> Tensor:
+        """The rows of several weights as one, (out, in), in the order that is read fastest."""
+        weights = [p if isinstance(p, Tensor) else applied_weight(p) for p in projections]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        out_features, in_features = weight.shape
+        # One row on a CPU: the product reads a wide matrix faster by columns.
+        if self.device.type == "cpu" and not self.few_rows and out_features > in_features:
+            return weight.t().contiguous().t()
+        return weight.detach()
+
+    def _resize(self, capacity: int) -> None:
+        config, old = self.config, self.capacity
+        # Of each layer: (rows, heads of keys and then of values, slots, head_dim).
+        shape = (len(self.tokens), 2 * self.kv_heads, capacity, config.head_dim)
+        caches = [self.embedding.new_zeros(shape) for _ in self.layers]
+        if old:
+            for new, cache in zip(caches, self.caches, strict=True):
+                new[:, :, :old] = cache
+        self.caches = caches
+        positions = torch.arange(capacity, device=self.device)
+        table = precompute_pos_cis(config.head_dim, positions, config.rope_theta)
+        self.table = table[:, None]  # (slots, 1, head_dim / 2, 2)
+
+    def _copy(self, source: int, target: int, length: int) -> None:
+        for cache in self.caches:
+            cache[target, :, :length] = cache[source, :, :length]
+
+    @torch.no_grad()
+    def _extend(self, row: int, chunk: list[int]) -> Tensor:
+        past, length = len(self.tokens[row]), len(chunk)
+        slots, kv = past + length, self.kv_heads
+        mask = None
+        if past:
+            slot = torch.arange(slots, device=self.device)
+            mask = slot <= slot[past:, None]  # (T, S)
+
+        def attend(cache: Tensor, q: Tensor, kv_new: Tensor) -> Tensor:
+            cache[row, :, past:slots] = kv_new.transpose(0, 1)
+            # Each group of query heads shares its head of keys and values by a view.
+            k, v = cache[row, :, None, :slots].expand(-1, self.group, -1, -1).split(kv)
+            q = q.unflatten(1, (kv, -1)).permute(1, 2, 0, 3)  # (kv, group, T, head_dim)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past)
+            return out.permute(2, 0, 1, 3)  # (T, kv, group, head_dim)
+
+        ids = torch.tensor(chunk, device=self.device)
+        return self._logits(self._layers(ids, self.table[past:slots], attend)[-1:])[0]
+
+    @torch.no_grad()
+    def _step(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        n, kv, slots = len(tokens), self.kv_heads, max(lengths) + 1
+        if min(lengths) == max(lengths):
+            here, positions, mask = (slice(n), slice(None), lengths[0]), lengths[0], None
+        else:
+            positions = torch.tensor(lengths, device=self.device)
+            here = (torch.arange(n, device=self.device), slice(None), positions)
+            seen = torch.arange(slots, device=self.device) <= positions[:, None]
+            mask = torch.zeros_like(seen, dtype=self.embedding.dtype)
+            mask = mask.masked_fill_(~seen, float("-inf"))[:, None, None]  # (n, 1, 1, S)
+
+        def attend(cache: Tensor, q: Tensor, kv_new: Tensor) -> Tensor:
+            cache[here] = kv_new
+            k, v = cache[:n, :, :slots].split(kv, dim=1)
+            # A group's query heads are so many queries to one head of keys and values.
+            q = q.unflatten(1, (kv, -1))  # (n, kv, group, head_dim)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+        return self._logits(self._layers(tokens, self.table[positions], attend))
+
+    def _layers(
+        self,
+        ids: Tensor,
+        table: Tensor,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Ids (N,) → (N, dim); `attend` gets a layer's cache, the queries, the keys and values."""
+        config = self.config
+        heads, kv = config.n_heads, self.kv_heads
+        turned = heads + kv  # queries and keys
+        x = self.embedding[ids]
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+            qkv = self._product(self._normed(x, layer.attention_norm), layer.qkv)
+            qkv = qkv.contiguous().view(len(ids), turned + kv, config.head_dim)
+            rotate_(qkv[:, :turned], table)
+            out = attend(cache, qkv[:, :heads], qkv[:, heads:])
+            x = x + self._product(out.reshape(len(ids), -1), layer.wo)
+            h = self._normed(x, layer.ffn_norm)
+            if layer.moe is not None:
+                x = x + layer.moe(h[None], None)[0][0]
+            else:
+                gate, up = self._product(h, layer.w13).chunk(2, dim=-1)
+                x = x + self._product(F.silu(gate) * up, layer.w2)
+        return x
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self._product(self._normed(x, self.norm), self.output)
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm in three operations: x · √dim · w / √(‖x‖² + dim · eps), in fp32."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return (x / torch.hypot(length, self.epsilon) * weight).to(x.dtype)
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """(N, in) times (out, in) transposed: (N, out)."""
+        if self.few_rows and len(x) <= FEW:
+            return torch.mm(weight, x.t()).t()
+        return F.linear(x, weight)
+
+
+def applied_weight(projection: nn.Linear) -> Tensor:
+    """A projection's weight, with the adapter in use added where one sits on it."""
+    return getattr(projection, "adapted_weight", projection.weight)
+
+
+def rotate_(x: Tensor, table: Tensor) -> None:
+    """Turn each adjacent pair of (N, heads, head_dim) in place; `table` from `precompute_pos_cis`.
+
+    As `apply_rotary_emb`, with one operation where the device knows complex numbers.
+    """
+    pairs = x.unflatten(-1, (-1, 2))
+    if x.dtype == torch.float32 and x.device.type != "mps":
+        torch.view_as_complex(pairs).mul_(torch.view_as_complex(table))
+        return
+    (even, odd), (cos, sin) = pairs.float().unbind(-1), table.unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    pairs.copy_(turned)

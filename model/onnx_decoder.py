@@ -1,0 +1,250 @@
+"""The network as ONNX Runtime computes it on a CPU, with weights of 8 bits.
+
+Weights are rounded to 8 bits in blocks of 32 inputs that share a scale, and so are the inputs of a
+product, token by token: what a row computes does not depend on the other rows. The embedding, the
+norms, the routing of experts, attention and its cache stay in fp32.
+"""
+
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from .decoder import Decoder, applied_weight
+from .rotary import precompute_pos_cis
+
+if TYPE_CHECKING:
+    from .model import MiniMindLM
+
+BLOCK = 32  # inputs of a weight that share a scale
+# Operators that are not ONNX's own: ONNX Runtime's, which are made for language models.
+CONTRIB = {"MatMulNBits", "GroupQueryAttention", "QuickGelu"}
+
+
+class OnnxDecoder(Decoder):
+    """A decoder for CPUs that reads a quarter of the bytes per token that fp32 takes.
+
+    To make one takes a few seconds: the weights are rounded, and ONNX Runtime packs them. After a
+    change of weights or of the adapter in use, another must be made.
+
+    Args:
+        model: with the weights to use, on the CPU.
+        rows: the most rows.
+        bits: of the weights, 8 or 32.
+
+    Raises:
+        ValueError: if the heads have a size that ONNX Runtime's attention does not take.
+    """
+
+    def __init__(self, model: "MiniMindLM", rows: int = 1, bits: int = 8):
+        super().__init__(rows, model.config.max_seq_len, torch.device("cpu"))
+        self.config = model.config
+        if self.config.head_dim % 16:
+            raise ValueError(f"heads of {self.config.head_dim} are no multiple of 16")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.session = onnxruntime.InferenceSession(
+            build_graph(model, bits).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        self.bound: tuple[int, int] | None = None  # first row and number of rows
+
+    def _resize(self, capacity: int) -> None:
+        config = self.config
+        shape = (len(self.tokens), config.n_kv_heads, capacity, config.head_dim)
+        caches = {
+            name: torch.zeros(shape)
+            for i in range(config.n_layers)
+            for name in (f"keys.{i}", f"values.{i}")
+        }
+        if self.capacity:
+            for name, cache in self.caches.items():
+                caches[name][:, :, : self.capacity] = cache
+        self.caches = caches
+        self.bound = None
+
+    def _copy(self, source: int, target: int, length: int) -> None:
+        for cache in self.caches.values():
+            cache[target, :, :length] = cache[source, :, :length]
+
+    def _extend(self, row: int, chunk: list[int]) -> Tensor:
+        return self._run(row, torch.tensor([chunk]), [len(self.tokens[row])])[0]
+
+    def _step(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        return self._run(0, tokens[:, None].contiguous(), lengths)
+
+    def _run(self, first: int, ids: Tensor, lengths: list[int]) -> Tensor:
+        """Ids (n, T) for rows from `first` on that hold `lengths`: logits (n, vocab_size)."""
+        n, new = ids.shape
+        if self.bound != (first, n):
+            self.binding = self.session.io_binding()
+            for name, cache in self.caches.items():  # they are written in place
+                self._bind(name, cache[first : first + n], f"new_{name}")
+            self.bound = (first, n)
+        last = torch.tensor(lengths, dtype=torch.int32) + (new - 1)
+        total = torch.tensor([max(lengths) + new], dtype=torch.int32)
+        logits = torch.empty(n, self.config.vocab_size)
+        for name, tensor in (("ids", ids), ("last", last), ("total", total)):
+            self._bind(name, tensor)
+        self._bind(None, logits, "logits")
+        self.session.run_with_iobinding(self.binding)
+        return logits
+
+    def _bind(self, source: str | None, tensor: Tensor, target: str | None = None) -> None:
+        dtype = {torch.float32: np.float32, torch.int32: np.int32, torch.int64: np.int64}
+        place = ("cpu", 0, dtype[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+        if source is not None:
+            self.binding.bind_input(source, *place)
+        if target is not None:
+            self.binding.bind_output(target, *place)
+
+
+class Graph:
+    """Nodes and weights as they are put together; what a method returns names a result.
+
+    Args:
+        bits: of the weights in products, 8 or 32.
+    """
+
+    def __init__(self, bits: int):
+        self.bits = bits
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: list[TensorProto] = []
+
+    def constant(self, value: Tensor | np.ndarray) -> str:
+        """A weight or another fixed tensor."""
+        if isinstance(value, Tensor):
+            value = value.detach().float().cpu().numpy()
+        name = f"constant{len(self.weights)}"
+        self.weights.append(numpy_helper.from_array(value, name))
+        return name
+
+    def add(self, operator: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
+        """A node; its result, or with several outputs the list of them."""
+        names = [f"{operator}{len(self.nodes)}.{i}" for i in range(outputs)]
+        self.node(operator, inputs, names, **attributes)
+        return names[0] if outputs == 1 else names
+
+    def node(self, operator: str, inputs: Any, outputs: list[str], **attributes: Any) -> None:
+        """A node whose results have names of their own."""
+        domain = "com.microsoft" if operator in CONTRIB else ""
+        self.nodes.append(helper.make_node(operator, inputs, outputs, domain=domain, **attributes))
+
+    def product(self, x: str, *weights: Tensor) -> str:
+        """x times the rows of weights (out, in), those of several below each other."""
+        weight = torch.cat([w.detach().float().cpu() for w in weights])
+        if self.bits == 32:
+            return self.add("MatMul", x, self.constant(weight.t()))
+        values, scales = quantize(weight)
+        return self.add(
+            "MatMulNBits",
+            x,
+            self.constant(values.numpy()),
+            self.constant(scales),
+            N=weight.shape[0],
+            K=weight.shape[1],
+            bits=8,
+            block_size=BLOCK,
+            accuracy_level=4,  # 8-bit inputs
+        )
+
+    def norm(self, x: str, norm: nn.Module) -> str:
+        """RMSNorm."""
+        return self.add("RMSNormalization", x, self.constant(norm.weight), epsilon=norm.eps)
+
+    def feed_forward(self, x: str, layer: nn.Module) -> str:
+        """SwiGLU."""
+        w1, w2, w3 = (applied_weight(w) for w in (layer.w1, layer.w2, layer.w3))
+        gate, up = self.add("Split", self.product(x, w1, w3), outputs=2, axis=-1, num_outputs=2)
+        gate = self.add("QuickGelu", gate, alpha=1.0)  # x · σ(x)
+        return self.product(self.add("Mul", gate, up), w2)
+
+    def experts(self, x: str, layer: nn.Module) -> str:
+        """A mixture of experts: all are computed, and those that are not chosen weigh 0."""
+        gate = layer.gate
+        scores = self.add("Softmax", self.add("MatMul", x, self.constant(gate.weight.t())), axis=-1)
+        k = self.constant(np.array([gate.top_k]))
+        weights, chosen = self.add("TopK", scores, k, outputs=2, axis=-1)
+        last_axis = self.constant(np.array([-1]))
+        if gate.top_k > 1 and gate.norm_topk_prob:
+            weights = self.add("Div", weights, self.add("ReduceSum", weights, last_axis))
+        none = self.constant(torch.zeros(1))
+        results = []
+        for number, expert in enumerate(layer.experts):
+            here = self.add("Equal", chosen, self.constant(np.array([number])))
+            weight = self.add("ReduceSum", self.add("Where", here, weights, none), last_axis)
+            results.append(self.add("Mul", self.feed_forward(x, expert), weight))
+        if layer.shared_experts is not None:
+            results.append(self.feed_forward(x, layer.shared_experts))
+        return reduce(lambda first, second: self.add("Add", first, second), results)
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a weight to 8 bits, symmetrically around 128.
+
+    Args:
+        weight: (out, in) fp32.
+
+    Returns:
+        (out, blocks, BLOCK) uint8, the last block filled up with zeros, and the scales of the
+        blocks (out · blocks,) fp32: weight ≈ (values − 128) · scale.
+    """
+    blocks = nn.functional.pad(weight, (0, -weight.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    scales = blocks.abs().amax(-1, keepdim=True) / 127
+    values = (blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)).round() + 128
+    return values.to(torch.uint8), scales.flatten()
+
+
+def build_graph(model: "MiniMindLM", bits: int) -> onnx.ModelProto:
+    """The model as an ONNX graph for rows that continue what their caches hold.
+
+    Inputs: `ids` (rows, T) int64; `last` (rows,) int32, the slot of the last one; `total` (1,)
+    int32, the slots of the longest row; `keys.N` and `values.N` (rows, n_kv_heads, slots,
+    head_dim). Outputs: `logits` (rows, vocab_size) after the last one; `new_keys.N`,
+    `new_values.N`.
+    """
+    config, graph = model.config, Graph(bits)
+    table = precompute_pos_cis(config.head_dim, config.max_seq_len, config.rope_theta)
+    rotary = [graph.constant(table[..., i]) for i in range(2)]
+    x = graph.add("Gather", graph.constant(model.tok_embeddings.weight), "ids")
+    slots = ["rows", config.n_kv_heads, "slots", config.head_dim]
+    inputs = [("ids", TensorProto.INT64, ["rows", "new"])]
+    inputs += [("last", TensorProto.INT32, ["rows"]), ("total", TensorProto.INT32, [1])]
+    outputs = [("logits", TensorProto.FLOAT, ["rows", config.vocab_size])]
+    for i, block in enumerate(model.layers):
+        attention = block.attention
+        weights = (applied_weight(w) for w in (attention.wq, attention.wk, attention.wv))
+        qkv = graph.product(graph.norm(x, block.attention_norm), *weights)
+        caches = [f"keys.{i}", f"values.{i}"]
+        inputs += [(name, TensorProto.FLOAT, slots) for name in caches]
+        outputs += [(f"new_{name}", TensorProto.FLOAT, slots) for name in caches]
+        graph.node(
+            "GroupQueryAttention",
+            [qkv, "", "", *caches, "last", "total", *rotary],
+            [f"attended{i}", *(f"new_{name}" for name in caches)],
+            num_heads=config.n_heads,
+            kv_num_heads=config.n_kv_heads,
+            do_rotary=1,
+            rotary_interleaved=1,  # adjacent pairs
+        )
+        x = graph.add("Add", x, graph.product(f"attended{i}", applied_weight(attention.wo)))
+        compute = graph.experts if config.use_moe else graph.feed_forward
+        x = graph.add("Add", x, compute(graph.norm(x, block.ffn_norm), block.feed_forward))
+    newest = graph.add("Gather", x, graph.constant(np.array(-1)), axis=1)  # (rows, dim)
+    logits = graph.product(graph.norm(newest, model.norm), model.output.weight)
+    graph.node("Identity", [logits], ["logits"])
+    return helper.make_model(
+        helper.make_graph(
+            graph.nodes,
+            "MiniMind",
+            [helper.make_tensor_value_info(*value) for value in inputs],
+            [helper.make_tensor_value_info(*value) for value in outputs],
+            graph.weights,
+        ),
+        opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)],
+        ir_version=11,
+    )

@@ -1,0 +1,54 @@
+"""Rotary position embedding: how attention knows how far apart two tokens are."""
+
+import torch
+from torch import Tensor
+
+
+def precompute_pos_cis(dim: int, positions: int | Tensor, theta: float = 1e6) -> Tensor:
+    """Cosine and sine of every rotary angle (RoFormer, https://arxiv.org/abs/2104.09864).
+
+    Pair i of a head turns by position · theta^(−2i / dim). The table is made for the positions of
+    one forward pass and not kept as a buffer: casting a model to bf16 would round it, and loading
+    through the meta device would lose it.
+
+    Args:
+        dim: head size, even.
+        positions: how many positions, counted from 0, or a tensor (…) of positions.
+        theta: base of the frequencies.
+
+    Returns:
+        (…, dim / 2, 2) fp32: cosine and sine.
+    """
+    if isinstance(positions, int):
+        positions = torch.arange(positions)
+    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
+    angles = positions[..., None].float() * theta**-exponents
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+def apply_rotary_emb(xq: Tensor, xk: Tensor, pos_cis: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn each adjacent pair of components by its position's angle, in fp32.
+
+    Args:
+        xq: (B, T, n_heads, head_dim).
+        xk: (B, T, n_kv_heads, head_dim).
+        pos_cis: (T, head_dim / 2, 2) or (B, T, head_dim / 2, 2) from `precompute_pos_cis`.
+
+    Returns:
+        Both inputs, turned, in their own dtypes.
+    """
+    pos_cis = pos_cis[..., None, :, :]  # (…, T, 1, head_dim / 2, 2)
+
+    def rotate(x: Tensor) -> Tensor:
+        pairs = x.float().unflatten(-1, (-1, 2))
+        # Compilers generate no code for complex numbers, and older macOS has none.
+        if torch.compiler.is_compiling() or x.device.type == "mps":
+            (even, odd), (cos, sin) = pairs.unbind(-1), pos_cis.unbind(-1)
+            turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+        else:  # one pass over memory instead of seven
+            turned = torch.view_as_real(
+                torch.view_as_complex(pairs) * torch.view_as_complex(pos_cis)
+            )
+        return turned.flatten(-2).type_as(x)
+
+    return rotate(xq), rotate(xk)

@@ -1,0 +1,128 @@
+"""How the next token is chosen from the logits."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NUCLEUS = 256  # candidates that top_p looks at first: it seldom needs all, and sorting is slow
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of a choice; names, defaults and order of effect are those of transformers.
+
+    Attributes:
+        do_sample: draw from the distribution; else take the likeliest token.
+        temperature: divides the logits; below 1 sharpens.
+        top_k: draw among the k likeliest only; None or 0 for all.
+        top_p: draw among the fewest tokens whose probability reaches p (nucleus sampling,
+            https://arxiv.org/abs/1904.09751).
+        min_p: drop what is less likely than this share of the likeliest token's probability
+            (https://arxiv.org/abs/2407.01082).
+        repetition_penalty: divides positive and multiplies negative logits of tokens that occur in
+            the prompt or were written (CTRL, https://arxiv.org/abs/1909.05858).
+        frequency_penalty: subtracted once for each time a token was written (OpenAI's API).
+        presence_penalty: subtracted once if a token was written at all (OpenAI's API).
+
+    Raises:
+        ValueError: for a setting outside its range.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.do_sample and not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
+        if self.top_k is not None and self.top_k < 0:
+            raise ValueError(f"top_k must be at least 0, not {self.top_k}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], not {self.min_p}")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether a choice depends on what was written before."""
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
+
+
+class History:
+    """Which tokens occurred in each row, and how often they were written: what penalties ask.
+
+    Args:
+        prompts: (T,) int64 of each row.
+        vocab_size: of the logits.
+        device: theirs.
+    """
+
+    def __init__(self, prompts: list[Tensor], vocab_size: int, device: torch.device):
+        self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+        self.written = torch.zeros(len(prompts), vocab_size, device=device)
+        for row, prompt in zip(self.seen, prompts, strict=True):
+            row[prompt] = True
+
+    def add(self, rows: Tensor, tokens: Tensor) -> None:
+        """Note a new token (n,) in each of `rows` (n,)."""
+        self.seen[rows, tokens] = True
+        self.written[rows, tokens] += 1
+
+
+def penalise(logits: Tensor, sampling: Sampling, seen: Tensor, written: Tensor) -> Tensor:
+    """Lower the logits (B, vocab_size) of tokens that occurred; arguments are rows of a History."""
+    factor = sampling.repetition_penalty
+    lowered = torch.where(logits < 0, logits * factor, logits / factor)
+    logits = torch.where(seen, lowered, logits)
+    return (
+        logits
+        - sampling.frequency_penalty * written
+        - sampling.presence_penalty * (written > 0).to(logits.dtype)
+    )
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """What a draw uses: (B, vocab_size) fp32, 0 for what is ruled out; a row need not sum to 1."""
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # never overflows
+    if sampling.top_k:
+        kth = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    probs = logits.softmax(-1)
+    least = sampling.min_p * probs.amax(-1, keepdim=True)
+    if sampling.top_p < 1.0:
+        likely, tokens = probs.topk(min(NUCLEUS, probs.shape[-1]))
+        if (likely.sum(-1) < sampling.top_p).any():
+            likely, tokens = probs.sort(-1, descending=True)
+        before = likely.cumsum(-1) - likely  # probability of all likelier tokens
+        kept = likely.masked_fill(before >= sampling.top_p, 0.0)
+        probs = torch.zeros_like(probs).scatter_(-1, tokens, kept)
+    if sampling.min_p:
+        probs = probs.masked_fill(probs < least, 0.0)
+    return probs
+
+
+def choose_tokens(
+    logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None
+) -> Tensor:
+    """The next token of each row.
+
+    Args:
+        logits: (B, vocab_size), penalties included.
+        sampling: the settings of all rows.
+        generator: source of randomness.
+
+    Returns:
+        (B,) int64.
+    """
+    if not sampling.do_sample:
+        return logits.argmax(-1)
+    return torch.multinomial(probabilities(logits, sampling), 1, generator=generator).squeeze(1)
