@@ -1,205 +1,342 @@
-"""Talk to a trained model, or let a pretrained one write.
+"""Talk to a trained model, let a pretrained one write, or score either.
 
-    python eval_model.py                                 (chat with out/full_sft_512.pth)
-    python eval_model.py --prompt "你是谁？"
-    python eval_model.py --weight pretrain               (type a beginning, read on)
-    python eval_model.py --lora_name identity            (with out/lora/identity_512.pth on it)
+    python eval_model.py                          (chat with the newest weights in out/)
+    python eval_model.py --weight dpo --lora_name identity --quantize int8
+    python eval_model.py --prompt "你是谁？" --temperature 0
+    python eval_model.py --input_file questions.jsonl --output_file answers.jsonl
+    python eval_model.py --score held_out.jsonl
 
 Weights of the stage "pretrain" continue what is typed; all others answer it, and remember what was
 said before.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerBase
 
-from dataset import ChatEncoder, render_chat, tokenizer_hash
-from model import LMConfig, MiniMindLM
+from dataset import DataError
+from inference import Choice, Talker, load_talker
+from inference.answers import answer_file
+from inference.scoring import score
 from training import (
     ROOT,
     UserError,
     count,
+    count_or_zero,
     find_processes,
     flag,
     fraction_or_one,
-    load_adapter,
-    load_model,
-    load_tokenizer,
     make_parser,
+    positive,
     positive_or_zero,
-    read_about,
     report_user_errors,
-    resolve_weights,
     seed,
-    weights_path,
+    share,
 )
+
+# What /set can change, and how it is read: the flags of the same names.
+SETTINGS: dict[str, Callable[[str], Any]] = {
+    "max_new_tokens": count,
+    "temperature": positive_or_zero,
+    "top_k": count_or_zero,
+    "top_p": fraction_or_one,
+    "min_p": share,
+    "repetition_penalty": positive,
+}
+HELP = '''\
+/help                    this text
+/reset                   forget the conversation
+/system TEXT             what the model is told first; without TEXT nothing
+/undo                    take the last question and its answer back
+/save FILE, /load FILE   the conversation, as one line of training data
+/set                     show the settings
+/set temperature 0.7     change one
+/quit                    leave; so does Ctrl-D
+"""                      begins a text of several lines, and ends it
+Ctrl-C                   stops an answer'''
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = make_parser("Talk to a trained MiniMind.")
-    parser.add_argument(
-        "--weight", help="a stage's name, or a .pth file; default: full_sft if there, else pretrain"
+    parser = make_parser("Talk to a trained MiniMind, or score it.")
+    which = parser.add_argument_group("model")
+    which.add_argument(
+        "--weight",
+        help="a stage's name, a .pth file or a folder in transformers' format; default: the newest "
+        "chat weights in --out_dir, else the newest pretrained ones",
     )
-    parser.add_argument("--lora_name", help="an adapter's name, or its .pth file: use it as well")
-    parser.add_argument("--out_dir", type=Path, default=Path("out"), help="where weights are")
-    parser.add_argument("--dim", type=count, default=512, help="of the weights to load")
-    parser.add_argument("--n_layers", type=count, default=8, help="of weights without a .json")
-    parser.add_argument("--use_moe", action=flag, default=False, help="load a mixture of experts")
-    parser.add_argument("--prompt", help="answer or continue this text and end")
-    parser.add_argument("--max_new_tokens", type=count, default=200)
-    parser.add_argument(
+    which.add_argument("--lora_name", help="an adapter's name, or its .pth file: use it as well")
+    which.add_argument("--out_dir", type=Path, default=Path("out"), help="where weights are")
+    which.add_argument("--dim", type=count, help="of the weights; 512 for those without a .json")
+    which.add_argument("--n_layers", type=count, help="of the weights; likewise 8")
+    which.add_argument("--use_moe", action=flag, help="whether they are a mixture of experts")
+    which.add_argument(
+        "--quantize", choices=("int8",), help="weights of 8 bits: faster on a CPU, nearly as good"
+    )
+    which.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
+    which.add_argument(
+        "--tokenizer_path", type=Path, default=ROOT / "model" / "minimind_tokenizer", help="folder"
+    )
+    writing = parser.add_argument_group("writing")
+    writing.add_argument("--max_new_tokens", type=count, default=512, help="of an answer")
+    writing.add_argument(
         "--temperature", type=positive_or_zero, default=0.8, help="0 takes the likeliest token"
     )
-    parser.add_argument(
+    writing.add_argument("--top_k", type=count_or_zero, default=0, help="likeliest tokens; 0: all")
+    writing.add_argument(
         "--top_p",
         type=fraction_or_one,
         default=0.9,
         help="draw among the likeliest tokens that reach this probability together",
     )
-    parser.add_argument("--seed", type=seed, help="default: another text every time")
-    parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
-    parser.add_argument(
-        "--tokenizer_path", type=Path, default=ROOT / "model" / "minimind_tokenizer", help="folder"
+    writing.add_argument(
+        "--min_p", type=share, default=0.0, help="drop tokens below this share of the likeliest's"
     )
-    return parser.parse_args()
+    writing.add_argument(
+        "--repetition_penalty", type=positive, default=1.0, help="above 1: of what was said before"
+    )
+    writing.add_argument("--seed", type=seed, help="default: another text every time")
+    writing.add_argument("--system", help="what the model is told first")
+    writing.add_argument(
+        "--history_cnt",
+        type=count_or_zero,
+        help="exchanges that it remembers; default: as many as fit",
+    )
+    instead = parser.add_argument_group("instead of a conversation")
+    instead.add_argument("--prompt", help="answer or continue this text and end")
+    instead.add_argument(
+        "--input_file", type=Path, help='answer every line: {"prompt"}, conversations, {"text"}'
+    )
+    instead.add_argument("--output_file", type=Path, help="where the answers, or scores, go")
+    instead.add_argument(
+        "--score", type=Path, metavar="DATA", help="score the model on texts or conversations"
+    )
+    instead.add_argument("--batch_size", type=count, default=16, help="lines at a time")
+    args = parser.parse_args()
+    chosen = [f"--{n}" for n in ("prompt", "input_file", "score") if getattr(args, n) is not None]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)}: give one of them")
+    if args.input_file is not None and args.output_file is None:
+        raise UserError("--input_file needs --output_file")
+    if args.output_file is not None and args.input_file is None and args.score is None:
+        raise UserError("--output_file needs --input_file or --score")
+    return args
 
 
-def write(
-    model: MiniMindLM,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: Sequence[int],
-    args: argparse.Namespace,
-    generator: torch.Generator,
-) -> Iterator[str]:
-    """What the model writes after a prompt, piece by piece.
+def sampling_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as `MiniMindLM.generate` takes them: temperature 0 is greedy."""
+    options = {name: settings[name] for name in SETTINGS}
+    options["do_sample"] = options["temperature"] > 0
+    return options
+
+
+class Chat:
+    """A conversation in a terminal.
 
     Args:
-        model: in eval mode.
-        tokenizer: of the ids.
-        ids: of the prompt.
-        args: the flags.
+        talker: who answers.
+        settings: values by the names of SETTINGS.
         generator: source of randomness.
-
-    Yields:
-        Whole characters: a piece is held back while the last character lacks bytes.
-
-    Raises:
-        ValueError: if the prompt leaves no room in the model's context.
+        system: what the model is told first, or None.
+        history_cnt: how many exchanges it remembers; None for as many as fit.
     """
-    tokens = model.generate(
-        torch.tensor([ids], device=model.device),
-        max_new_tokens=args.max_new_tokens,
-        do_sample=args.temperature > 0,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        generator=generator,
-        stream=True,
-    )
-    decoder = DecodeStream(skip_special_tokens=True)
-    for token in tokens:
-        piece = decoder.step(tokenizer.backend_tokenizer, token.item())
-        if piece:
-            yield piece
+
+    def __init__(
+        self,
+        talker: Talker,
+        settings: dict[str, Any],
+        generator: torch.Generator,
+        system: str | None,
+        history_cnt: int | None,
+    ):
+        self.talker = talker
+        self.settings = settings
+        self.generator = generator
+        self.system = system
+        self.history_cnt = history_cnt
+        self.messages: list[dict[str, Any]] = []  # without the system message
+
+    def respond(self, text: str) -> None:
+        """Print what the model says to a text, as it comes; Ctrl-C ends the answer.
+
+        Raises:
+            UserError: if the text leaves no room in the context.
+        """
+        text = text.encode("utf-8", "replace").decode("utf-8")  # stray bytes of a terminal
+        question = {"role": "user", "content": text}
+        if self.talker.encoder is None:
+            print(text, end="", flush=True)
+            ids = self.talker.text_ids(text)
+        else:
+            ids = self.prompt_ids(question)
+        answer = ""
+        pieces = self.talker.stream(ids, self.generator, **sampling_options(self.settings))
+        try:
+            for piece in pieces:
+                answer += piece
+                print(piece, end="", flush=True)
+        except ValueError as error:
+            raise UserError(f"the text is not usable: {error}") from None
+        except KeyboardInterrupt:
+            print(" …", end="")
+        print()
+        if self.talker.encoder is not None:
+            self.messages += [question, {"role": "assistant", "content": answer}]
+
+    def prompt_ids(self, question: dict[str, Any]) -> list[int]:
+        """The conversation with a new question, as far as it is remembered and fits."""
+        past = self.messages
+        if self.history_cnt is not None:
+            past = past[max(0, len(past) - 2 * self.history_cnt) :]
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        ids, _ = self.talker.fitting_chat_ids(
+            [*system, *past, question], self.settings["max_new_tokens"]
+        )
+        return ids
+
+    def command(self, line: str) -> None:
+        """Carry out a line that begins with a slash.
+
+        Raises:
+            UserError: if it is no command, or cannot be carried out.
+        """
+        name, _, rest = line[1:].partition(" ")
+        rest = rest.strip()
+        if name == "help":
+            print(HELP)
+        elif name == "reset":
+            self.messages.clear()
+        elif name == "system":
+            self.system = rest or None
+        elif name == "undo":
+            del self.messages[-2:]
+        elif name == "save" and rest:
+            self.save(Path(rest))
+        elif name == "load" and rest:
+            self.load(Path(rest))
+        elif name == "set":
+            self.set(*rest.split())
+        else:
+            raise UserError(f"/{name}: no such command, or a word is missing; /help lists them")
+
+    def set(self, name: str = "", value: str = "", *more: str) -> None:
+        """Change a setting, or show all."""
+        if not name:
+            print("\n".join(f"{name} {self.settings[name]}" for name in SETTINGS))
+            return
+        if name not in SETTINGS or not value or more:
+            raise UserError(f"/set takes a value for one of {', '.join(SETTINGS)}")
+        try:
+            self.settings[name] = SETTINGS[name](value)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"/set {name}: {error}") from None
+
+    def save(self, path: Path) -> None:
+        """Write the conversation as a line of training data; an older file is kept."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        line = json.dumps({"conversations": [*system, *self.messages]}, ensure_ascii=False)
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise UserError(f"/save {path}: {error.strerror}") from None
+
+    def load(self, path: Path) -> None:
+        """Go on with a saved conversation."""
+        try:
+            messages = json.loads(path.read_text(encoding="utf-8"))["conversations"]
+            roles = [message["role"] for message in messages]
+            system = messages.pop(0)["content"] if roles[:1] == ["system"] else None
+            self.talker.chat_ids(messages or [{"role": "user", "content": ""}])
+        except OSError as error:
+            raise UserError(f"/load {path}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"/load {path}: no saved conversation") from None
+        self.system, self.messages = system, messages
 
 
-def chat_ids(encoder: ChatEncoder, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Ids of a conversation, up to where the assistant's next answer begins."""
-    return encoder.encode([render_chat(messages, add_generation_prompt=True)]).ids.tolist()
+def typed_texts() -> Iterator[str]:
+    """The texts that the user types, until the input ends; empty ones left out."""
+    while True:
+        try:
+            text = input("> ")
+            if text.startswith('"""'):
+                lines = [text[3:]]
+                while not lines[-1].endswith('"""'):
+                    lines.append(input("… "))
+                text = "\n".join(lines)[:-3].strip("\n")
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /quit leaves)")
+            continue
+        except EOFError:
+            print()
+            return
+        if text.strip() == "/quit":
+            return
+        if text.strip():
+            yield text
 
 
-def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of the beginning of a document."""
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [tokenizer.bos_token_id, *ids]
+def converse(chat: Chat) -> None:
+    """Answer what is typed until the user leaves."""
+    with contextlib.suppress(ImportError):  # Windows' own terminal edits lines by itself
+        import readline  # noqa: F401  it gives `input` its editing and history
+    talker = chat.talker
+    what = "type a beginning" if talker.encoder is None else "say something"
+    print(f"{talker.name}: {what} and press Enter; /help lists commands.")
+    for text in typed_texts():
+        try:
+            if text.startswith("/") and talker.encoder is not None:
+                chat.command(text)
+            else:
+                chat.respond(text)
+        except UserError as error:
+            print(error)
 
 
 def main() -> None:
-    """Answer or continue one text, or each that is typed."""
+    """Answer one text, a file of them, or what is typed; or score the model."""
     args = parse_args()
     device = find_processes(args.device, ddp=False).device
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    try:
-        shape = LMConfig(
-            dim=args.dim,
-            n_layers=args.n_layers,
-            use_moe=args.use_moe,
-            vocab_size=len(tokenizer),
-        )
-    except ValueError as error:
-        raise UserError(f"--dim {args.dim}: {error}") from None
-    weight = args.weight
-    if weight is None:
-        tuned = weights_path(args.out_dir, "full_sft", shape).is_file()
-        weight = "full_sft" if tuned else "pretrain"
-    path = resolve_weights("--weight", weight, args.out_dir, shape)
-    model = load_model(path, shape, tokenizer_hash(tokenizer))
-    about = read_about(path)
-    chats = not path.name.startswith("pretrain") if about is None else about["stage"] != "pretrain"
-    if args.lora_name is not None:
-        folder = args.out_dir / "lora"
-        load_adapter(resolve_weights("--lora_name", args.lora_name, folder, model.config), model)
-        chats = True  # adapters are trained on conversations
-    model.to(device).eval()
-    encoder = ChatEncoder(tokenizer) if chats else None
-    messages: list[dict[str, str]] = []  # of the conversation so far
+    choice = Choice(
+        args.weight,
+        args.lora_name,
+        args.out_dir,
+        args.dim,
+        args.n_layers,
+        args.use_moe,
+        args.tokenizer_path,
+    )
+    several = args.input_file is not None or args.score is not None
+    talker = load_talker(choice, device, args.quantize, args.batch_size if several else 1)
     generator = torch.Generator(device)
     if args.seed is None:
         generator.seed()
     else:
         generator.manual_seed(args.seed)
-
-    def respond(text: str) -> None:
-        text = text.encode("utf-8", "replace").decode("utf-8")  # stray bytes of a terminal
-        if encoder is None:
-            ids = text_ids(tokenizer, text)
-            print(text, end="", flush=True)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    if args.score is not None:
+        score(talker, args.score, args.output_file, args.max_new_tokens)
+    elif args.input_file is not None:
+        options = sampling_options(settings)
+        answer_file(talker, args.input_file, args.output_file, args.system, generator, options)
+    else:
+        chat = Chat(talker, settings, generator, args.system, args.history_cnt)
+        if args.prompt is not None:
+            chat.respond(args.prompt)
         else:
-            question = {"role": "user", "content": text}
-            ids = chat_ids(encoder, [*messages, question])
-            while messages and len(ids) >= model.config.max_seq_len:
-                del messages[:2]  # the oldest exchange makes room
-                ids = chat_ids(encoder, [*messages, question])
-        answer = ""
-        try:
-            for piece in write(model, tokenizer, ids, args, generator):
-                answer += piece
-                print(piece, end="", flush=True)
-        except ValueError as error:
-            raise UserError(f"the text is not usable: {error}") from None
-        print()
-        if encoder is not None:
-            messages.extend([question, {"role": "assistant", "content": answer}])
-
-    if args.prompt is not None:
-        respond(args.prompt)
-        return
-    what = "say something" if chats else "type a beginning"
-    print(f"{path.name}: {what} and press Enter; an empty line ends.")
-    while text := ask():
-        try:
-            respond(text)
-        except KeyboardInterrupt:
-            print()
-        except UserError as error:
-            print(error)
-
-
-def ask() -> str:
-    """The line that the user types; empty at the end of input."""
-    try:
-        return input("> ")
-    except (EOFError, KeyboardInterrupt):
-        print()
-        return ""
+            converse(chat)
 
 
 if __name__ == "__main__":
-    with report_user_errors():
-        main()
+    with report_user_errors(DataError):
+        try:
+            main()
+        except KeyboardInterrupt:
+            sys.exit(130)

@@ -5,11 +5,22 @@ from .chat import ChatEncoder, render_chat
 from .lm_dataset import PretrainDataset, RLAIFDataset, SFTDataset
 from .packing import PackedRows, PaddedRows, RowBatches, collate, make_loader
 from .preference import DPODataset, PairRows, collate_pairs
-from .records import Conversation, DataError, check_file, parse_chat, parse_preference
+from .records import (
+    BadLines,
+    Conversation,
+    DataError,
+    RecordError,
+    check_file,
+    parse_chat,
+    parse_preference,
+    parse_question,
+    parse_text,
+)
 from .teacher import TeacherRows, collate_taught
 from .token_store import tokenizer_hash
 
 __all__ = [
+    "BadLines",
     "ChatEncoder",
     "Conversation",
     "DPODataset",
@@ -19,6 +30,7 @@ __all__ = [
     "PairRows",
     "PretrainDataset",
     "RLAIFDataset",
+    "RecordError",
     "RowBatches",
     "SFTDataset",
     "TeacherRows",
@@ -30,6 +42,8 @@ __all__ = [
     "open_dataset",
     "parse_chat",
     "parse_preference",
+    "parse_question",
+    "parse_text",
     "render_chat",
     "tokenizer_hash",
 ]

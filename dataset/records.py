@@ -222,6 +222,30 @@ def parse_chat(line: bytes) -> Conversation:
     return Conversation(_add_system(record, messages), _parse_tools(record.get("tools")))
 
 
+def parse_question(line: bytes) -> tuple[Conversation, str | None]:
+    """What is to be answered on one line, and the answer that it gives itself, if it does.
+
+    The line is as for `parse_chat`, and need not have an answer; or it has a "prompt", a string or
+    messages, in place of the conversation. Raises RecordError.
+    """
+    record = _parse_object(line)
+    names = [n for n in ("prompt", "conversations", "messages") if record.get(n) is not None]
+    if names:
+        items = _as_messages(record[names[0]], "user", f'"{names[0]}"')
+        messages = _parse_messages(items, f'"{names[0]}"', answered=False)
+    elif "instruction" in record:
+        messages = _parse_messages(_alpaca_messages({"output": "", **record}), "")
+    else:
+        raise RecordError('no "prompt", "conversations", "messages" or "instruction"')
+    messages = _add_system(record, messages) if messages else messages
+    reference = None
+    if messages and messages[-1]["role"] == "assistant":
+        reference = messages.pop()["content"] or None
+    if not messages or messages[-1]["role"] == "system":
+        raise RecordError("nothing to be answered")
+    return Conversation(messages, _parse_tools(record.get("tools"))), reference
+
+
 def _add_system(record: dict[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages after the record's own "system", if there is one that they do not begin with."""
     if not record.get("system"):
@@ -252,8 +276,8 @@ def _alpaca_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _parse_messages(items: Any, name: str) -> list[dict[str, Any]]:
-    """The messages of a record, in an order that makes sense."""
+def _parse_messages(items: Any, name: str, answered: bool = True) -> list[dict[str, Any]]:
+    """The messages of a record, in an order that makes sense, an answer among them."""
     if not isinstance(items, list):
         raise RecordError(f"{name} is {_json_type(items)}, not an array")
     messages: list[dict[str, Any]] = []
@@ -277,7 +301,7 @@ def _parse_messages(items: Any, name: str) -> list[dict[str, Any]]:
         else:
             open_calls = len(calls)
         messages.append(message)
-    if all(message["role"] != "assistant" for message in messages):
+    if answered and all(message["role"] != "assistant" for message in messages):
         raise RecordError("no assistant message")
     return messages
 

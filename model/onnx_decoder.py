@@ -49,7 +49,9 @@ class OnnxDecoder(Decoder):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         self.session = onnxruntime.InferenceSession(
-            build_graph(model, bits).SerializeToString(), options, providers=["CPUExecutionProvider"]
+            build_graph(model, bits).SerializeToString(),
+            options,
+            providers=["CPUExecutionProvider"],
         )
         self.bound: tuple[int, int] | None = None  # first row and number of rows
 

@@ -23,7 +23,8 @@ def main(pytest_arguments: list[str]) -> int:
     checks = [
         ["ruff", "format", "--check", "."],
         ["ruff", "check", "."],
-        ["pytest", *pytest_arguments],  # pyproject.toml already says -q; twice hides the totals
+        # Files are shared out among processes; each needs a gigabyte of memory.
+        ["pytest", "--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile", *pytest_arguments],
     ]
     failed = {}
     for check in checks:

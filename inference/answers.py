@@ -1,0 +1,118 @@
+"""Answer a file of questions."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from dataset import BadLines, DataError, RecordError, check_file, parse_question, parse_text
+from training import UserError
+
+from .talker import Talker
+
+
+class Question(NamedTuple):
+    """A line to be answered: what it holds, its prompt as ids, and its last message.
+
+    `reference` is the answer that the line gives itself, if it does.
+    """
+
+    record: dict[str, Any]
+    ids: list[int]
+    text: str
+    reference: str | None
+
+
+def read_questions(talker: Talker, path: Path, system: str | None = None) -> list[Question]:
+    """The lines of a file.
+
+    Args:
+        talker: who will answer: conversations, or beginnings of texts.
+        path: JSONL file.
+        system: a system message for conversations without one.
+
+    Raises:
+        DataError: naming the lines that cannot be answered.
+    """
+    check_file(path)
+    questions, bad = [], BadLines()
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                reference = None
+                if talker.encoder is None:
+                    text = parse_text(line)
+                    ids = talker.text_ids(text)
+                else:
+                    (messages, tools), reference = parse_question(line)
+                    if system and messages[0]["role"] != "system":
+                        messages = [{"role": "system", "content": system}, *messages]
+                    ids, text = talker.chat_ids(messages, tools), messages[-1]["content"]
+                if len(ids) >= talker.context:
+                    raise RecordError(f"{len(ids)} tokens leave no room in {talker.context}")
+            except RecordError as error:
+                bad.add(number, str(error))
+                continue
+            questions.append(Question(json.loads(line), ids, text, reference))
+    if bad.count:
+        raise DataError(bad.report(path).rpartition("; --skip")[0])
+    return questions
+
+
+def write_answers(
+    talker: Talker,
+    questions: Sequence[Question],
+    generator: torch.Generator,
+    options: dict[str, Any],
+) -> list[str]:
+    """What the model answers to each, as many at a time as its decoder has rows."""
+    answers = talker.model.batch_generate(
+        [torch.tensor(q.ids, device=talker.decoder.device) for q in questions],
+        batch_size=len(talker.decoder.tokens),
+        decoder=talker.decoder,
+        eos_token_id=talker.tokenizer.eos_token_id,
+        generator=generator,
+        **options,
+    )
+    return [talker.tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in answers]
+
+
+def answer_file(
+    talker: Talker,
+    path: Path,
+    out: Path,
+    system: str | None,
+    generator: torch.Generator,
+    options: dict[str, Any],
+) -> None:
+    """Write every line of a file with an "answer" added to it.
+
+    Args:
+        talker: who answers.
+        path: JSONL file, see `read_questions`.
+        out: where the lines go.
+        system: as for `read_questions`.
+        generator: source of randomness.
+        options: of `MiniMindLM.generate`.
+
+    Raises:
+        DataError: for lines that cannot be answered.
+        UserError: if nothing can be written there.
+    """
+    questions = read_questions(talker, path, system)
+    if out.exists():
+        raise UserError(f"--output_file {out}: is there already")
+    answers = write_answers(talker, questions, generator, options)
+    lines = (
+        json.dumps({**question.record, "answer": answer}, ensure_ascii=False) + "\n"
+        for question, answer in zip(questions, answers, strict=True)
+    )
+    try:
+        out.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output_file {out}: {error.strerror}") from None
+    print(f"{len(answers):,} answers in {out}")

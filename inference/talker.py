@@ -1,0 +1,144 @@
+"""A model that can be talked to: weights, tokenizer, decoder, and what goes between them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dataset import ChatEncoder, render_chat
+from model import Decoder, MiniMindLM, TorchDecoder
+from training import UserError
+
+from .text import TextStream
+
+
+class Talker:
+    """A model with its tokenizer.
+
+    Args:
+        name: what to call it.
+        model: in eval mode, on its device.
+        tokenizer: of its ids.
+        chats: whether it answers conversations; else it continues texts.
+        quantize: "int8" for weights of 8 bits, which needs a CPU, or None.
+        rows: how many texts it can write at a time.
+
+    Raises:
+        UserError: if it cannot be quantized.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: MiniMindLM,
+        tokenizer: PreTrainedTokenizerBase,
+        chats: bool,
+        quantize: str | None = None,
+        rows: int = 1,
+    ):
+        self.name = name
+        self.model = model
+        self.tokenizer = tokenizer
+        self.encoder = ChatEncoder(tokenizer) if chats else None
+        self.decoder = make_decoder(model, quantize, rows)
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self.model.config.max_seq_len
+
+    def chat_ids(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
+        """Ids of a conversation, up to where the assistant's next answer begins.
+
+        Raises:
+            RecordError: if it needs a control token that the tokenizer lacks.
+        """
+        pieces = render_chat(messages, tools, add_generation_prompt=True)
+        return self.encoder.encode([self.encoder.check_control(pieces)]).ids.tolist()
+
+    def fitting_chat_ids(
+        self, messages: list[dict[str, Any]], room: int
+    ) -> tuple[list[int], list[dict[str, Any]]]:
+        """As `chat_ids`, without the oldest exchanges where all of them leave no room.
+
+        Args:
+            messages: the conversation; a system message is always kept, and so is the last one.
+            room: tokens to leave for the answer, where that is possible.
+
+        Returns:
+            The ids and the messages that they are of.
+        """
+        system = messages[:1] if messages[0]["role"] == "system" else []
+        rest = messages[len(system) :]
+        room = min(room, self.context // 2)
+        while True:
+            ids = self.chat_ids([*system, *rest])
+            if len(rest) == 1 or len(ids) + room <= self.context:
+                return ids, [*system, *rest]
+            questions = [i for i, m in enumerate(rest) if m["role"] == "user" and i > 0]
+            rest = rest[questions[0] :] if questions else rest[-1:]
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of the beginning of a document."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return [self.tokenizer.bos_token_id, *ids["input_ids"]]
+
+    def stream(
+        self,
+        ids: Sequence[int],
+        generator: torch.Generator,
+        stop: Sequence[str] = (),
+        **options: Any,
+    ) -> Iterator[str]:
+        """What the model writes after a prompt, piece by piece.
+
+        Args:
+            ids: of the prompt.
+            generator: source of randomness.
+            stop: strings at which to end.
+            options: of `MiniMindLM.generate`.
+
+        Raises:
+            ValueError: if the prompt leaves no room in the model's context.
+        """
+        text = TextStream(self.tokenizer, stop)
+        tokens = self.model.generate(
+            torch.tensor([ids], device=self.decoder.device),
+            eos_token_id=self.tokenizer.eos_token_id,
+            generator=generator,
+            stream=True,
+            decoder=self.decoder,
+            **options,
+        )
+        for token in tokens:
+            if piece := text.add(token.item()):
+                yield piece
+            if text.stopped:
+                return
+        if piece := text.finish():
+            yield piece
+
+
+def make_decoder(model: MiniMindLM, quantize: str | None, rows: int) -> Decoder:
+    """What computes a model's tokens.
+
+    Raises:
+        UserError: if it cannot be quantized.
+    """
+    if quantize is None:
+        return TorchDecoder(model, rows)
+    if model.device.type != "cpu":
+        raise UserError(f"--quantize {quantize}: on a CPU only; add --device cpu")
+    try:
+        from model.onnx_decoder import OnnxDecoder  # onnxruntime is wanted for this alone
+    except ImportError as error:
+        raise UserError(
+            f"--quantize {quantize}: needs {error.name}: pip install -r scripts/requirements.txt"
+        ) from None
+    try:
+        return OnnxDecoder(model, rows)
+    except ValueError as error:
+        raise UserError(f"--quantize {quantize}: {error}") from None
