@@ -1,0 +1,110 @@
+"""The decoder of ONNX Runtime: the same network, and 8-bit weights that leave rows alone."""
+
+import pytest
+import torch
+from tiny_models import both_kinds, random_ids, tiny
+
+from model import apply_lora
+from model.onnx_decoder import BLOCK, OnnxDecoder, quantize
+
+SHAPE = {"dim": 128, "n_heads": 4}  # heads of 32: ONNX Runtime takes multiples of 16
+
+
+def play(decoder, model=None):
+    """Logits of prompts and steps of three rows, one of which is replaced on the way."""
+    rows = [ids.tolist() for ids in random_ids(1, 20)[0].split([3, 9, 8])]
+    found, wanted = [], []
+
+    def compare(logits, ids):
+        found.append(logits)
+        if model is not None:
+            with torch.no_grad():
+                wanted.append(model(torch.tensor([ids])).logits[0, -1])
+
+    for i, ids in enumerate(rows):
+        compare(decoder.prefill(i, ids), ids)
+    for step in range(20):
+        tokens = random_ids(3, seed=step)
+        for ids, token in zip(rows, tokens.tolist(), strict=True):
+            ids.append(token)
+        for logits, ids in zip(decoder.step(tokens), rows, strict=True):
+            compare(logits, ids)
+        if step == 9:
+            rows[0] = rows[1][:7] + random_ids(4)[:4].tolist()
+            compare(decoder.prefill(0, rows[0]), rows[0])
+    return torch.stack(found), torch.stack(wanted) if wanted else None
+
+
+@both_kinds
+def test_in_full_precision_it_is_the_model(use_moe):
+    model = tiny(**SHAPE, use_moe=use_moe)
+    found, wanted = play(OnnxDecoder(model, 3, bits=32), model)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-4)
+
+
+def test_other_experts_and_no_scaling():
+    model = tiny(**SHAPE, use_moe=True, norm_topk_prob=False, n_shared_experts=0)
+    found, wanted = play(OnnxDecoder(model, 3, bits=32), model)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-4)
+
+
+@both_kinds
+def test_the_adapter_in_use_is_part_of_it(use_moe):
+    model = tiny(**SHAPE, use_moe=use_moe)
+    before, _ = play(OnnxDecoder(model, 3, bits=32))
+    apply_lora(model, rank=4)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(".B"):
+                weight.normal_(std=0.1)
+    found, wanted = play(OnnxDecoder(model, 3, bits=32), model.eval())
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-4)
+    assert (found - before).abs().max() > 0.1
+
+
+def test_it_grows_to_the_context_and_no_further():
+    model = tiny(**SHAPE, max_seq_len=300)
+    decoder = OnnxDecoder(model, bits=32)
+    ids = random_ids(1, 300)
+    decoder.prefill(0, ids[0, :2].tolist())
+    for token in ids[0, 2:]:
+        logits = decoder.step(token[None])
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(ids).logits[:, -1], rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="max_seq_len 300"):
+        decoder.step(torch.tensor([3]))
+
+
+@both_kinds
+def test_with_8_bits_a_row_does_not_depend_on_the_others(use_moe):
+    model = tiny(**SHAPE, use_moe=use_moe)
+    together, alone = OnnxDecoder(model, 3), OnnxDecoder(model, 1)
+    prompt = random_ids(9).tolist()
+    for i in range(3):
+        together.prefill(i, random_ids(5 + 2 * i, seed=7 + i).tolist() if i else prompt)
+    alone.prefill(0, prompt)
+    for step in range(8):
+        tokens = random_ids(3, seed=step)
+        first = together.step(tokens)[0]
+        torch.testing.assert_close(first, alone.step(tokens[:1])[0], rtol=1e-5, atol=1e-5)
+
+
+def test_8_bits_come_close():
+    """A weight is rounded by half a step of its block at most; the logits hardly change."""
+    weight = torch.randn(48, 100)
+    values, scales = quantize(weight)
+    assert values.shape == (48, 4, BLOCK) and values.dtype == torch.uint8
+    steps = scales.view(48, 4, 1)
+    back = ((values.float() - 128) * steps).flatten(1)[:, :100]
+    largest = torch.nn.functional.pad(weight, (0, 28)).view(48, 4, BLOCK).abs().amax(-1, True)
+    torch.testing.assert_close(steps, largest / 127)
+    bound = steps.expand(-1, -1, BLOCK).flatten(1)[:, :100] / 2
+    assert ((back - weight).abs() <= bound * 1.001).all()
+    model = tiny(**SHAPE)
+    found, wanted = play(OnnxDecoder(model, 3), model)
+    assert 0 < (found - wanted).abs().mean() < 0.1 * wanted.abs().mean()
+
+
+def test_heads_that_it_cannot_take():
+    with pytest.raises(ValueError, match="heads of 8"):
+        OnnxDecoder(tiny())
