@@ -23,14 +23,13 @@ from typing import NamedTuple
 import httpx
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset import tokenizer_hash
 from model import LMConfig, MiniMindLM
-from training import load_tokenizer, save_weights
+from training import ROOT, load_tokenizer, save_weights
 
-WORDS = "river stone cloud green seven market lantern walk slowly 山 水 今天 朋友".split()
+WORDS = ["river", "stone", "cloud", "green", "seven", "market", "lantern", "山", "水", "朋友"]
 
 
 class Answer(NamedTuple):

@@ -82,11 +82,10 @@ def penalise(logits: Tensor, sampling: Sampling, seen: Tensor, written: Tensor) 
     factor = sampling.repetition_penalty
     lowered = torch.where(logits < 0, logits * factor, logits / factor)
     logits = torch.where(seen, lowered, logits)
-    return (
-        logits
-        - sampling.frequency_penalty * written
-        - sampling.presence_penalty * (written > 0).to(logits.dtype)
-    )
+    logits = logits - sampling.frequency_penalty * written
+    logits = logits - sampling.presence_penalty * (written > 0).to(logits.dtype)
+    limits = torch.finfo(logits.dtype)
+    return logits.clamp(limits.min, limits.max)  # a tiny factor must not make them infinite
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:

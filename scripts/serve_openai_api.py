@@ -221,7 +221,8 @@ class Choices:
         deadline = time.monotonic() + seconds
         seeds = [None] * len(prompts)
         if request.seed is not None:
-            seeds = [(request.seed + i) % 2**63 for i in range(len(prompts))]
+            # Far apart: the second choice of a seed must not be the first one of the next seed.
+            seeds = [(request.seed + i * 0x9E3779B97F4A7C15) % 2**63 for i in range(len(prompts))]
         self.jobs = [
             Job(
                 ids=ids,

@@ -295,6 +295,14 @@ def test_penalties_of_what_occurred():
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("factor", [5e-324, 1e-30, 1e30])
+def test_the_wildest_penalty_leaves_a_distribution(factor):
+    out = tiny().generate(
+        random_ids(2, 6), max_new_tokens=5, do_sample=True, repetition_penalty=factor, seed=1
+    )
+    assert out.shape[0] == 2
+
+
 def test_a_penalty_counts_each_row_for_itself():
     """With padding, rows that end and rows that go on, as transformers' Llama."""
     model = tiny()
