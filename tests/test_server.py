@@ -297,7 +297,8 @@ def test_a_client_that_leaves_frees_its_place(module, folder, tokenizer_dir):
     ):
         batcher = pool.get("full_sft_64")
         with stream_of(url, 8000) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()
+            next(lines)
             eventually(lambda: len(batcher.active) == 1)
         eventually(lambda: not batcher.load)
         # And one that waits for a whole answer.
@@ -335,7 +336,8 @@ def test_a_full_queue_is_told(module, folder, tokenizer_dir):
     ):
         batcher = pool.get("full_sft_64")
         with stream_of(url, 8000) as first, stream_of(url, 8000):
-            next(first.iter_lines())
+            lines = first.iter_lines()  # kept: without it the client would leave
+            next(lines)
             eventually(lambda: batcher.load == 2)
             client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
             with pytest.raises(openai.RateLimitError) as refused:
