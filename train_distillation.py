@@ -243,6 +243,8 @@ def open_teacher(
     Raises:
         UserError: if the file cannot be used, or rows are longer than the teacher's context.
     """
+    if not args.teacher_weight.is_file():
+        raise UserError(f"--teacher_weight {args.teacher_weight}: no such file")
     teacher = load_model(args.teacher_weight, shape, tokenizer_hash(tokenizer))
     check_context(args.max_seq_len, teacher.config)
     return teacher.eval()

@@ -73,6 +73,7 @@ from training import (
 STAGE = "dpo"
 # (parameters up to, lowest, highest): learning rates outside make a warning.
 LEARNING_RATES = ((1e7, 1e-6, 5e-4), (6e7, 5e-7, 1e-4), (math.inf, 1e-7, 2e-5))
+TIE = 1e-6  # of the log-probabilities: what fp32 makes of the same reply in another batch
 BETA = {"sigmoid_norm": 0.5, "sigmoid": 0.1, "ipo": 0.1}  # by --loss_type
 
 
@@ -141,6 +142,11 @@ def set_lengths(args: argparse.Namespace) -> None:
         reply = args.max_completion_length
         args.max_prompt_length = row // 2 if reply is None else row - reply
     if args.max_completion_length is None:
+        if args.max_prompt_length >= row:
+            raise UserError(
+                f"--max_prompt_length {args.max_prompt_length} leaves no room for a reply in a row "
+                f"of --max_seq_len {row}"
+            )
         args.max_completion_length = row - args.max_prompt_length
     prompt, reply = args.max_prompt_length, args.max_completion_length
     if min(prompt, reply) < 1 or prompt + reply > row:
@@ -222,10 +228,13 @@ def preference_losses(
     Returns:
         (B,) the losses, and what to watch, (B,) each, without gradients: `chosen_reward` and
         `rejected_reward`, beta · s; `margin`, their difference; `log_odds`, of the chosen against
-        the rejected reply; `accuracy`, 1 where d is above 0, a half where it is 0; `chosen_logp`
+        the rejected reply; `accuracy`, 1 where d is above 0, a half where it is 0
+        but for rounding; `chosen_logp`
         and `rejected_logp`.
     """
+    noise = TIE * sum((logps.abs() + reference.abs()).detach().chunk(2))
     if loss_type != "sigmoid":
+        noise = noise / lengths.clamp(min=1).view(2, -1).amin(0)
         logps, reference = logps / lengths.clamp(min=1), reference / lengths.clamp(min=1)
     chosen, rejected = (logps - reference).chunk(2)
     gain = chosen - rejected
@@ -240,7 +249,7 @@ def preference_losses(
         "rejected_reward": beta * rejected,
         "margin": beta * gain,
         "log_odds": chosen_logp - rejected_logp,
-        "accuracy": (gain.sign() + 1) / 2,
+        "accuracy": ((gain > noise).float() + (gain >= -noise).float()) / 2,
         "chosen_logp": chosen_logp,
         "rejected_logp": rejected_logp,
     }

@@ -89,9 +89,10 @@ def make_step(model: nn.Module, loss_of: Callable, compiled: bool) -> Callable[[
     """A function that takes one optimizer step on a batch of ids."""
     optimizer = make_optimizer(model, 5e-4, 0.1, (0.9, 0.95))
     called = torch.compile(model) if compiled else model
+    on_cuda = next(model.parameters()).is_cuda
 
     def step(ids: Tensor) -> None:
-        with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
+        with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
             loss = loss_of(called, ids)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

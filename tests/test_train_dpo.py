@@ -399,6 +399,16 @@ def test_a_signal_in_the_reference_pass_ends_the_run_before_its_first_step(
 # Mistakes
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
+def test_a_reference_of_other_batches_leaves_ties(prefer, tuned, data, tmp_path, batch_size):
+    """A model that is the reference prefers nothing, though rounding differs between batches."""
+    words = ["--data_path", data, "--val_data_path", data, "--from_weight", tuned]
+    words += ["--eval_interval", 100, "--cache_dir", tmp_path]
+    prefer(*words, "--out_dir", tmp_path / "first", "--batch_size", 7)
+    prefer(*words, "--out_dir", tmp_path / "second", "--batch_size", batch_size)
+    assert read_metrics(tmp_path / "second", NAME)[0]["val_accuracy"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -406,7 +416,7 @@ def test_a_signal_in_the_reference_pass_ends_the_run_before_its_first_step(
         (["--label_smoothing", 0.5], "--label_smoothing 0.5: must be below 0.5"),
         (["--loss_type", "ipo", "--label_smoothing", 0.1], "--label_smoothing: ipo has none"),
         (["--beta", 0], "argument --beta: must be above 0, not 0"),
-        (["--max_prompt_length", 96], "do not share a row of --max_seq_len 96"),
+        (["--max_prompt_length", 96], "--max_prompt_length 96 leaves no room for a reply"),
         (
             ["--max_prompt_length", 50, "--max_completion_length", 50],
             "do not share a row of --max_seq_len 96",

@@ -297,9 +297,9 @@ def check_output(path: Path, model: nn.Module) -> None:
     for weights in (path, path.with_name(f"{path.stem}_best.pth")):
         difference = weights.is_file() and _first_difference(weights, read_state(weights), model)
         if difference:
+            other = "--lora_name" if lora_state(model) else "--out_dir"
             raise UserError(
-                f"{weights} holds another model ({difference}): move it, or choose another "
-                "--out_dir"
+                f"{weights} holds another model ({difference}): move it, or choose another {other}"
             )
 
 
@@ -310,6 +310,8 @@ def _first_difference(path: Path, state: dict[str, torch.Tensor], model: nn.Modu
         if there != here:
             return f"{name} is {there} there, {here} here"
     own = trained_state(model)
+    if all(name.endswith((".A", ".B")) for name in state) and not lora_state(model):
+        return "it is an adapter"
     for name, tensor in own.items():
         if name not in state:
             return f"it has no {name}"

@@ -129,7 +129,9 @@ def _smooth(lines: Metrics, width: int) -> list[float]:
 def _first_loss(lines: Metrics, vocab_size: int) -> Reading | None:
     if not lines:
         return None
-    loss, steps, even = lines[0]["loss"], lines[0]["step"], math.log(vocab_size)
+    # Where a teacher's word is part of the loss, what the student makes of the data tells.
+    loss = lines[0].get("cross_entropy", lines[0]["loss"])
+    steps, even = lines[0]["step"], math.log(vocab_size)
     here = f"The first loss is {loss:.2f}" + (f", a mean up to step {steps}" if steps > 1 else "")
     start = f"ln({vocab_size:,}) = {even:.2f}, where a model that knows nothing starts"
     if loss > even + FIRST_LOSS_MARGIN:
