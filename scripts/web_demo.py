@@ -11,70 +11,16 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import streamlit as st
 from streamlit.runtime import exists as runs_in_streamlit
 
 from inference import Choice
-from inference.backends import Backend, Endpoint, LocalModels, Settings
-from inference.conversations import Talk, TalkStore
+from inference.backends import Backend, Endpoint, LocalModels
 from inference.pool import ModelPool
 from training import ROOT, count, find_processes, make_parser, report_user_errors
-
-TEXTS = {
-    "English": {
-        "new": "New conversation",
-        "empty": "(empty)",
-        "model": "Model",
-        "reload": "Look for models again",
-        "none": "There are no models yet: train one, or start with --out_dir or --endpoint.",
-        "system": "System prompt",
-        "settings": "Sampling",
-        "temperature": "Temperature (0: the likeliest token)",
-        "top_p": "Top p",
-        "max_tokens": "New tokens at most",
-        "repetition_penalty": "Repetition penalty",
-        "seed": "Seed (empty: another answer every time)",
-        "chats": "Conversations",
-        "delete": "Delete this conversation",
-        "undo": "Take back the last exchange",
-        "again": "Answer again",
-        "json": "Export as training data",
-        "markdown": "Export as Markdown",
-        "say": "Say something",
-        "stop": "Stop",
-        "failed": "No answer",
-        "continues": "This model is not trained on conversations: it continues what you type.",
-    },
-    "中文": {
-        "new": "新对话",
-        "empty": "(空)",
-        "model": "模型",
-        "reload": "重新查找模型",
-        "none": "还没有模型:先训练一个,或用 --out_dir、--endpoint 启动。",
-        "system": "系统提示词",
-        "settings": "采样",
-        "temperature": "温度(0:取最可能的词元)",
-        "top_p": "Top p",
-        "max_tokens": "最多生成的词元数",
-        "repetition_penalty": "重复惩罚",
-        "seed": "随机种子(留空:每次不同)",
-        "chats": "对话",
-        "delete": "删除此对话",
-        "undo": "撤回上一轮",
-        "again": "重新回答",
-        "json": "导出为训练数据",
-        "markdown": "导出为 Markdown",
-        "say": "说点什么",
-        "stop": "停止",
-        "failed": "没有回答",
-        "continues": "该模型未经对话训练:它会续写你输入的文字。",
-    },
-}
 
 
 def parse_args() -> argparse.Namespace:
@@ -95,193 +41,31 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def local_pool(args: argparse.Namespace) -> ModelPool:
-    """The weights that the flags name.
+def make_backend(args: argparse.Namespace) -> Backend:
+    """The source of answers that the flags name.
 
     Raises:
-        UserError: if the flags do not fit together.
+        UserError: if they do not fit together.
     """
-    device = find_processes(args.device, ddp=False).device
-    choice = Choice(args.weight, None, args.out_dir, None, None, None, args.tokenizer_path)
-    return ModelPool(choice, device, args.quantize, rows=4, queue=16, loaded=2)
-
-
-@st.cache_resource
-def open_backend(argv: tuple[str, ...]) -> Backend:
-    """The source of answers, one for all sessions of the page and each command line."""
-    args = parse_args()
     if args.endpoint is not None:
         return Endpoint(args.endpoint, args.api_key or os.environ.get("OPENAI_API_KEY"))
-    return LocalModels(local_pool(args))
-
-
-def current_talk(store: TalkStore) -> Talk:
-    """The conversation that the page's address names, or a new one."""
-    if "talk" not in st.session_state:
-        st.session_state.talk = store.get(st.query_params.get("chat", "")) or Talk()
-    return st.session_state.talk
-
-
-def show(talk: Talk) -> None:
-    """Turn to a conversation."""
-    st.session_state.talk = talk
-    st.session_state.pop("partial", None)
-    st.query_params["chat"] = talk.id
-
-
-def keep_partial(store: TalkStore) -> None:
-    """Make what was written of an answer, before it was stopped, the answer."""
-    talk: Talk = st.session_state.talk
-    if st.session_state.pop("answering", False):
-        answer = st.session_state.pop("partial", "")
-        talk.messages.append({"role": "assistant", "content": answer})
-        store.keep(talk)
-
-
-def undo(store: TalkStore, question_too: bool) -> None:
-    """Take the last answer back, and the question if told."""
-    talk: Talk = st.session_state.talk
-    if talk.messages and talk.messages[-1]["role"] == "assistant":
-        talk.messages.pop()
-    if question_too and talk.messages:
-        talk.messages.pop()
-    if talk.messages:
-        store.keep(talk)
-    else:
-        store.delete(talk)
-
-
-def sidebar(backend: Backend, store: TalkStore, talk: Talk) -> tuple[dict[str, str], Settings]:
-    """Everything beside the conversation: texts in the chosen language, and the settings."""
-    with st.sidebar:
-        names = list(TEXTS)
-        chinese = (st.context.locale or "").startswith("zh")
-        language = st.segmented_control(
-            "Language", names, default=names[chinese], label_visibility="collapsed"
-        )
-        texts = TEXTS[language or names[chinese]]
-        if st.button(texts["new"], icon=":material/add:", use_container_width=True):
-            keep_partial(store)
-            show(Talk(system=talk.system, model=talk.model))
-            st.rerun()
-        models = list_models(backend)
-        if models:
-            chosen = models.index(talk.model) if talk.model in models else 0
-            talk.model = st.selectbox(texts["model"], models, index=chosen)
-        if st.button(texts["reload"], type="tertiary", icon=":material/refresh:"):
-            list_models.clear()
-            st.rerun()
-        talk.system = st.text_area(texts["system"], talk.system, height=80, key=f"s{talk.id}")
-        with st.expander(texts["settings"]):
-            settings = Settings(
-                temperature=st.slider(texts["temperature"], 0.0, 2.0, 0.8, 0.05),
-                top_p=st.slider(texts["top_p"], 0.05, 1.0, 0.9, 0.05),
-                max_tokens=st.slider(texts["max_tokens"], 16, 2048, 512, 16),
-                repetition_penalty=st.slider(texts["repetition_penalty"], 1.0, 2.0, 1.0, 0.05),
-                seed=st.number_input(texts["seed"], 0, value=None, step=1),
-            )
-        if talk.messages:
-            st.download_button(
-                texts["json"], talk.training_line(), f"{talk.id}.jsonl", use_container_width=True
-            )
-            st.download_button(
-                texts["markdown"], talk.markdown(), f"{talk.id}.md", use_container_width=True
-            )
-            if st.button(texts["delete"], use_container_width=True):
-                store.delete(talk)
-                st.session_state.pop("answering", None)
-                show(Talk(model=talk.model))
-                st.rerun()
-        st.subheader(texts["chats"])
-        for other in store.list():
-            kind = "primary" if other.id == talk.id else "tertiary"
-            if st.button(other.title or texts["empty"], key=other.id, type=kind):
-                keep_partial(store)
-                show(store.get(other.id) or Talk())
-                st.rerun()
-    return texts, settings
-
-
-@st.cache_data(ttl=30, show_spinner=False)
-def list_models(_backend: Backend) -> list[str]:
-    """The models, asked for at most twice a minute."""
-    return _backend.names()
-
-
-def answer(
-    backend: Backend, store: TalkStore, talk: Talk, texts: dict[str, str], settings: Settings
-) -> None:
-    """Write the answer to the last question, as it comes, beside a button that stops it.
-
-    The button makes Streamlit start the page anew: what was written so far is in `partial`.
-    """
-    st.session_state.answering, st.session_state.partial = True, ""
-    place = st.empty()
-    with place.container():
-        st.button(
-            texts["stop"], icon=":material/stop_circle:", on_click=keep_partial, args=(store,)
-        )
-    pieces = backend.stream(talk.model, talk.prompt(), settings)
-
-    def noted() -> Iterator[str]:
-        for piece in pieces:
-            st.session_state.partial += piece
-            yield piece
-
-    try:
-        with st.chat_message("assistant"):
-            st.write_stream(noted())
-    except Exception as error:  # of any kind, from a model here or a client that others wrote
-        st.session_state.pop("answering")
-        st.error(f"{texts['failed']}: {error}")
-        return
-    finally:
-        pieces.close()
-    keep_partial(store)
-    st.rerun()
-
-
-def page(args: argparse.Namespace) -> None:
-    """The page, from top to bottom."""
-    st.set_page_config("MiniMind", ":material/neurology:", layout="centered")
-    backend = open_backend(tuple(sys.argv))
-    store = TalkStore(args.chats_dir or args.out_dir / "chats")
-    talk = current_talk(store)
-    keep_partial(store)  # of an answer that a reload or another widget broke off
-    texts, settings = sidebar(backend, store, talk)
-    st.title("MiniMind")
-    if not talk.model:
-        st.info(texts["none"])
-        return
-    if talk.model.startswith("pretrain"):
-        st.caption(texts["continues"])
-    for message in talk.messages:
-        with st.chat_message(message["role"]):
-            st.markdown(message["content"])
-    if talk.messages and talk.messages[-1]["role"] == "assistant":
-        left, right = st.columns(2)
-        left.button(texts["again"], on_click=undo, args=(store, False), type="tertiary")
-        right.button(texts["undo"], on_click=undo, args=(store, True), type="tertiary")
-    if text := st.chat_input(texts["say"]):
-        talk.messages.append({"role": "user", "content": text})
-        store.keep(talk)
-        st.query_params["chat"] = talk.id
-        with st.chat_message("user"):
-            st.markdown(text)
-    if talk.messages and talk.messages[-1]["role"] == "user":
-        answer(backend, store, talk, texts, settings)
+    device = find_processes(args.device, ddp=False).device
+    choice = Choice(args.weight, None, args.out_dir, None, None, None, args.tokenizer_path)
+    return LocalModels(ModelPool(choice, device, args.quantize, rows=4, queue=16, loaded=2))
 
 
 def main() -> None:
     """Start Streamlit on this file, or under it draw the page."""
     args = parse_args()
     if runs_in_streamlit():
-        page(args)
+        from web_page import draw  # which only works there
+
+        draw(tuple(sys.argv[1:]), args.chats_dir or args.out_dir / "chats")
         return
-    if args.endpoint is None:
-        local_pool(args)  # what is wrong with the flags shows here
+    make_backend(args)  # what is wrong with the flags shows here
     options = ["--server.address", args.host, "--server.port", str(args.port)]
     options += ["--server.headless", "true", "--browser.gatherUsageStats", "false"]
+    options += ["--client.toolbarMode", "minimal"]
     print(f"http://{args.host}:{args.port}", flush=True)
     command = [sys.executable, "-m", "streamlit", "run", __file__, *options, "--", *sys.argv[1:]]
     try:
