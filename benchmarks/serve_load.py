@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -146,10 +147,10 @@ def run(url: str, prompts: list[str], args: argparse.Namespace) -> None:
         runs[str(clients)] = asyncio.run(measure(url, prompts[:clients], args.new, True))
     for name, (seconds, answers) in runs.items():
         speed = sum(len(answer.times) for answer in answers) / seconds
-        gaps = [b - a for x in answers for a, b in zip(x.times, x.times[1:], strict=False)]
+        gaps = [b - a for answer in answers for a, b in pairwise(answer.times)]
         firsts = [answer.times[0] for answer in answers]
         firsts = firsts if len(firsts) > 1 else firsts * 2
-        same = sum(a.text == b.text for a, b in zip(answers, alone, strict=False))
+        same = sum(a.text == alone[i].text for i, a in enumerate(answers))
         print(
             f"| {name} | {speed:,.0f} | {speed / single:.1f} | {percentiles(firsts)} | "
             f"{percentiles(gaps)} | {same} of {len(answers)} |",

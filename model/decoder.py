@@ -94,8 +94,8 @@ class Decoder(ABC):
         self._check(max(lengths) + 1)
         self._make_room(max(lengths) + 1)
         logits = self._step(tokens, lengths)
-        for row, token in zip(self.tokens, tokens.tolist(), strict=False):
-            row.append(token)
+        for row, token in enumerate(tokens.tolist()):
+            self.tokens[row].append(token)
         return logits
 
     def move(self, source: int, target: int) -> None:

@@ -28,7 +28,7 @@ from steps import copy_beginning, short, step, typed
 SAMPLE = ROOT / "dataset" / "sample"
 FILES = ("pretrain.jsonl", "sft.jsonl", "test.jsonl")
 FURTHER = ("dpo.jsonl", "dpo_test.jsonl", "lora.jsonl", "lora_test.jsonl")
-SMOKE_LINES, SMOKE_QUESTIONS = 300, 40  # of each file and each test, with --smoke
+SMOKE_LINES, SMOKE_QUESTIONS = 300, 100  # of each file and each test, with --smoke
 
 VOCABULARY, SMOKE_VOCABULARY = 3200, 600  # a small world needs few words, and learns them faster
 MODEL = ["--dim", "256", "--n_layers", "2", "--n_heads", "8", "--n_kv_heads", "8"]

@@ -179,7 +179,9 @@ def test_a_folder_in_transformers_format(run, tmp_path, chat_dir, tokenizer):
     ]
     assert said[0] == said[1] != "\n"
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "model_type": "llama"}), encoding="utf-8"
+    )
     error = run("--weight", folder, *words, script="eval_model.py", code=2).stderr
     assert str(folder) in error and "llama" in error and error.count("\n") == 1
 
@@ -245,7 +247,7 @@ def test_a_conversation_is_saved_and_loaded(talk, tmp_path):
     assert [message["role"] for message in saved] == ["system", "user", "assistant"]
     assert talk(f"/load {path}", "你好")[1] == first[3]
     assert "exists" in talk(f"/save {path}")[0]
-    path.write_text('{"text": "no"}')
+    path.write_text('{"text": "no"}', encoding="utf-8")
     assert str(path) in talk(f"/load {path}")[0]
     assert "nowhere" in talk("/load nowhere")[0]
 
@@ -291,7 +293,7 @@ def test_a_file_of_questions_is_answered_as_each_alone(run, chat_dir, tmp_path):
         {"instruction": "Say", "input": "it"},
     ]
     path, out = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     words = ["--out_dir", chat_dir, "--weight", "full_sft", "--dim", 32, "--temperature", 0]
     words += ["--max_new_tokens", 6]
     run(*words, "--input_file", path, "--output_file", out, script="eval_model.py")
@@ -304,7 +306,7 @@ def test_a_file_of_questions_is_answered_as_each_alone(run, chat_dir, tmp_path):
         assert alone == answer["answer"] + "\n"
     again = ["--input_file", path, "--output_file", out]
     assert str(out) in run(*words, *again, script="eval_model.py", code=2).stderr
-    path.write_text('{"prompt": "Hi"}\n{"prompt": 3}\n')
+    path.write_text('{"prompt": "Hi"}\n{"prompt": 3}\n', encoding="utf-8")
     again[-1] = tmp_path / "new.jsonl"
     error = run(*words, *again, script="eval_model.py", code=2).stderr
     assert f"{path}:2: " in error and not again[-1].exists()
@@ -317,7 +319,7 @@ def test_scores_are_those_of_llama(run, chat_dir, tmp_path, tokenizer):
     llama = llama_with_weights_of(model)
     texts = ["red green", "一座山 blue", "stone " * 40]
     path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     nats, tokens = 0.0, 0
     for text in texts:
         ids = torch.tensor([[1, *tokenizer.encode(text, add_special_tokens=False), 2]])
