@@ -239,7 +239,8 @@ class TorchDecoder(Decoder):
             return out.permute(2, 0, 1, 3)  # (T, kv, group, head_dim)
 
         ids = torch.tensor(chunk, device=self.device)
-        return self._logits(self._layers(ids, self.table[past:slots], attend)[-1:])[0]
+        with torch.autocast(self.device.type, enabled=False):  # the weights' dtype is meant
+            return self._logits(self._layers(ids, self.table[past:slots], attend)[-1:])[0]
 
     @torch.no_grad()
     def _step(self, tokens: Tensor, lengths: list[int]) -> Tensor:
@@ -260,7 +261,8 @@ class TorchDecoder(Decoder):
             q = q.unflatten(1, (kv, -1))  # (n, kv, group, head_dim)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-        return self._logits(self._layers(tokens, self.table[positions], attend))
+        with torch.autocast(self.device.type, enabled=False):
+            return self._logits(self._layers(tokens, self.table[positions], attend))
 
     def _layers(
         self,

@@ -304,18 +304,33 @@ def test_the_wildest_penalty_leaves_a_distribution(factor):
 
 
 def test_a_penalty_counts_each_row_for_itself():
-    """With padding, rows that end and rows that go on, as transformers' Llama."""
+    """Rows that end and rows that go on: each as transformers' Llama writes it alone."""
     model = tiny()
-    ids, mask = left_padded(list(random_ids(1, 17)[0].split([6, 4, 5, 2])), pad=1)
+    rows = list(random_ids(1, 17)[0].split([6, 4, 5, 2]))
+    ids, mask = left_padded(rows)
     llama = llama_with_weights_of(model)
-    free = model.generate(ids, mask, max_new_tokens=16, repetition_penalty=1.8, eos_token_id=NEVER)
-    for eos in (NEVER, int(free[1, 6 + 3])):
-        options = {"max_new_tokens": 16, "eos_token_id": eos, "pad_token_id": 1}
-        options["repetition_penalty"] = 1.8
-        ours = model.generate(ids, mask, **options)
-        theirs = llama.generate(ids, attention_mask=mask, do_sample=False, **options)
-        assert torch.equal(ours, theirs)
+    options = {"max_new_tokens": 16, "repetition_penalty": 1.8}
+    free = model.generate(ids, mask, eos_token_id=NEVER, **options)
     assert not torch.equal(free, model.generate(ids, mask, max_new_tokens=16, eos_token_id=NEVER))
+    for eos in (NEVER, int(free[1, 6 + 3])):
+        ours = model.generate(ids, mask, eos_token_id=eos, **options)[:, 6:]
+        for row, prompt in zip(ours, rows, strict=True):
+            theirs = llama.generate(
+                prompt[None],
+                attention_mask=torch.ones_like(prompt)[None],
+                do_sample=False,
+                eos_token_id=eos,
+                **options,
+            )[0, len(prompt) :]
+            assert torch.equal(row[: len(theirs)], theirs)
+            assert not row[len(theirs) :].any()
+
+
+def test_autocast_around_it_changes_nothing():
+    model, prompt = tiny(), random_ids(2, 6)
+    wanted = model.generate(prompt, max_new_tokens=9, eos_token_id=NEVER)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.generate(prompt, max_new_tokens=9, eos_token_id=NEVER), wanted)
 
 
 @pytest.mark.parametrize("setting", [{}, {"temperature": 0.6, "top_k": 4, "top_p": 0.9}], ids=str)
