@@ -9,13 +9,13 @@ keeps its conversations in out/chats/.
 
 import argparse
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from streamlit.runtime import exists as runs_in_streamlit
+from streamlit.web.cli import main as streamlit
 
 from inference import Choice
 from inference.backends import Backend, Endpoint, LocalModels
@@ -67,11 +67,7 @@ def main() -> None:
     options += ["--server.headless", "true", "--browser.gatherUsageStats", "false"]
     options += ["--client.toolbarMode", "minimal"]
     print(f"http://{args.host}:{args.port}", flush=True)
-    command = [sys.executable, "-m", "streamlit", "run", __file__, *options, "--", *sys.argv[1:]]
-    try:
-        sys.exit(subprocess.call(command))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    streamlit(["run", __file__, *options, "--", *sys.argv[1:]])
 
 
 if __name__ == "__main__":
