@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,11 @@ import torch
 SHAPE = ["--dim", "32", "--n_layers", "1", "--device", "cpu"]
 TIMING = {"seconds", "tokens_per_second", "memory_gb", "mfu"}
 WORDS = ["red", "green", "blue", "一座山", "河流", "stone", "云"]
+
+
+def heed_ctrl_c() -> None:
+    """For a new process: what a shell starts in the background ignores Ctrl-C, and so its own."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Killed(BaseException):

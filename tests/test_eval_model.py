@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from interruptions import heed_ctrl_c
 from test_train_full_sft import chat, write_chats
 from tiny_models import llama_with_weights_of, random_model
 from transformers import AutoTokenizer
@@ -266,6 +267,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(root, tmp_path, tokenizer):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+        preexec_fn=heed_ctrl_c,
     )
     process.stdin.write(b"Hi\n")
     process.stdin.flush()

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from interruptions import heed_ctrl_c
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,7 @@ def test_a_signal_lets_the_step_save_first(root, tmp_path, number, group, step_e
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_ctrl_c,
     )
     deadline = time.monotonic() + 60
     while not ready.exists() and time.monotonic() < deadline:
