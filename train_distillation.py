@@ -67,6 +67,7 @@ from training import (
     open_process_group,
     positive,
     report_user_errors,
+    resolve_weights,
     run_identity,
     set_random_states,
     share,
@@ -98,7 +99,9 @@ def parse_args() -> argparse.Namespace:
     )
     teaching = parser.add_argument_group("teacher")
     teaching.add_argument(
-        "--teacher_weight", type=Path, required=True, help="its .pth file, with its .json beside it"
+        "--teacher_weight",
+        required=True,
+        help="a stage's name, or its .pth file with a .json beside it",
     )
     teaching.add_argument(
         "--alpha",
@@ -172,9 +175,10 @@ def target_logits(
     return output.logits.flatten(0, 1)[where].float(), output.aux_loss, output.expert_load
 
 
-def find_targets(batch: dict[str, Tensor]) -> Tensor:
-    """The positions of a flattened batch whose targets are learnt: (N,) int64."""
-    return batch["loss_mask"].flatten().nonzero().squeeze(1)
+def find_targets(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """What is learnt of a flattened batch: positions, ids (N,) int64, and weights (N,) fp32."""
+    where = batch["loss_mask"].flatten().nonzero().squeeze(1)
+    return where, batch["targets"].flatten()[where], batch["loss_mask"].flatten()[where]
 
 
 def divergence(
@@ -218,8 +222,7 @@ def student_losses(
         (N,) fp32 the losses; the sums of both parts, `cross_entropy` and `kl`, weighted alike; the
         auxiliary loss and the load of each expert.
     """
-    where = find_targets(batch)
-    ids, weights = (batch[name].flatten()[where] for name in ("targets", "loss_mask"))
+    where, ids, weights = find_targets(batch)
     ours, aux_loss, load = target_logits(model, batch, where)
     if teacher is not None:
         with torch.no_grad():
@@ -243,9 +246,8 @@ def open_teacher(
     Raises:
         UserError: if the file cannot be used, or rows are longer than the teacher's context.
     """
-    if not args.teacher_weight.is_file():
-        raise UserError(f"--teacher_weight {args.teacher_weight}: no such file")
-    teacher = load_model(args.teacher_weight, shape, tokenizer_hash(tokenizer))
+    path = resolve_weights("--teacher_weight", args.teacher_weight, args.out_dir, shape)
+    teacher = load_model(path, shape, tokenizer_hash(tokenizer))
     check_context(args.max_seq_len, teacher.config)
     return teacher.eval()
 
@@ -269,7 +271,7 @@ def ask_teacher(
         counts = (batch["loss_mask"] > 0).sum(1).tolist()
         batch = world.to_device(batch)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits, *_ = target_logits(teacher, batch, find_targets(batch))
+            logits, *_ = target_logits(teacher, batch, find_targets(batch)[0])
         top = F.log_softmax(logits / args.temperature, dim=-1).topk(args.cache_teacher)
         yield top.indices.cpu().numpy(), top.values.cpu().numpy(), counts
     world.log(f"teacher: asked about {len(rows):,} rows in {time.perf_counter() - started:.1f} s")
@@ -402,8 +404,7 @@ def evaluate(
                 return None
             batch = world.to_device(batch)
             with run.autocast:
-                where = find_targets(batch)
-                ids, weights = (batch[name].flatten()[where] for name in ("targets", "loss_mask"))
+                where, ids, weights = find_targets(batch)
                 logits, *_ = target_logits(model, batch, where)
                 losses = F.cross_entropy(logits, ids, reduction="none") * weights
             total += torch.stack([x.sum(dtype=total.dtype) for x in (losses, weights)])

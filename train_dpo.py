@@ -138,15 +138,16 @@ def set_lengths(args: argparse.Namespace) -> None:
         UserError: if the two do not fit.
     """
     row = args.max_seq_len
+    for name, other in (("max_prompt_length", "reply"), ("max_completion_length", "prompt")):
+        length = getattr(args, name)
+        if length is not None and length >= row:
+            raise UserError(
+                f"--{name} {length} leaves no room for a {other} in a row of --max_seq_len {row}"
+            )
     if args.max_prompt_length is None:
         reply = args.max_completion_length
         args.max_prompt_length = row // 2 if reply is None else row - reply
     if args.max_completion_length is None:
-        if args.max_prompt_length >= row:
-            raise UserError(
-                f"--max_prompt_length {args.max_prompt_length} leaves no room for a reply in a row "
-                f"of --max_seq_len {row}"
-            )
         args.max_completion_length = row - args.max_prompt_length
     prompt, reply = args.max_prompt_length, args.max_completion_length
     if min(prompt, reply) < 1 or prompt + reply > row:
@@ -228,16 +229,14 @@ def preference_losses(
     Returns:
         (B,) the losses, and what to watch, (B,) each, without gradients: `chosen_reward` and
         `rejected_reward`, beta · s; `margin`, their difference; `log_odds`, of the chosen against
-        the rejected reply; `accuracy`, 1 where d is above 0, a half where it is 0
-        but for rounding; `chosen_logp`
-        and `rejected_logp`.
+        the rejected reply; `accuracy`, 1 where d is above 0, a half where it is 0 but for fp32's
+        rounding; `chosen_logp` and `rejected_logp`.
     """
-    noise = TIE * sum((logps.abs() + reference.abs()).detach().chunk(2))
     if loss_type != "sigmoid":
-        noise = noise / lengths.clamp(min=1).view(2, -1).amin(0)
         logps, reference = logps / lengths.clamp(min=1), reference / lengths.clamp(min=1)
     chosen, rejected = (logps - reference).chunk(2)
     gain = chosen - rejected
+    noise = TIE * sum((logps.abs() + reference.abs()).detach().chunk(2))
     if loss_type == "ipo":
         losses = (gain - 1 / (2 * beta)) ** 2
     else:
@@ -464,12 +463,13 @@ def train(
     rows, val, test = data
     frozen = world.share(frozen)
     key = f"{frozen['--from_weight'][:16]}_{dtype}".replace("torch.", "")
-    unscored, reference = [], None
-    for part in (rows, *val.values(), *([] if test is None else [test])):
-        missing = not part.use_reference(key)
-        if world.agree(int(missing)):  # anywhere: all processes score together
-            unscored.append(part)
-    if unscored:
+
+    def unscored(part: PairRows) -> bool:
+        return bool(world.agree(int(not part.use_reference(key))))  # anywhere: all score together
+
+    missing = [p for p in (rows, *val.values(), test) if p is not None and unscored(p)]
+    reference = None
+    if missing:
         # Before a resume file takes its place, and for no longer than there is something to score.
         reference = copy.deepcopy(network)
         reference.load_state_dict(world.share(reference.state_dict()))
@@ -499,7 +499,10 @@ def train(
         )
         if run is None:
             return None
-        scored = all(score_reference(run, reference, key, part) for part in unscored)
+        # Asked again: two parts may be of one file.
+        scored = all(
+            score_reference(run, reference, key, part) for part in missing if unscored(part)
+        )
         del reference
         model = torch.compile(network) if args.compile else network
         if world.world_size > 1:

@@ -48,8 +48,7 @@ def main() -> None:
     tokenizer = load_tokenizer(ROOT / "model" / "minimind_tokenizer")
     half = args.max_seq_len // 2
     rows = PairRows(DPODataset(ensure_sample(args.data_path), tokenizer, half, half))
-    lengths = rows.dataset.lengths()
-    order = list(RowBatches(len(rows), args.batch_size, seed=0, epoch=0, lengths=lengths))
+    order = list(RowBatches(len(rows), args.batch_size, seed=0, epoch=0, lengths=rows.lengths))
     batches = [
         world.to_device(collate_pairs([rows[i] for i in order[round_ % len(order)]]))
         for round_ in range(WARM_UP + args.rounds)
@@ -99,7 +98,7 @@ def main() -> None:
                 speeds[name].append(len(batch["sample"]) / (finish() - started))
 
     print(
-        f"{args.dim} × {args.n_layers}, {args.batch_size} pairs of up to {int(lengths.max())} "
+        f"{args.dim} × {args.n_layers}, {args.batch_size} pairs of up to {int(rows.lengths.max())} "
         f"positions a side, {dtype}, {world.device}, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}\n"
     )

@@ -79,6 +79,16 @@ def own_packed_loss(model: nn.Module, ids: Tensor) -> Tensor:
     return own_loss(model, ids, **rows)
 
 
+def in_bf16_on_cuda(loss_of: Callable) -> Callable:
+    """The same loss, with a GPU's matrix products in bf16, as training computes them there."""
+
+    def loss(model: nn.Module, ids: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
+            return loss_of(model, ids)
+
+    return loss
+
+
 def peer_loss(model: nn.Module, ids: Tensor) -> Tensor:
     """As transformers computes it, on the same targets."""
     targets = ids[:, 1:].contiguous()
@@ -89,12 +99,9 @@ def make_step(model: nn.Module, loss_of: Callable, compiled: bool) -> Callable[[
     """A function that takes one optimizer step on a batch of ids."""
     optimizer = make_optimizer(model, 5e-4, 0.1, (0.9, 0.95))
     called = torch.compile(model) if compiled else model
-    on_cuda = next(model.parameters()).is_cuda
 
     def step(ids: Tensor) -> None:
-        with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
-            loss = loss_of(called, ids)
-        loss.backward()
+        loss_of(called, ids).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -127,7 +134,7 @@ def main() -> None:
             ("MiniMind, packed rows", own_model, own_packed_loss),
             (f"transformers {peer}", peer_model, peer_loss),
         ):
-            contenders[name + suffix] = make_step(model, loss_of, compiled)
+            contenders[name + suffix] = make_step(model, in_bf16_on_cuda(loss_of), compiled)
     precision = "bf16" if args.device.startswith("cuda") else "fp32"
     print(
         f"{sum(p.numel() for p in own_model.parameters()) / 1e6:.1f} M against "

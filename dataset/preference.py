@@ -16,6 +16,7 @@ from .token_store import INDEX_DTYPE, ArrayFolder, ArrayWriter, Encoded
 from .turns import Kept, Turns, keep_replies
 
 SIDES = ("chosen", "rejected")
+PAIR_VERSION = 2  # of what `parse_preference` makes of a line
 LOGP_DTYPE = np.dtype("<f4")
 
 
@@ -27,7 +28,7 @@ class PreferenceEncoder(ChatEncoder):
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer)
-        self.key = f"preference {self.key}"
+        self.key = f"preference {PAIR_VERSION} {self.key}"
 
     def parse(self, line: bytes) -> tuple[tuple[list[Piece], list[Piece]], int]:
         """The pieces of both conversations; no text is counted, as no score is by its bytes.

@@ -173,9 +173,22 @@ def _parse_prompt(record: dict[str, Any], sides: list[list[Any]]) -> list[Any]:
         if record.get(name) is None:
             continue
         prompt = _as_messages(record[name], "user", f'"{name}"')
-        repeated = all(side[: len(prompt)] == prompt for side in sides)
-        return [] if whole and (repeated or name != "prompt") else prompt
+        # "messages" beside whole conversations may be the chosen one once more.
+        if whole and (name != "prompt" or all(_repeats(side, prompt) for side in sides)):
+            return []
+        return prompt
     return []
+
+
+def _repeats(side: list[Any], prompt: list[Any]) -> bool:
+    """Whether a conversation begins with a prompt, which may lack its system message."""
+    first, second = (
+        [_parse_message(item, f"message {i}") for i, item in enumerate(items, 1)]
+        for items in (side, prompt)
+    )
+    if first[:1] != second[:1] and first[0]["role"] == "system":
+        first = first[1:]
+    return first[: len(second)] == second
 
 
 def _begins_a_conversation(message: Any) -> bool:

@@ -80,7 +80,9 @@ def keep_recipe(out_dir: Path, smoke: bool) -> None:
 
     Stages go on where they stopped, which needs the data and the settings that they began with.
     """
-    versions = [(SAMPLE / f"{name}.version").read_text(encoding="utf-8") for name in FILES]
+    versions = [
+        (SAMPLE / f"{name}.version").read_text(encoding="utf-8") for name in (*FILES, *FURTHER)
+    ]
     settings = [VOCABULARY, MODEL, PRETRAINING, TUNING, EPOCHS, ROWS, *SETTINGS]
     if smoke:
         settings = [SMOKE_VOCABULARY, SMOKE_MODEL, SMOKE_LINES, SMOKE_QUESTIONS, *settings]

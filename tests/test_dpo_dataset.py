@@ -97,6 +97,22 @@ GOOD, BAD = assistant("21, 很高兴。"), assistant("Don't ask.")
         ),
         (
             {
+                "prompt": "17+4?",
+                "chosen": [PROMPT[0], PROMPT[3], GOOD],
+                "rejected": [PROMPT[0], PROMPT[3], BAD],
+            },
+            [PROMPT[0], PROMPT[3]],
+        ),
+        (
+            {
+                "prompt": [{"from": "human", "value": "17+4?"}],
+                "chosen": [PROMPT[3], GOOD],
+                "rejected": [PROMPT[3], BAD],
+            },
+            PROMPT[3:],
+        ),
+        (
+            {
                 "messages": [*PROMPT, GOOD],
                 "chosen": [*PROMPT, GOOD],
                 "rejected": [*PROMPT, BAD],
@@ -122,7 +138,8 @@ GOOD, BAD = assistant("21, 很高兴。"), assistant("Don't ask.")
         ),
     ],
     ids=[
-        *("whole", "messages", "mixed", "strings", "prompt repeated", "conversation beside"),
+        *("whole", "messages", "mixed", "strings", "prompt repeated"),
+        *("prompt repeated after a system message", "in other words", "conversation beside"),
         *("system repeated", "sharegpt"),
     ],
 )

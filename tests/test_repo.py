@@ -20,9 +20,10 @@ ALLOWED_IMPORTS = {
     "model": {"model"},
     "dataset": {"dataset"},
     "training": {"training", "model"},
-    "stage script": {"training", "dataset", "model"},
+    "inference": {"inference", "training", "dataset", "model"},
+    "stage script": {"inference", "training", "dataset", "model"},
 }
-OUR_PACKAGES = {"model", "dataset", "training", "scripts", "benchmarks", "tests"}
+OUR_PACKAGES = {"model", "dataset", "training", "inference", "scripts", "benchmarks", "tests"}
 
 
 @pytest.fixture(scope="module")

@@ -367,7 +367,7 @@ def test_a_mixture_of_experts_teaches_and_learns(distill, student, data, tokeniz
     ("words", "message"),
     [
         ([], "--teacher_weight"),
-        (["--teacher_weight", "nowhere.pth"], "nowhere.pth: no such file"),
+        (["--teacher_weight", "nowhere.pth"], "--teacher_weight nowhere.pth: no file nowhere.pth"),
         (["--teacher_weight", "TEACHER", "--alpha", 1.5], "argument --alpha: must be at least 0"),
         (
             ["--teacher_weight", "TEACHER", "--temperature", 0],

@@ -176,16 +176,19 @@ def read_about(path: Path) -> dict[str, Any] | None:
         raise UserError(f"{about_path}: does not describe a model ({error})") from None
 
 
-def read_state(path: Path) -> dict[str, torch.Tensor]:
+def read_state(path: Path, of_model: bool = False) -> dict[str, torch.Tensor]:
     """The state_dict in a .pth file, memory-mapped; of an adapter its matrices.
 
     Only tensors are unpickled.
 
     Raises:
-        UserError: if the file is damaged, or holds anything but named tensors.
+        UserError: if the file is damaged, holds anything but named tensors, or with `of_model` an
+            adapter.
     """
     state = read_pickle(path, mmap=True)
     if isinstance(state, dict) and isinstance(state.get("weights"), dict):
+        if of_model:
+            raise UserError(f"{path}: an adapter, not a model's weights (--lora_name takes it)")
         state = state["weights"]  # of an adapter
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise UserError(f"{path}: not a state_dict")
@@ -241,7 +244,7 @@ def load_weights(path: Path, model: nn.Module, tokenizer_hash: str) -> None:
     if about is not None and about["tokenizer"] != tokenizer_hash:
         raise UserError(f"{path}: trained with another tokenizer; --tokenizer_path names it")
     check_sums(path)
-    state = read_state(path)
+    state = read_state(path, of_model=True)
     difference = _first_difference(path, state, model)
     if difference:
         raise UserError(f"{path}: weights of another model: {difference}")
@@ -310,8 +313,6 @@ def _first_difference(path: Path, state: dict[str, torch.Tensor], model: nn.Modu
         if there != here:
             return f"{name} is {there} there, {here} here"
     own = trained_state(model)
-    if all(name.endswith((".A", ".B")) for name in state) and not lora_state(model):
-        return "it is an adapter"
     for name, tensor in own.items():
         if name not in state:
             return f"it has no {name}"

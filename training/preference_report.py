@@ -46,6 +46,11 @@ def course_of_margin(lines: Metrics) -> tuple[bool, str] | None:
             f"The log-odds swing, {here}, with {swings} falls by half of all that was gained. Try "
             "a smaller --learning_rate, a larger --beta or more --accumulation_steps."
         )
+    if high - low < -CLEAR * error:
+        return True, (
+            f"The log-odds fall again, {here}. Try a smaller --learning_rate, fewer --epochs or a "
+            "larger --beta."
+        )
     grown = high - low > CLEAR * error
     if not grown and high <= LITTLE:
         return True, (

@@ -92,10 +92,12 @@ def read_curves(
         ]
         own = [Reading(*reading) for reading in found if reading is not None]
     else:
+        # Of a taught student, what it makes of the data: a teacher's word has another floor.
+        data = [{**m, "loss": m.get("cross_entropy", m["loss"])} for m in lines]
         own = [
-            _first_loss(lines, vocab_size) if from_scratch else None,
-            _course(_whole_intervals(lines), vocab_size, from_scratch),
-            _epoch_borders(_whole_intervals(lines)),
+            _first_loss(data, vocab_size) if from_scratch else None,
+            _course(_whole_intervals(data), vocab_size, from_scratch),
+            _epoch_borders(_whole_intervals(data)),
             _gap(lines, evaluations),
             _gradient_norm(lines),
         ]
@@ -129,10 +131,9 @@ def _smooth(lines: Metrics, width: int) -> list[float]:
 def _first_loss(lines: Metrics, vocab_size: int) -> Reading | None:
     if not lines:
         return None
-    # Where a teacher's word is part of the loss, what the student makes of the data tells.
-    loss = lines[0].get("cross_entropy", lines[0]["loss"])
-    steps, even = lines[0]["step"], math.log(vocab_size)
-    here = f"The first loss is {loss:.2f}" + (f", a mean up to step {steps}" if steps > 1 else "")
+    loss, steps, even = lines[0]["loss"], lines[0]["step"], math.log(vocab_size)
+    name = "cross-entropy" if has_number(lines[0], "kl") else "loss"
+    here = f"The first {name} is {loss:.2f}" + (f", a mean up to step {steps}" if steps > 1 else "")
     start = f"ln({vocab_size:,}) = {even:.2f}, where a model that knows nothing starts"
     if loss > even + FIRST_LOSS_MARGIN:
         return Reading(
