@@ -7,6 +7,7 @@ operations and on reading weights from memory, not on arithmetic.
 
 import math
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .rotary import precompute_pos_cis
+from .rotary import precompute_pos_cis, rotate
 
 if TYPE_CHECKING:
     from .model import MiniMindBlock, MiniMindLM
 
 CHUNK = 512  # tokens of a prompt that go through the layers together
+KEPT = 8  # rows that were left, which a conversation's next turn goes on from
 FEW = 32  # for so many rows or fewer, a CPU computes W xᵀ faster than x Wᵀ
 
 
@@ -32,17 +34,27 @@ class Decoder(ABC):
     Args:
         rows: the most rows.
         max_seq_len: the most tokens of a row.
-        device: of the tokens that `step` takes and of the logits.
+        device: of the logits.
 
     Attributes:
         tokens: of each row, as far as their keys and values are there.
+        caches: the keys and values, tensors of (rows, heads, slots, head_dim); every row has as
+            many slots as the longest one ever took, and some to grow into.
+        kept: rows that were left and may be gone on from: their tokens, and their part of each
+            cache.
     """
 
     def __init__(self, rows: int, max_seq_len: int, device: torch.device):
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self.max_seq_len = max_seq_len
         self.device = device
-        self.capacity = 0  # slots that every row has
+        self.caches: list[Tensor] = []
+        self.kept: deque[tuple[list[int], list[Tensor]]] = deque(maxlen=KEPT)
+
+    @property
+    def capacity(self) -> int:
+        """Slots that every row has."""
+        return self.caches[0].shape[2] if self.caches else 0
 
     def prefill(self, row: int, ids: Sequence[int]) -> Tensor:
         """Let a row hold a prompt; what it begins with and some row holds is not computed again.
@@ -66,23 +78,33 @@ class Decoder(ABC):
         if not ids:
             raise ValueError("the prompt is empty: give at least one token")
         self._check(len(ids))
-        known = [common_prefix(tokens, ids[:-1]) for tokens in self.tokens]
-        shared = max(known)  # but for the last token, whose logits are wanted
         self._make_room(len(ids))
-        if known[row] < shared:
-            self._copy(known.index(shared), row, shared)
-        self.tokens[row] = ids[:shared]
-        for start in range(shared, len(ids), CHUNK):
+        self.tokens[row] = ids[: self._reuse(row, ids[:-1])]  # the last one's logits are wanted
+        for start in range(len(self.tokens[row]), len(ids), CHUNK):
             chunk = ids[start : start + CHUNK]
             logits = self._extend(row, chunk)
             self.tokens[row] += chunk
             yield logits
 
-    def step(self, tokens: Tensor) -> Tensor:
+    def _reuse(self, row: int, ids: list[int]) -> int:
+        """Copy what any row shares with the beginning of `ids` into `row`: how many tokens."""
+        known = [common_prefix(tokens, ids) for tokens in self.tokens]
+        stored = [common_prefix(tokens, ids) for tokens, _ in self.kept]
+        shared = max(known + stored)
+        if known[row] < shared:
+            if shared in known:
+                self._copy(known.index(shared), row, shared)
+            else:
+                _, parts = self.kept[stored.index(shared)]
+                for cache, part in zip(self.caches, parts, strict=True):
+                    cache[row, :, :shared] = part[:, :shared]
+        return shared
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
         """Add one token to each of the first n rows.
 
         Args:
-            tokens: (n,) int64.
+            tokens: n ids.
 
         Returns:
             Logits of the tokens that come next: (n, vocab_size).
@@ -94,7 +116,7 @@ class Decoder(ABC):
         self._check(max(lengths) + 1)
         self._make_room(max(lengths) + 1)
         logits = self._step(tokens, lengths)
-        for row, token in enumerate(tokens.tolist()):
+        for row, token in enumerate(tokens):
             self.tokens[row].append(token)
         return logits
 
@@ -105,6 +127,18 @@ class Decoder(ABC):
             self.tokens[target] = self.tokens[source]
             self.tokens[source] = []
 
+    def keep(self, row: int) -> None:
+        """Store what a row holds, in place of what was stored KEPT rows ago."""
+        length = len(self.tokens[row])
+        parts = [cache[row, :, :length].clone() for cache in self.caches]
+        self.kept.append((list(self.tokens[row]), parts))
+
+    def clear(self) -> None:
+        """Forget all rows and give their memory back."""
+        self.tokens = [[] for _ in self.tokens]
+        self.caches = []
+        self.kept.clear()
+
     def _check(self, length: int) -> None:
         if length > self.max_seq_len:
             raise ValueError(
@@ -114,25 +148,32 @@ class Decoder(ABC):
     def _make_room(self, slots: int) -> None:
         """Let every row have at least so many slots."""
         if slots > self.capacity:
-            capacity = min(self.max_seq_len, max(slots, 2 * self.capacity, 128))
-            self._resize(capacity)
-            self.capacity = capacity
+            self._resize(min(self.max_seq_len, max(slots, 2 * self.capacity, 128)))
 
-    @abstractmethod
     def _resize(self, capacity: int) -> None:
         """Give every row `capacity` slots, and keep what is in the first ones."""
+        caches = self._new_caches(capacity)
+        if self.caches:
+            for new, old in zip(caches, self.caches, strict=True):
+                new[:, :, : self.capacity] = old
+        self.caches = caches
 
-    @abstractmethod
     def _copy(self, source: int, target: int, length: int) -> None:
         """Copy keys and values of the first `length` slots."""
+        for cache in self.caches:
+            cache[target, :, :length] = cache[source, :, :length]
+
+    @abstractmethod
+    def _new_caches(self, capacity: int) -> list[Tensor]:
+        """Tensors of zeros for `caches`."""
 
     @abstractmethod
     def _extend(self, row: int, chunk: list[int]) -> Tensor:
         """Take tokens behind those that the row holds: logits (vocab_size,) after the last."""
 
     @abstractmethod
-    def _step(self, tokens: Tensor, lengths: list[int]) -> Tensor:
-        """Take a token (n,) for each row that holds `lengths`: logits (n, vocab_size)."""
+    def _step(self, tokens: Sequence[int], lengths: list[int]) -> Tensor:
+        """Take a token for each row that holds `lengths`: logits (n, vocab_size)."""
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
@@ -204,22 +245,16 @@ class TorchDecoder(Decoder):
             return weight.t().contiguous().t()
         return weight.detach()
 
-    def _resize(self, capacity: int) -> None:
-        config, old = self.config, self.capacity
-        # Of each layer: (rows, heads of keys and then of values, slots, head_dim).
-        shape = (len(self.tokens), 2 * self.kv_heads, capacity, config.head_dim)
-        caches = [self.embedding.new_zeros(shape) for _ in self.layers]
-        if old:
-            for new, cache in zip(caches, self.caches, strict=True):
-                new[:, :, :old] = cache
-        self.caches = caches
-        positions = torch.arange(capacity, device=self.device)
-        table = precompute_pos_cis(config.head_dim, positions, config.rope_theta)
-        self.table = table[:, None]  # (slots, 1, head_dim / 2, 2)
+    def _new_caches(self, capacity: int) -> list[Tensor]:
+        # Of each layer, the heads of keys and then those of values.
+        shape = (len(self.tokens), 2 * self.kv_heads, capacity, self.config.head_dim)
+        return [self.embedding.new_zeros(shape) for _ in self.layers]
 
-    def _copy(self, source: int, target: int, length: int) -> None:
-        for cache in self.caches:
-            cache[target, :, :length] = cache[source, :, :length]
+    def _resize(self, capacity: int) -> None:
+        positions = torch.arange(capacity, device=self.device)
+        table = precompute_pos_cis(self.config.head_dim, positions, self.config.rope_theta)
+        self.table = table[:, None]  # (slots, 1, head_dim / 2, 2)
+        super()._resize(capacity)
 
     @torch.no_grad()
     def _extend(self, row: int, chunk: list[int]) -> Tensor:
@@ -243,7 +278,7 @@ class TorchDecoder(Decoder):
             return self._logits(self._layers(ids, self.table[past:slots], attend)[-1:])[0]
 
     @torch.no_grad()
-    def _step(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+    def _step(self, tokens: Sequence[int], lengths: list[int]) -> Tensor:
         n, kv, slots = len(tokens), self.kv_heads, max(lengths) + 1
         if min(lengths) == max(lengths):
             here, positions, mask = (slice(n), slice(None), lengths[0]), lengths[0], None
@@ -262,7 +297,8 @@ class TorchDecoder(Decoder):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
         with torch.autocast(self.device.type, enabled=False):
-            return self._logits(self._layers(tokens, self.table[positions], attend))
+            ids = torch.tensor(tokens, device=self.device)
+            return self._logits(self._layers(ids, self.table[positions], attend))
 
     def _layers(
         self,
@@ -278,7 +314,7 @@ class TorchDecoder(Decoder):
         for layer, cache in zip(self.layers, self.caches, strict=True):
             qkv = self._product(self._normed(x, layer.attention_norm), layer.qkv)
             qkv = qkv.contiguous().view(len(ids), turned + kv, config.head_dim)
-            rotate_(qkv[:, :turned], table)
+            qkv[:, :turned] = rotate(qkv[:, :turned], table)
             out = attend(cache, qkv[:, :heads], qkv[:, heads:])
             x = x + self._product(out.reshape(len(ids), -1), layer.wo)
             h = self._normed(x, layer.ffn_norm)
@@ -307,17 +343,3 @@ class TorchDecoder(Decoder):
 def applied_weight(projection: nn.Linear) -> Tensor:
     """A projection's weight, with the adapter in use added where one sits on it."""
     return getattr(projection, "adapted_weight", projection.weight)
-
-
-def rotate_(x: Tensor, table: Tensor) -> None:
-    """Turn each adjacent pair of (N, heads, head_dim) in place; `table` from `precompute_pos_cis`.
-
-    As `apply_rotary_emb`, with one operation where the device knows complex numbers.
-    """
-    pairs = x.unflatten(-1, (-1, 2))
-    if x.dtype == torch.float32 and x.device.type != "mps":
-        torch.view_as_complex(pairs).mul_(torch.view_as_complex(table))
-        return
-    (even, odd), (cos, sin) = pairs.float().unbind(-1), table.unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    pairs.copy_(turned)

@@ -244,7 +244,8 @@ class GenerationMixin:
             if history is not None:
                 history.add(rows, chosen)
             yield torch.full((len(prompts),), pad, device=device).index_copy(0, rows, chosen)
-            for row, token in zip(going, chosen.tolist(), strict=True):
+            tokens = chosen.tolist()
+            for row, token in zip(going, tokens, strict=True):
                 written[row].append(token)
             ended = [has_ended(written[row], ends, stop) for row in going]
             if step == new_tokens - 1 or all(ended):
@@ -252,10 +253,9 @@ class GenerationMixin:
             # The last row takes the place of one that ended.
             for i in reversed([i for i, done in enumerate(ended) if done]):
                 decoder.move(len(going) - 1, i)
-                going[i] = going[-1]
-                chosen[i] = chosen[len(going) - 1]
-                del going[-1]
-            logits = decoder.step(chosen[: len(going)])
+                going[i], tokens[i] = going[-1], tokens[-1]
+                del going[-1], tokens[-1]
+            logits = decoder.step(tokens)
 
 
 def has_ended(written: list[int], ends: set[int], stop: list[list[int]]) -> bool:

@@ -5,6 +5,7 @@ product, token by token: what a row computes does not depend on the other rows. 
 norms, the routing of experts, attention and its cache stay in fp32.
 """
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -53,38 +54,33 @@ class OnnxDecoder(Decoder):
             options,
             providers=["CPUExecutionProvider"],
         )
+        self.cache_names = [
+            name for i in range(self.config.n_layers) for name in (f"keys.{i}", f"values.{i}")
+        ]
         self.bound: tuple[int, int] | None = None  # first row and number of rows
 
-    def _resize(self, capacity: int) -> None:
+    def _new_caches(self, capacity: int) -> list[Tensor]:
         config = self.config
         shape = (len(self.tokens), config.n_kv_heads, capacity, config.head_dim)
-        caches = {
-            name: torch.zeros(shape)
-            for i in range(config.n_layers)
-            for name in (f"keys.{i}", f"values.{i}")
-        }
-        if self.capacity:
-            for name, cache in self.caches.items():
-                caches[name][:, :, : self.capacity] = cache
-        self.caches = caches
-        self.bound = None
+        return [torch.zeros(shape) for _ in self.cache_names]
 
-    def _copy(self, source: int, target: int, length: int) -> None:
-        for cache in self.caches.values():
-            cache[target, :, :length] = cache[source, :, :length]
+    def _resize(self, capacity: int) -> None:
+        super()._resize(capacity)
+        self.bound = None
 
     def _extend(self, row: int, chunk: list[int]) -> Tensor:
         return self._run(row, torch.tensor([chunk]), [len(self.tokens[row])])[0]
 
-    def _step(self, tokens: Tensor, lengths: list[int]) -> Tensor:
-        return self._run(0, tokens[:, None].contiguous(), lengths)
+    def _step(self, tokens: Sequence[int], lengths: list[int]) -> Tensor:
+        return self._run(0, torch.tensor(tokens)[:, None], lengths)
 
     def _run(self, first: int, ids: Tensor, lengths: list[int]) -> Tensor:
         """Ids (n, T) for rows from `first` on that hold `lengths`: logits (n, vocab_size)."""
         n, new = ids.shape
         if self.bound != (first, n):
             self.binding = self.session.io_binding()
-            for name, cache in self.caches.items():  # they are written in place
+            # They are written in place.
+            for name, cache in zip(self.cache_names, self.caches, strict=True):
                 self._bind(name, cache[first : first + n], f"new_{name}")
             self.bound = (first, n)
         last = torch.tensor(lengths, dtype=torch.int32) + (new - 1)

@@ -38,17 +38,16 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, pos_cis: Tensor) -> tuple[Tensor, T
         Both inputs, turned, in their own dtypes.
     """
     pos_cis = pos_cis[..., None, :, :]  # (…, T, 1, head_dim / 2, 2)
+    return rotate(xq, pos_cis), rotate(xk, pos_cis)
 
-    def rotate(x: Tensor) -> Tensor:
-        pairs = x.float().unflatten(-1, (-1, 2))
-        # Compilers generate no code for complex numbers, and older macOS has none.
-        if torch.compiler.is_compiling() or x.device.type == "mps":
-            (even, odd), (cos, sin) = pairs.unbind(-1), pos_cis.unbind(-1)
-            turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-        else:  # one pass over memory instead of seven
-            turned = torch.view_as_real(
-                torch.view_as_complex(pairs) * torch.view_as_complex(pos_cis)
-            )
-        return turned.flatten(-2).type_as(x)
 
-    return rotate(xq), rotate(xk)
+def rotate(x: Tensor, pos_cis: Tensor) -> Tensor:
+    """As `apply_rotary_emb` for one input (…, head_dim), with a table that broadcasts to it."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    # Compilers generate no code for complex numbers, and older macOS has none.
+    if torch.compiler.is_compiling() or x.device.type == "mps":
+        (even, odd), (cos, sin) = pairs.unbind(-1), pos_cis.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    else:  # one pass over memory instead of seven
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(pos_cis))
+    return turned.flatten(-2).type_as(x)

@@ -21,7 +21,7 @@ from transformers.generation.logits_process import (
 )
 
 from model import MiniMindLM, TorchDecoder
-from model.decoder import CHUNK
+from model.decoder import CHUNK, KEPT
 from model.sampling import History, Sampling, choose_tokens, penalise, probabilities
 
 NEVER = -1  # an end token that no row ever writes
@@ -192,7 +192,7 @@ def test_it_records_no_gradients_and_changes_nothing_on_the_model():
     assert all(torch.equal(w, weights[n]) for n, w in model.state_dict().items())
     decoder = TorchDecoder(model)
     assert not decoder.prefill(0, [5, 6]).requires_grad
-    assert not decoder.step(torch.tensor([7])).requires_grad
+    assert not decoder.step([7]).requires_grad
 
 
 def test_dropout_is_off_in_train_mode_too():
@@ -505,6 +505,34 @@ def test_a_prefix_is_taken_from_another_row(fed):
     assert fed[:3] == [13, 3, 3]
 
 
+def test_a_row_that_was_left_is_gone_on_from(fed):
+    """Kept apart from the rows, as it was when it was left, for as long as there is room."""
+    model = tiny()
+    decoder = TorchDecoder(model, rows=2)
+    prompt = random_ids(1, 12)
+    decoder.prefill(0, prompt[0].tolist())
+    decoder.keep(0)
+    for seed in range(2):  # both rows hold something else now
+        decoder.prefill(seed, random_ids(1, 9, seed=20 + seed)[0].tolist())
+    fed.clear()
+    more = torch.cat((prompt, random_ids(1, 3, seed=9)), dim=1)
+    out = model.generate(more, max_new_tokens=4, eos_token_id=NEVER, decoder=decoder)
+    assert fed == [3, 1, 1, 1]
+    assert torch.equal(out, greedy_loop(model, more, 4))
+    for seed in range(KEPT):
+        decoder.prefill(1, random_ids(1, 9, seed=40 + seed)[0].tolist())
+        decoder.keep(1)
+    decoder.prefill(0, [5, 6])
+    fed.clear()
+    decoder.prefill(0, prompt[0].tolist())
+    assert fed == [12]
+    decoder.clear()
+    assert decoder.capacity == 0 and not decoder.kept
+    assert torch.equal(
+        model.generate(more, max_new_tokens=4, eos_token_id=NEVER, decoder=decoder), out
+    )
+
+
 def test_long_prompts_go_in_parts():
     model = tiny(max_seq_len=3 * CHUNK)
     prompt = random_ids(1, 2 * CHUNK + 7)
@@ -532,7 +560,7 @@ def test_rows_come_and_go(use_moe):
         tokens = random_ids(len(active), seed=step)
         for row, token in zip(active, tokens.tolist(), strict=True):
             rows[row].append(token)
-        logits = decoder.step(tokens)
+        logits = decoder.step(tokens.tolist())
         for row, found in zip(active, logits, strict=True):
             wanted = model(torch.tensor([rows[row]])).logits[0, -1]
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
@@ -552,7 +580,7 @@ def test_a_full_row_is_an_error():
         decoder.prefill(0, [])
     decoder.prefill(0, list(range(8)))
     with pytest.raises(ValueError, match="max_seq_len 8"):
-        decoder.step(torch.tensor([3]))
+        decoder.step([3])
 
 
 def test_half_precision_writes_what_the_model_computes():
@@ -563,7 +591,7 @@ def test_half_precision_writes_what_the_model_computes():
     decoder.prefill(0, prompt[0, :11].tolist())
     with torch.no_grad():
         wanted = model(prompt).logits[0, -1]
-    found = decoder.step(prompt[0, 11:])[0]
+    found = decoder.step(prompt[0, 11:].tolist())[0]
     assert found.dtype == torch.bfloat16
     assert (found - wanted).abs().max() <= 0.03 * wanted.abs().max()
 

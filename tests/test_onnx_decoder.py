@@ -27,7 +27,7 @@ def play(decoder, model=None):
         tokens = random_ids(3, seed=step)
         for ids, token in zip(rows, tokens.tolist(), strict=True):
             ids.append(token)
-        for logits, ids in zip(decoder.step(tokens), rows, strict=True):
+        for logits, ids in zip(decoder.step(tokens.tolist()), rows, strict=True):
             compare(logits, ids)
         if step == 9:
             rows[0] = rows[1][:7] + random_ids(4)[:4].tolist()
@@ -67,12 +67,12 @@ def test_it_grows_to_the_context_and_no_further():
     decoder = OnnxDecoder(model, bits=32)
     ids = random_ids(1, 300)
     decoder.prefill(0, ids[0, :2].tolist())
-    for token in ids[0, 2:]:
-        logits = decoder.step(token[None])
+    for token in ids[0, 2:].tolist():
+        logits = decoder.step([token])
     with torch.no_grad():
         torch.testing.assert_close(logits, model(ids).logits[:, -1], rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="max_seq_len 300"):
-        decoder.step(torch.tensor([3]))
+        decoder.step([3])
 
 
 @both_kinds
@@ -84,7 +84,7 @@ def test_with_8_bits_a_row_does_not_depend_on_the_others(use_moe):
         together.prefill(i, random_ids(5 + 2 * i, seed=7 + i).tolist() if i else prompt)
     alone.prefill(0, prompt)
     for step in range(8):
-        tokens = random_ids(3, seed=step)
+        tokens = random_ids(3, seed=step).tolist()
         first = together.step(tokens)[0]
         torch.testing.assert_close(first, alone.step(tokens[:1])[0], rtol=1e-5, atol=1e-5)
 
