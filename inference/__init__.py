@@ -1,7 +1,7 @@
 """What the terminal, the server and the page share: loading weights, and text in and out."""
 
-from .talker import Talker, make_decoder
+from .talker import Talker
 from .text import TextStream
-from .weights import Choice, list_weights, load_talker
+from .weights import WeightSpec, load_talker
 
-__all__ = ["Choice", "Talker", "TextStream", "list_weights", "load_talker", "make_decoder"]
+__all__ = ["Talker", "TextStream", "WeightSpec", "load_talker"]

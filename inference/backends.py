@@ -5,11 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import openai
-
 from model import Sampling
 
-from .batcher import Job, Token
+from .batcher import Closed, Job, Token
 from .pool import ModelPool
 from .text import TextStream
 
@@ -24,12 +22,24 @@ class Settings:
     repetition_penalty: float = 1.0
     seed: int | None = None
 
+    def sampling(self) -> Sampling:
+        """How tokens are chosen; temperature 0 takes the likeliest."""
+        return Sampling(
+            do_sample=self.temperature > 0,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+        )
+
 
 class Backend(Protocol):
     """What the page needs of a source of answers."""
 
     def names(self) -> list[str]:
         """The models there are, the default first."""
+
+    def chats(self, model: str) -> bool:
+        """Whether a model answers conversations; else it continues the last message."""
 
     def stream(
         self, model: str, messages: Sequence[Mapping[str, str]], settings: Settings
@@ -53,36 +63,39 @@ class LocalModels:
 
     def names(self) -> list[str]:
         """As Backend."""
-        return list(self.pool.names())
+        return list(self.pool.offers())
+
+    def chats(self, model: str) -> bool:
+        """As Backend."""
+        offer = self.pool.offers().get(model)
+        return offer is None or offer.chats
 
     def stream(
         self, model: str, messages: Sequence[Mapping[str, str]], settings: Settings
     ) -> Iterator[str]:
         """As Backend; a text that is too long for the model loses its oldest exchanges."""
-        batcher = self.pool.get(model)
-        talker = batcher.talker
-        if talker.encoder is None:  # it continues the last message
-            ids = talker.text_ids(messages[-1]["content"])
-        else:
-            ids, _ = talker.fitting_chat_ids([dict(m) for m in messages], settings.max_tokens)
-        if len(ids) >= talker.context:
-            raise ValueError(f"{len(ids)} tokens leave no room for an answer in {talker.context}")
         events: queue.SimpleQueue[Token | str | Exception] = queue.SimpleQueue()
-        greedy = settings.temperature == 0
-        job = Job(
-            ids=ids,
-            max_new_tokens=settings.max_tokens,
-            sampling=Sampling(
-                do_sample=not greedy,
-                temperature=1.0 if greedy else settings.temperature,
-                top_p=settings.top_p,
-                repetition_penalty=settings.repetition_penalty,
-            ),
-            seed=settings.seed,
-            ends=frozenset({talker.tokenizer.eos_token_id}),
-            emit=events.put,
-        )
-        batcher.submit([job])
+        while True:
+            batcher = self.pool.get(model)
+            talker = batcher.talker
+            if talker.encoder is None:
+                ids = talker.text_ids(messages[-1]["content"])
+            else:
+                ids = talker.fitting_chat_ids(messages, settings.max_tokens)
+            if len(ids) >= talker.context:
+                raise ValueError(f"{len(ids)} tokens leave no room in {talker.context}")
+            job = Job(
+                ids=ids,
+                max_new_tokens=settings.max_tokens,
+                sampling=settings.sampling(),
+                seed=settings.seed,
+                emit=events.put,
+            )
+            try:
+                batcher.submit([job])
+                break
+            except Closed:  # another model took its place just now
+                continue
         text = TextStream(talker.tokenizer)
         try:
             while isinstance(event := events.get(), Token):
@@ -105,30 +118,42 @@ class Endpoint:
     """
 
     def __init__(self, url: str, api_key: str | None):
+        import openai  # which weights here do not need
+
         self.client = openai.OpenAI(base_url=url, api_key=api_key or "none", max_retries=0)
 
     def names(self) -> list[str]:
         """As Backend."""
         return [model.id for model in self.client.models.list()]
 
+    def chats(self, model: str) -> bool:
+        """As Backend, by the name that this project gives them."""
+        return not model.startswith("pretrain")
+
     def stream(
         self, model: str, messages: Sequence[Mapping[str, str]], settings: Settings
     ) -> Iterator[str]:
         """As Backend."""
-        more: dict[str, Any] = {}
+        options: dict[str, Any] = {
+            "model": model,
+            "max_tokens": settings.max_tokens,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "stream": True,
+        }
         if settings.repetition_penalty != 1:  # which not every server knows
-            more["extra_body"] = {"repetition_penalty": settings.repetition_penalty}
+            options["extra_body"] = {"repetition_penalty": settings.repetition_penalty}
         if settings.seed is not None:
-            more["seed"] = settings.seed
-        with self.client.chat.completions.create(
-            model=model,
-            messages=[dict(message) for message in messages],
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            stream=True,
-            **more,
-        ) as chunks:
+            options["seed"] = settings.seed
+        if self.chats(model):
+            chunks = self.client.chat.completions.create(
+                messages=[dict(message) for message in messages], **options
+            )
+        else:
+            chunks = self.client.completions.create(prompt=messages[-1]["content"], **options)
+        with chunks:
             for chunk in chunks:
-                if chunk.choices and chunk.choices[0].delta.content:
-                    yield chunk.choices[0].delta.content
+                for choice in chunk.choices:
+                    piece = choice.delta.content if self.chats(model) else choice.text
+                    if piece:
+                        yield piece

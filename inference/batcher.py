@@ -14,7 +14,9 @@ from model.sampling import History, choose_tokens, penalise
 
 from .talker import Talker
 
-PARKED = 8  # rows of texts that ended, which a conversation's next turn goes on from
+
+class Closed(Exception):
+    """The batcher has ended; another one may have taken its place."""
 
 
 class QueueFull(Exception):
@@ -47,10 +49,9 @@ class Job:
         max_new_tokens: upper limit.
         sampling: how tokens are chosen.
         seed: of the choice; None for another text every time.
-        ends: tokens that end it.
-        emit: called, on the batcher's thread, with every new Token, the one that ends it left out,
-            and then with how it ended: "stop" (an end token), "length" (the limit, the context or
-            the time was reached), "cancelled", or an exception.
+        emit: called, on the batcher's thread, with every new Token, the end token left out, and
+            then with how it ended: "stop" (the end token), "length" (the limit, the context or the
+            time was reached), "cancelled", or an exception.
         logprobs: how many of the likeliest tokens to tell with each, or None.
         deadline: `time.monotonic()` at which it ends, whatever it has written.
         cancelled: set it, and the text ends before the next step.
@@ -60,15 +61,22 @@ class Job:
     max_new_tokens: int
     sampling: Sampling
     seed: int | None
-    ends: frozenset[int]
     emit: Callable[[Token | str | Exception], None]
     logprobs: int | None = None
     deadline: float = float("inf")
     cancelled: bool = False
-    written: int = 0
+    # What the batcher notes:
     began: float = 0.0
+    newest: int = -1  # the token that the decoder has not seen
+    written: int = 0
     generator: torch.Generator | None = None
     history: History | None = None
+
+    def ended(self, now: float) -> str | None:
+        """How it ends without another token, if it does."""
+        if self.cancelled:
+            return "cancelled"
+        return "length" if now >= self.deadline else None
 
 
 class Batcher:
@@ -79,7 +87,7 @@ class Batcher:
     they came.
 
     Args:
-        talker: the model; its decoder needs `rows_for(rows)` rows.
+        talker: the model; its decoder needs one row more than `rows`, where prompts begin.
         rows: how many texts are written at a time.
         queue: how many more may wait.
     """
@@ -91,21 +99,15 @@ class Batcher:
         self.queue = queue
         self.waiting: deque[Job] = deque()
         self.active: list[Job] = []  # which job each row of the decoder is
-        self.steps = 0
-        self._newest = torch.zeros(0, dtype=torch.long)  # tokens that the decoder has not seen
         self._starting: tuple[Job, Iterator[Tensor]] | None = None
-        self._parked = 0
         self._seconds = 1.0  # that a job takes from its start, a running mean
+        # Held to change any of the three above that hold jobs, and `_closed`.
         self._work = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name=f"batcher of {talker.name}")
-        self._thread.daemon = True
+        self._thread = threading.Thread(
+            target=self._run, name=f"batcher of {talker.name}", daemon=True
+        )
         self._thread.start()
-
-    @staticmethod
-    def rows_for(rows: int) -> int:
-        """Rows of a decoder for so many texts: also one where prompts begin, and parked ones."""
-        return rows + 1 + PARKED
 
     @property
     def load(self) -> int:
@@ -116,126 +118,150 @@ class Batcher:
         """Take jobs, all or none.
 
         Raises:
+            Closed: if the batcher has ended.
             QueueFull: if there are not so many places.
         """
         with self._work:
+            if self._closed:
+                raise Closed
             excess = self.load + len(jobs) - self.rows - self.queue
-            if excess > 0 or self._closed:
+            if excess > 0:
                 raise QueueFull(self._seconds * max(1, excess / self.rows))
             self.waiting.extend(jobs)
             self._work.notify()
 
-    def close(self) -> None:
-        """End all jobs and the thread."""
+    def close(self, only_if_idle: bool = False) -> bool:
+        """End, and all jobs with it; or if told, only where there are none: whether it did."""
         with self._work:
+            if only_if_idle and self.load:
+                return False
             self._closed = True
             self._work.notify()
         self._thread.join()
+        return True
 
     def _run(self) -> None:
         while True:
             with self._work:
+                if not self.load:
+                    self.decoder.release()
                 while not (self.load or self._closed):
                     self._work.wait()
-            if self._closed:
-                for job in self._all_jobs():
-                    job.emit("cancelled")
-                return
+                if self._closed:
+                    break
             try:
                 self._round()
-            except Exception as error:  # a bug, or memory ran out: the jobs end, the server goes on
-                for job in self._all_jobs():
-                    job.emit(error)
-                self.waiting.clear()
-                self.active, self._starting = [], None
-                self._newest = self._newest[:0]
-                self.decoder.tokens = [[] for _ in self.decoder.tokens]
+            except (
+                Exception
+            ) as error:  # a bug, or memory ran out: the texts end, the server goes on
+                self._end_all(error)
+        self._end_all(Closed())
 
-    def _all_jobs(self) -> list[Job]:
-        starting = [self._starting[0]] if self._starting is not None else []
-        return [*self.active, *starting, *self.waiting]
+    def _end_all(self, how: Exception) -> None:
+        with self._work:
+            starting = [] if self._starting is None else [self._starting[0]]
+            jobs = [*self.active, *starting, *self.waiting]
+            self.waiting.clear()
+            self.active, self._starting = [], None
+        self.decoder.release()
+        self.decoder.kept.clear()
+        for job in jobs:
+            job.emit(how)
 
     @torch.no_grad()
     def _round(self) -> None:
         self._drop_ended()
         self._start_next()
         if self.active:
-            logits = self.decoder.step(self._newest.to(self.decoder.device))
-            self.steps += 1
-            self._choose(self.active, logits)
+            logits = self.decoder.step([job.newest for job in self.active])
+            self._choose(range(len(self.active)), logits)
 
     def _drop_ended(self) -> None:
         """Let go of jobs that nobody waits for, and of those whose time is over."""
         now = time.monotonic()
         with self._work:
-            ended = [j for j in self.waiting if j.cancelled or now >= j.deadline]
-            self.waiting = deque(j for j in self.waiting if j not in ended)
-        if self._starting is not None:
-            job = self._starting[0]
-            if job.cancelled or now >= job.deadline:
-                ended.append(job)
+            ended = [(job, how) for job in self.waiting if (how := job.ended(now))]
+            for job, _ in ended:
+                self.waiting.remove(job)
+            if self._starting is not None and (how := self._starting[0].ended(now)):
+                ended.append((self._starting[0], how))
                 self._starting = None
-        for job in ended:
-            job.emit("cancelled" if job.cancelled else "length")
+        for job, how in ended:
+            job.emit(how)
         for row in reversed(range(len(self.active))):
-            job = self.active[row]
-            if job.cancelled or now >= job.deadline:
-                self._end(row, "cancelled" if job.cancelled else "length")
+            if how := self.active[row].ended(now):
+                self._end(row, how)
 
     def _start_next(self) -> None:
         """Take the next part of a prompt; when it is whole, the text joins the others."""
-        if self._starting is None:
-            with self._work:
+        with self._work:
+            if self._starting is None:
                 if not self.waiting or len(self.active) == self.rows:
                     return
                 job = self.waiting.popleft()
-                parts = self.decoder.prefill_in_chunks(self.rows, job.ids)
-                self._starting = (job, parts)
-            job.began = time.monotonic()
-            job.generator = torch.Generator(self.decoder.device)
-            if job.seed is None:
-                job.generator.seed()
-            else:
-                job.generator.manual_seed(job.seed)
-        job, parts = self._starting
-        logits = next(parts)
-        if len(self.decoder.tokens[self.rows]) < len(job.ids):
+                self._starting = job, self.decoder.prefill_in_chunks(self.rows, job.ids)
+                job.began = time.monotonic()
+            job, parts = self._starting
+        try:
+            logits = next(parts)
+            if len(self.decoder.tokens[self.rows]) < len(job.ids):
+                return
+            self._prepare(job, logits)
+            self.decoder.move(self.rows, len(self.active))
+        except Exception as error:  # of this job alone: the others go on
+            with self._work:
+                self._starting = None
+            self.decoder.tokens[self.rows] = []
+            job.emit(error)
             return
-        if job.sampling.penalises:
-            prompt = torch.tensor(list(job.ids), device=logits.device)
-            job.history = History([prompt], logits.shape[-1], logits.device)
-        self.decoder.move(self.rows, len(self.active))
         with self._work:
             self.active.append(job)
             self._starting = None
-        self._newest = torch.cat((self._newest, torch.zeros(1, dtype=torch.long)))
-        self._choose([job], logits[None], first=len(self.active) - 1)
+        self._choose([len(self.active) - 1], logits[None])
 
-    def _choose(self, jobs: list[Job], logits: Tensor, first: int = 0) -> None:
-        """Choose a token for jobs in rows from `first` on, tell them, and end those that end."""
+    def _prepare(self, job: Job, logits: Tensor) -> None:
+        job.generator = torch.Generator(logits.device)
+        if job.seed is None:
+            job.generator.seed()
+        else:
+            job.generator.manual_seed(job.seed)
+        if job.sampling.penalises:
+            prompt = torch.tensor(job.ids, device=logits.device)
+            job.history = History([prompt], logits.shape[-1], logits.device)
+
+    def _choose(self, rows: Sequence[int], logits: Tensor) -> None:
+        """Choose the next token of some rows, tell it, and end the texts that end."""
         likeliest = logits.argmax(-1).tolist()
-        ended: list[tuple[int, str]] = []
-        for i, job in enumerate(jobs):
-            row = logits[i : i + 1]
-            token = likeliest[i]
-            if job.history is not None:
-                row = penalise(row, job.sampling, job.history.seen, job.history.written)
-            if job.history is not None or job.sampling.do_sample:
-                token = int(choose_tokens(row, job.sampling, job.generator))
-            if token in job.ends:
-                ended.append((first + i, "stop"))
-                continue
-            if job.history is not None:
-                chosen = torch.tensor([token], device=row.device)
-                job.history.add(torch.zeros_like(chosen), chosen)
-            self._newest[first + i] = token
-            job.written += 1
-            job.emit(self._told(job, token, logits[i]))
-            length = len(job.ids) + job.written
-            if job.written >= job.max_new_tokens or length >= self.decoder.max_seq_len:
-                ended.append((first + i, "length"))
+        ended: list[tuple[int, str | Exception]] = []
+        for row, own, token in zip(rows, logits, likeliest, strict=True):
+            job = self.active[row]
+            try:
+                how = self._take(job, own, token)
+            except Exception as error:  # of this job alone
+                how = error
+            if how is not None:
+                ended.append((row, how))
         for row, how in reversed(ended):
             self._end(row, how)
+
+    def _take(self, job: Job, logits: Tensor, likeliest: int) -> str | None:
+        """Choose and tell a job's next token: how the text ended with it, if it did."""
+        token, history = likeliest, job.history
+        if history is not None or job.sampling.do_sample:
+            own = logits[None]
+            if history is not None:
+                own = penalise(own, job.sampling, history.seen, history.written)
+            chosen = choose_tokens(own, job.sampling, job.generator)
+            if history is not None:
+                history.add(torch.zeros_like(chosen), chosen)
+            token = int(chosen)
+        if token == self.talker.tokenizer.eos_token_id:
+            return "stop"
+        job.newest = token
+        job.written += 1
+        job.emit(self._told(job, token, logits))
+        full = len(job.ids) + job.written >= self.decoder.max_seq_len
+        return "length" if full or job.written >= job.max_new_tokens else None
 
     def _told(self, job: Job, token: int, logits: Tensor) -> Token:
         if job.logprobs is None:
@@ -245,14 +271,11 @@ class Batcher:
         pairs = list(zip(tokens.tolist(), values.tolist(), strict=True))
         return Token(token, float(logprobs[token]), pairs)
 
-    def _end(self, row: int, how: str) -> None:
-        """Free a row: what it holds is parked, and the last row takes its place."""
+    def _end(self, row: int, how: str | Exception) -> None:
+        """Free a row: what it holds is kept, and the last row takes its place."""
         last = len(self.active) - 1
-        self._parked = (self._parked + 1) % PARKED
-        self.decoder.move(row, self.rows + 1 + self._parked)
+        self.decoder.keep(row)
         self.decoder.move(last, row)
-        self._newest[row] = self._newest[last]
-        self._newest = self._newest[:last]
         with self._work:
             job, self.active[row] = self.active[row], self.active[last]
             self.active.pop()

@@ -7,6 +7,8 @@ import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from training.checkpoint import write_atomically
+
 TITLE = 28  # characters
 
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -54,7 +56,7 @@ class TalkStore:
 
     def list(self) -> list[Talk]:
         """All of them, the one that changed last first; files that are none are left out."""
-        talks = [talk for path in self.folder.glob("*.json") if (talk := self._read(path))]
+        talks = [talk for path in self.folder.glob("*.json") if (talk := self.get(path.stem))]
         return sorted(talks, key=lambda talk: -talk.changed)
 
     def get(self, name: str) -> Talk | None:
@@ -65,10 +67,8 @@ class TalkStore:
         """Write a conversation; one that has begun nothing is not written."""
         if talk.messages:
             talk.changed = time.time()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / f".{talk.id}.tmp"
-            temporary.write_text(json.dumps(asdict(talk), ensure_ascii=False), encoding="utf-8")
-            temporary.replace(self.folder / f"{talk.id}.json")
+            text = json.dumps(asdict(talk), ensure_ascii=False).encode("utf-8", "replace")
+            write_atomically(self.folder / f"{talk.id}.json", lambda file: file.write(text))
 
     def delete(self, talk: Talk) -> None:
         """Forget a conversation."""
@@ -76,6 +76,10 @@ class TalkStore:
 
     def _read(self, path: Path) -> Talk | None:
         try:
-            return Talk(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            talk = Talk(**{**json.loads(path.read_text(encoding="utf-8")), "id": path.stem})
+            said = [part for m in talk.messages for part in (m["role"], m["content"])]
+            float(talk.changed)
+        except (OSError, ValueError, TypeError, KeyError):
             return None
+        texts = (talk.system, talk.model, *said)
+        return talk if all(isinstance(text, str) for text in texts) else None

@@ -1,18 +1,35 @@
 """The models that a server offers, each loaded when it is first asked for."""
 
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from dataset import tokenizer_hash
-from model import weights_hash
-from training import UserError, load_model, load_tokenizer, read_about
-from training.checkpoint import read_pickle
+from training import UserError, load_tokenizer
 
 from .batcher import Batcher, QueueFull
-from .weights import Choice, list_weights, load_talker
+from .weights import PRETRAINED, WeightSpec, list_adapters, list_weights, load_talker
+
+
+class UnknownModel(Exception):
+    """There is no model of that name."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A model that can be asked for.
+
+    Attributes:
+        path: its file, or folder.
+        is_adapter: whether that is an adapter's.
+        chats: whether it answers conversations; else it continues texts.
+    """
+
+    path: Path
+    is_adapter: bool = False
+    chats: bool = True
 
 
 class ModelPool:
@@ -21,81 +38,93 @@ class ModelPool:
     What a request names is looked up in this list; no name becomes a path.
 
     Args:
-        choice: where to look; with `weight`, that alone is offered.
+        spec: where to look; with `weight`, a file or a folder, that alone is offered.
         device: to compute on.
         quantize: as for `load_talker`.
         rows, queue: of each Batcher.
         loaded: how many models stay in memory.
+
+    Raises:
+        UserError: if `weight` is no file or folder, or the tokenizer cannot be loaded.
     """
 
     def __init__(
         self,
-        choice: Choice,
+        spec: WeightSpec,
         device: torch.device,
         quantize: str | None,
         rows: int,
         queue: int,
         loaded: int,
     ):
-        self.choice = choice
+        if spec.weight is not None and not Path(spec.weight).exists():
+            raise UserError(f"--weight {spec.weight}: no such file")
+        self.spec = spec
         self.device = device
         self.quantize = quantize
         self.rows, self.queue, self.loaded = rows, queue, loaded
         self.batchers: dict[str, Batcher] = {}  # the one used last is last
-        self._tokenizer = tokenizer_hash(load_tokenizer(choice.tokenizer_path))
-        self._lock = threading.Lock()
+        self._tokenizer = tokenizer_hash(load_tokenizer(spec.tokenizer_path))
+        self._lock = threading.Lock()  # of `batchers`
+        self._loading = threading.Lock()  # one model is loaded at a time
 
-    def names(self) -> dict[str, Path]:
-        """The file of every model that there is now, the default first."""
-        if self.choice.weight is not None:
-            path = Path(self.choice.weight)
-            return {path.stem: path}
-        found: dict[str, Path] = {}
-        pretrained: dict[str, Path] = {}
-        for path in list_weights(self.choice.out_dir):
-            about = read_about(path)
+    def offers(self) -> dict[str, Offer]:
+        """The models that there are now by name, the default first."""
+        if self.spec.weight is not None:
+            path = Path(self.spec.weight)
+            return {path.stem: Offer(path)}
+        chats: dict[str, Offer] = {}
+        pretrained: dict[str, Offer] = {}
+        for path, about in list_weights(self.spec.out_dir):
             if about["tokenizer"] == self._tokenizer:
-                (pretrained if about["stage"] == "pretrain" else found)[path.stem] = path
-        adapters = sorted((self.choice.out_dir / "lora").glob("*.pth"))
-        lora = {p.stem: p for p in adapters if not p.stem.endswith(("_resume", "_resume.prev"))}
-        return {**lora, **pretrained, **found} if not found else {**found, **pretrained, **lora}
+                chat = about["stage"] != PRETRAINED
+                (chats if chat else pretrained)[path.stem] = Offer(path, chats=chat)
+        offers = {**chats, **pretrained}
+        for path in list_adapters(self.spec.out_dir):
+            offers.setdefault(path.stem, Offer(path, is_adapter=True))
+        return offers
 
     def get(self, name: str) -> Batcher:
         """The batcher of a model, loaded now if need be; another one that is idle makes room.
 
         Raises:
-            KeyError: if there is no model of that name.
+            UnknownModel: if there is none of that name.
             QueueFull: if all that are loaded are busy.
-            UserError: if the model cannot be loaded.
+            UserError: if it cannot be loaded.
         """
+        if (batcher := self._loaded(name)) is not None:
+            return batcher
+        with self._loading:
+            if (batcher := self._loaded(name)) is not None:  # meanwhile
+                return batcher
+            offer = self.offers().get(name)
+            if offer is None:
+                raise UnknownModel(name)
+            self._make_room()
+            flag = "lora_name" if offer.is_adapter else "weight"
+            spec = replace(self.spec, **{flag: str(offer.path)})
+            talker = load_talker(spec, self.device, self.quantize, self.rows + 1)
+            batcher = Batcher(talker, self.rows, self.queue)
+            with self._lock:
+                self.batchers[name] = batcher
+            return batcher
+
+    def _loaded(self, name: str) -> Batcher | None:
         with self._lock:
-            if name in self.batchers:
-                self.batchers[name] = self.batchers.pop(name)
-                return self.batchers[name]
-            path = self.names()[name]
-            if len(self.batchers) >= self.loaded:
-                idle = [other for other, batcher in self.batchers.items() if not batcher.load]
-                if not idle:
-                    raise QueueFull(10.0)
-                self.batchers.pop(idle[0]).close()
-            choice = replace(self.choice, weight=str(path))
-            if path.parent.name == "lora":
-                choice = replace(choice, weight=str(self._base(path)), lora_name=str(path))
-            rows = Batcher.rows_for(self.rows)
-            talker = load_talker(choice, self.device, self.quantize, rows)
-            self.batchers[name] = Batcher(talker, self.rows, self.queue)
+            if name not in self.batchers:
+                return None
+            self.batchers[name] = self.batchers.pop(name)
             return self.batchers[name]
 
-    def _base(self, adapter: Path) -> Path:
-        """The weights that an adapter was trained on."""
-        wanted = read_pickle(adapter, mmap=True)["base"]
-        for path in list_weights(self.choice.out_dir):
-            about = read_about(path)
-            if about["tokenizer"] == self._tokenizer:
-                model = load_model(path, about["config"], self._tokenizer)
-                if weights_hash(model) == wanted:
-                    return path
-        raise UserError(f"{adapter}: the weights it was trained on are not in {path.parent}")
+    def _make_room(self) -> None:
+        with self._lock:
+            if len(self.batchers) < self.loaded:
+                return
+            for name, batcher in self.batchers.items():
+                if batcher.close(only_if_idle=True):
+                    del self.batchers[name]
+                    return
+        raise QueueFull(10.0)
 
     def close(self) -> None:
         """End all batchers."""

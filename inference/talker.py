@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -59,27 +60,25 @@ class Talker:
         pieces = render_chat(messages, tools, add_generation_prompt=True)
         return self.encoder.encode([self.encoder.check_control(pieces)]).ids.tolist()
 
-    def fitting_chat_ids(
-        self, messages: list[dict[str, Any]], room: int
-    ) -> tuple[list[int], list[dict[str, Any]]]:
+    def fitting_chat_ids(self, messages: Sequence[Mapping[str, Any]], room: int) -> list[int]:
         """As `chat_ids`, without the oldest exchanges where all of them leave no room.
 
         Args:
-            messages: the conversation; a system message is always kept, and so is the last one.
+            messages: the conversation; a system message is always kept, and so is what follows the
+                last message of the user.
             room: tokens to leave for the answer, where that is possible.
-
-        Returns:
-            The ids and the messages that they are of.
         """
-        system = messages[:1] if messages[0]["role"] == "system" else []
-        rest = messages[len(system) :]
-        room = min(room, self.context // 2)
-        while True:
-            ids = self.chat_ids([*system, *rest])
-            if len(rest) == 1 or len(ids) + room <= self.context:
-                return ids, [*system, *rest]
-            questions = [i for i, m in enumerate(rest) if m["role"] == "user" and i > 0]
-            rest = rest[questions[0] :] if questions else rest[-1:]
+        pieces = [render_chat([message]) for message in messages]
+        encoded = self.encoder.encode([*pieces, render_chat([], add_generation_prompt=True)])
+        parts = np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])
+        first = int(messages[0]["role"] == "system")
+        starts = [i for i, m in enumerate(messages) if m["role"] == "user" and i > first]
+        most = self.context - min(room, self.context // 2)
+        for start in [first, *starts]:
+            ids = np.concatenate([*parts[:first], *parts[start:]]).tolist()
+            if len(ids) <= most:
+                break
+        return ids
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of the beginning of a document."""
@@ -90,7 +89,6 @@ class Talker:
         self,
         ids: Sequence[int],
         generator: torch.Generator,
-        stop: Sequence[str] = (),
         **options: Any,
     ) -> Iterator[str]:
         """What the model writes after a prompt, piece by piece.
@@ -98,13 +96,12 @@ class Talker:
         Args:
             ids: of the prompt.
             generator: source of randomness.
-            stop: strings at which to end.
             options: of `MiniMindLM.generate`.
 
         Raises:
             ValueError: if the prompt leaves no room in the model's context.
         """
-        text = TextStream(self.tokenizer, stop)
+        text = TextStream(self.tokenizer)
         tokens = self.model.generate(
             torch.tensor([ids], device=self.decoder.device),
             eos_token_id=self.tokenizer.eos_token_id,
@@ -116,8 +113,6 @@ class Talker:
         for token in tokens:
             if piece := text.add(token.item()):
                 yield piece
-            if text.stopped:
-                return
         if piece := text.finish():
             yield piece
 

@@ -1,13 +1,16 @@
 """Which weights there are, and how to load them."""
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dataset import tokenizer_hash
-from model import LMConfig, MiniMindLM
+from model import LMConfig, MiniMindLM, weights_hash
 from training import (
     UserError,
     load_adapter,
@@ -16,6 +19,7 @@ from training import (
     read_about,
     resolve_weights,
 )
+from training.checkpoint import read_pickle
 
 from .talker import Talker
 
@@ -23,114 +27,190 @@ PRETRAINED = "pretrain"  # the stage whose weights continue texts; the others' a
 
 
 @dataclass(frozen=True)
-class Choice:
+class WeightSpec:
     """Which weights to use, as the flags of the command line say.
 
     Attributes:
-        weight: a stage's name, a .pth file, a folder in transformers' format, or None: the newest
-            chat weights in `out_dir`, or the newest at all where there are none.
-        lora_name: an adapter's name, or its .pth file.
         out_dir: where weights are.
+        tokenizer_path: folder of the tokenizer.
+        weight: a stage's name, a .pth file, or a folder in transformers' format. None: those that
+            the adapter was trained on; without one the newest chat weights, or the newest
+            pretrained ones where there are no others.
+        lora_name: an adapter's name, or its .pth file.
         dim, n_layers, use_moe: the shape to look for, where given, and that of weights without a
             .json file.
-        tokenizer_path: folder of the tokenizer.
     """
 
-    weight: str | None
-    lora_name: str | None
     out_dir: Path
-    dim: int | None
-    n_layers: int | None
-    use_moe: bool | None
     tokenizer_path: Path
+    weight: str | None = None
+    lora_name: str | None = None
+    dim: int | None = None
+    n_layers: int | None = None
+    use_moe: bool | None = None
+
+    def fits(self, config: LMConfig) -> bool:
+        """Whether a model has the shape to look for."""
+        wanted = {name: getattr(self, name) for name in ("dim", "n_layers", "use_moe")}
+        return all(getattr(config, n) == v for n, v in wanted.items() if v is not None)
 
 
-def list_weights(out_dir: Path) -> list[Path]:
-    """The .pth files in a folder that a .json file describes, newest first."""
-    paths = [path for path in out_dir.glob("*.pth") if path.with_suffix(".json").is_file()]
-    return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
+def list_weights(out_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The .pth files in a folder that a .json file describes, newest first, and what that says."""
+    found = []
+    for path in out_dir.glob("*.pth"):
+        with suppress(UserError, OSError):  # of no use, or gone meanwhile
+            if about := read_about(path):
+                found.append((path.stat().st_mtime, path, about))
+    for _, path, about in sorted(found, key=lambda entry: entry[0], reverse=True):
+        yield path, about
 
 
-def newest_weights(choice: Choice) -> Path:
+def list_adapters(out_dir: Path) -> list[Path]:
+    """The adapters in a folder's lora/, by name."""
+    found = []
+    for path in sorted((out_dir / "lora").glob("*.pth")):
+        with suppress(UserError):
+            if "_resume" not in path.stem and "base" in read_pickle(path, mmap=True):
+                found.append(path)
+    return found
+
+
+def newest_weights(spec: WeightSpec) -> Path:
     """The newest chat weights that fit the shape asked for, else the newest pretrained ones.
 
     Raises:
         UserError: if there are none.
     """
-    shape = {
-        name: value
-        for name in ("dim", "n_layers", "use_moe")
-        if (value := getattr(choice, name)) is not None
-    }
     found: dict[bool, Path] = {}
-    for path in list_weights(choice.out_dir):
-        about = read_about(path)
-        if all(getattr(about["config"], name) == value for name, value in shape.items()):
+    for path, about in list_weights(spec.out_dir):
+        if spec.fits(about["config"]):
             found.setdefault(about["stage"] != PRETRAINED, path)
     if not found:
-        flags = "".join(f" of --{name} {value}" for name, value in shape.items())
+        shape = {name: getattr(spec, name) for name in ("dim", "n_layers", "use_moe")}
+        flags = "".join(f" of --{name} {v}" for name, v in shape.items() if v is not None)
         raise UserError(
-            f"--out_dir {choice.out_dir}: no weights{flags} there; train some, or name a file "
-            "with --weight"
+            f"--out_dir {spec.out_dir}: no weights{flags} there; train some, or name a file with "
+            "--weight"
         )
     return found.get(True) or found[False]
 
 
-def load_talker(
-    choice: Choice, device: torch.device, quantize: str | None = None, rows: int = 1
-) -> Talker:
-    """Load what a choice means.
+def find_adapter(spec: WeightSpec) -> Path:
+    """The file of the adapter that is asked for; of several shapes, the newest.
 
     Raises:
-        UserError: if it is not there or does not fit.
+        UserError: if there is none.
     """
-    if choice.weight is not None and Path(choice.weight).is_dir():
-        return load_folder(choice, device, quantize, rows)
-    tokenizer = load_tokenizer(choice.tokenizer_path)
+    if spec.lora_name.endswith(".pth"):
+        path = Path(spec.lora_name)
+        if not path.is_file():
+            raise UserError(f"--lora_name {path}: no file {path}")
+        return path
+    dims = "*" if spec.dim is None else f"{spec.dim}*"
+    paths = [
+        path
+        for path in (spec.out_dir / "lora").glob(f"{spec.lora_name}_{dims}.pth")
+        if path.stem.removesuffix("_moe").removeprefix(f"{spec.lora_name}_").isdigit()
+    ]
+    if not paths:
+        name = f"{spec.lora_name}_{spec.dim or 512}.pth"
+        raise UserError(f"--lora_name {spec.lora_name}: no file {spec.out_dir / 'lora' / name}")
+    return max(paths, key=lambda path: path.stat().st_mtime)
+
+
+def base_of(adapter: Path, out_dir: Path, tokenizer: str) -> Path:
+    """The weights in a folder that an adapter was trained on, by their hash.
+
+    Args:
+        adapter: its file.
+        out_dir: where the weights are.
+        tokenizer: hash of the tokenizer in use.
+
+    Raises:
+        UserError: if they are not there, or the file holds no adapter.
+    """
+    contents = read_pickle(adapter, mmap=True)
+    if not isinstance(contents, dict) or "base" not in contents:
+        raise UserError(f"{adapter}: not an adapter")
+    for path, about in list_weights(out_dir):
+        if about["tokenizer"] == tokenizer:
+            model = load_model(path, about["config"], tokenizer)
+            if weights_hash(model) == contents["base"]:
+                return path
+    raise UserError(
+        f"{adapter}: the weights that it was trained on are not in {out_dir}; --weight names them"
+    )
+
+
+def load_talker(
+    spec: WeightSpec, device: torch.device, quantize: str | None = None, rows: int = 1
+) -> Talker:
+    """Load the weights that are asked for.
+
+    Args:
+        spec: which.
+        device: to compute on.
+        quantize, rows: as for Talker.
+
+    Raises:
+        UserError: if they are not there or do not fit.
+    """
+    if spec.weight is not None and Path(spec.weight).is_dir():
+        return load_folder(spec, device, quantize, rows)
+    tokenizer = load_tokenizer(spec.tokenizer_path)
+    known = tokenizer_hash(tokenizer)
     try:
         shape = LMConfig(
-            dim=choice.dim or 512,
-            n_layers=choice.n_layers or 8,
-            use_moe=bool(choice.use_moe),
+            dim=spec.dim or 512,
+            n_layers=spec.n_layers or 8,
+            use_moe=bool(spec.use_moe),
             vocab_size=len(tokenizer),
         )
     except ValueError as error:
-        raise UserError(f"--dim {choice.dim}: {error}") from None
-    if choice.weight is None:
-        path = newest_weights(choice)
+        raise UserError(f"--dim {spec.dim}: {error}") from None
+    adapter = None if spec.lora_name is None else find_adapter(spec)
+    if spec.weight is not None:
+        path = resolve_weights("--weight", spec.weight, spec.out_dir, shape)
+    elif adapter is not None:
+        path = base_of(adapter, spec.out_dir, known)
     else:
-        path = resolve_weights("--weight", choice.weight, choice.out_dir, shape)
-    model = load_model(path, shape, tokenizer_hash(tokenizer))
+        path = newest_weights(spec)
+    model = load_model(path, shape, known)
     about = read_about(path)
-    pretrained = path.name.startswith(PRETRAINED) if about is None else about["stage"] == PRETRAINED
-    name = path.stem
-    if choice.lora_name is not None:
-        folder = choice.out_dir / "lora"
-        adapter = resolve_weights("--lora_name", choice.lora_name, folder, model.config)
+    stage = path.stem.partition("_")[0] if about is None else about["stage"]
+    name, chats = path.stem, stage != PRETRAINED
+    if adapter is not None:
         load_adapter(adapter, model)
-        name += f"+{adapter.stem}"
-        pretrained = False  # adapters are trained on conversations
-    return Talker(name, model.to(device).eval(), tokenizer, not pretrained, quantize, rows)
+        name, chats = f"{name}+{adapter.stem}", True  # adapters are trained on conversations
+    return Talker(name, model.to(device).eval(), tokenizer, chats, quantize, rows)
 
 
-def load_folder(choice: Choice, device: torch.device, quantize: str | None, rows: int) -> Talker:
+def load_folder(spec: WeightSpec, device: torch.device, quantize: str | None, rows: int) -> Talker:
     """Load a model of this project that `save_pretrained` wrote, with the tokenizer beside it.
 
     Raises:
         UserError: if the folder holds something else.
     """
-    folder = Path(choice.weight)
-    tokenizer = load_tokenizer(
-        folder if (folder / "tokenizer.json").is_file() else choice.tokenizer_path
-    )
-    if choice.lora_name is not None:
+    folder = Path(spec.weight)
+    if spec.lora_name is not None:
         raise UserError("--lora_name: needs the .pth file that the adapter was trained on")
+    own = (folder / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(folder if own else spec.tokenizer_path)
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = config.get("model_type") if isinstance(config, dict) else None
         if kind != LMConfig.model_type:
             raise ValueError(f"a model of the type {kind}")
-        config = LMConfig.from_pretrained(folder, local_files_only=True)
-        model = MiniMindLM.from_pretrained(folder, config=config, local_files_only=True)
+        model, told = MiniMindLM.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
+        )
+        # transformers itself fills what is missing with random numbers.
+        wrong = [name for kind in ("missing_keys", "unexpected_keys") for name in told[kind]]
+        if wrong:
+            raise ValueError(f"not the weights of this model: {wrong[0]}")
+        if model.config.vocab_size < len(tokenizer):
+            raise ValueError(f"{model.config.vocab_size} ids, the tokenizer has {len(tokenizer)}")
     except (OSError, ValueError, RuntimeError) as error:
         reason = f"{error}".partition("\n")[0]
         raise UserError(f"--weight {folder}: cannot be loaded ({reason})") from None

@@ -133,11 +133,10 @@ class Decoder(ABC):
         parts = [cache[row, :, :length].clone() for cache in self.caches]
         self.kept.append((list(self.tokens[row]), parts))
 
-    def clear(self) -> None:
-        """Forget all rows and give their memory back."""
+    def release(self) -> None:
+        """Forget all rows, but not what is kept, and give their memory back."""
         self.tokens = [[] for _ in self.tokens]
         self.caches = []
-        self.kept.clear()
 
     def _check(self, length: int) -> None:
         if length > self.max_seq_len:

@@ -14,20 +14,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from streamlit.runtime import exists as runs_in_streamlit
-from streamlit.web.cli import main as streamlit
-
-from inference import Choice
+from inference import WeightSpec
 from inference.backends import Backend, Endpoint, LocalModels
 from inference.pool import ModelPool
-from training import ROOT, count, find_processes, make_parser, report_user_errors
+from training import ROOT, UserError, count, find_processes, make_parser, report_user_errors
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser("Talk to MiniMind in a browser.")
     parser.add_argument("--out_dir", type=Path, default=Path("out"), help="where weights are")
-    parser.add_argument("--weight", help="a .pth file: offer it alone")
+    parser.add_argument("--weight", help="a .pth file, or a folder: offer it alone")
     parser.add_argument("--quantize", choices=("int8",), help="weights of 8 bits, on a CPU")
     parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
     parser.add_argument(
@@ -38,7 +35,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--chats_dir", type=Path, help="default: chats in --out_dir")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: also other machines")
     parser.add_argument("--port", type=count, default=8501)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.chats_dir = args.chats_dir or args.out_dir / "chats"
+    return args
 
 
 def make_backend(args: argparse.Namespace) -> Backend:
@@ -50,19 +49,19 @@ def make_backend(args: argparse.Namespace) -> Backend:
     if args.endpoint is not None:
         return Endpoint(args.endpoint, args.api_key or os.environ.get("OPENAI_API_KEY"))
     device = find_processes(args.device, ddp=False).device
-    choice = Choice(args.weight, None, args.out_dir, None, None, None, args.tokenizer_path)
-    return LocalModels(ModelPool(choice, device, args.quantize, rows=4, queue=16, loaded=2))
+    spec = WeightSpec(args.out_dir, args.tokenizer_path, weight=args.weight)
+    return LocalModels(ModelPool(spec, device, args.quantize, rows=4, queue=16, loaded=2))
 
 
 def main() -> None:
-    """Start Streamlit on this file, or under it draw the page."""
+    """Check the flags, and start Streamlit on this file."""
     args = parse_args()
-    if runs_in_streamlit():
-        from web_page import draw  # which only works there
+    try:
+        from streamlit.web.cli import main as streamlit
 
-        draw(tuple(sys.argv[1:]), args.chats_dir or args.out_dir / "chats")
-        return
-    make_backend(args)  # what is wrong with the flags shows here
+        make_backend(args)  # what is wrong with the flags shows here
+    except ImportError as error:
+        raise UserError(f"needs {error.name}: pip install -r scripts/requirements.txt") from None
     options = ["--server.address", args.host, "--server.port", str(args.port)]
     options += ["--server.headless", "true", "--browser.gatherUsageStats", "false"]
     options += ["--client.toolbarMode", "minimal"]
@@ -71,5 +70,13 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with report_user_errors():
-        main()
+    # Streamlit runs this file too, in a process that has its runtime, at every click.
+    runtime = sys.modules.get("streamlit.runtime")
+    if runtime is not None and runtime.exists():
+        from web_page import draw
+
+        flags = parse_args()
+        draw(lambda: make_backend(flags), flags.chats_dir)
+    else:
+        with report_user_errors():
+            main()

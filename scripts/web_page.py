@@ -1,10 +1,9 @@
 """The page of web_demo.py: Streamlit runs it from top to bottom at every click."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import streamlit as st
-from web_demo import make_backend, parse_args
 
 from inference.backends import Backend, Settings
 from inference.conversations import Talk, TalkStore
@@ -62,9 +61,9 @@ TEXTS = {
 
 
 @st.cache_resource
-def open_backend(argv: tuple[str, ...]) -> Backend:
-    """The source of answers, one for all sessions of the page and each command line."""
-    return make_backend(parse_args())
+def open_backend(_make: Callable[[], Backend]) -> Backend:
+    """The source of answers, one for all sessions of the page."""
+    return _make()
 
 
 def current_talk(store: TalkStore) -> Talk:
@@ -82,25 +81,34 @@ def show(talk: Talk) -> None:
 
 
 def keep_partial(store: TalkStore) -> None:
-    """Make what was written of an answer, before it was stopped, the answer."""
+    """Make what was written of an answer, before it was broken off, the answer.
+
+    Where nothing was written the question is taken back, as conversations are of whole exchanges.
+    """
     talk: Talk = st.session_state.talk
-    if st.session_state.pop("answering", False):
-        answer = st.session_state.pop("partial", "")
+    if not st.session_state.pop("answering", False):
+        return
+    if answer := st.session_state.pop("partial", ""):
         talk.messages.append({"role": "assistant", "content": answer})
         store.keep(talk)
+    else:
+        take_back(store)
 
 
-def undo(store: TalkStore, question_too: bool) -> None:
-    """Take the last answer back, and the question if told."""
+def take_back(store: TalkStore) -> None:
+    """Forget the last message."""
     talk: Talk = st.session_state.talk
-    if talk.messages and talk.messages[-1]["role"] == "assistant":
-        talk.messages.pop()
-    if question_too and talk.messages:
-        talk.messages.pop()
+    talk.messages.pop()
     if talk.messages:
         store.keep(talk)
     else:
         store.delete(talk)
+
+
+def undo(store: TalkStore) -> None:
+    """Forget the last exchange."""
+    take_back(store)
+    take_back(store)
 
 
 def sidebar(backend: Backend, store: TalkStore, talk: Talk) -> tuple[dict[str, str], Settings]:
@@ -116,7 +124,11 @@ def sidebar(backend: Backend, store: TalkStore, talk: Talk) -> tuple[dict[str, s
             keep_partial(store)
             show(Talk(system=talk.system, model=talk.model))
             st.rerun()
-        models = list_models(backend)
+        try:
+            models = list_models(backend)
+        except Exception as error:  # of any kind: a server that does not answer, say
+            st.error(f"{texts['failed']}: {error}")
+            models = []
         if models:
             chosen = models.index(talk.model) if talk.model in models else 0
             talk.model = st.selectbox(texts["model"], models, index=chosen)
@@ -126,11 +138,14 @@ def sidebar(backend: Backend, store: TalkStore, talk: Talk) -> tuple[dict[str, s
         talk.system = st.text_area(texts["system"], talk.system, height=80, key=f"s{talk.id}")
         with st.expander(texts["settings"]):
             settings = Settings(
-                temperature=st.slider(texts["temperature"], 0.0, 2.0, 0.8, 0.05),
-                top_p=st.slider(texts["top_p"], 0.05, 1.0, 0.9, 0.05),
-                max_tokens=st.slider(texts["max_tokens"], 16, 2048, 512, 16),
-                repetition_penalty=st.slider(texts["repetition_penalty"], 1.0, 2.0, 1.0, 0.05),
-                seed=st.number_input(texts["seed"], 0, value=None, step=1),
+                # Their keys keep what is set when the language changes.
+                temperature=st.slider(texts["temperature"], 0.0, 2.0, 0.8, 0.05, key="temperature"),
+                top_p=st.slider(texts["top_p"], 0.05, 1.0, 0.9, 0.05, key="top_p"),
+                max_tokens=st.slider(texts["max_tokens"], 16, 2048, 512, 16, key="max_tokens"),
+                repetition_penalty=st.slider(
+                    texts["repetition_penalty"], 1.0, 2.0, 1.0, 0.05, key="repetition_penalty"
+                ),
+                seed=st.number_input(texts["seed"], 0, value=None, step=1, key="seed"),
             )
         if talk.messages:
             st.download_button(
@@ -149,7 +164,7 @@ def sidebar(backend: Backend, store: TalkStore, talk: Talk) -> tuple[dict[str, s
             kind = "primary" if other.id == talk.id else "tertiary"
             if st.button(other.title or texts["empty"], key=other.id, type=kind):
                 keep_partial(store)
-                show(store.get(other.id) or Talk())
+                show(other)
                 st.rerun()
     return texts, settings
 
@@ -168,11 +183,7 @@ def answer(
     The button makes Streamlit start the page anew: what was written so far is in `partial`.
     """
     st.session_state.answering, st.session_state.partial = True, ""
-    place = st.empty()
-    with place.container():
-        st.button(
-            texts["stop"], icon=":material/stop_circle:", on_click=keep_partial, args=(store,)
-        )
+    st.button(texts["stop"], icon=":material/stop_circle:", on_click=keep_partial, args=(store,))
     pieces = backend.stream(talk.model, talk.prompt(), settings)
 
     def noted() -> Iterator[str]:
@@ -184,8 +195,10 @@ def answer(
         with st.chat_message("assistant"):
             st.write_stream(noted())
     except Exception as error:  # of any kind, from a model here or a client that others wrote
-        st.session_state.pop("answering")
+        question = talk.messages[-1]["content"]
+        keep_partial(store)
         st.error(f"{texts['failed']}: {error}")
+        st.code(question, language=None)
         return
     finally:
         pieces.close()
@@ -193,15 +206,15 @@ def answer(
     st.rerun()
 
 
-def draw(argv: tuple[str, ...], chats_dir: Path) -> None:
+def draw(make_backend: Callable[[], Backend], chats_dir: Path) -> None:
     """Draw the page.
 
     Args:
-        argv: the command line, which says where answers come from.
+        make_backend: opens the source of answers, when the page is drawn first.
         chats_dir: where conversations are kept.
     """
     st.set_page_config("MiniMind", ":material/neurology:", layout="centered")
-    backend = open_backend(argv)
+    backend = open_backend(make_backend)
     store = TalkStore(chats_dir)
     talk = current_talk(store)
     keep_partial(store)  # of an answer that a reload or another widget broke off
@@ -210,15 +223,15 @@ def draw(argv: tuple[str, ...], chats_dir: Path) -> None:
     if not talk.model:
         st.info(texts["none"])
         return
-    if talk.model.startswith("pretrain"):
+    if not backend.chats(talk.model):
         st.caption(texts["continues"])
     for message in talk.messages:
         with st.chat_message(message["role"]):
             st.markdown(message["content"])
     if talk.messages and talk.messages[-1]["role"] == "assistant":
         left, right = st.columns(2)
-        left.button(texts["again"], on_click=undo, args=(store, False), type="tertiary")
-        right.button(texts["undo"], on_click=undo, args=(store, True), type="tertiary")
+        left.button(texts["again"], on_click=take_back, args=(store,), type="tertiary")
+        right.button(texts["undo"], on_click=undo, args=(store,), type="tertiary")
     if text := st.chat_input(texts["say"]):
         talk.messages.append({"role": "user", "content": text})
         store.keep(talk)

@@ -526,8 +526,8 @@ def test_a_row_that_was_left_is_gone_on_from(fed):
     fed.clear()
     decoder.prefill(0, prompt[0].tolist())
     assert fed == [12]
-    decoder.clear()
-    assert decoder.capacity == 0 and not decoder.kept
+    decoder.release()
+    assert decoder.capacity == 0 and len(decoder.kept) == KEPT
     assert torch.equal(
         model.generate(more, max_new_tokens=4, eos_token_id=NEVER, decoder=decoder), out
     )

@@ -1,0 +1,331 @@
+"""The server's routes, and how a request is answered."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from prometheus_client import generate_latest
+from starlette.exceptions import HTTPException
+
+from training import UserError
+
+from ..batcher import Batcher, Closed, QueueFull, Token
+from ..pool import ModelPool, Offer, UnknownModel
+from .choices import Choices, Piece
+from .errors import ApiError, explain_validation
+from .formats import ChatFormat, CompletionFormat
+from .guard import Guard
+from .metrics import Metrics
+from .schema import ChatRequest, CompletionRequest
+
+DEFAULT_COMPLETION = 16  # OpenAI's limit of new tokens where a completion names none
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for.
+
+    Attributes:
+        max_prompt, max_tokens: tokens of a prompt, and new tokens of a text.
+        max_seconds: that writing may take.
+        max_bytes: of the request.
+    """
+
+    max_prompt: int
+    max_tokens: int
+    max_seconds: float
+    max_bytes: int
+
+
+def create_app(
+    pool: ModelPool,
+    limits: Limits,
+    api_key: str | None = None,
+    cors_origins: Sequence[str] = (),
+) -> FastAPI:
+    """The server.
+
+    Args:
+        pool: the models; closed with the server.
+        limits: of a request.
+        api_key: what clients must send, or None.
+        cors_origins: pages that may call from a browser.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        pool.close()
+
+    app = FastAPI(title="MiniMind", lifespan=lifespan)
+    metrics = Metrics(pool)
+    app.add_middleware(
+        Guard, api_key=api_key, max_bytes=limits.max_bytes, requests=metrics.requests
+    )
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
+
+    @app.exception_handler(ApiError)
+    async def told(request: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return explain_validation(error).response()
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        return ApiError(error.status_code, f"{error.detail}", headers=error.headers).response()
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return ApiError(500, "The server failed.").response()  # and its log tells of the error
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: ChatRequest, raw: Request) -> Any:
+        """Answer a conversation."""
+        began = time.perf_counter()
+        if request.top_logprobs is not None and not request.logprobs:
+            raise ApiError(400, "'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
+
+        def prepare() -> tuple[Batcher, list[list[int]]]:
+            batcher = find(pool, request.model)
+            if batcher.talker.encoder is None:
+                message = f"'{request.model}' continues texts; use /v1/completions."
+                raise ApiError(400, message, "model")
+            messages = [message.record() for message in request.messages]
+            return batcher, [batcher.talker.chat_ids(messages)]
+
+        batcher, prompts = await asyncio.to_thread(prepare)
+        limit = request.max_completion_tokens or request.max_tokens or limits.max_tokens
+        logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        choices = start(batcher, prompts, request, limit, logprobs, limits, "messages")
+        pieces = metrics.watch(choices, began)
+        return await respond(raw, request, ChatFormat(batcher.talker, request), choices, pieces)
+
+    @app.post("/v1/completions")
+    async def complete(request: CompletionRequest, raw: Request) -> Any:
+        """Continue a text."""
+        began = time.perf_counter()
+
+        def prepare() -> tuple[Batcher, list[list[int]]]:
+            batcher = find(pool, request.model)
+            return batcher, [batcher.talker.text_ids(text) for text in request.prompts()]
+
+        batcher, prompts = await asyncio.to_thread(prepare)
+        limit = request.max_tokens or DEFAULT_COMPLETION
+        choices = start(batcher, prompts, request, limit, request.logprobs, limits, "prompt")
+        pieces = metrics.watch(choices, began)
+        form = CompletionFormat(batcher.talker, request)
+        return await respond(raw, request, form, choices, pieces)
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        """List the models."""
+        return {"object": "list", "data": [card(*item) for item in pool.offers().items()]}
+
+    @app.get("/v1/models/{name}")
+    def model(name: str) -> dict[str, Any]:
+        """Describe a model."""
+        offer = pool.offers().get(name)
+        if offer is None:
+            raise unknown(name)
+        return card(name, offer)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """Say that the server runs."""
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def counts() -> PlainTextResponse:
+        """Counts, for Prometheus."""
+        text = generate_latest(metrics.registry)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+def card(name: str, offer: Offer) -> dict[str, Any]:
+    """A model's entry in the list."""
+    created = int(offer.path.stat().st_mtime)
+    return {"id": name, "object": "model", "created": created, "owned_by": "minimind"}
+
+
+def unknown(name: str) -> ApiError:
+    """There is no such model."""
+    message = f"The model '{name}' does not exist; GET /v1/models lists those that do."
+    return ApiError(404, message, "model", "model_not_found")
+
+
+def busy(error: QueueFull) -> ApiError:
+    """There is no place in the queue."""
+    seconds = max(1, round(error.seconds))
+    message = f"The queue is full; try again in {seconds} s."
+    return ApiError(429, message, code="queue_full", headers={"Retry-After": f"{seconds}"})
+
+
+def find(pool: ModelPool, name: str) -> Batcher:
+    """The batcher of a model, loaded if need be. Raises ApiError."""
+    try:
+        return pool.get(name)
+    except UnknownModel:
+        raise unknown(name) from None
+    except QueueFull as error:
+        raise busy(error) from None
+    except UserError as error:
+        raise ApiError(500, f"{error}", "model") from None
+
+
+def start(
+    batcher: Batcher,
+    prompts: list[list[int]],
+    request: ChatRequest | CompletionRequest,
+    limit: int,
+    logprobs: int | None,
+    limits: Limits,
+    param: str,
+) -> Choices:
+    """Have the texts of a request written.
+
+    Args:
+        batcher: writes them.
+        prompts: ids of each.
+        request: what was asked for.
+        limit: new tokens of each.
+        logprobs: as of Job.
+        limits: of a request.
+        param: where the prompts came from.
+
+    Raises:
+        ApiError: if it asks for too much, or there is no place.
+    """
+    longest, most = max(map(len, prompts)), min(limits.max_prompt, batcher.talker.context - 1)
+    if longest > most:
+        message = f"A prompt may have {most} tokens, this one has {longest}."
+        raise ApiError(400, message, param, "context_length_exceeded")
+    if limit > limits.max_tokens:
+        raise ApiError(400, f"At most {limits.max_tokens} new tokens.", "max_tokens")
+    repeated = [ids for ids in prompts for _ in range(request.n or 1)]
+    if len(repeated) > batcher.rows + batcher.queue:
+        raise ApiError(400, f"So many texts at a time ({len(repeated)}) never fit.", "n")
+    try:
+        return Choices(batcher, repeated, request, limit, limits.max_seconds, logprobs)
+    except QueueFull as error:
+        raise busy(error) from None
+    except Closed:
+        message = "The model was unloaded at this moment; try again."
+        raise ApiError(503, message, "model", headers={"Retry-After": "1"}) from None
+
+
+def usage(choices: Choices, request: ChatRequest | CompletionRequest) -> dict[str, int]:
+    """Tokens of a request: each prompt counts once, however many texts go on from it."""
+    asked = sum(map(len, choices.prompts)) // (request.n or 1)
+    return {
+        "prompt_tokens": asked,
+        "completion_tokens": choices.written,
+        "total_tokens": asked + choices.written,
+    }
+
+
+async def respond(
+    raw: Request,
+    request: ChatRequest | CompletionRequest,
+    form: ChatFormat | CompletionFormat,
+    choices: Choices,
+    pieces: AsyncIterator[Piece],
+) -> Any:
+    """The answer: a stream of server-sent events, or one object.
+
+    Args:
+        raw: the request as it came, which tells when the client leaves.
+        request: what was asked for.
+        form: how texts are told.
+        choices, pieces: the texts.
+    """
+    if request.stream:
+        events = stream(request, form, choices, pieces)
+        return StreamingResponse(events, media_type="text/event-stream")
+    number = len(choices.prompts)
+    texts, endings = [""] * number, [""] * number
+    tokens: list[list[Token]] = [[] for _ in range(number)]
+
+    async def collect() -> None:
+        async with aclosing(pieces):
+            async for index, text, token, ending in pieces:
+                texts[index] += text
+                if token is not None:
+                    tokens[index].append(token)
+                if ending is not None:
+                    endings[index] = ending
+
+    await until_left(raw, collect())
+    told = [form.whole(i, texts[i], tokens[i], endings[i]) for i in range(number)]
+    return JSONResponse({**form.head, "choices": told, "usage": usage(choices, request)})
+
+
+async def stream(
+    request: ChatRequest | CompletionRequest,
+    form: ChatFormat | CompletionFormat,
+    choices: Choices,
+    pieces: AsyncIterator[Piece],
+) -> AsyncIterator[str]:
+    """The events of an answer; arguments as for `respond`."""
+    options = request.stream_options
+    with_usage = options is not None and options.include_usage
+
+    def event(told: list[dict[str, Any]], **more: Any) -> str:
+        body = {**form.head, "choices": told, **more}
+        if with_usage:
+            body.setdefault("usage", None)
+        return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+    held: list[list[Token]] = [[] for _ in choices.prompts]  # that are no whole character yet
+    try:
+        async with aclosing(pieces):
+            for choice in form.opening(len(choices.prompts)):
+                yield event([choice])
+            async for index, text, token, ending in pieces:
+                if token is not None:
+                    held[index].append(token)
+                if text or ending:
+                    yield event([form.chunk(index, text, held[index], ending)])
+                    held[index] = []
+        if with_usage:
+            yield event([], usage=usage(choices, request))
+        yield "data: [DONE]\n\n"
+    except Exception as error:  # the status was sent long ago
+        body = ApiError(500, f"Writing failed: {type(error).__name__}.").body
+        yield f"data: {json.dumps(body)}\n\n"
+        raise
+
+
+async def until_left(raw: Request, work: Awaitable[None]) -> None:
+    """Do `work`, unless the client leaves before: then it is cancelled. Raises ApiError."""
+    task = asyncio.ensure_future(work)
+
+    async def watch() -> None:
+        while (await raw.receive())["type"] != "http.disconnect":
+            pass
+        task.cancel()
+
+    watcher = asyncio.ensure_future(watch())
+    try:
+        await task
+    except asyncio.CancelledError:
+        raise ApiError(499, "The client left.") from None
+    finally:
+        watcher.cancel()

@@ -1,0 +1,107 @@
+"""The texts that a request asked for, as they are written."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+from ..batcher import Batcher, Job, Token
+from ..text import TextStream
+from .schema import Request
+
+# Between the seeds of a request's texts: the second of one seed is not the first of the next.
+SEED_STEP = 0x9E3779B97F4A7C15
+
+
+class Piece(NamedTuple):
+    """A further piece of text `index`; its token, if it is one's; at the end how it ended."""
+
+    index: int
+    text: str
+    token: Token | None
+    ending: str | None
+
+
+class Choices:
+    """The texts of one request.
+
+    Args:
+        batcher: writes them.
+        prompts: ids of each.
+        request: how.
+        limit: new tokens of each.
+        seconds: until they end.
+        logprobs: as of Job.
+
+    Attributes:
+        written: tokens so far, of all.
+
+    Raises:
+        QueueFull, Closed: as `Batcher.submit`.
+    """
+
+    def __init__(
+        self,
+        batcher: Batcher,
+        prompts: Sequence[Sequence[int]],
+        request: Request,
+        limit: int,
+        seconds: float,
+        logprobs: int | None,
+    ):
+        self.prompts = prompts
+        self.written = 0
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Token | str | Exception]] = asyncio.Queue()
+        deadline = time.monotonic() + seconds
+        self._jobs = [
+            Job(
+                ids=ids,
+                max_new_tokens=limit,
+                sampling=request.sampling(),
+                seed=None if request.seed is None else (request.seed + i * SEED_STEP) % 2**63,
+                emit=self._emit(i),
+                logprobs=logprobs,
+                deadline=deadline,
+            )
+            for i, ids in enumerate(prompts)
+        ]
+        self._texts = [TextStream(batcher.talker.tokenizer, request.stops()) for _ in prompts]
+        batcher.submit(self._jobs)
+
+    def _emit(self, index: int) -> Callable[[Token | str | Exception], None]:
+        def tell(event: Token | str | Exception) -> None:
+            with suppress(RuntimeError):  # the loop is closed: the server ends
+                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+        return tell
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """All pieces of all texts. However this ends, their places are free within one step.
+
+        Raises:
+            Exception: what went wrong with one of them.
+        """
+        going = set(range(len(self._jobs)))
+        try:
+            while going:
+                index, event = await self._events.get()
+                if index not in going:
+                    continue
+                text = self._texts[index]
+                if isinstance(event, Exception):
+                    raise event
+                if isinstance(event, str):
+                    going.remove(index)
+                    yield Piece(index, text.finish(), None, event)
+                    continue
+                self.written += 1
+                yield Piece(index, text.add(event.token), event, None)
+                if text.stopped:
+                    self._jobs[index].cancelled = True
+                    going.remove(index)
+                    yield Piece(index, "", None, "stop")
+        finally:
+            for job in self._jobs:
+                job.cancelled = True
