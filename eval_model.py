@@ -1,7 +1,7 @@
 """Talk to a trained model, let a pretrained one write, or score either.
 
     python eval_model.py                          (chat with the newest weights in out/)
-    python eval_model.py --weight dpo --lora_name identity --quantize int8
+    python eval_model.py --lora_name identity --quantize int8     (on what it was trained on)
     python eval_model.py --prompt "你是谁？" --temperature 0
     python eval_model.py --input_file questions.jsonl --output_file answers.jsonl
     python eval_model.py --score held_out.jsonl
@@ -12,17 +12,16 @@ said before.
 
 import argparse
 import contextlib
-import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dataset import DataError
-from inference import Choice, Talker, load_talker
+from dataset import DataError, RecordError, parse_chat
+from inference import Talker, WeightSpec, load_talker
 from inference.answers import answer_file
+from inference.conversations import Talk
 from inference.scoring import score
 from training import (
     ROOT,
@@ -158,9 +157,8 @@ class Chat:
         self.talker = talker
         self.settings = settings
         self.generator = generator
-        self.system = system
         self.history_cnt = history_cnt
-        self.messages: list[dict[str, Any]] = []  # without the system message
+        self.talk = Talk(system=system or "")
 
     def respond(self, text: str) -> None:
         """Print what the model says to a text, as it comes; Ctrl-C ends the answer.
@@ -187,18 +185,15 @@ class Chat:
             print(" …", end="")
         print()
         if self.talker.encoder is not None:
-            self.messages += [question, {"role": "assistant", "content": answer}]
+            self.talk.messages += [question, {"role": "assistant", "content": answer}]
 
     def prompt_ids(self, question: dict[str, Any]) -> list[int]:
         """The conversation with a new question, as far as it is remembered and fits."""
-        past = self.messages
+        past = self.talk.messages
         if self.history_cnt is not None:
             past = past[max(0, len(past) - 2 * self.history_cnt) :]
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        ids, _ = self.talker.fitting_chat_ids(
-            [*system, *past, question], self.settings["max_new_tokens"]
-        )
-        return ids
+        messages = Talk(self.talk.system, messages=[*past, question]).prompt()
+        return self.talker.fitting_chat_ids(messages, self.settings["max_new_tokens"])
 
     def command(self, line: str) -> None:
         """Carry out a line that begins with a slash.
@@ -211,11 +206,11 @@ class Chat:
         if name == "help":
             print(HELP)
         elif name == "reset":
-            self.messages.clear()
+            self.talk.messages.clear()
         elif name == "system":
-            self.system = rest or None
+            self.talk.system = rest
         elif name == "undo":
-            del self.messages[-2:]
+            del self.talk.messages[-2:]
         elif name == "save" and rest:
             self.save(Path(rest))
         elif name == "load" and rest:
@@ -239,26 +234,25 @@ class Chat:
 
     def save(self, path: Path) -> None:
         """Write the conversation as a line of training data; an older file is kept."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        line = json.dumps({"conversations": [*system, *self.messages]}, ensure_ascii=False)
         try:
             with path.open("x", encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write(self.talk.training_line())
         except OSError as error:
             raise UserError(f"/save {path}: {error.strerror}") from None
 
     def load(self, path: Path) -> None:
-        """Go on with a saved conversation."""
+        """Go on with a saved conversation, or another one on the first line of a file."""
         try:
-            messages = json.loads(path.read_text(encoding="utf-8"))["conversations"]
-            roles = [message["role"] for message in messages]
-            system = messages.pop(0)["content"] if roles[:1] == ["system"] else None
-            self.talker.chat_ids(messages or [{"role": "user", "content": ""}])
+            with path.open("rb") as file:
+                messages, _ = parse_chat(file.readline())
         except OSError as error:
             raise UserError(f"/load {path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"/load {path}: no saved conversation") from None
-        self.system, self.messages = system, messages
+        except RecordError as error:
+            raise UserError(f"/load {path}:1: {error}") from None
+        if messages[-1]["role"] != "assistant":
+            raise UserError(f"/load {path}:1: it does not end with an answer")
+        system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
+        self.talk = Talk(system, messages=messages)
 
 
 def typed_texts() -> Iterator[str]:
@@ -288,8 +282,10 @@ def converse(chat: Chat) -> None:
     with contextlib.suppress(ImportError):  # Windows' own terminal edits lines by itself
         import readline  # noqa: F401  it gives `input` its editing and history
     talker = chat.talker
-    what = "type a beginning" if talker.encoder is None else "say something"
-    print(f"{talker.name}: {what} and press Enter; /help lists commands.")
+    if talker.encoder is None:
+        print(f"{talker.name}: type a beginning and press Enter; Ctrl-D leaves.")
+    else:
+        print(f"{talker.name}: say something and press Enter; /help lists commands.")
     for text in typed_texts():
         try:
             if text.startswith("/") and talker.encoder is not None:
@@ -304,17 +300,17 @@ def main() -> None:
     """Answer one text, a file of them, or what is typed; or score the model."""
     args = parse_args()
     device = find_processes(args.device, ddp=False).device
-    choice = Choice(
-        args.weight,
-        args.lora_name,
+    spec = WeightSpec(
         args.out_dir,
-        args.dim,
-        args.n_layers,
-        args.use_moe,
         args.tokenizer_path,
+        weight=args.weight,
+        lora_name=args.lora_name,
+        dim=args.dim,
+        n_layers=args.n_layers,
+        use_moe=args.use_moe,
     )
     several = args.input_file is not None or args.score is not None
-    talker = load_talker(choice, device, args.quantize, args.batch_size if several else 1)
+    talker = load_talker(spec, device, args.quantize, args.batch_size if several else 1)
     generator = torch.Generator(device)
     if args.seed is None:
         generator.seed()
@@ -336,7 +332,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with report_user_errors(DataError):
-        try:
-            main()
-        except KeyboardInterrupt:
-            sys.exit(130)
+        main()

@@ -59,7 +59,7 @@ def read_questions(talker: Talker, path: Path, system: str | None = None) -> lis
                 continue
             questions.append(Question(json.loads(line), ids, text, reference))
     if bad.count:
-        raise DataError(bad.report(path).rpartition("; --skip")[0])
+        raise DataError(bad.report(path, way_out=""))
     return questions
 
 

@@ -1,17 +1,18 @@
 """How good a model is on data that it did not see: its loss, and its answers beside references."""
 
 import csv
-import math
 import re
-from collections.abc import Sequence
+import tempfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dataset import SFTDataset, open_dataset
+from dataset import PaddedRows, PretrainDataset, SFTDataset, collate, open_dataset
 from model import Decoder, TorchDecoder
-from training import UserError
+from training import UserError, summarise
 
 from .answers import read_questions, write_answers
 from .talker import Talker
@@ -33,53 +34,88 @@ def score(talker: Talker, path: Path, out: Path | None, max_new_tokens: int) -> 
         DataError: for bad lines.
         UserError: if something is missing.
     """
-    if out is not None and out.exists():
-        raise UserError(f"--output_file {out}: is there already")
-    row = min(ROW, talker.context)
-    dataset = open_dataset(path, talker.tokenizer, row)
-    rows = [dataset[i] for i in range(len(dataset))]
-    loss, targets = mean_loss(talker.decoder, rows)
-    print(f"{targets:,.0f} target tokens of {len(rows):,} samples in {path}")
-    print(
-        f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, "
-        f"{loss * targets / dataset.text_bytes / math.log(2):.4f} bits per byte"
-    )
-    if not isinstance(talker.decoder, TorchDecoder):
-        full, _ = mean_loss(TorchDecoder(talker.model, len(talker.decoder.tokens)), rows)
-        print(
-            f"with full weights {full:.4f}: quantizing changed the loss by {loss / full - 1:+.2%}"
-        )
-    if isinstance(dataset, SFTDataset) and talker.encoder is not None:
+    with tempfile.TemporaryDirectory() as folder:  # nothing is left beside somebody's data
+        row = min(ROW, talker.context)
+        dataset = open_dataset(path, talker.tokenizer, row, cache_dir=folder)
+        compare = isinstance(dataset, SFTDataset) and talker.encoder is not None
+        if compare:
+            import_scorers()
+        if out is not None and not compare:
+            raise UserError(f"--output_file {out}: only answers to conversations can be rated")
+        if out is not None and out.exists():
+            raise UserError(f"--output_file {out}: is there already")
+        nats, targets = full = total_loss(talker, dataset)
+        if not isinstance(talker.decoder, TorchDecoder):
+            nats, targets = stepwise_loss(talker.decoder, dataset)
+        figures = summarise({"": (nats, targets, dataset.text_bytes)}, "score")
+        print(f"{targets:,.0f} target tokens of {len(dataset):,} samples in {path}")
+        told = f"loss {nats / targets:.4f} nats per token"
+        told += f", perplexity {figures['score_perplexity']:.2f}"
+        if "score_bits_per_byte" in figures:
+            told += f", {figures['score_bits_per_byte']:.4f} bits per byte"
+        print(told)
+        if nats != full[0]:
+            change = nats / full[0] - 1
+            print(
+                f"with full weights {full[0] / targets:.4f}: quantizing changed the loss by "
+                f"{change:+.2%}"
+            )
+    if compare:
         compare_answers(talker, path, out, max_new_tokens)
-    elif out is not None:
-        raise UserError(f"--output_file {out}: only answers to conversations can be rated")
 
 
 @torch.no_grad()
-def mean_loss(decoder: Decoder, rows: Sequence[tuple]) -> tuple[float, float]:
-    """The mean loss of a target in nats, and the number of targets, weighted as in training.
-
-    Args:
-        decoder: computes them, as it would write the texts.
-        rows: X, Y and loss_mask of each.
-    """
-    total = weights = 0.0
-    size = len(decoder.tokens)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+def total_loss(talker: Talker, dataset: PretrainDataset | SFTDataset) -> tuple[float, float]:
+    """The loss of all targets in nats, each times its weight, and the sum of the weights."""
+    rows, size = PaddedRows(dataset), len(talker.decoder.tokens)
+    order = np.argsort(dataset.lengths(), kind="stable").tolist()
+    nats = weights = 0.0
     for start in range(0, len(order), size):
-        batch = [rows[i] for i in order[start : start + size]]  # the longest first
-        for row, (x, y, mask) in enumerate(batch):
-            decoder.tokens[row] = []
-            logits = decoder.prefill(row, x[:1].tolist())
-            total += float(F.cross_entropy(logits.float(), y[0].to(logits.device)) * mask[0])
-        for t in range(1, len(batch[0][0])):
+        batch = collate([rows[i] for i in order[start : start + size]])
+        batch = {name: x.to(talker.model.device) for name, x in batch.items()}
+        inputs = {n: batch[n] for n in ("input_ids", "attention_mask", "position_ids")}
+        logits = talker.model(**inputs).logits.flatten(0, 1).float()
+        losses = F.cross_entropy(logits, batch["targets"].flatten(), reduction="none")
+        nats += float((losses * batch["loss_mask"].flatten()).sum())
+        weights += float(batch["loss_mask"].sum())
+    return nats, weights
+
+
+@torch.no_grad()
+def stepwise_loss(decoder: Decoder, dataset: PretrainDataset | SFTDataset) -> tuple[float, float]:
+    """As `total_loss`, by a decoder that reads the texts as it would write them."""
+    nats = weights = 0.0
+    size = len(decoder.tokens)
+    order = np.argsort(-dataset.lengths(), kind="stable").tolist()
+    for start in range(0, len(order), size):
+        batch = [dataset[i] for i in order[start : start + size]]  # the longest first
+        for t in range(len(batch[0][0])):
             active = [row for row in batch if len(row[0]) > t]
-            logits = decoder.step(torch.stack([x[t] for x, _, _ in active]).to(decoder.device))
-            targets = torch.stack([y[t] for _, y, _ in active]).to(logits.device)
-            losses = F.cross_entropy(logits.float(), targets, reduction="none").cpu()
-            total += float((losses * torch.stack([mask[t] for _, _, mask in active])).sum())
-        weights += float(sum(mask.sum() for _, _, mask in batch))
-    return total / weights, weights
+            tokens = [int(x[t]) for x, _, _ in active]
+            if t == 0:
+                logits = torch.stack([decoder.prefill(i, [id_]) for i, id_ in enumerate(tokens)])
+            else:
+                logits = decoder.step(tokens)
+            targets, mask = (torch.stack([row[i][t] for row in active]) for i in (1, 2))
+            nats += float((F.cross_entropy(logits, targets, reduction="none") * mask).sum())
+            weights += float(mask.sum())
+    return nats, weights
+
+
+def import_scorers() -> tuple[Any, Any]:
+    """Sacrebleu, and the scorer of ROUGE.
+
+    Raises:
+        UserError: if one of them is not installed.
+    """
+    try:
+        import sacrebleu
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise UserError(
+            f"--score: needs {error.name}: pip install -r scripts/requirements.txt"
+        ) from None
+    return sacrebleu, RougeScorer
 
 
 class Characters:
@@ -92,13 +128,7 @@ class Characters:
 
 def compare_answers(talker: Talker, path: Path, out: Path | None, max_new_tokens: int) -> None:
     """Print BLEU, chrF and ROUGE-L of greedy answers to every last question of a conversation."""
-    try:
-        import sacrebleu
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise UserError(
-            f"--score: needs {error.name}: pip install -r scripts/requirements.txt"
-        ) from None
+    sacrebleu, RougeScorer = import_scorers()
     asked = [q for q in read_questions(talker, path) if q.reference is not None]
     if not asked:
         raise UserError(f"--score {path}: no conversation ends with an answer")
