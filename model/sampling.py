@@ -91,7 +91,8 @@ def penalise(logits: Tensor, sampling: Sampling, seen: Tensor, written: Tensor) 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """What a draw uses: (B, vocab_size) fp32, 0 for what is ruled out; a row need not sum to 1."""
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # never overflows
+    temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # never overflows
     if sampling.top_k:
         kth = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
@@ -102,7 +103,9 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         if (likely.sum(-1) < sampling.top_p).any():
             likely, tokens = probs.sort(-1, descending=True)
         before = likely.cumsum(-1) - likely  # probability of all likelier tokens
-        kept = likely.masked_fill(before >= sampling.top_p, 0.0)
+        dropped = before >= sampling.top_p
+        dropped[:, 0] = False  # a p that is 0 in fp32 keeps the likeliest
+        kept = likely.masked_fill(dropped, 0.0)
         probs = torch.zeros_like(probs).scatter_(-1, tokens, kept)
     if sampling.min_p:
         probs = probs.masked_fill(probs < least, 0.0)

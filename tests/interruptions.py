@@ -215,6 +215,14 @@ def started(
             process.stdout.close()
 
 
+def eventually(condition: Callable[[], Any]) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
     """Wait until the metrics file of a running process tells of a step."""
     path = out / "logs" / "pretrain_32" / "metrics.jsonl"

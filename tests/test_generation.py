@@ -295,11 +295,19 @@ def test_penalties_of_what_occurred():
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("factor", [5e-324, 1e-30, 1e30])
-def test_the_wildest_penalty_leaves_a_distribution(factor):
-    out = tiny().generate(
-        random_ids(2, 6), max_new_tokens=5, do_sample=True, repetition_penalty=factor, seed=1
-    )
+@pytest.mark.parametrize(
+    "wild",
+    [
+        *({"repetition_penalty": factor} for factor in (5e-324, 1e-30, 1e30)),
+        {"top_p": 5e-324},
+        {"min_p": 1 - 1e-16},
+        {"temperature": 1e-300},
+        {"temperature": 1e300},
+    ],
+    ids=str,
+)
+def test_the_wildest_settings_leave_a_distribution(wild):
+    out = tiny().generate(random_ids(2, 6), max_new_tokens=5, do_sample=True, seed=1, **wild)
     assert out.shape[0] == 2
 
 

@@ -48,11 +48,23 @@ def save_tuned(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     name: str = "full_sft_32",
+    stage: str = "full_sft",
 ) -> Path:
-    """Write a model as the second stage leaves it."""
+    """Write a model as a stage leaves it, by default the second."""
     path = folder / f"{name}.pth"
-    save_weights(path, model, model.config, "full_sft", tokenizer_hash(tokenizer))
+    save_weights(path, model, model.config, stage, tokenizer_hash(tokenizer))
     return path
+
+
+def greedy_answer(
+    path: Path, tokenizer: PreTrainedTokenizerBase, messages: list[dict], new: int, **shape
+) -> str:
+    """What the weights in a file answer to a conversation: through the chat template, alone."""
+    model = random_model(**shape)
+    model.load_state_dict(torch.load(path, weights_only=True))
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    out = model.generate(torch.tensor([ids]), max_new_tokens=new)[0, len(ids) :]
+    return tokenizer.decode(out, skip_special_tokens=True)
 
 
 def random_ids(*shape: int, seed: int = 1) -> Tensor:

@@ -90,10 +90,6 @@ def create_app(
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
         return ApiError(error.status_code, f"{error.detail}", headers=error.headers).response()
 
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        return ApiError(500, "The server failed.").response()  # and its log tells of the error
-
     @app.post("/v1/chat/completions")
     async def chat(request: ChatRequest, raw: Request) -> Any:
         """Answer a conversation."""

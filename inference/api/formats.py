@@ -62,11 +62,13 @@ class ChatFormat:
     def _choice(
         self, index: int, kind: str, said: Any, tokens: Sequence[Token], ending: str | None
     ) -> dict[str, Any]:
-        told = {"content": [self._token(t) for t in tokens], "refusal": None}
+        told = None
+        if self.logprobs:
+            told = {"content": [self._token(t) for t in tokens], "refusal": None}
         return {
             "index": index,
             kind: said,
-            "logprobs": told if self.logprobs else None,
+            "logprobs": told,
             "finish_reason": ending,
         }
 

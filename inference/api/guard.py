@@ -32,9 +32,12 @@ class Guard:
             await self.app(scope, receive, send)
             return
         path = scope["path"] if scope["path"] in PATHS else "other"
+        answered = False
 
         async def counted(message: Message) -> None:
+            nonlocal answered
             if message["type"] == "http.response.start":
+                answered = True
                 self.requests.labels(path, message["status"]).inc()
             await send(message)
 
@@ -45,6 +48,10 @@ class Guard:
             await self.app(scope, replay(body, receive), counted)
         except ApiError as error:
             await error.response()(scope, receive, counted)
+        except Exception:  # a bug, which the log tells of
+            if not answered:
+                await ApiError(500, "The server failed.").response()(scope, receive, counted)
+            raise
 
     def check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
         """Raise ApiError unless the request has the key, where one is asked for."""
