@@ -3,6 +3,7 @@
 import csv
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from dataset import PaddedRows, PretrainDataset, SFTDataset, collate, open_datas
 from model import Decoder, TorchDecoder
 from training import UserError, summarise
 
-from .answers import read_questions, write_answers
+from .answers import Question, read_questions, write_answers
 from .talker import Talker
 
 ROW = 512  # the most tokens of a text that are scored together
@@ -61,7 +62,12 @@ def score(talker: Talker, path: Path, out: Path | None, max_new_tokens: int) -> 
                 f"{change:+.2%}"
             )
     if compare:
-        compare_answers(talker, path, out, max_new_tokens)
+        asked = [q for q in read_questions(talker, path) if q.reference is not None]
+        if not asked:
+            raise UserError(f"--score {path}: no conversation ends with an answer")
+        generator = torch.Generator(talker.decoder.device)
+        answers = write_answers(talker, asked, generator, {"max_new_tokens": max_new_tokens})
+        compare_answers(asked, answers, out)
 
 
 @torch.no_grad()
@@ -126,16 +132,21 @@ class Characters:
         return re.findall(r"[a-z0-9]+|[^\W\sa-z0-9_]", text.lower())
 
 
-def compare_answers(talker: Talker, path: Path, out: Path | None, max_new_tokens: int) -> None:
-    """Print BLEU, chrF and ROUGE-L of greedy answers to every last question of a conversation."""
+def compare_answers(
+    questions: Sequence[Question], answers: Sequence[str], out: Path | None
+) -> None:
+    """Print BLEU, chrF and ROUGE-L of answers beside the questions' own.
+
+    Args:
+        questions: each with a reference.
+        answers: to them.
+        out: where a table of both goes that a person can rate, or None.
+
+    Raises:
+        UserError: if nothing can be written there.
+    """
     sacrebleu, RougeScorer = import_scorers()
-    asked = [q for q in read_questions(talker, path) if q.reference is not None]
-    if not asked:
-        raise UserError(f"--score {path}: no conversation ends with an answer")
-    generator = torch.Generator(talker.decoder.device)
-    options = {"max_new_tokens": max_new_tokens}
-    answers = write_answers(talker, asked, generator, options)
-    wanted = [question.reference for question in asked]
+    wanted = [question.reference for question in questions]
     chinese = sum(bool(re.search("[一-鿿]", text)) for text in wanted) * 2 > len(wanted)
     bleu = sacrebleu.corpus_bleu(answers, [wanted], tokenize="zh" if chinese else "13a")
     chrf = sacrebleu.corpus_chrf(answers, [wanted])
@@ -143,7 +154,7 @@ def compare_answers(talker: Talker, path: Path, out: Path | None, max_new_tokens
     pairs = zip(wanted, answers, strict=True)
     rouge = [scorer.score(reference, answer)["rougeL"].fmeasure for reference, answer in pairs]
     print(
-        f"{len(asked):,} greedy answers beside their references: BLEU {bleu.score:.1f}, "
+        f"{len(questions):,} greedy answers beside their references: BLEU {bleu.score:.1f}, "
         f"chrF {chrf.score:.1f}, ROUGE-L {100 * sum(rouge) / len(rouge):.1f}"
     )
     if out is None:
@@ -152,7 +163,7 @@ def compare_answers(talker: Talker, path: Path, out: Path | None, max_new_tokens
         with out.open("x", encoding="utf-8-sig", newline="") as file:  # as spreadsheets want it
             table = csv.writer(file)
             table.writerow(["input", "reference", "answer", *RATINGS])
-            for question, answer in zip(asked, answers, strict=True):
+            for question, answer in zip(questions, answers, strict=True):
                 table.writerow([question.text, question.reference, answer, *[""] * len(RATINGS)])
     except OSError as error:
         raise UserError(f"--output_file {out}: {error.strerror}") from None

@@ -10,25 +10,23 @@ import subprocess
 import sys
 
 import pytest
+import sacrebleu
 import torch
 from interruptions import heed_ctrl_c
+from safetensors.torch import load_file, save_file
 from test_train_full_sft import chat, write_chats
-from tiny_models import llama_with_weights_of, random_model
-from transformers import AutoTokenizer
+from tiny_models import greedy_answer, llama_with_weights_of, random_model, save_tuned
 
-from dataset import tokenizer_hash
 from inference import TextStream
-from model import LMConfig, MiniMindLM
-from training import save_weights
+from inference.answers import Question
+from inference.scoring import compare_answers
+from model import apply_lora, save_lora
 
 
 @pytest.fixture(scope="module")
-def out_dir(tmp_path_factory, tokenizer_dir):
+def out_dir(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("out")
-    torch.manual_seed(0)
-    model = MiniMindLM(LMConfig(dim=32, n_layers=1, max_seq_len=64))
-    digest = tokenizer_hash(AutoTokenizer.from_pretrained(tokenizer_dir))
-    save_weights(folder / "pretrain_32.pth", model, model.config, "pretrain", digest)
+    save_tuned(random_model(max_seq_len=64), folder, tokenizer, "pretrain_32", "pretrain")
     (folder / "broken.pth").write_bytes(b"<html>404</html>")
     return folder
 
@@ -86,69 +84,86 @@ def test_a_text_beyond_the_context_is_refused_and_the_next_one_taken(evaluate):
 def test_mistakes_end_with_one_line(evaluate, words, named):
     error = evaluate(*words, code=2).stderr
     assert named in error.splitlines()[-1]
-    assert "Traceback" not in error
 
 
 def test_a_file_that_holds_no_weights_is_named(evaluate, out_dir):
     error = evaluate("--weight", str(out_dir / "broken.pth"), code=2).stderr
     assert "broken.pth" in error.splitlines()[-1]
-    assert "Traceback" not in error
 
 
 @pytest.fixture(scope="module")
 def chat_dir(tmp_path_factory, tokenizer):
-    folder, model = tmp_path_factory.mktemp("chat"), random_model()
+    folder = tmp_path_factory.mktemp("chat")
     for stage in ("pretrain", "full_sft"):
-        path = folder / f"{stage}_32.pth"
-        save_weights(path, model, model.config, stage, tokenizer_hash(tokenizer))
+        save_tuned(random_model(), folder, tokenizer, f"{stage}_32", stage)
     return folder
 
 
-def test_tuned_weights_answer_and_remember(run, chat_dir, tokenizer_dir):
+def test_tuned_weights_answer_and_remember(run, chat_dir, tokenizer):
     """The second answer is the model's to the whole conversation so far."""
     words = ["--out_dir", chat_dir, "--dim", "32", "--temperature", "0", "--max_new_tokens", "5"]
-    said = run(*words, script="eval_model.py", typed="Hi</s>\n你好\n/quit\n".encode()).stdout
+    said = run(*words, script="eval_model.py", typed="Hi\n你好\n/quit\n".encode()).stdout
     assert said.startswith("full_sft_32: ")
-    said = said.split("\n", 1)[1]
+    messages = ask("Hi")
+    first = greedy_answer(chat_dir / "full_sft_32.pth", tokenizer, messages, 5)
+    messages = [*messages, {"role": "assistant", "content": first}, *ask("你好")]
+    second = greedy_answer(chat_dir / "full_sft_32.pth", tokenizer, messages, 5)
+    assert said.split("\n", 1)[1] == f"> {first}\n> {second}\n> "
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    model = MiniMindLM(LMConfig(dim=32, n_layers=1)).eval()
+
+def test_what_looks_like_a_control_token_is_text(run, chat_dir, tokenizer):
+    words = ["--out_dir", chat_dir, "--dim", "32", "--temperature", "0", "--max_new_tokens", "5"]
+    said = run(*words, "--prompt", "Hi</s>", script="eval_model.py").stdout
+    ids = [1, *tokenizer("user\nHi</s>", split_special_tokens=True)["input_ids"], 2]
+    ids += [*tokenizer.encode("\n"), 1, *tokenizer.encode("assistant\n")]
+    model = random_model()
     model.load_state_dict(torch.load(chat_dir / "full_sft_32.pth", weights_only=True))
-
-    def encode(text):
-        return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-    def answer(ids):
-        new = model.generate(torch.tensor([ids]), max_new_tokens=5)[0, len(ids) :]
-        return tokenizer.decode(new, skip_special_tokens=True)
-
-    def message(role, content):
-        return [1, *encode(f"{role}\n"), *encode(content), 2, *encode("\n")]
-
-    head = [1, *encode("assistant\n")]
-    ids = message("user", "Hi</s>")
-    first = answer(ids + head)
-    ids += message("assistant", first) + message("user", "你好")
-    assert said == f"> {first}\n> {answer(ids + head)}\n> "
+    new = model.generate(torch.tensor([ids]), max_new_tokens=5)[0, len(ids) :]
+    assert said == tokenizer.decode(new, skip_special_tokens=True) + "\n"
 
 
-def test_a_full_conversation_loses_its_oldest_exchanges(run, tmp_path, tokenizer_dir):
-    torch.manual_seed(0)
-    model = MiniMindLM(LMConfig(dim=32, n_layers=1, max_seq_len=48))
-    digest = tokenizer_hash(AutoTokenizer.from_pretrained(tokenizer_dir))
-    save_weights(tmp_path / "full_sft_32.pth", model, model.config, "full_sft", digest)
+def test_a_full_conversation_loses_its_oldest_exchanges(run, tmp_path, tokenizer):
+    """The last answer is the one to as many of the last exchanges as fit beside it."""
+    path = save_tuned(random_model(max_seq_len=48), tmp_path, tokenizer)
     words = ["--out_dir", tmp_path, "--dim", "32", "--temperature", "0", "--max_new_tokens", "5"]
     said = run(*words, script="eval_model.py", typed=b"one two\n" * 9 + b"/quit\n").stdout
-    assert said.count("> ") == 10 and "max_seq_len" not in said
+    *answers, last = [text.rstrip("\n") for text in said.split("\n", 1)[1].split("> ")[1:-1]]
+    pairs = [(ask("one two")[0], {"role": "assistant", "content": text}) for text in answers]
+    messages, room = ask("one two"), 48 - 5
+    for pair in reversed(pairs):
+        more = [*pair, *messages]
+        ids = tokenizer.apply_chat_template(more, add_generation_prompt=True, return_dict=False)
+        if len(ids) > room:
+            break
+        messages = more
+    assert 1 < len(messages) < 17
+    wanted = greedy_answer(path, tokenizer, messages, 5, max_seq_len=48)
+    assert last == wanted.rstrip("\n")
+
+
+def test_an_adapter_brings_its_base_along(run, tmp_path, tokenizer):
+    """Newer weights of the same shape are not what it was trained on."""
+    base = random_model(1)
+    save_tuned(base, tmp_path, tokenizer)
+    save_tuned(random_model(2), tmp_path, tokenizer, "dpo_32", "dpo")
+    (tmp_path / "lora").mkdir()
+    apply_lora(base, rank=2)
+    save_lora(base, tmp_path / "lora" / "it_32.pth")
+    words = ["--out_dir", tmp_path, "--max_new_tokens", 1, "--lora_name"]
+    assert run(*words, "it", script="eval_model.py").stdout.startswith("full_sft_32+it_32: ")
+    path = tmp_path / "lora" / "it_32.pth"
+    assert run(*words, path, script="eval_model.py").stdout.startswith("full_sft_32+it_32: ")
+    (tmp_path / "full_sft_32.pth").unlink()
+    error = run(*words, "it", script="eval_model.py", code=2).stderr
+    assert "it_32.pth: the weights that it was trained on" in error and error.count("\n") == 1
+    error = run(*words, "no", script="eval_model.py", code=2).stderr
+    assert "no_512.pth" in error and error.count("\n") == 1
 
 
 def test_the_newest_chat_weights_are_chosen(run, tmp_path, tokenizer):
-    digest = tokenizer_hash(tokenizer)
-    model = random_model()
     for age, name in enumerate(("dpo_32", "full_sft_32", "pretrain_32", "full_sft_48_moe")):
         shape = {"dim": 48, "use_moe": True} if name.endswith("moe") else {}
-        made = random_model(**shape) if shape else model
-        save_weights(tmp_path / f"{name}.pth", made, made.config, name.rpartition("_3")[0], digest)
+        save_tuned(random_model(**shape), tmp_path, tokenizer, name, name.rpartition("_3")[0])
         os.utime(tmp_path / f"{name}.pth", (1e9 - age, 1e9 - age))
     (tmp_path / "dpo_32_resume.pth").write_bytes(b"")
 
@@ -170,9 +185,7 @@ def test_a_folder_in_transformers_format(run, tmp_path, chat_dir, tokenizer):
     folder = tmp_path / "mine"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    save_weights(
-        tmp_path / "full_sft_32.pth", model, model.config, "full_sft", tokenizer_hash(tokenizer)
-    )
+    save_tuned(model, tmp_path, tokenizer)
     words = ["--prompt", "Hi", "--temperature", "0", "--max_new_tokens", "9"]
     said = [
         run(*which, *words, script="eval_model.py").stdout
@@ -185,6 +198,12 @@ def test_a_folder_in_transformers_format(run, tmp_path, chat_dir, tokenizer):
     )
     error = run("--weight", folder, *words, script="eval_model.py", code=2).stderr
     assert str(folder) in error and "llama" in error and error.count("\n") == 1
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    weights = load_file(folder / "model.safetensors")
+    del weights["layers.0.attention.wq.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    error = run("--weight", folder, *words, script="eval_model.py", code=2).stderr
+    assert "layers.0.attention.wq.weight" in error.splitlines()[-1]
 
 
 # Commands
@@ -219,26 +238,27 @@ def test_commands_change_what_the_model_is_told(talk):
     assert "/undo" in talk("/help")[0]
 
 
-def test_settings_change_the_answers(talk):
+def test_settings_change_the_answers(talk, chat_dir, tokenizer):
     shown = talk("/set", "/set max_new_tokens 2", "/set")
     assert "max_new_tokens 5" in shown[0] and "max_new_tokens 2" in shown[2]
-    long, short = talk("Hi")[0], talk("/set max_new_tokens 1", "Hi")[1]
-    assert short != long and long.startswith(short)
+    path = chat_dir / "full_sft_32.pth"
+    wanted = greedy_answer(path, tokenizer, ask("Hi"), 1).strip()
+    assert talk("/set max_new_tokens 1", "Hi")[1] == wanted
     for line in ("/set", "/set top_p 7", "/set top_p", "/set what 1", "/set top_k 1 2", "/bogus"):
-        assert "Traceback" not in talk(line)[0]
+        assert talk(line, "/set")[1] == shown[0]  # and it changed nothing
     assert "at most 1" in talk("/set top_p 7")[0]
     assert "/bogus" in talk("/bogus")[0]
 
 
 def test_several_lines_are_one_text(talk, chat_dir, tokenizer):
-    assert talk('"""', "one", "", 'two"""')[0].startswith("… … … ")
-    model = random_model()
-    model.load_state_dict(torch.load(chat_dir / "full_sft_32.pth", weights_only=True))
-    messages = [{"role": "user", "content": "one\n\ntwo"}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    new = model.generate(torch.tensor([ids]), max_new_tokens=5)[0, len(ids) :]
-    answer = tokenizer.decode(new, skip_special_tokens=True).strip()
-    assert talk('"""one', "", "two", '"""')[0].removeprefix("… … … ") == answer
+    path = chat_dir / "full_sft_32.pth"
+    for lines, text in (
+        (['"""', "one", "", 'two"""'], "one\n\ntwo"),
+        (['"""one', "", "two", '"""'], "one\n\ntwo"),
+        (['"""one"""'], "one"),
+    ):
+        said = talk(*lines)[0].removeprefix("… " * (len(lines) - 1))
+        assert said == greedy_answer(path, tokenizer, ask(text), 5).strip()
 
 
 def test_a_conversation_is_saved_and_loaded(talk, tmp_path):
@@ -248,19 +268,18 @@ def test_a_conversation_is_saved_and_loaded(talk, tmp_path):
     assert [message["role"] for message in saved] == ["system", "user", "assistant"]
     assert talk(f"/load {path}", "你好")[1] == first[3]
     assert "exists" in talk(f"/save {path}")[0]
-    path.write_text('{"text": "no"}', encoding="utf-8")
-    assert str(path) in talk(f"/load {path}")[0]
+    for line in ('{"text": "no"}', json.dumps({"messages": saved[:2]}), "{"):
+        path.write_text(line, encoding="utf-8")
+        assert f"{path}:1: " in talk(f"/load {path}")[0]
     assert "nowhere" in talk("/load nowhere")[0]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_ctrl_c_stops_the_answer_and_not_the_program(root, tmp_path, tokenizer):
     model = random_model(max_seq_len=8192)
-    save_weights(
-        tmp_path / "full_sft_32.pth", model, model.config, "full_sft", tokenizer_hash(tokenizer)
-    )
+    save_tuned(model, tmp_path, tokenizer)
     command = [sys.executable, root / "eval_model.py", "--out_dir", tmp_path, "--device", "cpu"]
-    command += ["--max_new_tokens", "8000", "--temperature", "1", "--seed", "1"]
+    command += ["--max_new_tokens", "8000", "--temperature", "0"]
     process = subprocess.Popen(
         [str(word) for word in command],
         stdin=subprocess.PIPE,
@@ -276,8 +295,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(root, tmp_path, tokenizer):
     process.send_signal(signal.SIGINT)
     said, error = process.communicate(b"/set max_new_tokens 3\nAgain\n", timeout=120)
     assert process.returncode == 0, error
-    assert b" \xe2\x80\xa6\n> " in said and said.count(b"> ") == 3
-    assert b"Traceback" not in error
+    _, mark, after = said.partition(" …\n> ".encode())
+    assert mark  # it was stopped, and went on: the setting, the second answer, the end
+    assert after.startswith(b"> ") and after.endswith(b"\n> \n")
+    assert error == b""
 
 
 # Files
@@ -340,9 +361,7 @@ def test_scores_are_those_of_llama(run, chat_dir, tmp_path, tokenizer):
 def test_answers_beside_references(run, tmp_path, tokenizer):
     """A table for a person to rate, with the model's own answers as references: all scores 100."""
     model = random_model(dim=128)
-    save_weights(
-        tmp_path / "full_sft_128.pth", model, model.config, "full_sft", tokenizer_hash(tokenizer)
-    )
+    save_tuned(model, tmp_path, tokenizer, "full_sft_128")
     questions = write_chats(tmp_path / "q.jsonl", [ask("Hi"), ask("one two"), ask("你好")])
     words = ["--out_dir", tmp_path, "--temperature", 0, "--max_new_tokens", 12]
     out = tmp_path / "answers.jsonl"
@@ -363,11 +382,27 @@ def test_answers_beside_references(run, tmp_path, tokenizer):
     ]
     assert [row[0] for row in rows] == ["Hi", "one two", "你好"]
     assert all(row[1] == row[2] and row[3:] == [""] * 4 for row in rows)
-    other = write_chats(tmp_path / "other.jsonl", [chat("Hi", "xyz"), chat("one two", "云")])
-    said = run(*words, "--score", other, script="eval_model.py").stdout
-    assert "ROUGE-L 0.0" in said
     said = run(*words, "--score", path, "--quantize", "int8", script="eval_model.py").stdout
     assert abs(float(re.search(r"loss by ([+-]\d+\.\d+)%", said)[1])) <= 1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given", "rouge", "tokenize"),
+    [
+        # 2 of 4 and 2 of 3 tokens in order: precision 2/3, recall 1/2, F 4/7.
+        (["one two three four"], ["one three five"], 4 / 7, "13a"),
+        (["天气很好", "你好"], ["天很", "再见"], (2 * 1 * 0.5 / 1.5 + 0) / 2, "zh"),
+    ],
+)
+def test_scores_of_answers_by_hand(tmp_path, capsys, wanted, given, rouge, tokenize):
+    """ROUGE-L worked out, BLEU and chrF as sacrebleu scores answers against references."""
+    questions = [Question({}, [1], "?", text) for text in wanted]
+    compare_answers(questions, given, tmp_path / "rate.csv")
+    said = capsys.readouterr().out
+    bleu = sacrebleu.corpus_bleu(given, [wanted], tokenize=tokenize).score
+    chrf = sacrebleu.corpus_chrf(given, [wanted]).score
+    assert bleu != sacrebleu.corpus_bleu(wanted, [given], tokenize=tokenize).score or bleu == 0
+    assert f"BLEU {bleu:.1f}, chrF {chrf:.1f}, ROUGE-L {100 * rouge:.1f}" in said
 
 
 # Text as it comes
