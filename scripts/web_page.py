@@ -77,6 +77,7 @@ def show(talk: Talk) -> None:
     """Turn to a conversation."""
     st.session_state.talk = talk
     st.session_state.pop("partial", None)
+    st.session_state.pop("failed", None)
     st.query_params["chat"] = talk.id
 
 
@@ -195,11 +196,7 @@ def answer(
         with st.chat_message("assistant"):
             st.write_stream(noted())
     except Exception as error:  # of any kind, from a model here or a client that others wrote
-        question = talk.messages[-1]["content"]
-        keep_partial(store)
-        st.error(f"{texts['failed']}: {error}")
-        st.code(question, language=None)
-        return
+        st.session_state.failed = (f"{error}", talk.messages[-1]["content"])
     finally:
         pieces.close()
     keep_partial(store)
@@ -232,7 +229,12 @@ def draw(make_backend: Callable[[], Backend], chats_dir: Path) -> None:
         left, right = st.columns(2)
         left.button(texts["again"], on_click=take_back, args=(store,), type="tertiary")
         right.button(texts["undo"], on_click=undo, args=(store,), type="tertiary")
+    if "failed" in st.session_state:
+        error, question = st.session_state.failed
+        st.error(f"{texts['failed']}: {error}")
+        st.code(question, language=None)  # to be copied, and mended
     if text := st.chat_input(texts["say"]):
+        st.session_state.pop("failed", None)
         talk.messages.append({"role": "user", "content": text})
         store.keep(talk)
         st.query_params["chat"] = talk.id

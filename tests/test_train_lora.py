@@ -260,10 +260,14 @@ def test_chat_with_and_without_the_adapter(adapt, run, data, tokenizer, tmp_path
         == f"eval_model.py: error: --lora_name nobody: no file {tmp_path}/lora/nobody_32.pth\n"
     )
     save_tuned(random_model(1), tmp_path, tokenizer)
+    adapter = tmp_path / "lora" / f"{NAME}.pth"
     error = talk("--lora_name", "identity", code=2).stderr
-    assert error.startswith(
-        f"eval_model.py: error: {tmp_path}/lora/{NAME}.pth: an adapter of another base"
+    assert error == (
+        f"eval_model.py: error: {adapter}: the weights that it was trained on are not in "
+        f"{tmp_path}; --weight names them\n"
     )
+    error = talk("--weight", "full_sft", "--lora_name", "identity", code=2).stderr
+    assert error.startswith(f"eval_model.py: error: {adapter}: an adapter of another base")
 
 
 def test_an_adapter_is_scored_on_its_base(adapt, run, data, tokenizer, tmp_path, sample_dir):
