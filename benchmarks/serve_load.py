@@ -4,7 +4,10 @@
     python benchmarks/serve_load.py --quantize int8
 
 The clients run beside the server, on the same processor. Every answer must equal the one that the
-model gives alone. Needs scripts/requirements.txt.
+model gives alone. A piece of a stream is a token or, of letters that are several tokens, a few. The
+bound is the queue's: a prompt waits for a round of each prompt before it, so the last for as many
+rounds as there are clients, and none takes longer than the longest time between two pieces. Needs
+scripts/requirements.txt.
 """
 
 import argparse
@@ -34,31 +37,35 @@ WORDS = ["river", "stone", "cloud", "green", "seven", "market", "lantern", "山"
 
 
 class Answer(NamedTuple):
-    """What a client got: the text, its pieces' times in seconds from the request on."""
+    """What a client got: the text, its pieces' times in seconds from the request on, its tokens."""
 
     text: str
     times: list[float]
+    tokens: int
 
 
 async def ask(client: httpx.AsyncClient, prompt: str, new: int) -> Answer:
     """Stream one answer."""
-    began, text, times = time.perf_counter(), "", []
+    began, text, times, tokens = time.perf_counter(), "", [], 0
     body = {
         "model": "full_sft_512",
         "messages": [{"role": "user", "content": prompt}],
         "temperature": 0,
         "max_tokens": new,
         "stream": True,
+        "stream_options": {"include_usage": True},
     }
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
-                delta = json.loads(line[6:])["choices"][0]["delta"]
-                if delta.get("content"):
+                chunk = json.loads(line[6:])
+                if chunk["usage"]:
+                    tokens = chunk["usage"]["completion_tokens"]
+                elif content := chunk["choices"][0]["delta"].get("content"):
                     times.append(time.perf_counter() - began)
-                    text += delta["content"]
-    return Answer(text, times)
+                    text += content
+    return Answer(text, times, tokens)
 
 
 async def measure(
@@ -134,26 +141,28 @@ def run(url: str, prompts: list[str], args: argparse.Namespace) -> None:
     """Print the table."""
     asyncio.run(measure(url, prompts[:2], 8, together=False))  # warm up
     seconds, alone = asyncio.run(measure(url, prompts, args.new, together=False))
-    single = sum(len(answer.times) for answer in alone) / seconds
+    single = sum(answer.tokens for answer in alone) / seconds
     print(
         f"26 M, {args.quantize or 'fp32'}, {args.threads} threads, prompts of {args.prompt} words, "
         f"{args.new} new tokens\n"
-        "| clients | pieces/s | ratio | first piece, ms: median / 95 % / last | "
+        "| clients | tokens/s | ratio | first piece, ms: median / 95 % / last | bound | "
         "between pieces, ms: median / 95 % / longest | as alone |\n"
-        "| ---: | ---: | ---: | ---: | ---: | ---: |"
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     )
-    runs = {"one after another": (seconds, alone)}
+    runs = [("one after another", 1, seconds, alone)]
     for clients in args.clients:
-        runs[str(clients)] = asyncio.run(measure(url, prompts[:clients], args.new, True))
-    for name, (seconds, answers) in runs.items():
-        speed = sum(len(answer.times) for answer in answers) / seconds
+        runs.append(
+            (f"{clients}", clients, *asyncio.run(measure(url, prompts[:clients], args.new, True)))
+        )
+    for name, clients, seconds, answers in runs:
+        speed = sum(answer.tokens for answer in answers) / seconds
         gaps = [b - a for answer in answers for a, b in pairwise(answer.times)]
         firsts = [answer.times[0] for answer in answers]
         firsts = firsts if len(firsts) > 1 else firsts * 2
         same = sum(a.text == alone[i].text for i, a in enumerate(answers))
         print(
             f"| {name} | {speed:,.0f} | {speed / single:.1f} | {percentiles(firsts)} | "
-            f"{percentiles(gaps)} | {same} of {len(answers)} |",
+            f"{1000 * clients * max(gaps):,.0f} | {percentiles(gaps)} | {same} of {len(answers)} |",
             flush=True,
         )
 
