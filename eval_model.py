@@ -12,6 +12,7 @@ said before.
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,7 @@ class Chat:
         Raises:
             UserError: if the text leaves no room in the context.
         """
-        text = text.encode("utf-8", "replace").decode("utf-8")  # stray bytes of a terminal
+        text = text.encode("utf-8", "replace").decode("utf-8")  # stray bytes of a command line
         question = {"role": "user", "content": text}
         if self.talker.encoder is None:
             print(text, end="", flush=True)
@@ -189,11 +190,11 @@ class Chat:
 
     def prompt_ids(self, question: dict[str, Any]) -> list[int]:
         """The conversation with a new question, as far as it is remembered and fits."""
-        past = self.talk.messages
+        past, tools = self.talk.messages, self.talk.tools
         if self.history_cnt is not None:
-            past = past[max(0, len(past) - 2 * self.history_cnt) :]
+            past = past[self.talk.last_exchanges(self.history_cnt) :]
         messages = Talk(self.talk.system, messages=[*past, question]).prompt()
-        return self.talker.fitting_chat_ids(messages, self.settings["max_new_tokens"])
+        return self.talker.fitting_chat_ids(messages, self.settings["max_new_tokens"], tools)
 
     def command(self, line: str) -> None:
         """Carry out a line that begins with a slash.
@@ -206,11 +207,11 @@ class Chat:
         if name == "help":
             print(HELP)
         elif name == "reset":
-            self.talk.messages.clear()
+            self.talk = Talk(self.talk.system)
         elif name == "system":
             self.talk.system = rest
         elif name == "undo":
-            del self.talk.messages[-2:]
+            self.talk.undo()
         elif name == "save" and rest:
             self.save(Path(rest))
         elif name == "load" and rest:
@@ -244,7 +245,7 @@ class Chat:
         """Go on with a saved conversation, or another one on the first line of a file."""
         try:
             with path.open("rb") as file:
-                messages, _ = parse_chat(file.readline())
+                messages, tools = parse_chat(file.readline())
         except OSError as error:
             raise UserError(f"/load {path}: {error.strerror}") from None
         except RecordError as error:
@@ -252,7 +253,7 @@ class Chat:
         if messages[-1]["role"] != "assistant":
             raise UserError(f"/load {path}:1: it does not end with an answer")
         system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
-        self.talk = Talk(system, messages=messages)
+        self.talk = Talk(system, messages=messages, tools=tools)
 
 
 def typed_texts() -> Iterator[str]:
@@ -279,6 +280,7 @@ def typed_texts() -> Iterator[str]:
 
 def converse(chat: Chat) -> None:
     """Answer what is typed until the user leaves."""
+    sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to end
     with contextlib.suppress(ImportError):  # Windows' own terminal edits lines by itself
         import readline  # noqa: F401  it gives `input` its editing and history
     talker = chat.talker

@@ -1,6 +1,6 @@
 """What goes into the network: JSONL lines, token ids and loss masks, packed batches."""
 
-from .any_dataset import open_dataset
+from .any_dataset import dataset_kind, open_dataset
 from .chat import ChatEncoder, render_chat
 from .lm_dataset import PretrainDataset, RLAIFDataset, SFTDataset
 from .packing import PackedRows, PaddedRows, RowBatches, collate, make_loader
@@ -38,6 +38,7 @@ __all__ = [
     "collate",
     "collate_pairs",
     "collate_taught",
+    "dataset_kind",
     "make_loader",
     "open_dataset",
     "parse_chat",

@@ -238,11 +238,11 @@ def parse_chat(line: bytes) -> Conversation:
 def parse_question(line: bytes) -> tuple[Conversation, str | None]:
     """What is to be answered on one line, and the answer that it gives itself, if it does.
 
-    The line is as for `parse_chat`, and need not have an answer; or it has a "prompt", a string or
-    messages, in place of the conversation. Raises RecordError.
+    The line is as for `parse_chat`, and need not have an answer; or in place of the conversation it
+    has a "prompt", a string or messages. Raises RecordError.
     """
     record = _parse_object(line)
-    names = [n for n in ("prompt", "conversations", "messages") if record.get(n) is not None]
+    names = [n for n in ("conversations", "messages", "prompt") if record.get(n) is not None]
     if names:
         items = _as_messages(record[names[0]], "user", f'"{names[0]}"')
         messages = _parse_messages(items, f'"{names[0]}"', answered=False)

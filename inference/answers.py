@@ -1,9 +1,10 @@
 """Answer a file of questions."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 
@@ -104,15 +105,36 @@ def answer_file(
         UserError: if nothing can be written there.
     """
     questions = read_questions(talker, path, system)
-    if out.exists():
-        raise UserError(f"--output_file {out}: is there already")
-    answers = write_answers(talker, questions, generator, options)
-    lines = (
-        json.dumps({**question.record, "answer": answer}, ensure_ascii=False) + "\n"
-        for question, answer in zip(questions, answers, strict=True)
-    )
-    try:
-        out.write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output_file {out}: {error.strerror}") from None
+    with new_file(out, "utf-8") as file:
+        answers = write_answers(talker, questions, generator, options)
+        for question, answer in zip(questions, answers, strict=True):
+            line = json.dumps({**question.record, "answer": answer}, ensure_ascii=False)
+            file.write(f"{line}\n")
     print(f"{len(answers):,} answers in {out}")
+
+
+@contextmanager
+def new_file(path: Path, encoding: str) -> Iterator[TextIO]:
+    """The file of --output_file, opened before the work begins, and gone again if that fails.
+
+    Half a surrogate pair, which a string of JSON may hold, is written as JSON escapes it.
+
+    Raises:
+        UserError: if the file is there already, or cannot be written.
+    """
+    try:
+        file = path.open("x", encoding=encoding, errors="backslashreplace", newline="")
+    except FileExistsError:
+        raise UserError(f"--output_file {path}: is there already") from None
+    except OSError as error:
+        raise UserError(f"--output_file {path}: {error.strerror}") from None
+    done = False
+    try:
+        with file:
+            yield file
+        done = True
+    except OSError as error:
+        raise UserError(f"--output_file {path}: {error.strerror}") from None
+    finally:
+        if not done:
+            path.unlink()

@@ -51,7 +51,7 @@ class Job:
         seed: of the choice; None for another text every time.
         emit: called, on the batcher's thread, with every new Token, the end token left out, and
             then with how it ended: "stop" (the end token), "length" (the limit, the context or the
-            time was reached), "cancelled", or an exception.
+            time was reached), "cancelled", or an exception: QueueFull if it never began.
         logprobs: how many of the likeliest tokens to tell with each, or None.
         deadline: `time.monotonic()` at which it ends, whatever it has written.
         cancelled: set it, and the text ends before the next step.
@@ -183,6 +183,7 @@ class Batcher:
             ended = [(job, how) for job in self.waiting if (how := job.ended(now))]
             for job, _ in ended:
                 self.waiting.remove(job)
+            ended = [(j, QueueFull(self._seconds) if h == "length" else h) for j, h in ended]
             if self._starting is not None and (how := self._starting[0].ended(now)):
                 ended.append((self._starting[0], how))
                 self._starting = None

@@ -6,6 +6,7 @@ import time
 import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from training.checkpoint import write_atomically
 
@@ -16,11 +17,21 @@ _ID = re.compile(r"[0-9a-f]{32}")
 
 @dataclass
 class Talk:
-    """A conversation; messages as in training data, without the system message."""
+    """A conversation; messages as in training data, without the system message.
+
+    Attributes:
+        system: that message, or "".
+        model: that answers.
+        messages: the others.
+        tools: JSON schemas, where there are any.
+        changed: when, in seconds since 1970.
+        id: the name of its file.
+    """
 
     system: str = ""
     model: str = ""
-    messages: list[dict[str, str]] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    tools: list[dict[str, Any]] = field(default_factory=list)
     changed: float = 0.0
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -30,14 +41,26 @@ class Talk:
         text = " ".join(self.messages[0]["content"].split()) if self.messages else ""
         return text[:TITLE] + "…" * (len(text) > TITLE)
 
-    def prompt(self) -> list[dict[str, str]]:
+    def undo(self) -> None:
+        """Forget the last message of the user and what followed it."""
+        del self.messages[self.last_exchanges(1) :]
+
+    def last_exchanges(self, number: int) -> int:
+        """Where the last so many begin, each with a message of the user; 0 if all are of them."""
+        starts = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if number == 0:
+            return len(self.messages)
+        return starts[-number] if number <= len(starts) else 0
+
+    def prompt(self) -> list[dict[str, Any]]:
         """All messages."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, *self.messages]
 
     def training_line(self) -> str:
         """A line of training data."""
-        return json.dumps({"conversations": self.prompt()}, ensure_ascii=False) + "\n"
+        tools = {"tools": self.tools} if self.tools else {}
+        return json.dumps({"conversations": self.prompt(), **tools}, ensure_ascii=False) + "\n"
 
     def markdown(self) -> str:
         """A text to read."""
@@ -64,8 +87,16 @@ class TalkStore:
         return self._read(self.folder / f"{name}.json") if _ID.fullmatch(name) else None
 
     def keep(self, talk: Talk) -> None:
-        """Write a conversation; one that has begun nothing is not written."""
-        if talk.messages:
+        """Write a conversation; one without messages has no file.
+
+        Where another window went on with it meanwhile, this one becomes a conversation of its own.
+        """
+        if not talk.messages:
+            self.delete(talk)
+        else:
+            stored = self.get(talk.id)
+            if stored is not None and stored.changed != talk.changed:
+                talk.id = uuid.uuid4().hex
             talk.changed = time.time()
             text = json.dumps(asdict(talk), ensure_ascii=False).encode("utf-8", "replace")
             write_atomically(self.folder / f"{talk.id}.json", lambda file: file.write(text))
@@ -78,8 +109,9 @@ class TalkStore:
         try:
             talk = Talk(**{**json.loads(path.read_text(encoding="utf-8")), "id": path.stem})
             said = [part for m in talk.messages for part in (m["role"], m["content"])]
-            float(talk.changed)
+            talk.changed = float(talk.changed)
         except (OSError, ValueError, TypeError, KeyError):
             return None
         texts = (talk.system, talk.model, *said)
-        return talk if all(isinstance(text, str) for text in texts) else None
+        fits = all(isinstance(text, str) for text in texts) and isinstance(talk.tools, list)
+        return talk if fits else None

@@ -10,7 +10,14 @@ from dataset import tokenizer_hash
 from training import UserError, load_tokenizer
 
 from .batcher import Batcher, QueueFull
-from .weights import PRETRAINED, WeightSpec, list_adapters, list_weights, load_talker
+from .weights import (
+    PRETRAINED,
+    WeightSpec,
+    continues_texts,
+    list_adapters,
+    list_weights,
+    load_talker,
+)
 
 
 class UnknownModel(Exception):
@@ -72,7 +79,7 @@ class ModelPool:
         """The models that there are now by name, the default first."""
         if self.spec.weight is not None:
             path = Path(self.spec.weight)
-            return {path.stem: Offer(path)}
+            return {path.stem: Offer(path, chats=path.is_dir() or not continues_texts(path))}
         chats: dict[str, Offer] = {}
         pretrained: dict[str, Offer] = {}
         for path, about in list_weights(self.spec.out_dir):
@@ -92,10 +99,10 @@ class ModelPool:
             QueueFull: if all that are loaded are busy.
             UserError: if it cannot be loaded.
         """
-        if (batcher := self._loaded(name)) is not None:
+        if (batcher := self.find_loaded(name)) is not None:
             return batcher
         with self._loading:
-            if (batcher := self._loaded(name)) is not None:  # meanwhile
+            if (batcher := self.find_loaded(name)) is not None:  # meanwhile
                 return batcher
             offer = self.offers().get(name)
             if offer is None:
@@ -109,7 +116,8 @@ class ModelPool:
                 self.batchers[name] = batcher
             return batcher
 
-    def _loaded(self, name: str) -> Batcher | None:
+    def find_loaded(self, name: str) -> Batcher | None:
+        """The batcher of a model that is in memory; None for all others."""
         with self._lock:
             if name not in self.batchers:
                 return None

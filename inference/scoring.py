@@ -4,21 +4,22 @@ import csv
 import re
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dataset import PaddedRows, PretrainDataset, SFTDataset, collate, open_dataset
+from dataset import PaddedRows, PretrainDataset, SFTDataset, collate, dataset_kind
 from model import Decoder, TorchDecoder
 from training import UserError, summarise
 
-from .answers import Question, read_questions, write_answers
+from .answers import Question, new_file, read_questions, write_answers
 from .talker import Talker
 
-ROW = 512  # the most tokens of a text that are scored together
+ROW = 512  # tokens of a text that are scored together, and the mean of a full batch's rows
 RATINGS = ("relevance", "accuracy", "fluency", "completeness")  # 1 to 5, for a person to fill in
 
 
@@ -35,49 +36,67 @@ def score(talker: Talker, path: Path, out: Path | None, max_new_tokens: int) -> 
         DataError: for bad lines.
         UserError: if something is missing.
     """
+    kind = dataset_kind(path)
+    compare = kind is SFTDataset and talker.encoder is not None
+    if out is not None and not compare:
+        raise UserError(f"--output_file {out}: only answers to conversations can be rated")
     with tempfile.TemporaryDirectory() as folder:  # nothing is left beside somebody's data
-        row = min(ROW, talker.context)
-        dataset = open_dataset(path, talker.tokenizer, row, cache_dir=folder)
-        compare = isinstance(dataset, SFTDataset) and talker.encoder is not None
-        if compare:
-            import_scorers()
-        if out is not None and not compare:
-            raise UserError(f"--output_file {out}: only answers to conversations can be rated")
-        if out is not None and out.exists():
-            raise UserError(f"--output_file {out}: is there already")
-        nats, targets = full = total_loss(talker, dataset)
-        if not isinstance(talker.decoder, TorchDecoder):
-            nats, targets = stepwise_loss(talker.decoder, dataset)
-        figures = summarise({"": (nats, targets, dataset.text_bytes)}, "score")
-        print(f"{targets:,.0f} target tokens of {len(dataset):,} samples in {path}")
-        told = f"loss {nats / targets:.4f} nats per token"
-        told += f", perplexity {figures['score_perplexity']:.2f}"
-        if "score_bits_per_byte" in figures:
-            told += f", {figures['score_bits_per_byte']:.4f} bits per byte"
-        print(told)
-        if nats != full[0]:
-            change = nats / full[0] - 1
-            print(
-                f"with full weights {full[0] / targets:.4f}: quantizing changed the loss by "
-                f"{change:+.2%}"
-            )
-    if compare:
+        row = talker.context if kind is SFTDataset else min(ROW, talker.context)
+        dataset = kind(path, talker.tokenizer, row, cache_dir=folder)
+        if not compare:
+            print_loss(talker, dataset, path)
+            return
+        import_scorers()
         asked = [q for q in read_questions(talker, path) if q.reference is not None]
         if not asked:
             raise UserError(f"--score {path}: no conversation ends with an answer")
-        generator = torch.Generator(talker.decoder.device)
-        answers = write_answers(talker, asked, generator, {"max_new_tokens": max_new_tokens})
-        compare_answers(asked, answers, out)
+        with nullcontext() if out is None else new_file(out, "utf-8-sig") as file:
+            print_loss(talker, dataset, path)
+            generator = torch.Generator(talker.decoder.device)
+            answers = write_answers(talker, asked, generator, {"max_new_tokens": max_new_tokens})
+            compare_answers(asked, answers, file)
+    if out is not None:
+        print(f"{out}: rate the answers from 1 to 5")
+
+
+def print_loss(talker: Talker, dataset: PretrainDataset | SFTDataset, path: Path) -> None:
+    """Print the loss, in three measures, of the samples of a file."""
+    if isinstance(dataset, SFTDataset):
+        dropped, cut = (dataset.counts[name] for name in ("dropped_turns", "cut_answers"))
+        if dropped or cut:
+            print(
+                f"beyond the context of {talker.context} tokens: {dropped:,} turns left out, "
+                f"{cut:,} answers cut"
+            )
+    nats, targets = full = total_loss(talker, dataset)
+    if not isinstance(talker.decoder, TorchDecoder):
+        nats, targets = stepwise_loss(talker.decoder, dataset)
+    figures = summarise({"": (nats, targets, dataset.text_bytes)}, "score")
+    print(f"{targets:,.0f} target tokens of {len(dataset):,} samples in {path}")
+    told = f"loss {nats / targets:.4f} nats per token"
+    told += f", perplexity {figures['score_perplexity']:.2f}"
+    if "score_bits_per_byte" in figures:
+        told += f", {figures['score_bits_per_byte']:.4f} bits per byte"
+    print(told)
+    if nats != full[0]:
+        change = nats / full[0] - 1
+        print(
+            f"with full weights {full[0] / targets:.4f}: quantizing changed the loss by "
+            f"{change:+.2%}"
+        )
 
 
 @torch.no_grad()
 def total_loss(talker: Talker, dataset: PretrainDataset | SFTDataset) -> tuple[float, float]:
     """The loss of all targets in nats, each times its weight, and the sum of the weights."""
-    rows, size = PaddedRows(dataset), len(talker.decoder.tokens)
-    order = np.argsort(dataset.lengths(), kind="stable").tolist()
+    rows, most = PaddedRows(dataset), len(talker.decoder.tokens)
+    lengths = dataset.lengths()
+    order = np.argsort(-lengths, kind="stable").tolist()
     nats = weights = 0.0
-    for start in range(0, len(order), size):
-        batch = collate([rows[i] for i in order[start : start + size]])
+    while order:
+        size = max(1, min(most, most * ROW // int(lengths[order[0]])))  # logits take the memory
+        batch = collate([rows[i] for i in order[:size]])
+        del order[:size]
         batch = {name: x.to(talker.model.device) for name, x in batch.items()}
         inputs = {n: batch[n] for n in ("input_ids", "attention_mask", "position_ids")}
         logits = talker.model(**inputs).logits.flatten(0, 1).float()
@@ -133,17 +152,14 @@ class Characters:
 
 
 def compare_answers(
-    questions: Sequence[Question], answers: Sequence[str], out: Path | None
+    questions: Sequence[Question], answers: Sequence[str], out: TextIO | None
 ) -> None:
     """Print BLEU, chrF and ROUGE-L of answers beside the questions' own.
 
     Args:
         questions: each with a reference.
         answers: to them.
-        out: where a table of both goes that a person can rate, or None.
-
-    Raises:
-        UserError: if nothing can be written there.
+        out: a file for a table of both that a person can rate, or None.
     """
     sacrebleu, RougeScorer = import_scorers()
     wanted = [question.reference for question in questions]
@@ -157,14 +173,8 @@ def compare_answers(
         f"{len(questions):,} greedy answers beside their references: BLEU {bleu.score:.1f}, "
         f"chrF {chrf.score:.1f}, ROUGE-L {100 * sum(rouge) / len(rouge):.1f}"
     )
-    if out is None:
-        return
-    try:
-        with out.open("x", encoding="utf-8-sig", newline="") as file:  # as spreadsheets want it
-            table = csv.writer(file)
-            table.writerow(["input", "reference", "answer", *RATINGS])
-            for question, answer in zip(questions, answers, strict=True):
-                table.writerow([question.text, question.reference, answer, *[""] * len(RATINGS)])
-    except OSError as error:
-        raise UserError(f"--output_file {out}: {error.strerror}") from None
-    print(f"{out}: rate the answers from 1 to 5")
+    if out is not None:
+        table = csv.writer(out)
+        table.writerow(["input", "reference", "answer", *RATINGS])
+        for question, answer in zip(questions, answers, strict=True):
+            table.writerow([question.text, question.reference, answer, *[""] * len(RATINGS)])

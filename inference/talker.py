@@ -60,19 +60,33 @@ class Talker:
         pieces = render_chat(messages, tools, add_generation_prompt=True)
         return self.encoder.encode([self.encoder.check_control(pieces)]).ids.tolist()
 
-    def fitting_chat_ids(self, messages: Sequence[Mapping[str, Any]], room: int) -> list[int]:
+    def fitting_chat_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        room: int,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
         """As `chat_ids`, without the oldest exchanges where all of them leave no room.
 
         Args:
             messages: the conversation; a system message is always kept, and so is what follows the
                 last message of the user.
             room: tokens to leave for the answer, where that is possible.
+            tools: JSON schemas, which are always kept.
+
+        Raises:
+            RecordError: if it needs a control token that the tokenizer lacks.
         """
-        pieces = [render_chat([message]) for message in messages]
-        encoded = self.encoder.encode([*pieces, render_chat([], add_generation_prompt=True)])
-        parts = np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])
         first = int(messages[0]["role"] == "system")
-        starts = [i for i, m in enumerate(messages) if m["role"] == "user" and i > first]
+        pieces = [render_chat([message]) for message in messages]
+        if tools:  # they stand in the system message, or make one
+            pieces[:first], first = [render_chat(messages[:first], tools)], 1
+        pieces.append(render_chat([], add_generation_prompt=True))
+        encoded = self.encoder.encode([self.encoder.check_control(piece) for piece in pieces])
+        parts = np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])
+        shift = len(pieces) - 1 - len(messages)  # a system message more, where tools made one
+        starts = [i + shift for i, m in enumerate(messages) if m["role"] == "user"]
+        starts = [i for i in starts if i > first]
         most = self.context - min(room, self.context // 2)
         for start in [first, *starts]:
             ids = np.concatenate([*parts[:first], *parts[start:]]).tolist()

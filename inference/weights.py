@@ -1,6 +1,7 @@
 """Which weights there are, and how to load them."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from dataset import tokenizer_hash
 from model import LMConfig, MiniMindLM, weights_hash
@@ -71,9 +73,26 @@ def list_adapters(out_dir: Path) -> list[Path]:
     found = []
     for path in sorted((out_dir / "lora").glob("*.pth")):
         with suppress(UserError):
-            if "_resume" not in path.stem and "base" in read_pickle(path, mmap=True):
+            if "_resume" not in path.stem and adapted_base(path) is not None:
                 found.append(path)
     return found
+
+
+def adapted_base(path: Path) -> str | None:
+    """The hash of the weights that an adapter was trained on; None if the file holds no adapter.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    contents = read_pickle(path, mmap=True)
+    return contents.get("base") if isinstance(contents, dict) else None
+
+
+def continues_texts(path: Path) -> bool:
+    """Whether weights were only pretrained, by their .json file or else by their name."""
+    about = read_about(path)
+    stage = path.stem.partition("_")[0] if about is None else about["stage"]
+    return stage == PRETRAINED
 
 
 def newest_weights(spec: WeightSpec) -> Path:
@@ -107,12 +126,9 @@ def find_adapter(spec: WeightSpec) -> Path:
         if not path.is_file():
             raise UserError(f"--lora_name {path}: no file {path}")
         return path
-    dims = "*" if spec.dim is None else f"{spec.dim}*"
-    paths = [
-        path
-        for path in (spec.out_dir / "lora").glob(f"{spec.lora_name}_{dims}.pth")
-        if path.stem.removesuffix("_moe").removeprefix(f"{spec.lora_name}_").isdigit()
-    ]
+    dims = r"\d+" if spec.dim is None else f"{spec.dim}"
+    stem = re.compile(rf"{re.escape(spec.lora_name)}_{dims}(_moe)?")
+    paths = [path for path in (spec.out_dir / "lora").glob("*.pth") if stem.fullmatch(path.stem)]
     if not paths:
         name = f"{spec.lora_name}_{spec.dim or 512}.pth"
         raise UserError(f"--lora_name {spec.lora_name}: no file {spec.out_dir / 'lora' / name}")
@@ -130,14 +146,14 @@ def base_of(adapter: Path, out_dir: Path, tokenizer: str) -> Path:
     Raises:
         UserError: if they are not there, or the file holds no adapter.
     """
-    contents = read_pickle(adapter, mmap=True)
-    if not isinstance(contents, dict) or "base" not in contents:
+    base = adapted_base(adapter)
+    if base is None:
         raise UserError(f"{adapter}: not an adapter")
     for path, about in list_weights(out_dir):
         if about["tokenizer"] == tokenizer:
-            model = load_model(path, about["config"], tokenizer)
-            if weights_hash(model) == contents["base"]:
-                return path
+            with suppress(UserError):  # a damaged file is not what is looked for
+                if weights_hash(load_model(path, about["config"], tokenizer)) == base:
+                    return path
     raise UserError(
         f"{adapter}: the weights that it was trained on are not in {out_dir}; --weight names them"
     )
@@ -177,9 +193,7 @@ def load_talker(
     else:
         path = newest_weights(spec)
     model = load_model(path, shape, known)
-    about = read_about(path)
-    stage = path.stem.partition("_")[0] if about is None else about["stage"]
-    name, chats = path.stem, stage != PRETRAINED
+    name, chats = path.stem, not continues_texts(path)
     if adapter is not None:
         load_adapter(adapter, model)
         name, chats = f"{name}+{adapter.stem}", True  # adapters are trained on conversations
@@ -209,9 +223,9 @@ def load_folder(spec: WeightSpec, device: torch.device, quantize: str | None, ro
         wrong = [name for kind in ("missing_keys", "unexpected_keys") for name in told[kind]]
         if wrong:
             raise ValueError(f"not the weights of this model: {wrong[0]}")
-        if model.config.vocab_size < len(tokenizer):
+        if model.config.vocab_size != len(tokenizer):
             raise ValueError(f"{model.config.vocab_size} ids, the tokenizer has {len(tokenizer)}")
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = f"{error}".partition("\n")[0]
         raise UserError(f"--weight {folder}: cannot be loaded ({reason})") from None
     return Talker(folder.name, model.to(device).eval(), tokenizer, True, quantize, rows)

@@ -88,8 +88,8 @@ class GenerationMixin:
     ) -> Tensor | Iterator[Tensor]:
         """Continue each row; defaults and names are those of transformers' `generate`.
 
-        It ends when every row has written an end token or a stop sequence, after `max_new_tokens`,
-        or when the context is full. A row that has ended is computed no further.
+        A row ends with an end token or a stop sequence, after `max_new_tokens`, or when it fills
+        the context, to which padding does not count; it is computed no further.
 
         Args:
             input_ids: (B, T) int64, T at least 1; shorter rows padded on the left.
@@ -125,14 +125,8 @@ class GenerationMixin:
             frequency_penalty,
             presence_penalty,
         )
-        length = input_ids.shape[1]
-        if length == 0:
+        if input_ids.shape[1] == 0:
             raise ValueError("the prompt is empty: give at least one token")
-        if length >= self.config.max_seq_len:
-            raise ValueError(
-                f"a prompt of {length} tokens leaves no room in the context of max_seq_len "
-                f"{self.config.max_seq_len}"
-            )
         if attention_mask is not None and not attention_mask[:, -1].all():
             raise ValueError("pad prompts on the left: a row's last position must be a token")
         if max_new_tokens < 0:
@@ -149,6 +143,12 @@ class GenerationMixin:
             pad_token_id = self.config.pad_token_id or 0
         kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         prompts = [row[mask.bool()] for row, mask in zip(input_ids, kept, strict=True)]
+        longest = max(map(len, prompts))
+        if longest >= self.config.max_seq_len:
+            raise ValueError(
+                f"a prompt of {longest} tokens leaves no room in the context of max_seq_len "
+                f"{self.config.max_seq_len}"
+            )
         prompts = [prompt for prompt in prompts for _ in range(num_return_sequences)]
         if decoder is None:
             decoder = TorchDecoder(self, len(prompts))
@@ -157,7 +157,7 @@ class GenerationMixin:
         tokens = self._continue(
             decoder,
             prompts,
-            min(max_new_tokens, self.config.max_seq_len - length),
+            max_new_tokens,
             sampling,
             generator,
             self._ends(eos_token_id),
@@ -185,12 +185,13 @@ class GenerationMixin:
             options: of `generate`, but for `attention_mask`, `num_return_sequences` and `stream`.
 
         Returns:
-            The new tokens of each prompt, without the end token and what follows it: (new,) int64.
+            The new tokens of each prompt, each as long as it is, without the end token; a stop
+            sequence stays: (new,) int64.
 
         Raises:
             ValueError: as `generate`.
         """
-        ends = self._ends(options.get("eos_token_id"))
+        ends, stop = self._ends(options.get("eos_token_id")), options.get("stop", ())
         if decoder is None:
             decoder = TorchDecoder(self, max(1, min(batch_size, len(prompts))))
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -205,8 +206,8 @@ class GenerationMixin:
                 mask[row, width - len(prompts[i]) :] = 1
             new = self.generate(ids, mask, decoder=decoder, **options)[:, width:]
             for i, row in zip(chosen, new, strict=True):
-                ended = [place for place, token in enumerate(row.tolist()) if token in ends]
-                answers[i] = row[: ended[0]] if ended else row
+                room = self.config.max_seq_len - len(prompts[i])
+                answers[i] = row[: length_until(row[:room].tolist(), ends, stop)]
         return answers
 
     def _ends(self, eos_token_id: int | list[int] | None) -> set[int]:
@@ -247,7 +248,11 @@ class GenerationMixin:
             tokens = chosen.tolist()
             for row, token in zip(going, tokens, strict=True):
                 written[row].append(token)
-            ended = [has_ended(written[row], ends, stop) for row in going]
+            ended = [
+                has_ended(written[row], ends, stop)
+                or len(prompts[row]) + len(written[row]) == self.config.max_seq_len
+                for row in going
+            ]
             if step == new_tokens - 1 or all(ended):
                 return
             # The last row takes the place of one that ended.
@@ -261,3 +266,13 @@ class GenerationMixin:
 def has_ended(written: list[int], ends: set[int], stop: list[list[int]]) -> bool:
     """Whether new tokens end in an end token or a stop sequence."""
     return written[-1] in ends or any(written[-len(tokens) :] == tokens for tokens in stop)
+
+
+def length_until(tokens: list[int], ends: set[int], stop: Sequence[Sequence[int]]) -> int:
+    """How many new tokens there are before the first end token, or with the first stop sequence."""
+    for number in range(1, len(tokens) + 1):
+        if tokens[number - 1] in ends:
+            return number - 1
+        if any(tokens[max(0, number - len(last)) : number] == list(last) for last in stop):
+            return number
+    return len(tokens)

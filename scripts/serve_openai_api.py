@@ -9,12 +9,12 @@ Requests are written together, each as if it were alone. /docs describes the API
 
 import argparse
 import os
-import socket
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from inference.network import listen, port
 from training import (
     ROOT,
     UserError,
@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     )
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", help="0.0.0.0: also other machines")
-    network.add_argument("--port", type=count_or_zero, default=8000, help="0: any that is free")
+    network.add_argument("--port", type=port, default=8000, help="0: any that is free")
     network.add_argument(
         "--api_key",
         help="what clients must send; MINIMIND_API_KEY sets it unseen by the machine's other users",
@@ -59,22 +59,11 @@ def parse_args() -> argparse.Namespace:
     limits.add_argument("--max_seconds", type=positive, default=300.0, help="of a request")
     limits.add_argument("--max_bytes", type=count, default=1_000_000, help="of a request")
     args = parser.parse_args()
-    if args.port > 65535:
-        raise UserError(f"--port {args.port}: must be at most 65535")
+    if args.api_key is None:
+        args.api_key = os.environ.get("MINIMIND_API_KEY")
+    if args.api_key == "":
+        raise UserError("--api_key, MINIMIND_API_KEY: empty; leave both out to ask for no key")
     return args
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens.
-
-    Raises:
-        UserError: if the port is taken, or there is no such host.
-    """
-    try:
-        family = socket.getaddrinfo(host, port)[0][0]
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: {error.strerror or error}") from None
 
 
 def main() -> None:
@@ -97,8 +86,7 @@ def main() -> None:
     server = listen(args.host, args.port)
     pool.get(names[0])  # what is wrong with it shows now
     limits = Limits(args.max_prompt, args.max_tokens, args.max_seconds, args.max_bytes)
-    api_key = args.api_key or os.environ.get("MINIMIND_API_KEY")
-    app = create_app(pool, limits, api_key, args.cors_origin)
+    app = create_app(pool, limits, args.api_key, args.cors_origin)
     print(f"{', '.join(names)} at http://{args.host}:{server.getsockname()[1]}/v1", flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE)
     uvicorn.Server(config).run(sockets=[server])

@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from inference import WeightSpec
 from inference.backends import Backend, Endpoint, LocalModels
+from inference.network import listen, port
 from inference.pool import ModelPool
-from training import ROOT, UserError, count, find_processes, make_parser, report_user_errors
+from training import ROOT, UserError, find_processes, make_parser, report_user_errors
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--api_key", help="what that server asks for; default: OPENAI_API_KEY")
     parser.add_argument("--chats_dir", type=Path, help="default: chats in --out_dir")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: also other machines")
-    parser.add_argument("--port", type=count, default=8501)
+    parser.add_argument("--port", type=port, default=8501)
     args = parser.parse_args()
     args.chats_dir = args.chats_dir or args.out_dir / "chats"
     return args
@@ -62,6 +63,8 @@ def main() -> None:
         make_backend(args)  # what is wrong with the flags shows here
     except ImportError as error:
         raise UserError(f"needs {error.name}: pip install -r scripts/requirements.txt") from None
+    with listen(args.host, args.port) as socket:  # Streamlit opens its own, and says less
+        args.port = socket.getsockname()[1]
     options = ["--server.address", args.host, "--server.port", str(args.port)]
     options += ["--server.headless", "true", "--browser.gatherUsageStats", "false"]
     options += ["--client.toolbarMode", "minimal"]

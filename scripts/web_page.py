@@ -100,16 +100,14 @@ def take_back(store: TalkStore) -> None:
     """Forget the last message."""
     talk: Talk = st.session_state.talk
     talk.messages.pop()
-    if talk.messages:
-        store.keep(talk)
-    else:
-        store.delete(talk)
+    store.keep(talk)
 
 
 def undo(store: TalkStore) -> None:
     """Forget the last exchange."""
-    take_back(store)
-    take_back(store)
+    talk: Talk = st.session_state.talk
+    talk.undo()
+    store.keep(talk)
 
 
 def sidebar(backend: Backend, store: TalkStore, talk: Talk) -> tuple[dict[str, str], Settings]:
@@ -237,8 +235,9 @@ def draw(make_backend: Callable[[], Backend], chats_dir: Path) -> None:
         st.session_state.pop("failed", None)
         talk.messages.append({"role": "user", "content": text})
         store.keep(talk)
-        st.query_params["chat"] = talk.id
         with st.chat_message("user"):
             st.markdown(text)
+    if talk.messages:
+        st.query_params["chat"] = talk.id  # which is another one after a conflict of two windows
     if talk.messages and talk.messages[-1]["role"] == "user":
         answer(backend, store, talk, texts, settings)

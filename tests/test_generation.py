@@ -173,7 +173,10 @@ def test_it_ends_when_the_context_is_full():
     out = model.generate(prompt, max_new_tokens=100, eos_token_id=NEVER)
     assert torch.equal(out, greedy_loop(model, prompt, 6))
     ids, mask = left_padded([prompt[0], prompt[1, :4]])
-    assert model.generate(ids, mask, max_new_tokens=100, eos_token_id=NEVER).shape == (2, 16)
+    out = model.generate(ids, mask, max_new_tokens=100, eos_token_id=NEVER)
+    assert torch.equal(out[0, :16], greedy_loop(model, prompt[:1], 6)[0])
+    assert out[0, 16:].tolist() == [0] * 6  # it is full: padding
+    assert torch.equal(out[1, 6:], greedy_loop(model, prompt[1:, :4], 12)[0])
 
 
 def test_no_new_tokens_gives_the_prompt_back():
@@ -618,3 +621,25 @@ def test_batches_of_prompts_give_what_each_gives_alone():
     for answer, whole in zip(answers, free, strict=True):
         ends = (whole == end).nonzero().flatten().tolist()
         assert torch.equal(answer, whole[: ends[0] if ends else 12])
+
+
+def test_a_long_prompt_leaves_its_neighbours_their_room():
+    """A row ends when it fills the context by itself; the others go on."""
+    model = tiny(max_seq_len=32)
+    prompts = [random_ids(1, length)[0] for length in (3, 30, 9)]
+    answers = model.batch_generate(prompts, max_new_tokens=20, eos_token_id=[])
+    assert [len(answer) for answer in answers] == [20, 2, 20]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert torch.equal(answer, greedy_loop(model, prompt[None], len(answer))[0, len(prompt) :])
+
+
+def test_batches_of_prompts_end_at_stop_sequences():
+    """Each answer with its own stop sequence, and nothing of the padding behind it."""
+    model = tiny()
+    prompts = [random_ids(1, length)[0] for length in (4, 7)]
+    free = [greedy_loop(model, prompt[None], 12)[0, len(prompt) :].tolist() for prompt in prompts]
+    stop = [free[0][2:4], [model.config.vocab_size]]
+    answers = model.batch_generate(prompts, max_new_tokens=12, eos_token_id=[], stop=stop)
+    cut = next(i for i in range(12) if free[0][i : i + 2] == stop[0]) + 2
+    assert answers[0].tolist() == free[0][:cut]
+    assert len(answers[1]) == 12 and answers[1].tolist() == free[1]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -23,9 +24,11 @@ from .choices import Choices, Piece
 from .errors import ApiError, explain_validation
 from .formats import ChatFormat, CompletionFormat
 from .guard import Guard
+from .loading import Loader
 from .metrics import Metrics
 from .schema import ChatRequest, CompletionRequest
 
+LOG = logging.getLogger("uvicorn.error")
 DEFAULT_COMPLETION = 16  # OpenAI's limit of new tokens where a completion names none
 
 
@@ -66,9 +69,13 @@ def create_app(
         pool.close()
 
     app = FastAPI(title="MiniMind", lifespan=lifespan)
-    metrics = Metrics(pool)
+    metrics, loader = Metrics(pool), Loader(pool)
     app.add_middleware(
-        Guard, api_key=api_key, max_bytes=limits.max_bytes, requests=metrics.requests
+        Guard,
+        api_key=api_key,
+        max_bytes=limits.max_bytes,
+        max_seconds=limits.max_seconds,
+        requests=metrics.requests,
     )
     if cors_origins:
         app.add_middleware(
@@ -97,15 +104,12 @@ def create_app(
         if request.top_logprobs is not None and not request.logprobs:
             raise ApiError(400, "'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
 
-        def prepare() -> tuple[Batcher, list[list[int]]]:
-            batcher = find(pool, request.model)
-            if batcher.talker.encoder is None:
-                message = f"'{request.model}' continues texts; use /v1/completions."
-                raise ApiError(400, message, "model")
-            messages = [message.record() for message in request.messages]
-            return batcher, [batcher.talker.chat_ids(messages)]
-
-        batcher, prompts = await asyncio.to_thread(prepare)
+        batcher = await find(loader, request.model)
+        if batcher.talker.encoder is None:
+            message = f"'{request.model}' continues texts; use /v1/completions."
+            raise ApiError(400, message, "model")
+        messages = [message.record() for message in request.messages]
+        prompts = [await asyncio.to_thread(batcher.talker.chat_ids, messages)]
         limit = request.max_completion_tokens or request.max_tokens or limits.max_tokens
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         choices = start(batcher, prompts, request, limit, logprobs, limits, "messages")
@@ -117,12 +121,10 @@ def create_app(
         """Continue a text."""
         began = time.perf_counter()
 
-        def prepare() -> tuple[Batcher, list[list[int]]]:
-            batcher = find(pool, request.model)
-            return batcher, [batcher.talker.text_ids(text) for text in request.prompts()]
-
-        batcher, prompts = await asyncio.to_thread(prepare)
-        limit = request.max_tokens or DEFAULT_COMPLETION
+        batcher = await find(loader, request.model)
+        texts = request.prompts()
+        prompts = [await asyncio.to_thread(batcher.talker.text_ids, text) for text in texts]
+        limit = request.max_tokens or min(DEFAULT_COMPLETION, limits.max_tokens)
         choices = start(batcher, prompts, request, limit, request.logprobs, limits, "prompt")
         pieces = metrics.watch(choices, began)
         form = CompletionFormat(batcher.talker, request)
@@ -174,16 +176,18 @@ def busy(error: QueueFull) -> ApiError:
     return ApiError(429, message, code="queue_full", headers={"Retry-After": f"{seconds}"})
 
 
-def find(pool: ModelPool, name: str) -> Batcher:
+async def find(loader: Loader, name: str) -> Batcher:
     """The batcher of a model, loaded if need be. Raises ApiError."""
     try:
-        return pool.get(name)
+        return await loader.get(name)
     except UnknownModel:
         raise unknown(name) from None
     except QueueFull as error:
         raise busy(error) from None
     except UserError as error:
-        raise ApiError(500, f"{error}", "model") from None
+        LOG.error("%s: %s", name, error)  # it names files, which are no client's business
+        message = f"The model '{name}' cannot be loaded; the server's log says why."
+        raise ApiError(503, message, "model") from None
 
 
 def start(
@@ -268,7 +272,10 @@ async def respond(
                 if ending is not None:
                     endings[index] = ending
 
-    await until_left(raw, collect())
+    try:
+        await until_left(raw, collect())
+    except QueueFull as error:  # its time was over before there was a place
+        raise busy(error) from None
     told = [form.whole(i, texts[i], tokens[i], endings[i]) for i in range(number)]
     return JSONResponse({**form.head, "choices": told, "usage": usage(choices, request)})
 
@@ -303,6 +310,8 @@ async def stream(
         if with_usage:
             yield event([], usage=usage(choices, request))
         yield "data: [DONE]\n\n"
+    except QueueFull as error:
+        yield f"data: {json.dumps(busy(error).body)}\n\n"
     except Exception as error:  # the status was sent long ago
         body = ApiError(500, f"Writing failed: {type(error).__name__}.").body
         yield f"data: {json.dumps(body)}\n\n"

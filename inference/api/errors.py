@@ -39,11 +39,21 @@ class ApiError(Exception):
 def explain_validation(error: RequestValidationError) -> ApiError:
     """What is wrong with a request's parameters: the first of all."""
     found = error.errors()[0]
-    place = [str(part) for part in found["loc"] if part != "body"]
-    name, param = ".".join(place), place[0] if place else None
+    if found["type"] == "json_invalid":
+        return ApiError(400, f"The body is not valid JSON: {found['ctx']['error']}.")
+    # Pydantic also names the kinds that a parameter may have: they are no part of its name.
+    place = [f"{part}" for part in found["loc"][1:] if isinstance(part, int) or is_name(part)]
+    if not place:
+        return ApiError(400, "Send a JSON object, with 'Content-Type: application/json'.")
+    name, param = ".".join(place), place[0]
     if found["type"] == "extra_forbidden":
         return ApiError(400, f"Unknown parameter: '{name}'.", param, "unknown_parameter")
     if found["type"] == "missing":
         message = f"Missing required parameter: '{name}'."
         return ApiError(400, message, param, "missing_required_parameter")
     return ApiError(400, f"Invalid '{name}': {found['msg']}.", param, "invalid_value")
+
+
+def is_name(part: str) -> bool:
+    """Whether a part of an error's place is a parameter's name, not that of a kind of value."""
+    return part.isidentifier() and part not in ("str", "int", "float", "bool")

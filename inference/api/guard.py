@@ -1,5 +1,6 @@
 """What stands before every request: the key, the limit of its size, and the count."""
 
+import asyncio
 import hmac
 
 from prometheus_client import Counter
@@ -17,13 +18,22 @@ class Guard:
         app: what is behind it.
         api_key: what clients must send, or None.
         max_bytes: of a request.
+        max_seconds: that its body may take to arrive.
         requests: counts by path and status.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, max_bytes: int, requests: Counter):
+    def __init__(
+        self,
+        app: ASGIApp,
+        api_key: str | None,
+        max_bytes: int,
+        max_seconds: float,
+        requests: Counter,
+    ):
         self.app = app
         self.api_key = api_key
         self.max_bytes = max_bytes
+        self.max_seconds = max_seconds
         self.requests = requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,8 +54,11 @@ class Guard:
         try:
             headers = dict(scope["headers"])
             self.check_key(scope["path"], headers)
-            body = await self.read(receive, headers)
+            body = await asyncio.wait_for(self.read(receive, headers), self.max_seconds)
             await self.app(scope, replay(body, receive), counted)
+        except asyncio.TimeoutError:  # an alias of TimeoutError from Python 3.11 on
+            error = ApiError(408, f"A request may take {self.max_seconds:g} s to arrive.")
+            await error.response()(scope, receive, counted)
         except ApiError as error:
             await error.response()(scope, receive, counted)
         except Exception:  # a bug, which the log tells of
@@ -65,13 +78,14 @@ class Guard:
     async def read(self, receive: Receive, headers: dict[bytes, bytes]) -> bytes:
         """The body. Raises ApiError if it is too large, whatever its headers say."""
         declared = headers.get(b"content-length", b"0")
-        size, parts = int(declared) if declared.isdigit() else 0, []
-        more = True
+        size, received = int(declared) if declared.isdigit() else 0, 0
+        parts, more = [], True
         while more and size <= self.max_bytes:
             message = await receive()
             parts.append(message.get("body", b""))
             more = message.get("more_body", False)
-            size = sum(map(len, parts))
+            received += len(parts[-1])
+            size = max(size, received)
         if size > self.max_bytes:
             message = f"A request may have {self.max_bytes} bytes."
             raise ApiError(413, message, code="request_too_large")

@@ -1,0 +1,45 @@
+"""Models that requests ask for, loaded beside everything else."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+from ..batcher import Batcher, QueueFull
+from ..pool import ModelPool, UnknownModel
+
+
+class Loader:
+    """Loads one model at a time, on a thread of its own: requests for loaded ones do not wait.
+
+    Args:
+        pool: the models.
+    """
+
+    def __init__(self, pool: ModelPool):
+        self.pool = pool
+        self._executor = ThreadPoolExecutor(1, "loader")
+        self._loads: dict[str, asyncio.Future[Batcher]] = {}
+        self._waiting = 0
+
+    async def get(self, name: str) -> Batcher:
+        """The batcher of a model; requests for one that is being loaded wait for the same load.
+
+        Raises:
+            UnknownModel: if there is none of that name.
+            QueueFull: if as many requests wait already as could be written and wait.
+            UserError: if it cannot be loaded.
+        """
+        if (batcher := self.pool.find_loaded(name)) is not None:
+            return batcher
+        if name not in await asyncio.to_thread(self.pool.offers):
+            raise UnknownModel(name)
+        if self._waiting >= self.pool.rows + self.pool.queue:
+            raise QueueFull(10.0)
+        if name not in self._loads:
+            loop = asyncio.get_running_loop()
+            self._loads[name] = loop.run_in_executor(self._executor, self.pool.get, name)
+            self._loads[name].add_done_callback(lambda _: self._loads.pop(name))
+        self._waiting += 1
+        try:
+            return await asyncio.shield(self._loads[name])  # one that leaves ends it for nobody
+        finally:
+            self._waiting -= 1
