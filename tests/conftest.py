@@ -110,7 +110,7 @@ def in_float32(script: str | Path, words: list[str]) -> list[str]:
 
 def run_here(root: Path, script: str, words: list[str], typed: bytes) -> tuple[int, Done]:
     stdout, stderr = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
-    stdin = io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8", errors="surrogateescape")
+    stdin = io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8")
     before, status = Path.cwd(), 0
     os.chdir(root)
     try:

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from test_train_full_sft import chat, write_chats
 from tiny_models import greedy_answer, llama_with_weights_of, random_model, save_tuned
 
-from inference import TextStream
-from inference.answers import Question
+from inference import Talker, TextStream
+from inference.answers import Question, new_file
 from inference.scoring import compare_answers
-from model import apply_lora, save_lora
+from model import MiniMindLM, apply_lora, save_lora
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +158,10 @@ def test_an_adapter_brings_its_base_along(run, tmp_path, tokenizer):
     assert "it_32.pth: the weights that it was trained on" in error and error.count("\n") == 1
     error = run(*words, "no", script="eval_model.py", code=2).stderr
     assert "no_512.pth" in error and error.count("\n") == 1
+    error = run(*words, tmp_path / "lora" / "it", script="eval_model.py", code=2).stderr
+    assert "it_512.pth" in error and error.count("\n") == 1
+    error = run(*words, "*", script="eval_model.py", code=2).stderr
+    assert "*_512.pth" in error and error.count("\n") == 1
 
 
 def test_the_newest_chat_weights_are_chosen(run, tmp_path, tokenizer):
@@ -204,6 +208,9 @@ def test_a_folder_in_transformers_format(run, tmp_path, chat_dir, tokenizer):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     error = run("--weight", folder, *words, script="eval_model.py", code=2).stderr
     assert "layers.0.attention.wq.weight" in error.splitlines()[-1]
+    (folder / "model.safetensors").write_bytes(b"{}")
+    error = run("--weight", folder, *words, script="eval_model.py", code=2).stderr
+    assert f"--weight {folder}: cannot be loaded" in error and error.count("\n") == 1
 
 
 # Commands
@@ -274,6 +281,51 @@ def test_a_conversation_is_saved_and_loaded(talk, tmp_path):
     assert "nowhere" in talk("/load nowhere")[0]
 
 
+TOOLS = [{"name": "clock", "description": "the time"}]
+CALLED = [
+    {"role": "system", "content": "Be kind."},
+    *chat("Hi", "Hello"),
+    {"role": "user", "content": "What time is it?"},
+    {"role": "assistant", "content": "", "tool_calls": [{"name": "clock", "arguments": {}}]},
+    {"role": "tool", "content": "noon"},
+    {"role": "assistant", "content": "Noon."},
+]
+
+
+def test_a_conversation_with_tools_keeps_them(talk, tmp_path):
+    path = tmp_path / "tools.jsonl"
+    path.write_text(json.dumps({"messages": CALLED, "tools": TOOLS}), encoding="utf-8")
+    talk(f"/load {path}", f"/save {tmp_path / 'whole'}", "/undo", f"/save {tmp_path / 'undone'}")
+    whole, undone = (
+        json.loads((tmp_path / name).read_text(encoding="utf-8")) for name in ("whole", "undone")
+    )
+    assert whole == {"conversations": CALLED, "tools": TOOLS}
+    assert undone == {"conversations": CALLED[:3], "tools": TOOLS}
+    assert talk(f"/load {path}", "Hi")[1] != talk("Hi")[0]
+    told = talk(f"/load {path}", "Hi", more=["--history_cnt", 1])
+    del whole["conversations"][1:3]  # an exchange is all that follows a question
+    path.write_text(json.dumps(whole), encoding="utf-8")
+    assert told == talk(f"/load {path}", "Hi")
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_tools_are_told_as_the_chat_template_does(tokenizer, start):
+    """With a system message and without; what does not fit is left out, but never the tools."""
+    talker = Talker("m", random_model(max_seq_len=1000), tokenizer, chats=True)
+    messages = [*CALLED[start:], {"role": "user", "content": "And now?"}]
+
+    def template(messages):
+        return tokenizer.apply_chat_template(
+            messages, tools=TOOLS, add_generation_prompt=True, return_dict=False
+        )
+
+    assert talker.fitting_chat_ids(messages, 0, TOOLS) == template(messages)
+    short = [*CALLED[start:1], messages[-1]]
+    length = len(template(short))
+    talker.model.config.max_seq_len = 2 * length
+    assert talker.fitting_chat_ids(messages, length, TOOLS) == template(short)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_ctrl_c_stops_the_answer_and_not_the_program(root, tmp_path, tokenizer):
     model = random_model(max_seq_len=8192)
@@ -327,6 +379,11 @@ def test_a_file_of_questions_is_answered_as_each_alone(run, chat_dir, tmp_path):
     for answer, prompt in ((answers[0], "Hi"), (answers[2], "你好"), (answers[3], "Say\nit")):
         alone = run(*words, "--prompt", prompt, script="eval_model.py").stdout
         assert alone == answer["answer"] + "\n"
+    line = '{"prompt": "Hi", "note": "\\ud83d"}\n'  # half a character, as it may stand in JSON
+    path.write_text(line, encoding="utf-8")
+    half = ["--input_file", path, "--output_file", tmp_path / "half.jsonl"]
+    run(*words, *half, script="eval_model.py")
+    assert json.loads((tmp_path / "half.jsonl").read_text(encoding="utf-8"))["note"] == "\ud83d"
     again = ["--input_file", path, "--output_file", out]
     assert str(out) in run(*words, *again, script="eval_model.py", code=2).stderr
     path.write_text('{"prompt": "Hi"}\n{"prompt": 3}\n', encoding="utf-8")
@@ -386,6 +443,45 @@ def test_answers_beside_references(run, tmp_path, tokenizer):
     assert abs(float(re.search(r"loss by ([+-]\d+\.\d+)%", said)[1])) <= 1
 
 
+def test_scores_of_long_conversations_miss_nothing(run, tmp_path, tokenizer):
+    """All targets of answers beyond 512 tokens; what is beyond the context is told."""
+    long = chat("Hi", "stone " * 700)
+    path = tmp_path / "long.jsonl"
+    lines = [{"prompt": "Hi", "messages": long}, {"prompt": "Hi", "messages": chat("Hi", "Hello")}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    targets = sum(
+        len(tokenizer.encode(line["messages"][1]["content"], add_special_tokens=False)) + 1
+        for line in lines
+    )
+    words = ["--out_dir", tmp_path, "--max_new_tokens", 1, "--batch_size", 2, "--score", path]
+    save_tuned(random_model(), tmp_path, tokenizer)
+    said = run(*words, script="eval_model.py").stdout
+    assert f"{targets:,} target tokens of 2 samples" in said and "2 greedy answers" in said
+    save_tuned(random_model(max_seq_len=600), tmp_path, tokenizer)
+    said = run(*words, script="eval_model.py").stdout
+    assert "beyond the context of 600 tokens: 0 turns left out, 1 answers cut" in said
+
+
+def test_output_that_cannot_be_written_is_said_before_the_work(run, chat_dir, tmp_path):
+    path = write_chats(tmp_path / "q.jsonl", [chat("Hi", "Hello")])
+    words = ["--out_dir", chat_dir, "--weight", "full_sft", "--dim", 32]
+    for kind in ("--input_file", "--score"):
+        out = tmp_path / "nowhere" / "out"
+        with pytest.MonkeyPatch.context() as patches:
+            patches.setattr(MiniMindLM, "batch_generate", None)  # not asked for
+            patches.setattr(MiniMindLM, "forward", None)
+            error = run(*words, kind, path, "--output_file", out, script="eval_model.py", code=2)
+        assert error.stderr == (
+            f"eval_model.py: error: --output_file {out}: No such file or directory\n"
+        )
+
+
+def test_work_that_fails_leaves_no_output(tmp_path):
+    with pytest.raises(ZeroDivisionError), new_file(tmp_path / "out", "utf-8") as file:
+        file.write(f"{1 / 0}")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("wanted", "given", "rouge", "tokenize"),
     [
@@ -394,10 +490,10 @@ def test_answers_beside_references(run, tmp_path, tokenizer):
         (["天气很好", "你好"], ["天很", "再见"], (2 * 1 * 0.5 / 1.5 + 0) / 2, "zh"),
     ],
 )
-def test_scores_of_answers_by_hand(tmp_path, capsys, wanted, given, rouge, tokenize):
+def test_scores_of_answers_by_hand(capsys, wanted, given, rouge, tokenize):
     """ROUGE-L worked out, BLEU and chrF as sacrebleu scores answers against references."""
     questions = [Question({}, [1], "?", text) for text in wanted]
-    compare_answers(questions, given, tmp_path / "rate.csv")
+    compare_answers(questions, given, None)
     said = capsys.readouterr().out
     bleu = sacrebleu.corpus_bleu(given, [wanted], tokenize=tokenize).score
     chrf = sacrebleu.corpus_chrf(given, [wanted]).score

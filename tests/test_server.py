@@ -1,9 +1,11 @@
 """The server, by clients that others wrote: OpenAI's, LangChain's, and schemathesis's requests."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import functools
 import json
+import shutil
 import socket
 import threading
 import time
@@ -18,7 +20,7 @@ from tiny_models import greedy_answer, random_model, save_tuned
 
 from inference import WeightSpec
 from inference.api import Limits, create_app
-from inference.batcher import Batcher, Closed, Job
+from inference.batcher import Batcher, Closed, Job, QueueFull
 from inference.pool import ModelPool
 from model import Sampling, TorchDecoder, apply_lora, save_lora
 from training import UserError
@@ -360,7 +362,7 @@ def test_who_waits_is_cancelled_and_timed_as_well(folder, tokenizer_dir):
     batcher.submit([gone, collect([1, 7], late, deadline=time.monotonic() + 0.05)])
     gone.cancelled = True
     eventually(lambda: cancelled and late)
-    assert (cancelled, late) == (["cancelled"], ["length"])
+    assert cancelled == ["cancelled"] and type(late[0]) is QueueFull
     long.cancelled = True
     eventually(lambda: not batcher.load)
     assert batcher.close(only_if_idle=True)
@@ -411,6 +413,64 @@ def test_time_is_limited(folder, tokenizer_dir):
         assert found.usage.completion_tokens < 2000
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_finds_no_place_in_time_is_told_so(folder, tokenizer_dir, stream):
+    with serving(folder, tokenizer_dir, rows=1, max_tokens=8000, max_seconds=1) as (url, pool):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        ask(client)  # loads the model
+        events = []
+        pool.get("full_sft_64").submit([collect([1, 5], events, 8000)])
+        eventually(lambda: events)
+        with pytest.raises(openai.APIError) as refused:
+            list(ask(client, stream=stream))
+        assert refused.value.code == "queue_full"
+        assert len(events) > 1
+
+
+def test_a_model_that_is_loaded_waits_for_no_other(folder, tokenizer_dir, answer, monkeypatch):
+    """Two requests wait for one load; a third is too many; the loaded model answers meanwhile."""
+    with serving(folder, tokenizer_dir, rows=1, queue=1) as (url, pool):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        ask(client)
+        load, let, loads = pool.get, threading.Event(), []
+
+        def slow(name):
+            loads.append(name)
+            assert let.wait(60)
+            return load(name)
+
+        monkeypatch.setattr(pool, "get", slow)
+        with concurrent.futures.ThreadPoolExecutor(2) as threads:
+            others = [threads.submit(ask, client, model="other_64") for _ in range(2)]
+            eventually(lambda: loads)
+
+            def refused():
+                with contextlib.suppress(openai.APITimeoutError):
+                    client.with_options(timeout=0.2).chat.completions.create(
+                        model="other_64", messages=HI
+                    )
+
+            with pytest.raises(openai.RateLimitError):
+                for _ in range(100):
+                    refused()
+            assert ask(client).choices[0].message.content == answer(HI, 12)
+            let.set()
+            said = {other.result().choices[0].message.content for other in others}
+        assert len(said) == 1 and loads == ["other_64"]
+
+
+def test_a_model_that_cannot_be_loaded_tells_no_paths(folder, tokenizer_dir, tokenizer, tmp_path):
+    save_tuned(random_model(dim=64), tmp_path, tokenizer, "full_sft_64")
+    shutil.copytree(folder / "lora", tmp_path / "lora")
+    save_tuned(random_model(1, dim=64), tmp_path, tokenizer, "full_sft_64")  # another base
+    with serving(tmp_path, tokenizer_dir) as (url, _):
+        body = {"model": "other_64", "messages": HI}
+        done = httpx.post(f"{url}/v1/chat/completions", json=body)
+    assert done.status_code == 503
+    assert done.json()["error"]["message"].startswith("The model 'other_64' cannot be loaded")
+    assert f"{tmp_path}" not in done.text
+
+
 # Errors
 
 
@@ -459,6 +519,20 @@ def test_a_broken_request(server):
     for content in (b"{", b"\xff", b"[]", b"", surrogate.encode(), b'{"model": "\\ud800"}'):
         done = httpx.post(url, content=content, headers={"Content-Type": "application/json"})
         assert done.status_code == 400 and done.json()["error"]["message"], content
+    for content, message, param in (
+        (b"{", "The body is not valid JSON: ", None),
+        (b"[]", "Send a JSON object, ", None),
+        (b'{"model": "m", "messages": [{"role": "user", "content": null}]}',
+         "Invalid 'messages.0.content': ", "messages"),
+        (b'{"model": "m", "messages": [{"role": "user", "content": [{"type": "image"}]}]}',
+         "Invalid 'messages.0.content': ", "messages"),
+    ):  # fmt: skip
+        error = httpx.post(
+            url, content=content, headers={"Content-Type": "application/json"}
+        ).json()["error"]
+        assert error["message"].startswith(message) and error["param"] == param
+    plain = httpx.post(url, content=json.dumps({"model": "full_sft_64", "messages": HI}))
+    assert "Content-Type: application/json" in plain.json()["error"]["message"]
     body = {"model": "\ud800", "messages": HI}
     done = httpx.post(url, content=json.dumps(body).encode())
     assert done.status_code in (400, 404)
@@ -477,6 +551,17 @@ def test_a_large_request_is_refused(folder, tokenizer_dir):
         for content in (body, in_parts()):
             done = httpx.post(f"{url}/v1/chat/completions", content=content)
             assert done.status_code == 413 and done.json()["error"]["code"] == "request_too_large"
+
+
+def test_a_request_must_arrive_in_time(folder, tokenizer_dir):
+    def slowly():
+        for _ in range(20):
+            yield b" "
+            time.sleep(0.1)
+
+    with serving(folder, tokenizer_dir, max_seconds=0.3) as (url, _):
+        done = httpx.post(f"{url}/v1/chat/completions", content=slowly())
+    assert done.status_code == 408 and "0.3 s" in done.json()["error"]["message"]
 
 
 def test_a_key_is_asked_for(folder, tokenizer_dir):
@@ -581,11 +666,17 @@ def test_what_cannot_be_read_is_not_offered(folder, tokenizer_dir, tokenizer, tm
     save_lora(model, out / "lora" / "it_64.pth")
     save_lora(model, out / "lora" / "it_64_resume.old.pth")
     torch.save({"x": torch.ones(1)}, out / "lora" / "other.pth")
+    torch.save(torch.ones(1), out / "lora" / "plain.pth")
     pool = open_pool(out, tokenizer_dir)
     assert list(pool.offers()) == ["full_sft_64", "it_64"]
     assert pool.get("full_sft_64").talker.name == "full_sft_64"
+    save_tuned(random_model(dim=64), out, tokenizer, "dpo_64")  # newer, and damaged
+    (out / "dpo_64.pth").write_bytes(b"")
     assert pool.get("it_64").talker.name == "full_sft_64+it_64"
     pool.close()
+    save_tuned(random_model(1, dim=64), out, tokenizer, "pretrain_64", "pretrain")
+    words = open_pool(out, tokenizer_dir, weight=str(out / "pretrain_64.pth"))
+    assert not words.offers()["pretrain_64"].chats
     alone = open_pool(out, tokenizer_dir, weight=str(out / "full_sft_64.pth"))
     assert list(alone.offers()) == ["full_sft_64"]
     (out / "full_sft_64.pth").unlink()
@@ -602,7 +693,8 @@ def test_mistakes_of_the_command_line_are_one_line(run, folder, tmp_path):
             (["--out_dir", tmp_path], str(tmp_path)),
             (["--out_dir", folder, "--weight", "nowhere.pth"], "nowhere.pth"),
             (["--out_dir", folder, "--port", port], f"--port {port}"),
-            (["--out_dir", folder, "--port", 99999], "--port 99999"),
+            (["--out_dir", folder, "--port", 99999], "--port: must be at most 65535"),
+            (["--out_dir", folder, "--api_key", ""], "--api_key"),
             (["--out_dir", folder, "--device", "cuda:99"], "--device cuda:99"),
         ):
             error = run(*words, script="scripts/serve_openai_api.py", code=2).stderr

@@ -232,7 +232,8 @@ def test_a_server_is_talked_to(root, page, out_dir, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "words", [["--bogus"], ["--device", "cuda:99"], ["--tokenizer_path", "nowhere"]]
+    "words",
+    [["--bogus"], ["--port", "70000"], ["--device", "cuda:99"], ["--tokenizer_path", "nowhere"]],
 )
 def test_mistakes_are_one_line(run, words):
     error = run(*words, script="scripts/web_demo.py", code=2).stderr
@@ -251,10 +252,21 @@ def test_conversations_are_kept_and_names_reach_no_other_file(tmp_path):
     forged = {**vars(talk), "id": "../elsewhere"}
     (store.folder / f"{9:032}.json").write_text(json.dumps(forged), encoding="utf-8")
     assert store.get(f"{9:032}").id == f"{9:032}"
+    (store.folder / f"{9:032}.json").write_text(json.dumps({"changed": "5"}), encoding="utf-8")
+    assert [talk.changed for talk in store.list()][1] == 5.0
     (store.folder / f"{9:032}.json").unlink()
     assert len(talk.title) == 29
     (tmp_path / "secret.json").write_text(json.dumps(vars(talk)), encoding="utf-8")
     for name in ("../secret", "other", "", talk.id + "\n", "/" + talk.id):
         assert store.get(name) is None
-    store.delete(talk)
+    # Two windows go on with the same conversation: both are kept.
+    here, there = store.get(talk.id), store.get(talk.id)
+    for window, text in ((here, "here"), (there, "there")):
+        window.messages.append({"role": "assistant", "content": text})
+        store.keep(window)
+    assert here.id == talk.id != there.id
+    assert store.list() == [there, here]
+    here.messages.clear()
+    store.keep(here)
+    store.delete(there)
     assert store.list() == []
