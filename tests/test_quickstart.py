@@ -1,5 +1,7 @@
 """scripts/quickstart.py from nothing to a scorecard, and what it says of low scores."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -19,24 +21,28 @@ def quickstart(root):
 
 
 @pytest.fixture(scope="module")
-def finished(root, tmp_path_factory):
-    """The folder that `--smoke` leaves, and what it printed, of a first start and a second."""
-    if not (root / ".venv").is_dir():
-        pytest.skip("needs the .venv that scripts/test.py makes")
+def finished(root, quick, run, quickstart, tmp_path_factory):
+    """The folder that `--smoke` leaves, and what it printed, of a first start and a second.
+
+    Its steps run in this process, which has PyTorch loaded already.
+    """
     out = tmp_path_factory.mktemp("quickstart")
-    command = [sys.executable, root / "scripts" / "quickstart.py", "--smoke", "--out_dir", out]
+    main = quickstart["main"]
+
+    def run_here(python, script, *words):
+        print(run(*words, script=script).stdout)
+        return 0
+
     printed = []
-    for more in ["--all"], []:
-        done = subprocess.run(
-            [*command, *more],
-            cwd=out,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        printed.append(done.stdout)
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(sys.modules["steps"], "run", run_here)
+        patches.setitem(main.__globals__, "prepare", lambda *what: sys.executable)
+        for more in ["--all"], []:
+            words = ["quickstart.py", "--smoke", "--out_dir", str(out), *more]
+            patches.setattr(sys, "argv", words)
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                assert main() == 0
+            printed.append(said.getvalue())
     return out, printed
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .arguments import UserError
 
@@ -18,7 +18,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"--tokenizer_path {folder}: no tokenizer.json there")
     try:
         Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # which is what the tokenizers library raises
         raise UserError(f"--tokenizer_path {folder}: cannot be loaded ({error})") from None
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
