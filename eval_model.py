@@ -52,7 +52,7 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
 HELP = '''\
 /help                    this text
 /reset                   forget the conversation
-/system TEXT             what the model is told first; without TEXT nothing
+/system TEXT             tell the model this first; without TEXT nothing
 /undo                    take the last question and its answer back
 /save FILE, /load FILE   the conversation, as one line of training data
 /set                     show the settings
@@ -208,18 +208,30 @@ class Chat:
             print(HELP)
         elif name == "reset":
             self.talk = Talk(self.talk.system)
+            print("a new conversation")
         elif name == "system":
             self.talk.system = rest
+            print(f"told first: {rest or 'nothing'}")
         elif name == "undo":
-            self.talk.undo()
-        elif name == "save" and rest:
+            self.undo()
+        elif name in ("save", "load") and not rest:
+            raise UserError(f"/{name}: needs the name of a file")
+        elif name == "save":
             self.save(Path(rest))
-        elif name == "load" and rest:
+        elif name == "load":
             self.load(Path(rest))
         elif name == "set":
             self.set(*rest.split())
         else:
-            raise UserError(f"/{name}: no such command, or a word is missing; /help lists them")
+            raise UserError(f"/{name}: no such command; /help lists them")
+
+    def undo(self) -> None:
+        """Take the last question and what followed it back."""
+        if not self.talk.messages:
+            raise UserError("/undo: nothing was said yet")
+        question = self.talk.messages[self.talk.last_exchanges(1)]["content"]
+        self.talk.undo()
+        print(f"taken back: {question}")
 
     def set(self, name: str = "", value: str = "", *more: str) -> None:
         """Change a setting, or show all."""
@@ -240,6 +252,7 @@ class Chat:
                 file.write(self.talk.training_line())
         except OSError as error:
             raise UserError(f"/save {path}: {error.strerror}") from None
+        print(f"saved {path}")
 
     def load(self, path: Path) -> None:
         """Go on with a saved conversation, or another one on the first line of a file."""
@@ -254,6 +267,7 @@ class Chat:
             raise UserError(f"/load {path}:1: it does not end with an answer")
         system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
         self.talk = Talk(system, messages=messages, tools=tools)
+        print(f"{len(messages)} messages")
 
 
 def typed_texts() -> Iterator[str]:

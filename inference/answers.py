@@ -60,7 +60,8 @@ def read_questions(talker: Talker, path: Path, system: str | None = None) -> lis
                 continue
             questions.append(Question(json.loads(line), ids, text, reference))
     if bad.count:
-        raise DataError(bad.report(path, way_out=""))
+        kind = "" if talker.encoder else '; pretrained weights continue {"text"} lines'
+        raise DataError(bad.report(path, way_out=kind))
     return questions
 
 

@@ -87,7 +87,7 @@ class ModelPool:
                 chat = about["stage"] != PRETRAINED
                 (chats if chat else pretrained)[path.stem] = Offer(path, chats=chat)
         offers = {**chats, **pretrained}
-        for path in list_adapters(self.spec.out_dir):
+        for path in list_adapters(self.spec.out_dir) if offers else ():
             offers.setdefault(path.stem, Offer(path, is_adapter=True))
         return offers
 
@@ -115,6 +115,21 @@ class ModelPool:
             with self._lock:
                 self.batchers[name] = batcher
             return batcher
+
+    def load_first(self) -> list[UserError]:
+        """Load the first model that can be loaded: what is wrong with those before it.
+
+        Raises:
+            UserError: if none can be: what is wrong with the first.
+        """
+        errors = []
+        for name in self.offers():
+            try:
+                self.get(name)
+                return errors
+            except UserError as error:
+                errors.append(error)
+        raise errors[0]
 
     def find_loaded(self, name: str) -> Batcher | None:
         """The batcher of a model that is in memory; None for all others."""

@@ -35,9 +35,9 @@ class WeightSpec:
     Attributes:
         out_dir: where weights are.
         tokenizer_path: folder of the tokenizer.
-        weight: a stage's name, a .pth file, or a folder in transformers' format. None: those that
-            the adapter was trained on; without one the newest chat weights, or the newest
-            pretrained ones where there are no others.
+        weight: a stage's name, of whose weights the newest are used, a .pth file, or a folder in
+            transformers' format. None: those that the adapter was trained on; without one the
+            newest chat weights, or the newest pretrained ones where there are no others.
         lora_name: an adapter's name, or its .pth file.
         dim, n_layers, use_moe: the shape to look for, where given, and that of weights without a
             .json file.
@@ -115,6 +115,23 @@ def newest_weights(spec: WeightSpec) -> Path:
     return found.get(True) or found[False]
 
 
+def stage_weights(spec: WeightSpec, shape: LMConfig) -> Path:
+    """The file that `weight` means: itself, or the newest of a stage that fits the shape asked for.
+
+    Args:
+        spec: what is asked for.
+        shape: names the file of a stage that has no .json.
+
+    Raises:
+        UserError: if there is none.
+    """
+    stem = re.compile(rf"{re.escape(spec.weight)}_\d+(_moe)?")
+    for path, about in list_weights(spec.out_dir):
+        if stem.fullmatch(path.stem) and spec.fits(about["config"]):
+            return path
+    return resolve_weights("--weight", spec.weight, spec.out_dir, shape)
+
+
 def find_adapter(spec: WeightSpec) -> Path:
     """The file of the adapter that is asked for; of several shapes, the newest.
 
@@ -130,8 +147,9 @@ def find_adapter(spec: WeightSpec) -> Path:
     stem = re.compile(rf"{re.escape(spec.lora_name)}_{dims}(_moe)?")
     paths = [path for path in (spec.out_dir / "lora").glob("*.pth") if stem.fullmatch(path.stem)]
     if not paths:
-        name = f"{spec.lora_name}_{spec.dim or 512}.pth"
-        raise UserError(f"--lora_name {spec.lora_name}: no file {spec.out_dir / 'lora' / name}")
+        wanted = spec.out_dir / "lora" / f"{spec.lora_name}_{spec.dim or 512}.pth"
+        there = ", ".join(path.stem for path in list_adapters(spec.out_dir)) or "no adapter"
+        raise UserError(f"--lora_name {spec.lora_name}: no file {wanted}; there is {there}")
     return max(paths, key=lambda path: path.stat().st_mtime)
 
 
@@ -144,16 +162,21 @@ def base_of(adapter: Path, out_dir: Path, tokenizer: str) -> Path:
         tokenizer: hash of the tokenizer in use.
 
     Raises:
-        UserError: if they are not there, or the file holds no adapter.
+        UserError: if they are not there, belong to another tokenizer, or the file holds no adapter.
     """
     base = adapted_base(adapter)
     if base is None:
         raise UserError(f"{adapter}: not an adapter")
+    found = None
     for path, about in list_weights(out_dir):
-        if about["tokenizer"] == tokenizer:
-            with suppress(UserError):  # a damaged file is not what is looked for
-                if weights_hash(load_model(path, about["config"], tokenizer)) == base:
-                    return path
+        with suppress(UserError):  # a damaged file is not what is looked for
+            if weights_hash(load_model(path, about["config"], about["tokenizer"])) == base:
+                found = path, about["tokenizer"]
+                break
+    if found is not None and found[1] != tokenizer:
+        raise UserError(f"{found[0]}: trained with another tokenizer; --tokenizer_path names it")
+    if found is not None:
+        return found[0]
     raise UserError(
         f"{adapter}: the weights that it was trained on are not in {out_dir}; --weight names them"
     )
@@ -187,7 +210,7 @@ def load_talker(
         raise UserError(f"--dim {spec.dim}: {error}") from None
     adapter = None if spec.lora_name is None else find_adapter(spec)
     if spec.weight is not None:
-        path = resolve_weights("--weight", spec.weight, spec.out_dir, shape)
+        path = stage_weights(spec, shape)
     elif adapter is not None:
         path = base_of(adapter, spec.out_dir, known)
     else:
@@ -224,7 +247,10 @@ def load_folder(spec: WeightSpec, device: torch.device, quantize: str | None, ro
         if wrong:
             raise ValueError(f"not the weights of this model: {wrong[0]}")
         if model.config.vocab_size != len(tokenizer):
-            raise ValueError(f"{model.config.vocab_size} ids, the tokenizer has {len(tokenizer)}")
+            raise ValueError(
+                f"{model.config.vocab_size} ids, the tokenizer has {len(tokenizer)}: "
+                "--tokenizer_path names another"
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = f"{error}".partition("\n")[0]
         raise UserError(f"--weight {folder}: cannot be loaded ({reason})") from None

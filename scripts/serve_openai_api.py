@@ -82,9 +82,13 @@ def main() -> None:
     pool = ModelPool(spec, device, args.quantize, args.max_batch, args.max_queue, args.max_models)
     names = list(pool.offers())
     if not names:
-        raise UserError(f"--out_dir {args.out_dir}: no weights of this tokenizer there")
+        raise UserError(
+            f"--out_dir {args.out_dir}: no weights of this tokenizer there; --out_dir and "
+            "--tokenizer_path name others"
+        )
     server = listen(args.host, args.port)
-    pool.get(names[0])  # what is wrong with it shows now
+    for error in pool.load_first():
+        print(error, file=sys.stderr)
     limits = Limits(args.max_prompt, args.max_tokens, args.max_seconds, args.max_bytes)
     app = create_app(pool, limits, args.api_key, args.cors_origin)
     print(f"{', '.join(names)} at http://{args.host}:{server.getsockname()[1]}/v1", flush=True)

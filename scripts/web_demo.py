@@ -38,6 +38,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--port", type=port, default=8501)
     args = parser.parse_args()
     args.chats_dir = args.chats_dir or args.out_dir / "chats"
+    if args.endpoint is not None and not args.endpoint.startswith(("http://", "https://")):
+        raise UserError(f"--endpoint {args.endpoint}: an address, as http://127.0.0.1:8000/v1")
     return args
 
 

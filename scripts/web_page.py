@@ -128,6 +128,9 @@ def sidebar(backend: Backend, store: TalkStore, talk: Talk) -> tuple[dict[str, s
         except Exception as error:  # of any kind: a server that does not answer, say
             st.error(f"{texts['failed']}: {error}")
             models = []
+        else:
+            if not models:
+                st.info(texts["none"])
         if models:
             chosen = models.index(talk.model) if talk.model in models else 0
             talk.model = st.selectbox(texts["model"], models, index=chosen)
@@ -208,7 +211,7 @@ def draw(make_backend: Callable[[], Backend], chats_dir: Path) -> None:
         make_backend: opens the source of answers, when the page is drawn first.
         chats_dir: where conversations are kept.
     """
-    st.set_page_config("MiniMind", ":material/neurology:", layout="centered")
+    st.set_page_config("MiniMind", layout="centered")  # icons but Streamlit's come from elsewhere
     backend = open_backend(make_backend)
     store = TalkStore(chats_dir)
     talk = current_talk(store)
@@ -216,7 +219,6 @@ def draw(make_backend: Callable[[], Backend], chats_dir: Path) -> None:
     texts, settings = sidebar(backend, store, talk)
     st.title("MiniMind")
     if not talk.model:
-        st.info(texts["none"])
         return
     if not backend.chats(talk.model):
         st.caption(texts["continues"])

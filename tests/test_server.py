@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import functools
 import json
+import os
 import shutil
 import socket
 import threading
@@ -704,3 +705,24 @@ def test_mistakes_of_the_command_line_are_one_line(run, folder, tmp_path):
 def test_help_tells_no_key(run, monkeypatch):
     monkeypatch.setenv("MINIMIND_API_KEY", "sesame")
     assert "sesame" not in run("--help", script="scripts/serve_openai_api.py").stdout
+
+
+def test_damaged_weights_do_not_keep_the_server_from_others(
+    folder, tokenizer_dir, tokenizer, tmp_path
+):
+    save_tuned(random_model(dim=64), tmp_path, tokenizer, "full_sft_64")
+    save_tuned(random_model(dim=64), tmp_path, tokenizer, "dpo_64", "dpo")
+    (tmp_path / "dpo_64.pth").write_bytes(b"")
+    os.utime(tmp_path / "full_sft_64.pth", (1e9, 1e9))
+    pool = open_pool(tmp_path, tokenizer_dir)
+    assert [f"{error}".split(":")[0] for error in pool.load_first()] == [f"{tmp_path}/dpo_64.pth"]
+    assert list(pool.batchers) == ["full_sft_64"]
+    pool.close()
+    (tmp_path / "full_sft_64.pth").write_bytes(b"")
+    with pytest.raises(UserError, match=r"full_sft_64\.pth"):  # the newest now
+        pool.load_first()
+
+
+def test_an_adapter_alone_is_no_offer(folder, tokenizer_dir, tmp_path):
+    shutil.copytree(folder / "lora", tmp_path / "lora")
+    assert open_pool(tmp_path, tokenizer_dir).offers() == {}

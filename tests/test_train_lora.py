@@ -257,7 +257,8 @@ def test_chat_with_and_without_the_adapter(adapt, run, data, tokenizer, tmp_path
     error = talk("--lora_name", "nobody", code=2).stderr
     assert (
         error
-        == f"eval_model.py: error: --lora_name nobody: no file {tmp_path}/lora/nobody_32.pth\n"
+        == f"eval_model.py: error: --lora_name nobody: no file {tmp_path}/lora/nobody_32.pth; "
+        f"there is {NAME}\n"
     )
     save_tuned(random_model(1), tmp_path, tokenizer)
     adapter = tmp_path / "lora" / f"{NAME}.pth"

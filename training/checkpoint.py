@@ -247,7 +247,8 @@ def load_weights(path: Path, model: nn.Module, tokenizer_hash: str) -> None:
     state = read_state(path, of_model=True)
     difference = _first_difference(path, state, model)
     if difference:
-        raise UserError(f"{path}: weights of another model: {difference}")
+        hint = "" if about else "; no .json beside it says its shape"
+        raise UserError(f"{path}: weights of another model: {difference}{hint}")
     model.load_state_dict(state)
 
 

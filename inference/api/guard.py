@@ -42,6 +42,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
         path = scope["path"] if scope["path"] in PATHS else "other"
+        if scope["path"].startswith("/v1/models/"):
+            path = "/v1/models/{name}"
         answered = False
 
         async def counted(message: Message) -> None:
