@@ -53,12 +53,14 @@ def open_pool(folder, tokenizer_dir, rows=4, queue=64, loaded=2, **spec):
 
 
 @contextlib.contextmanager
-def serving(folder, tokenizer_dir, api_key=None, cors_origins=(), rows=4, queue=64, **changed):
-    """A server on a port of its own: its address, and its pool."""
+def serving(
+    folder, tokenizer_dir, api_key=None, cors_origins=(), rows=4, queue=64, port=0, **changed
+):
+    """A server, by default on a port of its own: its address, and its pool."""
     pool = open_pool(folder, tokenizer_dir, rows, queue)
     limits = {"max_prompt": 2048, "max_tokens": 2048, "max_seconds": 300, "max_bytes": 1_000_000}
     app = create_app(pool, Limits(**{**limits, **changed}), api_key, cors_origins)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with socket.create_server(("127.0.0.1", port)) as listening:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()

@@ -13,6 +13,7 @@ import time
 import httpx
 import pytest
 from interruptions import eventually
+from test_server import serving
 from tiny_models import greedy_answer, random_model, save_tuned
 
 from inference.conversations import Talk, TalkStore
@@ -207,28 +208,26 @@ def test_a_question_without_an_answer_is_taken_back(site, page, out_dir):
 
 
 @in_a_browser
-def test_a_server_that_is_not_there_is_told(root, page, tmp_path):
-    words = ["--endpoint", "http://127.0.0.1:9/v1", "--chats_dir", tmp_path]
-    with started(root, "web_demo.py", *words) as url:
+def test_a_server_is_talked_to_as_soon_as_it_is_there(
+    root, page, out_dir, tokenizer, tokenizer_dir, tmp_path
+):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    endpoint = ["--endpoint", f"http://127.0.0.1:{port}/v1", "--api_key", "k"]
+    with started(root, "web_demo.py", *endpoint, "--chats_dir", tmp_path / "chats") as url:
         page.goto(url)
         page.get_by_text("No answer").wait_for()
         assert page.get_by_text("There are no models yet").count() == 0
-
-
-@in_a_browser
-def test_a_server_is_talked_to(root, page, out_dir, tokenizer):
-    words = ["--out_dir", out_dir, "--device", "cpu"]
-    with started(root, "serve_openai_api.py", *words, "--api_key", "k") as server:
-        words = ["--endpoint", f"{server}/v1", "--api_key", "k", "--chats_dir", out_dir / "chats"]
-        with started(root, "web_demo.py", *words) as url:
-            page.goto(url)
+        with serving(out_dir, tokenizer_dir, api_key="k", port=port):
+            page.get_by_text("Look for models again").click()
             page.get_by_placeholder("Say something").wait_for()
             greedy(page)
             say(page, "Hello")
             page.get_by_text("Take back the last exchange").wait_for()
     messages = [{"role": "user", "content": "Hello"}]
     wanted = answer(out_dir, tokenizer, "full_sft_64", messages)
-    assert kept(out_dir).messages[1]["content"] == wanted
+    assert kept(tmp_path).messages[1]["content"] == wanted
 
 
 @pytest.mark.parametrize(
