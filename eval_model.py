@@ -118,6 +118,9 @@ def parse_args() -> argparse.Namespace:
         "--score", type=Path, metavar="DATA", help="score the model on texts or conversations"
     )
     instead.add_argument("--batch_size", type=count, default=16, help="lines at a time")
+    instead.add_argument(
+        "--skip_bad_lines", action=flag, default=False, help="go on without lines that have errors"
+    )
     args = parser.parse_args()
     chosen = [f"--{n}" for n in ("prompt", "input_file", "score") if getattr(args, n) is not None]
     if len(chosen) > 1:
@@ -334,10 +337,18 @@ def main() -> None:
         generator.manual_seed(args.seed)
     settings = {name: getattr(args, name) for name in SETTINGS}
     if args.score is not None:
-        score(talker, args.score, args.output_file, args.max_new_tokens)
+        score(talker, args.score, args.output_file, args.max_new_tokens, args.skip_bad_lines)
     elif args.input_file is not None:
         options = sampling_options(settings)
-        answer_file(talker, args.input_file, args.output_file, args.system, generator, options)
+        answer_file(
+            talker,
+            args.input_file,
+            args.output_file,
+            args.system,
+            generator,
+            options,
+            args.skip_bad_lines,
+        )
     else:
         chat = Chat(talker, settings, generator, args.system, args.history_cnt)
         if args.prompt is not None:

@@ -26,16 +26,19 @@ class Question(NamedTuple):
     reference: str | None
 
 
-def read_questions(talker: Talker, path: Path, system: str | None = None) -> list[Question]:
+def read_questions(
+    talker: Talker, path: Path, system: str | None = None, skip_bad_lines: bool = False
+) -> list[Question]:
     """The lines of a file.
 
     Args:
         talker: who will answer: conversations, or beginnings of texts.
         path: JSONL file.
         system: a system message for conversations without one.
+        skip_bad_lines: say how many lines cannot be answered, and go on without them.
 
     Raises:
-        DataError: naming the lines that cannot be answered.
+        DataError: naming the lines that cannot be answered; also if all are left out.
     """
     check_file(path)
     questions, bad = [], BadLines()
@@ -59,9 +62,11 @@ def read_questions(talker: Talker, path: Path, system: str | None = None) -> lis
                 bad.add(number, str(error))
                 continue
             questions.append(Question(json.loads(line), ids, text, reference))
-    if bad.count:
+    if bad.count and not (skip_bad_lines and questions):
         kind = "" if talker.encoder else '; pretrained weights continue {"text"} lines'
-        raise DataError(bad.report(path, way_out=kind))
+        raise DataError(bad.report(path) + kind)
+    if bad.count:
+        print(f"{bad.count:,} lines that cannot be answered left out")
     return questions
 
 
@@ -90,6 +95,7 @@ def answer_file(
     system: str | None,
     generator: torch.Generator,
     options: dict[str, Any],
+    skip_bad_lines: bool = False,
 ) -> None:
     """Write every line of a file with an "answer" added to it.
 
@@ -97,7 +103,7 @@ def answer_file(
         talker: who answers.
         path: JSONL file, see `read_questions`.
         out: where the lines go.
-        system: as for `read_questions`.
+        system, skip_bad_lines: as for `read_questions`.
         generator: source of randomness.
         options: of `MiniMindLM.generate`.
 
@@ -105,7 +111,7 @@ def answer_file(
         DataError: for lines that cannot be answered.
         UserError: if nothing can be written there.
     """
-    questions = read_questions(talker, path, system)
+    questions = read_questions(talker, path, system, skip_bad_lines)
     with new_file(out, "utf-8") as file:
         answers = write_answers(talker, questions, generator, options)
         for question, answer in zip(questions, answers, strict=True):

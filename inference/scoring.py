@@ -23,7 +23,13 @@ ROW = 512  # tokens of a text that are scored together, and the mean of a full b
 RATINGS = ("relevance", "accuracy", "fluency", "completeness")  # 1 to 5, for a person to fill in
 
 
-def score(talker: Talker, path: Path, out: Path | None, max_new_tokens: int) -> None:
+def score(
+    talker: Talker,
+    path: Path,
+    out: Path | None,
+    max_new_tokens: int,
+    skip_bad_lines: bool = False,
+) -> None:
     """Print perplexity and bits per byte, and for conversations how answers compare to references.
 
     Args:
@@ -31,6 +37,7 @@ def score(talker: Talker, path: Path, out: Path | None, max_new_tokens: int) -> 
         path: JSONL file of texts or conversations.
         out: where a table of answers goes that a person can rate, or None.
         max_new_tokens: of an answer.
+        skip_bad_lines: go on without lines that have errors.
 
     Raises:
         DataError: for bad lines.
@@ -42,12 +49,13 @@ def score(talker: Talker, path: Path, out: Path | None, max_new_tokens: int) -> 
         raise UserError(f"--output_file {out}: only answers to conversations can be rated")
     with tempfile.TemporaryDirectory() as folder:  # nothing is left beside somebody's data
         row = talker.context if kind is SFTDataset else min(ROW, talker.context)
-        dataset = kind(path, talker.tokenizer, row, cache_dir=folder)
+        dataset = kind(path, talker.tokenizer, row, cache_dir=folder, skip_bad_lines=skip_bad_lines)
         if not compare:
             print_loss(talker, dataset, path)
             return
         import_scorers()
-        asked = [q for q in read_questions(talker, path) if q.reference is not None]
+        questions = read_questions(talker, path, skip_bad_lines=skip_bad_lines)
+        asked = [question for question in questions if question.reference is not None]
         if not asked:
             raise UserError(f"--score {path}: no conversation ends with an answer")
         with nullcontext() if out is None else new_file(out, "utf-8-sig") as file:
@@ -61,6 +69,8 @@ def score(talker: Talker, path: Path, out: Path | None, max_new_tokens: int) -> 
 
 def print_loss(talker: Talker, dataset: PretrainDataset | SFTDataset, path: Path) -> None:
     """Print the loss, in three measures, of the samples of a file."""
+    if dataset.n_bad_lines:
+        print(f"{dataset.n_bad_lines:,} bad lines of the file left out")
     if isinstance(dataset, SFTDataset):
         dropped, cut = (dataset.counts[name] for name in ("dropped_turns", "cut_answers"))
         if dropped or cut:

@@ -397,6 +397,12 @@ def test_a_file_of_questions_is_answered_as_each_alone(run, chat_dir, tmp_path):
     again[-1] = tmp_path / "new.jsonl"
     error = run(*words, *again, script="eval_model.py", code=2).stderr
     assert f"{path}:2: " in error and not again[-1].exists()
+    assert "--skip_bad_lines" in error
+    said = run(*words, *again, "--skip_bad_lines", script="eval_model.py").stdout
+    assert "1 lines that cannot be answered" in said
+    answer = json.loads(again[-1].read_text(encoding="utf-8"))  # the only line
+    assert answer == {"prompt": "Hi", "answer": answers[0]["answer"]}
+    again[-1].unlink()
     words[3] = "pretrain"
     error = run(*words, *again, script="eval_model.py", code=2).stderr
     assert 'pretrained weights continue {"text"} lines' in error
@@ -467,6 +473,14 @@ def test_scores_of_long_conversations_miss_nothing(run, tmp_path, tokenizer):
     save_tuned(random_model(), tmp_path, tokenizer)
     said = run(*words, script="eval_model.py").stdout
     assert f"{targets:,} target tokens of 2 samples" in said and "2 greedy answers" in said
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"messages": 1}\n')
+    error = run(*words, script="eval_model.py", code=2).stderr
+    assert f"{path}:3: " in error and "--skip_bad_lines" in error
+    words.append("--skip_bad_lines")
+    assert said in run(*words, script="eval_model.py").stdout.replace(
+        "1 lines that cannot be answered left out\n1 bad lines of the file left out\n", ""
+    )
     save_tuned(random_model(max_seq_len=600), tmp_path, tokenizer)
     said = run(*words, script="eval_model.py").stdout
     assert "beyond the context of 600 tokens: 0 turns left out, 1 answers cut" in said
