@@ -122,6 +122,9 @@ def parse_args() -> argparse.Namespace:
         "--skip_bad_lines", action=flag, default=False, help="go on without lines that have errors"
     )
     args = parser.parse_args()
+    for name in ("prompt", "system"):
+        if (text := getattr(args, name)) is not None:  # a command line may hold stray bytes
+            setattr(args, name, text.encode("utf-8", "replace").decode("utf-8"))
     chosen = [f"--{n}" for n in ("prompt", "input_file", "score") if getattr(args, n) is not None]
     if len(chosen) > 1:
         raise UserError(f"{' and '.join(chosen)}: give one of them")
@@ -168,9 +171,8 @@ class Chat:
         """Print what the model says to a text, as it comes; Ctrl-C ends the answer.
 
         Raises:
-            UserError: if the text leaves no room in the context.
+            UserError: if the text leaves no room in the context, and as `prompt_ids`.
         """
-        text = text.encode("utf-8", "replace").decode("utf-8")  # stray bytes of a command line
         question = {"role": "user", "content": text}
         if self.talker.encoder is None:
             print(text, end="", flush=True)
@@ -192,12 +194,19 @@ class Chat:
             self.talk.messages += [question, {"role": "assistant", "content": answer}]
 
     def prompt_ids(self, question: dict[str, Any]) -> list[int]:
-        """The conversation with a new question, as far as it is remembered and fits."""
+        """The conversation with a new question, as far as it is remembered and fits.
+
+        Raises:
+            UserError: if it needs control tokens that the tokenizer lacks.
+        """
         past, tools = self.talk.messages, self.talk.tools
         if self.history_cnt is not None:
             past = past[self.talk.last_exchanges(self.history_cnt) :]
         messages = Talk(self.talk.system, messages=[*past, question]).prompt()
-        return self.talker.fitting_chat_ids(messages, self.settings["max_new_tokens"], tools)
+        try:
+            return self.talker.fitting_chat_ids(messages, self.settings["max_new_tokens"], tools)
+        except RecordError as error:  # of a conversation that was loaded
+            raise UserError(f"the conversation is not usable: {error}") from None
 
     def command(self, line: str) -> None:
         """Carry out a line that begins with a slash.

@@ -76,11 +76,15 @@ class Encoder(Protocol):
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """What identifies a tokenizer: the sha256 of its tokenizer.json, without length settings."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_padding()
-    backend.no_truncation()
-    return hashlib.sha256(backend.to_str().encode("utf-8")).hexdigest()
+    """What identifies a tokenizer: the sha256 of its tokenizer.json, but for some parts.
+
+    Settings of lengths are left out, and so is what adds control tokens to a text: nothing here
+    uses it, and versions of transformers differ in it.
+    """
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    for name in ("padding", "truncation", "post_processor"):
+        parts.pop(name)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 class TextTokenizer:

@@ -1,5 +1,6 @@
 """Answer a file of questions."""
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -122,7 +123,7 @@ def answer_file(
 
 @contextmanager
 def new_file(path: Path, encoding: str) -> Iterator[TextIO]:
-    """The file of --output_file, opened before the work begins, and gone again if that fails.
+    """What --output_file will hold; the file is there from the beginning, and gone if work fails.
 
     Half a surrogate pair, which a string of JSON may hold, is written as JSON escapes it.
 
@@ -130,18 +131,18 @@ def new_file(path: Path, encoding: str) -> Iterator[TextIO]:
         UserError: if the file is there already, or cannot be written.
     """
     try:
-        file = path.open("x", encoding=encoding, errors="backslashreplace", newline="")
+        path.touch(exist_ok=False)
     except FileExistsError:
         raise UserError(f"--output_file {path}: is there already") from None
     except OSError as error:
         raise UserError(f"--output_file {path}: {error.strerror}") from None
-    done = False
     try:
-        with file:
-            yield file
-        done = True
-    except OSError as error:
-        raise UserError(f"--output_file {path}: {error.strerror}") from None
-    finally:
-        if not done:
-            path.unlink()
+        text = io.StringIO(newline="")
+        yield text
+        try:
+            path.write_bytes(text.getvalue().encode(encoding, "backslashreplace"))
+        except OSError as error:
+            raise UserError(f"--output_file {path}: {error.strerror}") from None
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise

@@ -91,15 +91,17 @@ class TalkStore:
 
         Where another window went on with it meanwhile, this one becomes a conversation of its own.
         """
+        stored = self.get(talk.id)
+        if stored is not None and stored.changed != talk.changed:
+            talk.id = uuid.uuid4().hex
         if not talk.messages:
             self.delete(talk)
-        else:
-            stored = self.get(talk.id)
-            if stored is not None and stored.changed != talk.changed:
-                talk.id = uuid.uuid4().hex
-            talk.changed = time.time()
-            text = json.dumps(asdict(talk), ensure_ascii=False).encode("utf-8", "replace")
-            write_atomically(self.folder / f"{talk.id}.json", lambda file: file.write(text))
+            return
+        changed = time.time()
+        text = json.dumps({**asdict(talk), "changed": changed}, ensure_ascii=False)
+        data = text.encode("utf-8", "replace")
+        write_atomically(self.folder / f"{talk.id}.json", lambda file: file.write(data))
+        talk.changed = changed
 
     def delete(self, talk: Talk) -> None:
         """Forget a conversation."""

@@ -148,7 +148,8 @@ def find_adapter(spec: WeightSpec) -> Path:
     paths = [path for path in (spec.out_dir / "lora").glob("*.pth") if stem.fullmatch(path.stem)]
     if not paths:
         wanted = spec.out_dir / "lora" / f"{spec.lora_name}_{spec.dim or 512}.pth"
-        there = ", ".join(path.stem for path in list_adapters(spec.out_dir)) or "no adapter"
+        names = [re.sub(r"_\d+(_moe)?$", "", p.stem) for p in list_adapters(spec.out_dir)]
+        there = ", ".join(sorted(set(names))) or "no adapter"
         raise UserError(f"--lora_name {spec.lora_name}: no file {wanted}; there is {there}")
     return max(paths, key=lambda path: path.stat().st_mtime)
 

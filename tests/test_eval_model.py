@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from interruptions import heed_ctrl_c
 from safetensors.torch import load_file, save_file
 from test_train_full_sft import chat, write_chats
 from tiny_models import greedy_answer, llama_with_weights_of, random_model, save_tuned
+from transformers import AutoTokenizer
 
 from inference import Talker, TextStream
 from inference.answers import Question, new_file
@@ -163,7 +165,7 @@ def test_an_adapter_brings_its_base_along(run, tmp_path, tokenizer):
     error = run(*words, "it", script="eval_model.py", code=2).stderr
     assert "it_32.pth: the weights that it was trained on" in error and error.count("\n") == 1
     error = run(*words, "no", script="eval_model.py", code=2).stderr
-    assert "no_512.pth; there is it_32\n" in error and error.count("\n") == 1
+    assert "no_512.pth; there is it\n" in error and error.count("\n") == 1
     error = run(*words, tmp_path / "lora" / "it", script="eval_model.py", code=2).stderr
     assert "it_512.pth" in error and error.count("\n") == 1
     error = run(*words, "*", script="eval_model.py", code=2).stderr
@@ -498,6 +500,31 @@ def test_output_that_cannot_be_written_is_said_before_the_work(run, chat_dir, tm
         assert error.stderr == (
             f"eval_model.py: error: --output_file {out}: No such file or directory\n"
         )
+
+
+def test_stray_bytes_of_the_command_line_are_no_reason_to_fail(run, chat_dir):
+    words = ["--out_dir", chat_dir, "--weight", "full_sft", "--dim", 32, "--max_new_tokens", 1]
+    run(*words, "--prompt", "a\udcff", "--system", "b\udcff", script="eval_model.py")
+
+
+def test_a_tokenizer_without_calls_is_told(run, talk, tmp_path, tokenizer_dir):
+    """A conversation with tool calls cannot be told by it; the chat goes on."""
+    shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    path.write_text(
+        path.read_text(encoding="utf-8").replace("<tool_call>", "<tool_fall>"), encoding="utf-8"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    save_tuned(random_model(), tmp_path, tokenizer)
+    saved = tmp_path / "talk.jsonl"
+    saved.write_text(json.dumps({"messages": CALLED}), encoding="utf-8")
+    said = run(
+        *["--out_dir", tmp_path, "--tokenizer_path", tmp_path / "tokenizer"],
+        *["--max_new_tokens", 1, "--temperature", 0],
+        script="eval_model.py",
+        typed=f"/load {saved}\nHi\n/reset\nHi\n".encode(),
+    ).stdout
+    assert "the conversation is not usable: needs the control token <tool_call>" in said
 
 
 def test_work_that_fails_leaves_no_output(tmp_path):

@@ -21,6 +21,7 @@ from tiny_models import greedy_answer, random_model, save_tuned
 
 from inference import WeightSpec
 from inference.api import Limits, create_app
+from inference.api.loading import Loader
 from inference.batcher import Batcher, Closed, Job, QueueFull
 from inference.pool import ModelPool
 from model import Sampling, TorchDecoder, apply_lora, save_lora
@@ -430,8 +431,24 @@ def test_who_finds_no_place_in_time_is_told_so(folder, tokenizer_dir, stream):
         assert len(events) > 1
 
 
+def test_texts_beyond_the_places_end_as_far_as_they_came(folder, tokenizer_dir):
+    with serving(folder, tokenizer_dir, rows=1, max_tokens=8000, max_seconds=0.5) as (url, _):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        ask(client)  # loads the model
+        found = ask(client, n=2, max_tokens=8000)
+    assert [choice.finish_reason for choice in found.choices] == ["length", "length"]
+    assert found.choices[0].message.content and not found.choices[1].message.content
+
+
 def test_a_model_that_is_loaded_waits_for_no_other(folder, tokenizer_dir, answer, monkeypatch):
     """Two requests wait for one load; a third is too many; the loaded model answers meanwhile."""
+    loaders, begin = [], Loader.__init__
+
+    def noted(loader, pool):
+        begin(loader, pool)
+        loaders.append(loader)
+
+    monkeypatch.setattr(Loader, "__init__", noted)
     with serving(folder, tokenizer_dir, rows=1, queue=1) as (url, pool):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
         ask(client)
@@ -444,18 +461,13 @@ def test_a_model_that_is_loaded_waits_for_no_other(folder, tokenizer_dir, answer
 
         monkeypatch.setattr(pool, "get", slow)
         with concurrent.futures.ThreadPoolExecutor(2) as threads:
+            with pytest.raises(openai.APITimeoutError):  # who leaves takes no place
+                ask(client.with_options(timeout=0.2), model="other_64")
+            eventually(lambda: loads and not loaders[0].waiting)
             others = [threads.submit(ask, client, model="other_64") for _ in range(2)]
-            eventually(lambda: loads)
-
-            def refused():
-                with contextlib.suppress(openai.APITimeoutError):
-                    client.with_options(timeout=0.2).chat.completions.create(
-                        model="other_64", messages=HI
-                    )
-
+            eventually(lambda: loaders[0].waiting == 2)
             with pytest.raises(openai.RateLimitError):
-                for _ in range(100):
-                    refused()
+                ask(client, model="other_64")
             assert ask(client).choices[0].message.content == answer(HI, 12)
             let.set()
             said = {other.result().choices[0].message.content for other in others}
@@ -522,7 +534,12 @@ def test_a_broken_request(server):
     for content in (b"{", b"\xff", b"[]", b"", surrogate.encode(), b'{"model": "\\ud800"}'):
         done = httpx.post(url, content=content, headers={"Content-Type": "application/json"})
         assert done.status_code == 400 and done.json()["error"]["message"], content
+    strange = {"model": "m", "messages": HI, "top-k": 1}
+    strange_message = {"model": "m", "messages": [{**HI[0], "tool-id": 1}]}
     for content, message, param in (
+        (json.dumps(strange).encode(), "Unknown parameter: 'top-k'.", "top-k"),
+        (json.dumps(strange_message).encode(), "Unknown parameter: 'messages.0.tool-id'.",
+         "messages"),
         (b"{", "The body is not valid JSON: ", None),
         (b"[]", "Send a JSON object, ", None),
         (b'{"model": "m", "messages": [{"role": "user", "content": null}]}',
@@ -652,6 +669,12 @@ def test_a_bug_is_an_error_object_too(server, monkeypatch):
     done = httpx.get(f"{server}/v1/models")
     assert done.status_code == 500 and done.json()["error"]["type"] == "server_error"
     assert 'path="/v1/models",status="500"' in httpx.get(f"{server}/metrics").text
+
+    def late(pool):
+        raise TimeoutError("of a drive")
+
+    monkeypatch.setattr(ModelPool, "offers", late)
+    assert httpx.get(f"{server}/v1/models").status_code == 500
 
 
 # Which models there are

@@ -258,7 +258,7 @@ def test_chat_with_and_without_the_adapter(adapt, run, data, tokenizer, tmp_path
     assert (
         error
         == f"eval_model.py: error: --lora_name nobody: no file {tmp_path}/lora/nobody_32.pth; "
-        f"there is {NAME}\n"
+        "there is identity\n"
     )
     save_tuned(random_model(1), tmp_path, tokenizer)
     adapter = tmp_path / "lora" / f"{NAME}.pth"

@@ -273,6 +273,10 @@ def test_conversations_are_kept_and_names_reach_no_other_file(tmp_path):
     assert here.id == talk.id != there.id
     assert store.list() == [there, here]
     here.messages.clear()
+    store.keep(store.get(there.id))  # a third window
+    there.messages.clear()
+    store.keep(there)  # does not take away what the third one has
+    assert len(store.list()) == 2
     store.keep(here)
-    store.delete(there)
+    store.delete(store.list()[0])
     assert store.list() == []

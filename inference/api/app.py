@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -28,6 +28,7 @@ from .loading import Loader
 from .metrics import Metrics
 from .schema import ChatRequest, CompletionRequest
 
+Result = TypeVar("Result")
 LOG = logging.getLogger("uvicorn.error")
 DEFAULT_COMPLETION = 16  # OpenAI's limit of new tokens where a completion names none
 
@@ -66,6 +67,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
+        loader.close()
         pool.close()
 
     app = FastAPI(title="MiniMind", lifespan=lifespan)
@@ -104,7 +106,7 @@ def create_app(
         if request.top_logprobs is not None and not request.logprobs:
             raise ApiError(400, "'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
 
-        batcher = await find(loader, request.model)
+        batcher = await find(loader, request.model, raw)
         if batcher.talker.encoder is None:
             message = f"'{request.model}' continues texts; use /v1/completions."
             raise ApiError(400, message, "model")
@@ -121,7 +123,7 @@ def create_app(
         """Continue a text."""
         began = time.perf_counter()
 
-        batcher = await find(loader, request.model)
+        batcher = await find(loader, request.model, raw)
         texts = request.prompts()
         prompts = [await asyncio.to_thread(batcher.talker.text_ids, text) for text in texts]
         limit = request.max_tokens or min(DEFAULT_COMPLETION, limits.max_tokens)
@@ -176,10 +178,10 @@ def busy(error: QueueFull) -> ApiError:
     return ApiError(429, message, code="queue_full", headers={"Retry-After": f"{seconds}"})
 
 
-async def find(loader: Loader, name: str) -> Batcher:
-    """The batcher of a model, loaded if need be. Raises ApiError."""
+async def find(loader: Loader, name: str, raw: Request) -> Batcher:
+    """The batcher of a model, loaded if need be, for a request. Raises ApiError."""
     try:
-        return await loader.get(name)
+        return await until_left(raw, loader.get(name))
     except UnknownModel:
         raise unknown(name) from None
     except QueueFull as error:
@@ -318,8 +320,8 @@ async def stream(
         raise
 
 
-async def until_left(raw: Request, work: Awaitable[None]) -> None:
-    """Do `work`, unless the client leaves before: then it is cancelled. Raises ApiError."""
+async def until_left(raw: Request, work: Awaitable[Result]) -> Result:
+    """What `work` gives, unless the client leaves before: it is cancelled then. Raises ApiError."""
     task = asyncio.ensure_future(work)
 
     async def watch() -> None:
@@ -329,7 +331,7 @@ async def until_left(raw: Request, work: Awaitable[None]) -> None:
 
     watcher = asyncio.ensure_future(watch())
     try:
-        await task
+        return await task
     except asyncio.CancelledError:
         raise ApiError(499, "The client left.") from None
     finally:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from ..batcher import Batcher, Job, Token
+from ..batcher import Batcher, Job, QueueFull, Token
 from ..text import TextStream
 from .schema import Request
 
@@ -81,15 +81,21 @@ class Choices:
         """All pieces of all texts. However this ends, their places are free within one step.
 
         Raises:
+            QueueFull: if none of them had a place before its time was over.
             Exception: what went wrong with one of them.
         """
         going = set(range(len(self._jobs)))
+        late: dict[int, QueueFull] = {}
         try:
             while going:
                 index, event = await self._events.get()
                 if index not in going:
                     continue
                 text = self._texts[index]
+                if isinstance(event, QueueFull):
+                    going.remove(index)
+                    late[index] = event
+                    continue
                 if isinstance(event, Exception):
                     raise event
                 if isinstance(event, str):
@@ -102,6 +108,10 @@ class Choices:
                     self._jobs[index].cancelled = True
                     going.remove(index)
                     yield Piece(index, "", None, "stop")
+            if len(late) == len(self._jobs):
+                raise late[0]
+            for index in late:
+                yield Piece(index, "", None, "length")
         finally:
             for job in self._jobs:
                 job.cancelled = True

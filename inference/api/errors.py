@@ -41,10 +41,13 @@ def explain_validation(error: RequestValidationError) -> ApiError:
     found = error.errors()[0]
     if found["type"] == "json_invalid":
         return ApiError(400, f"The body is not valid JSON: {found['ctx']['error']}.")
-    # Pydantic also names the kinds that a parameter may have: they are no part of its name.
-    place = [f"{part}" for part in found["loc"][1:] if isinstance(part, int) or is_name(part)]
-    if not place:
+    if found["loc"] == ("body",):
         return ApiError(400, "Send a JSON object, with 'Content-Type: application/json'.")
+    *before, last = found["loc"][1:]
+    # Pydantic also names the kinds that a parameter may have: they are no part of its name.
+    place = [f"{part}" for part in before if isinstance(part, int) or is_name(part)]
+    if found["type"] in ("extra_forbidden", "missing") or isinstance(last, int) or is_name(last):
+        place.append(f"{last}")
     name, param = ".".join(place), place[0]
     if found["type"] == "extra_forbidden":
         return ApiError(400, f"Unknown parameter: '{name}'.", param, "unknown_parameter")

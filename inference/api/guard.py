@@ -56,11 +56,8 @@ class Guard:
         try:
             headers = dict(scope["headers"])
             self.check_key(scope["path"], headers)
-            body = await asyncio.wait_for(self.read(receive, headers), self.max_seconds)
+            body = await self.read_in_time(receive, headers)
             await self.app(scope, replay(body, receive), counted)
-        except asyncio.TimeoutError:  # an alias of TimeoutError from Python 3.11 on
-            error = ApiError(408, f"A request may take {self.max_seconds:g} s to arrive.")
-            await error.response()(scope, receive, counted)
         except ApiError as error:
             await error.response()(scope, receive, counted)
         except Exception:  # a bug, which the log tells of
@@ -76,6 +73,14 @@ class Guard:
         # Compared in constant time: how long it takes tells nothing about the key.
         if not hmac.compare_digest(given, b"Bearer " + self.api_key.encode()):
             raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key")
+
+    async def read_in_time(self, receive: Receive, headers: dict[bytes, bytes]) -> bytes:
+        """The body. Raises ApiError if it is too large, or takes too long to arrive."""
+        try:
+            return await asyncio.wait_for(self.read(receive, headers), self.max_seconds)
+        except asyncio.TimeoutError:  # an alias of TimeoutError from Python 3.11 on
+            message = f"A request may take {self.max_seconds:g} s to arrive."
+            raise ApiError(408, message) from None
 
     async def read(self, receive: Receive, headers: dict[bytes, bytes]) -> bytes:
         """The body. Raises ApiError if it is too large, whatever its headers say."""

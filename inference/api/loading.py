@@ -12,13 +12,16 @@ class Loader:
 
     Args:
         pool: the models.
+
+    Attributes:
+        waiting: how many requests wait for loads.
     """
 
     def __init__(self, pool: ModelPool):
         self.pool = pool
         self._executor = ThreadPoolExecutor(1, "loader")
         self._loads: dict[str, asyncio.Future[Batcher]] = {}
-        self._waiting = 0
+        self.waiting = 0
 
     async def get(self, name: str) -> Batcher:
         """The batcher of a model; requests for one that is being loaded wait for the same load.
@@ -32,14 +35,23 @@ class Loader:
             return batcher
         if name not in await asyncio.to_thread(self.pool.offers):
             raise UnknownModel(name)
-        if self._waiting >= self.pool.rows + self.pool.queue:
+        if self.waiting >= self.pool.rows + self.pool.queue:
             raise QueueFull(10.0)
         if name not in self._loads:
             loop = asyncio.get_running_loop()
             self._loads[name] = loop.run_in_executor(self._executor, self.pool.get, name)
-            self._loads[name].add_done_callback(lambda _: self._loads.pop(name))
-        self._waiting += 1
+            self._loads[name].add_done_callback(lambda load: self._end(name, load))
+        self.waiting += 1
         try:
             return await asyncio.shield(self._loads[name])  # one that leaves ends it for nobody
         finally:
-            self._waiting -= 1
+            self.waiting -= 1
+
+    def _end(self, name: str, load: asyncio.Future[Batcher]) -> None:
+        del self._loads[name]
+        if not load.cancelled():
+            load.exception()  # which nobody may wait for any more
+
+    def close(self) -> None:
+        """Begin no further load."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
