@@ -25,6 +25,12 @@ def token_text(talker: Talker, token: int) -> tuple[str, list[int]]:
     return name, list(name.encode("utf-8"))
 
 
+def make_head(prefix: str, kind: str, model: str) -> dict[str, Any]:
+    """What every object of an answer begins with."""
+    name = f"{prefix}-{uuid.uuid4().hex}"
+    return {"id": name, "object": kind, "created": int(time.time()), "model": model}
+
+
 class ChatFormat:
     """/v1/chat/completions.
 
@@ -36,12 +42,8 @@ class ChatFormat:
     def __init__(self, talker: Talker, request: ChatRequest):
         self.talker = talker
         self.logprobs = bool(request.logprobs)
-        self.head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "object": "chat.completion.chunk" if request.stream else "chat.completion",
-            "created": int(time.time()),
-            "model": request.model,
-        }
+        kind = "chat.completion.chunk" if request.stream else "chat.completion"
+        self.head = make_head("chatcmpl", kind, request.model)
 
     def opening(self, number: int) -> list[dict[str, Any]]:
         """What a stream of so many texts begins with."""
@@ -95,12 +97,7 @@ class CompletionFormat:
         repeated = [text for text in request.prompts() for _ in range(request.n or 1)]
         self.echoed = [text if request.echo else "" for text in repeated]
         self.ends = [len(text) for text in self.echoed]  # of each text, as far as it was told
-        self.head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": request.model,
-        }
+        self.head = make_head("cmpl", "text_completion", request.model)
 
     def opening(self, number: int) -> list[dict[str, Any]]:
         """What a stream of so many texts begins with."""
