@@ -58,11 +58,11 @@ class BadLines:
         if len(self.first) < SHOWN_BAD_LINES:
             self.first.append((line_number, reason))
 
-    def report(self, path: Path, way_out: str = "; --skip_bad_lines goes on without") -> str:
+    def report(self, path: Path) -> str:
         """`file:line: reason` for each of the first ten, then the total and the way out."""
         lines = [f"{path}:{number}: {reason}" for number, reason in self.first]
         total = "1 bad line" if self.count == 1 else f"{self.count:,} bad lines"
-        return "\n".join([*lines, f"{path}: {total}{way_out}"])
+        return "\n".join([*lines, f"{path}: {total}; --skip_bad_lines goes on without"])
 
 
 def check_file(path: Path) -> None:

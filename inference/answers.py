@@ -74,16 +74,20 @@ def read_questions(
 def write_answers(
     talker: Talker,
     questions: Sequence[Question],
-    generator: torch.Generator,
     options: dict[str, Any],
 ) -> list[str]:
-    """What the model answers to each, as many at a time as its decoder has rows."""
+    """What the model answers to each, as many at a time as its decoder has rows.
+
+    Args:
+        talker: who answers.
+        questions: in any order.
+        options: of `MiniMindLM.generate`.
+    """
     answers = talker.model.batch_generate(
         [torch.tensor(q.ids, device=talker.decoder.device) for q in questions],
         batch_size=len(talker.decoder.tokens),
         decoder=talker.decoder,
         eos_token_id=talker.tokenizer.eos_token_id,
-        generator=generator,
         **options,
     )
     return [talker.tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in answers]
@@ -114,7 +118,7 @@ def answer_file(
     """
     questions = read_questions(talker, path, system, skip_bad_lines)
     with new_file(out, "utf-8") as file:
-        answers = write_answers(talker, questions, generator, options)
+        answers = write_answers(talker, questions, {"generator": generator, **options})
         for question, answer in zip(questions, answers, strict=True):
             line = json.dumps({**question.record, "answer": answer}, ensure_ascii=False)
             file.write(f"{line}\n")

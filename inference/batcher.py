@@ -151,9 +151,8 @@ class Batcher:
                     break
             try:
                 self._round()
-            except (
-                Exception
-            ) as error:  # a bug, or memory ran out: the texts end, the server goes on
+            except Exception as error:
+                # A bug, or memory ran out: the texts end, the server goes on.
                 self._end_all(error)
         self._end_all(Closed())
 

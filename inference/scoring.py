@@ -60,8 +60,7 @@ def score(
             raise UserError(f"--score {path}: no conversation ends with an answer")
         with nullcontext() if out is None else new_file(out, "utf-8-sig") as file:
             print_loss(talker, dataset, path)
-            generator = torch.Generator(talker.decoder.device)
-            answers = write_answers(talker, asked, generator, {"max_new_tokens": max_new_tokens})
+            answers = write_answers(talker, asked, {"max_new_tokens": max_new_tokens})
             compare_answers(asked, answers, file)
     if out is not None:
         print(f"{out}: rate the answers from 1 to 5")
@@ -79,7 +78,8 @@ def print_loss(talker: Talker, dataset: PretrainDataset | SFTDataset, path: Path
                 f"{cut:,} answers cut"
             )
     nats, targets = full = total_loss(talker, dataset)
-    if not isinstance(talker.decoder, TorchDecoder):
+    quantized = not isinstance(talker.decoder, TorchDecoder)
+    if quantized:
         nats, targets = stepwise_loss(talker.decoder, dataset)
     figures = summarise({"": (nats, targets, dataset.text_bytes)}, "score")
     print(f"{targets:,.0f} target tokens of {len(dataset):,} samples in {path}")
@@ -88,7 +88,7 @@ def print_loss(talker: Talker, dataset: PretrainDataset | SFTDataset, path: Path
     if "score_bits_per_byte" in figures:
         told += f", {figures['score_bits_per_byte']:.4f} bits per byte"
     print(told)
-    if nats != full[0]:
+    if quantized:
         change = nats / full[0] - 1
         print(
             f"with full weights {full[0] / targets:.4f}: quantizing changed the loss by "

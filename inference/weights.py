@@ -20,6 +20,7 @@ from training import (
     load_tokenizer,
     read_about,
     resolve_weights,
+    weights_path,
 )
 from training.checkpoint import read_pickle
 
@@ -51,10 +52,15 @@ class WeightSpec:
     n_layers: int | None = None
     use_moe: bool | None = None
 
+    @property
+    def shape(self) -> dict[str, int | bool]:
+        """What is known of the shape to look for, by the config's names."""
+        given = {name: getattr(self, name) for name in ("dim", "n_layers", "use_moe")}
+        return {name: value for name, value in given.items() if value is not None}
+
     def fits(self, config: LMConfig) -> bool:
         """Whether a model has the shape to look for."""
-        wanted = {name: getattr(self, name) for name in ("dim", "n_layers", "use_moe")}
-        return all(getattr(config, n) == v for n, v in wanted.items() if v is not None)
+        return all(getattr(config, name) == value for name, value in self.shape.items())
 
 
 def list_weights(out_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -106,8 +112,7 @@ def newest_weights(spec: WeightSpec) -> Path:
         if spec.fits(about["config"]):
             found.setdefault(about["stage"] != PRETRAINED, path)
     if not found:
-        shape = {name: getattr(spec, name) for name in ("dim", "n_layers", "use_moe")}
-        flags = "".join(f" of --{name} {v}" for name, v in shape.items() if v is not None)
+        flags = "".join(f" of --{name} {value}" for name, value in spec.shape.items())
         raise UserError(
             f"--out_dir {spec.out_dir}: no weights{flags} there; train some, or name a file with "
             "--weight"
@@ -125,6 +130,8 @@ def stage_weights(spec: WeightSpec, shape: LMConfig) -> Path:
     Raises:
         UserError: if there is none.
     """
+    if spec.weight.endswith(".pth"):
+        return resolve_weights("--weight", spec.weight, spec.out_dir, shape)
     stem = re.compile(rf"{re.escape(spec.weight)}_\d+(_moe)?")
     for path, about in list_weights(spec.out_dir):
         if stem.fullmatch(path.stem) and spec.fits(about["config"]):
@@ -132,30 +139,32 @@ def stage_weights(spec: WeightSpec, shape: LMConfig) -> Path:
     return resolve_weights("--weight", spec.weight, spec.out_dir, shape)
 
 
-def find_adapter(spec: WeightSpec) -> Path:
+def find_adapter(spec: WeightSpec, shape: LMConfig) -> Path:
     """The file of the adapter that is asked for; of several shapes, the newest.
+
+    Args:
+        spec: what is asked for.
+        shape: of the file that an error names.
 
     Raises:
         UserError: if there is none.
     """
+    folder = spec.out_dir / "lora"
     if spec.lora_name.endswith(".pth"):
-        path = Path(spec.lora_name)
-        if not path.is_file():
-            raise UserError(f"--lora_name {path}: no file {path}")
-        return path
+        return resolve_weights("--lora_name", spec.lora_name, folder, shape)
     dims = r"\d+" if spec.dim is None else f"{spec.dim}"
     stem = re.compile(rf"{re.escape(spec.lora_name)}_{dims}(_moe)?")
-    paths = [path for path in (spec.out_dir / "lora").glob("*.pth") if stem.fullmatch(path.stem)]
+    paths = [path for path in folder.glob("*.pth") if stem.fullmatch(path.stem)]
     if not paths:
-        wanted = spec.out_dir / "lora" / f"{spec.lora_name}_{spec.dim or 512}.pth"
+        wanted = weights_path(folder, spec.lora_name, shape)
         names = [re.sub(r"_\d+(_moe)?$", "", p.stem) for p in list_adapters(spec.out_dir)]
         there = ", ".join(sorted(set(names))) or "no adapter"
         raise UserError(f"--lora_name {spec.lora_name}: no file {wanted}; there is {there}")
     return max(paths, key=lambda path: path.stat().st_mtime)
 
 
-def base_of(adapter: Path, out_dir: Path, tokenizer: str) -> Path:
-    """The weights in a folder that an adapter was trained on, by their hash.
+def base_of(adapter: Path, out_dir: Path, tokenizer: str) -> tuple[Path, MiniMindLM]:
+    """The weights in a folder that an adapter was trained on, by their hash: file and model.
 
     Args:
         adapter: its file.
@@ -168,16 +177,17 @@ def base_of(adapter: Path, out_dir: Path, tokenizer: str) -> Path:
     base = adapted_base(adapter)
     if base is None:
         raise UserError(f"{adapter}: not an adapter")
-    found = None
     for path, about in list_weights(out_dir):
-        with suppress(UserError):  # a damaged file is not what is looked for
-            if weights_hash(load_model(path, about["config"], about["tokenizer"])) == base:
-                found = path, about["tokenizer"]
-                break
-    if found is not None and found[1] != tokenizer:
-        raise UserError(f"{found[0]}: trained with another tokenizer; --tokenizer_path names it")
-    if found is not None:
-        return found[0]
+        try:
+            model = load_model(path, about["config"], about["tokenizer"])
+        except UserError:  # a damaged file is not what is looked for
+            continue
+        if weights_hash(model) == base:
+            if about["tokenizer"] != tokenizer:
+                raise UserError(
+                    f"{path}: trained with another tokenizer; --tokenizer_path names it"
+                )
+            return path, model
     raise UserError(
         f"{adapter}: the weights that it was trained on are not in {out_dir}; --weight names them"
     )
@@ -209,14 +219,12 @@ def load_talker(
         )
     except ValueError as error:
         raise UserError(f"--dim {spec.dim}: {error}") from None
-    adapter = None if spec.lora_name is None else find_adapter(spec)
-    if spec.weight is not None:
-        path = stage_weights(spec, shape)
-    elif adapter is not None:
-        path = base_of(adapter, spec.out_dir, known)
+    adapter = None if spec.lora_name is None else find_adapter(spec, shape)
+    if spec.weight is None and adapter is not None:
+        path, model = base_of(adapter, spec.out_dir, known)
     else:
-        path = newest_weights(spec)
-    model = load_model(path, shape, known)
+        path = newest_weights(spec) if spec.weight is None else stage_weights(spec, shape)
+        model = load_model(path, shape, known)
     name, chats = path.stem, not continues_texts(path)
     if adapter is not None:
         load_adapter(adapter, model)

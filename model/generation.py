@@ -191,7 +191,8 @@ class GenerationMixin:
         Raises:
             ValueError: as `generate`.
         """
-        ends, stop = self._ends(options.get("eos_token_id")), options.get("stop", ())
+        ends = self._ends(options.get("eos_token_id"))
+        stop = [list(sequence) for sequence in options.get("stop", ())]
         if decoder is None:
             decoder = TorchDecoder(self, max(1, min(batch_size, len(prompts))))
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -268,11 +269,9 @@ def has_ended(written: list[int], ends: set[int], stop: list[list[int]]) -> bool
     return written[-1] in ends or any(written[-len(tokens) :] == tokens for tokens in stop)
 
 
-def length_until(tokens: list[int], ends: set[int], stop: Sequence[Sequence[int]]) -> int:
+def length_until(tokens: list[int], ends: set[int], stop: list[list[int]]) -> int:
     """How many new tokens there are before the first end token, or with the first stop sequence."""
     for number in range(1, len(tokens) + 1):
-        if tokens[number - 1] in ends:
-            return number - 1
-        if any(tokens[max(0, number - len(last)) : number] == list(last) for last in stop):
-            return number
+        if has_ended(tokens[:number], ends, stop):
+            return number - (tokens[number - 1] in ends)
     return len(tokens)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from inference.network import listen, port
+from inference.listening import listen, port
 from training import (
     ROOT,
     UserError,

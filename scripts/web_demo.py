@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from inference import WeightSpec
 from inference.backends import Backend, Endpoint, LocalModels
-from inference.network import listen, port
+from inference.listening import listen, port
 from inference.pool import ModelPool
 from training import ROOT, UserError, find_processes, make_parser, report_user_errors
 

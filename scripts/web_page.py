@@ -136,6 +136,7 @@ def sidebar(backend: Backend, store: TalkStore, talk: Talk) -> tuple[dict[str, s
             talk.model = st.selectbox(texts["model"], models, index=chosen)
         if st.button(texts["reload"], type="tertiary", icon=":material/refresh:"):
             list_models.clear()
+            model_chats.clear()
             st.rerun()
         talk.system = st.text_area(texts["system"], talk.system, height=80, key=f"s{talk.id}")
         with st.expander(texts["settings"]):
@@ -175,6 +176,12 @@ def sidebar(backend: Backend, store: TalkStore, talk: Talk) -> tuple[dict[str, s
 def list_models(_backend: Backend) -> list[str]:
     """The models, asked for at most twice a minute."""
     return _backend.names()
+
+
+@st.cache_data(ttl=30, show_spinner=False)
+def model_chats(_backend: Backend, model: str) -> bool:
+    """Whether a model answers conversations, likewise."""
+    return _backend.chats(model)
 
 
 def answer(
@@ -220,7 +227,7 @@ def draw(make_backend: Callable[[], Backend], chats_dir: Path) -> None:
     st.title("MiniMind")
     if not talk.model:
         return
-    if not backend.chats(talk.model):
+    if not model_chats(backend, talk.model):
         st.caption(texts["continues"])
     for message in talk.messages:
         with st.chat_message(message["role"]):

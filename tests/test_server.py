@@ -621,10 +621,12 @@ def test_metrics_count(server, client):
         return {name: float(value) for name, _, value in lines}
 
     before = counted()
-    ask(client, max_tokens=7)
+    usage = ask(client, max_tokens=7, n=2).usage
     after = counted()
     name = 'minimind_tokens_total{kind="completion"}'
-    assert after[name] - before.get(name, 0) == 7
+    assert after[name] - before.get(name, 0) == usage.completion_tokens == 14
+    name = 'minimind_tokens_total{kind="prompt"}'
+    assert after[name] - before.get(name, 0) == usage.prompt_tokens
     name = 'minimind_requests_total{path="/v1/chat/completions",status="200"}'
     assert after[name] - before.get(name, 0) == 1
     name = "minimind_first_token_seconds_count"

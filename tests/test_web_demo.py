@@ -33,13 +33,17 @@ def out_dir(tmp_path_factory, tokenizer):
     return folder
 
 
-@contextlib.contextmanager
-def started(root, script, *words):
-    """A script that serves on a free port, in a process of its own: its address."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, root / "scripts" / script, *words, "--port", port]
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def started(root, *words):
+    """The page on a free port, in a process of its own: its address."""
+    port = free_port()
+    command = [sys.executable, root / "scripts" / "web_demo.py", *words, "--port", port]
     process = subprocess.Popen(
         [str(word) for word in command],
         cwd=root,
@@ -63,7 +67,7 @@ def started(root, script, *words):
 
 @pytest.fixture(scope="module")
 def site(root, out_dir):
-    with started(root, "web_demo.py", "--out_dir", out_dir, "--device", "cpu") as url:
+    with started(root, "--out_dir", out_dir, "--device", "cpu") as url:
         yield url
 
 
@@ -211,11 +215,9 @@ def test_a_question_without_an_answer_is_taken_back(site, page, out_dir):
 def test_a_server_is_talked_to_as_soon_as_it_is_there(
     root, page, out_dir, tokenizer, tokenizer_dir, tmp_path
 ):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     endpoint = ["--endpoint", f"http://127.0.0.1:{port}/v1", "--api_key", "k"]
-    with started(root, "web_demo.py", *endpoint, "--chats_dir", tmp_path / "chats") as url:
+    with started(root, *endpoint, "--chats_dir", tmp_path / "chats") as url:
         page.goto(url)
         page.get_by_text("No answer").wait_for()
         assert page.get_by_text("There are no models yet").count() == 0

@@ -221,11 +221,11 @@ def start(
         raise ApiError(400, message, param, "context_length_exceeded")
     if limit > limits.max_tokens:
         raise ApiError(400, f"At most {limits.max_tokens} new tokens.", "max_tokens")
-    repeated = [ids for ids in prompts for _ in range(request.n or 1)]
-    if len(repeated) > batcher.rows + batcher.queue:
-        raise ApiError(400, f"So many texts at a time ({len(repeated)}) never fit.", "n")
+    number = len(prompts) * (request.n or 1)
+    if number > batcher.rows + batcher.queue:
+        raise ApiError(400, f"So many texts at a time ({number}) never fit.", "n")
     try:
-        return Choices(batcher, repeated, request, limit, limits.max_seconds, logprobs)
+        return Choices(batcher, prompts, request, limit, limits.max_seconds, logprobs)
     except QueueFull as error:
         raise busy(error) from None
     except Closed:
@@ -233,13 +233,12 @@ def start(
         raise ApiError(503, message, "model", headers={"Retry-After": "1"}) from None
 
 
-def usage(choices: Choices, request: ChatRequest | CompletionRequest) -> dict[str, int]:
+def usage(choices: Choices) -> dict[str, int]:
     """Tokens of a request: each prompt counts once, however many texts go on from it."""
-    asked = sum(map(len, choices.prompts)) // (request.n or 1)
     return {
-        "prompt_tokens": asked,
+        "prompt_tokens": choices.prompt_tokens,
         "completion_tokens": choices.written,
-        "total_tokens": asked + choices.written,
+        "total_tokens": choices.prompt_tokens + choices.written,
     }
 
 
@@ -261,7 +260,7 @@ async def respond(
     if request.stream:
         events = stream(request, form, choices, pieces)
         return StreamingResponse(events, media_type="text/event-stream")
-    number = len(choices.prompts)
+    number = choices.number
     texts, endings = [""] * number, [""] * number
     tokens: list[list[Token]] = [[] for _ in range(number)]
 
@@ -279,7 +278,7 @@ async def respond(
     except QueueFull as error:  # its time was over before there was a place
         raise busy(error) from None
     told = [form.whole(i, texts[i], tokens[i], endings[i]) for i in range(number)]
-    return JSONResponse({**form.head, "choices": told, "usage": usage(choices, request)})
+    return JSONResponse({**form.head, "choices": told, "usage": usage(choices)})
 
 
 async def stream(
@@ -298,10 +297,10 @@ async def stream(
             body.setdefault("usage", None)
         return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
-    held: list[list[Token]] = [[] for _ in choices.prompts]  # that are no whole character yet
+    held: list[list[Token]] = [[] for _ in range(choices.number)]  # that are no whole character yet
     try:
         async with aclosing(pieces):
-            for choice in form.opening(len(choices.prompts)):
+            for choice in form.opening(choices.number):
                 yield event([choice])
             async for index, text, token, ending in pieces:
                 if token is not None:
@@ -310,7 +309,7 @@ async def stream(
                     yield event([form.chunk(index, text, held[index], ending)])
                     held[index] = []
         if with_usage:
-            yield event([], usage=usage(choices, request))
+            yield event([], usage=usage(choices))
         yield "data: [DONE]\n\n"
     except QueueFull as error:
         yield f"data: {json.dumps(busy(error).body)}\n\n"

@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 from ..batcher import Batcher, Job, QueueFull, Token
@@ -28,14 +29,16 @@ class Choices:
 
     Args:
         batcher: writes them.
-        prompts: ids of each.
+        prompts: ids of each; as many texts go on from it as the request says.
         request: how.
         limit: new tokens of each.
         seconds: until they end.
         logprobs: as of Job.
 
     Attributes:
-        written: tokens so far, of all.
+        number: of texts.
+        prompt_tokens: of all prompts, each counted once.
+        written: tokens so far, of all texts.
 
     Raises:
         QueueFull, Closed: as `Batcher.submit`.
@@ -50,7 +53,9 @@ class Choices:
         seconds: float,
         logprobs: int | None,
     ):
-        self.prompts = prompts
+        repeated = [ids for ids in prompts for _ in range(request.n or 1)]
+        self.number = len(repeated)
+        self.prompt_tokens = sum(map(len, prompts))
         self.written = 0
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Token | str | Exception]] = asyncio.Queue()
@@ -61,21 +66,18 @@ class Choices:
                 max_new_tokens=limit,
                 sampling=request.sampling(),
                 seed=None if request.seed is None else (request.seed + i * SEED_STEP) % 2**63,
-                emit=self._emit(i),
+                emit=partial(self._tell, i),
                 logprobs=logprobs,
                 deadline=deadline,
             )
-            for i, ids in enumerate(prompts)
+            for i, ids in enumerate(repeated)
         ]
-        self._texts = [TextStream(batcher.talker.tokenizer, request.stops()) for _ in prompts]
+        self._texts = [TextStream(batcher.talker.tokenizer, request.stops()) for _ in repeated]
         batcher.submit(self._jobs)
 
-    def _emit(self, index: int) -> Callable[[Token | str | Exception], None]:
-        def tell(event: Token | str | Exception) -> None:
-            with suppress(RuntimeError):  # the loop is closed: the server ends
-                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
-
-        return tell
+    def _tell(self, index: int, event: Token | str | Exception) -> None:
+        with suppress(RuntimeError):  # the loop is closed: the server ends
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """All pieces of all texts. However this ends, their places are free within one step.

@@ -50,7 +50,7 @@ class Metrics:
 
     async def watch(self, choices: Choices, began: float) -> AsyncIterator[Piece]:
         """The pieces of a request that came at `began`, by `time.perf_counter`, counted."""
-        self._tokens.labels("prompt").inc(sum(map(len, choices.prompts)))
+        self._tokens.labels("prompt").inc(choices.prompt_tokens)
         first = True
         try:
             async with aclosing(choices.pieces()) as pieces:
