@@ -10,6 +10,8 @@ Weights of the stage "pretrain" continue what is typed; all others answer it, an
 said before.
 """
 
+import interrupt  # noqa: F401  for Ctrl-C during the imports below
+
 import argparse
 import contextlib
 import sys

@@ -9,6 +9,8 @@ number is --dim; a mixture of experts ends in _moe) and becomes out/distill_512.
 the same tokenizer and any shape; the .json beside its weights tells it.
 """
 
+import interrupt  # noqa: F401  for Ctrl-C during the imports below
+
 import argparse
 import math
 import sys
@@ -18,7 +20,7 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,7 +28,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
 from dataset import (
     DataError,
@@ -75,6 +76,9 @@ from training import (
     summarise,
     weights_path,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 STAGE = "distill"
 # (parameters up to, lowest, highest): learning rates outside make a warning.
@@ -125,7 +129,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def open_rows(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+    args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[Rows, dict[str, Rows], Rows | None]:
     """The rows to train on, to validate on (by name) and to test on.
 
@@ -239,7 +243,7 @@ def student_losses(
 
 
 def open_teacher(
-    args: argparse.Namespace, shape: LMConfig, tokenizer: PreTrainedTokenizerBase
+    args: argparse.Namespace, shape: LMConfig, tokenizer: "PreTrainedTokenizerBase"
 ) -> MiniMindLM:
     """The teacher on the CPU, in eval mode; `shape` is its own where no .json tells it.
 
@@ -422,7 +426,7 @@ def train(
     args: argparse.Namespace,
     world: Distributed,
     dtype: torch.dtype,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     network: MiniMindLM,
     teacher: MiniMindLM | None,
     data: tuple[Rows, dict[str, Rows], Rows | None],
@@ -508,7 +512,7 @@ def main() -> int:
     network = init_model(args, tokenizer)
     teacher = open_teacher(args, network.config, tokenizer)
     frozen = {"--teacher_weight": weights_hash(teacher)}
-    size = teacher.num_parameters()
+    size = sum(p.numel() for p in teacher.parameters())
     told = f"teacher {args.teacher_weight}: {size / 1e6:.2f} M parameters"
     if args.cache_teacher and args.cache_teacher > len(tokenizer):
         raise UserError(f"--cache_teacher {args.cache_teacher}: there are {len(tokenizer)} tokens")

@@ -10,6 +10,8 @@ reference gives every reply is computed once and kept beside the data: in traini
 model in memory.
 """
 
+import interrupt  # noqa: F401  for Ctrl-C during the imports below
+
 import argparse
 import copy
 import math
@@ -19,14 +21,13 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
 from dataset import (
     DataError,
@@ -69,6 +70,9 @@ from training import (
     start_run,
     weights_path,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 STAGE = "dpo"
 # (parameters up to, lowest, highest): learning rates outside make a warning.
@@ -158,7 +162,7 @@ def set_lengths(args: argparse.Namespace) -> None:
 
 
 def open_rows(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+    args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[PairRows, dict[str, PairRows], PairRows | None]:
     """The pairs to train on, to validate on (by name) and to test on.
 
@@ -437,7 +441,7 @@ def train(
     args: argparse.Namespace,
     world: Distributed,
     dtype: torch.dtype,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     network: MiniMindLM,
     data: tuple[PairRows, dict[str, PairRows], PairRows | None],
     resume: dict[str, Any] | None,

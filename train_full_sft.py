@@ -8,6 +8,8 @@ It starts from out/pretrain_512.pth (the number is --dim; a mixture of experts e
 writes out/full_sft_512.pth.
 """
 
+import interrupt  # noqa: F401  for Ctrl-C during the imports below
+
 import argparse
 import math
 import sys
@@ -16,14 +18,13 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
 from dataset import (
     DataError,
@@ -64,6 +65,9 @@ from training import (
     weights_path,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 STAGE = "full_sft"
 # (parameters up to, lowest, highest): learning rates outside make a warning.
 LEARNING_RATES = ((1e7, 1e-5, 3e-3), (6e7, 1e-5, 5e-4), (math.inf, 5e-6, 1e-4))
@@ -92,7 +96,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def open_rows(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+    args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[Rows, dict[str, Rows], Rows | None]:
     """The rows to train on, to validate on (by name) and to test on.
 
@@ -278,7 +282,7 @@ def train(
     args: argparse.Namespace,
     world: Distributed,
     dtype: torch.dtype,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     network: MiniMindLM,
     data: tuple[Rows, dict[str, Rows], Rows | None],
     resume: dict[str, Any] | None,

@@ -9,6 +9,8 @@ that file as it is and writes out/lora/identity_512.pth, of some 2 % its size, w
 `eval_model.py --lora_name identity` puts on it.
 """
 
+import interrupt  # noqa: F401  for Ctrl-C during the imports below
+
 import argparse
 import math
 import re
@@ -18,14 +20,13 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
 from dataset import (
     DataError,
@@ -70,6 +71,9 @@ from training import (
     summarise,
     weights_path,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # (parameters up to, lowest, highest): learning rates outside make a warning. Adapters, which start
 # at nothing, bear ten times those of the whole model.
@@ -127,7 +131,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def open_rows(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+    args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[Rows, dict[str, Rows], Rows | None]:
     """The rows to train on, to validate on (by name) and to test on.
 
@@ -313,7 +317,7 @@ def train(
     args: argparse.Namespace,
     world: Distributed,
     dtype: torch.dtype,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     network: MiniMindLM,
     data: tuple[Rows, dict[str, Rows], Rows | None],
     resume: dict[str, Any] | None,

@@ -1,17 +1,19 @@
 """A model that can be talked to: weights, tokenizer, decoder, and what goes between them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from dataset import ChatEncoder, render_chat
 from model import Decoder, MiniMindLM, TorchDecoder
 from training import UserError
 
 from .text import TextStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Talker:
@@ -33,7 +35,7 @@ class Talker:
         self,
         name: str,
         model: MiniMindLM,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: "PreTrainedTokenizerBase",
         chats: bool,
         quantize: str | None = None,
         rows: int = 1,

@@ -1,9 +1,12 @@
 """New tokens to text, as they come."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class TextStream:
@@ -19,7 +22,7 @@ class TextStream:
         stopped: whether a stop string came.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop: Sequence[str] = ()):
         self._tokenizer = tokenizer.backend_tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []

@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from dataset import tokenizer_hash
 from model import LMConfig, MiniMindLM, weights_hash
@@ -233,7 +235,9 @@ def load_talker(
 
 
 def load_folder(spec: WeightSpec, device: torch.device, quantize: str | None, rows: int) -> Talker:
-    """Load a model of this project that `save_pretrained` wrote, with the tokenizer beside it.
+    """Load a folder that `save_pretrained` wrote when a model of ours was one of transformers'.
+
+    It holds config.json, model.safetensors and, usually, the tokenizer.
 
     Raises:
         UserError: if the folder holds something else.
@@ -248,19 +252,16 @@ def load_folder(spec: WeightSpec, device: torch.device, quantize: str | None, ro
         kind = config.get("model_type") if isinstance(config, dict) else None
         if kind != LMConfig.model_type:
             raise ValueError(f"a model of the type {kind}")
-        model, told = MiniMindLM.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True
-        )
-        # transformers itself fills what is missing with random numbers.
-        wrong = [name for kind in ("missing_keys", "unexpected_keys") for name in told[kind]]
-        if wrong:
-            raise ValueError(f"not the weights of this model: {wrong[0]}")
+        model = MiniMindLM(LMConfig.from_dict(config))
+        state = load_file(folder / "model.safetensors")
+        state.setdefault("output.weight", state.get("tok_embeddings.weight"))  # one tensor, tied
+        model.load_state_dict(state)
         if model.config.vocab_size != len(tokenizer):
             raise ValueError(
                 f"{model.config.vocab_size} ids, the tokenizer has {len(tokenizer)}: "
                 "--tokenizer_path names another"
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = f"{error}".partition("\n")[0]
+    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = textwrap.shorten(str(error), 200)  # PyTorch names every difference, a line each
         raise UserError(f"--weight {folder}: cannot be loaded ({reason})") from None
     return Talker(folder.name, model.to(device).eval(), tokenizer, True, quantize, rows)

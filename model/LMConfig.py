@@ -1,11 +1,11 @@
 """Every number that fixes the shape of a MiniMind model."""
 
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
-from transformers import PretrainedConfig
 
-
-class LMConfig(PretrainedConfig):
+@dataclass
+class LMConfig:
     """Shape and routing of a MiniMindLM.
 
     Args:
@@ -34,82 +34,66 @@ class LMConfig(PretrainedConfig):
         seq_aux: balance within each sequence (True) or over the whole batch (False).
         norm_topk_prob: scale the top-k scores of a token to sum 1. With top-1 the raw score stays,
             or the gate would get no gradient.
+        bos_token_id, pad_token_id: the tokens that begin a text and fill a row.
+        eos_token_id: the token, or tokens, that end a text.
 
     Raises:
         ValueError: for a combination that no model can have; the message names the fields.
     """
 
-    model_type = "minimind"
-    attribute_map = {
-        "hidden_size": "dim",
-        "intermediate_size": "hidden_dim",
-        "num_hidden_layers": "n_layers",
-        "num_attention_heads": "n_heads",
-        "num_key_value_heads": "n_kv_heads",
-        "max_position_embeddings": "max_seq_len",
-    }
-    keys_to_ignore_at_inference = [
-        "past_key_values",
-        "last_hidden_state",
-        "aux_loss",
-        "expert_load",
-    ]
+    model_type: ClassVar[str] = "minimind"
 
-    def __init__(
-        self,
-        dim: int = 512,
-        n_layers: int = 8,
-        n_heads: int = 8,
-        n_kv_heads: int = 2,
-        vocab_size: int = 6400,
-        hidden_dim: int | None = None,
-        multiple_of: int = 64,
-        norm_eps: float = 1e-5,
-        max_seq_len: int = 8192,
-        rope_theta: float = 1e6,
-        dropout: float = 0.0,
-        flash_attn: bool = True,
-        use_moe: bool = False,
-        num_experts_per_tok: int = 2,
-        n_routed_experts: int = 4,
-        n_shared_experts: int | bool | None = 1,
-        scoring_func: str = "softmax",
-        aux_loss_alpha: float = 0.1,
-        seq_aux: bool = True,
-        norm_topk_prob: bool = True,
-        **kwargs: Any,
-    ):
-        self.dim = dim
-        self.n_layers = n_layers
-        self.n_heads = n_heads
-        self.n_kv_heads = n_kv_heads
-        self.vocab_size = vocab_size
-        self.multiple_of = multiple_of
-        self.norm_eps = norm_eps
-        self.max_seq_len = max_seq_len
-        self.rope_theta = rope_theta
-        self.dropout = dropout
-        self.flash_attn = flash_attn
-        self.use_moe = use_moe
-        self.num_experts_per_tok = num_experts_per_tok
-        self.n_routed_experts = n_routed_experts
-        self.n_shared_experts = int(n_shared_experts or 0)
-        self.scoring_func = scoring_func
-        self.aux_loss_alpha = aux_loss_alpha
-        self.seq_aux = seq_aux
-        self.norm_topk_prob = norm_topk_prob
-        self.hidden_dim = hidden_dim
+    dim: int = 512
+    n_layers: int = 8
+    n_heads: int = 8
+    n_kv_heads: int = 2
+    vocab_size: int = 6400
+    hidden_dim: int | None = None
+    multiple_of: int = 64
+    norm_eps: float = 1e-5
+    max_seq_len: int = 8192
+    rope_theta: float = 1e6
+    dropout: float = 0.0
+    flash_attn: bool = True
+    use_moe: bool = False
+    num_experts_per_tok: int = 2
+    n_routed_experts: int = 4
+    n_shared_experts: int | bool | None = 1
+    scoring_func: str = "softmax"
+    aux_loss_alpha: float = 0.1
+    seq_aux: bool = True
+    norm_topk_prob: bool = True
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = 0
+
+    def __post_init__(self) -> None:
+        self.n_shared_experts = int(self.n_shared_experts or 0)
         self._check()
-        if hidden_dim is None:
-            self.hidden_dim = -(-int(2 * 4 * dim / 3) // multiple_of) * multiple_of
-
-        kwargs = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **kwargs}
-        super().__init__(**{**kwargs, "tie_word_embeddings": True})
+        if self.hidden_dim is None:
+            rounded = -(-int(2 * 4 * self.dim / 3) // self.multiple_of)
+            self.hidden_dim = rounded * self.multiple_of
 
     @property
     def head_dim(self) -> int:
         """Size of one attention head."""
         return self.dim // self.n_heads
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "LMConfig":
+        """The inverse of `dataclasses.asdict`.
+
+        What transformers wrote beside the fields, when this class was a PretrainedConfig, is left
+        out; `transformers_version` tells such a dict.
+
+        Raises:
+            TypeError: for a name that is no field.
+            ValueError: for a combination that no model can have.
+        """
+        if "transformers_version" in values:
+            known = {field.name for field in fields(cls)}
+            values = {name: value for name, value in values.items() if name in known}
+        return cls(**values)
 
     @classmethod
     def from_size(cls, size: str, **overrides: Any) -> "LMConfig":

@@ -1,12 +1,11 @@
 """The network, in the order in which a token meets it."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from torch.utils.checkpoint import checkpoint
 
 from .generation import GenerationMixin, KVCache
 from .LMConfig import LMConfig
@@ -243,8 +242,7 @@ class MiniMindBlock(nn.Module):
         return x + self.dropout(y), aux_loss, load
 
 
-@dataclass
-class MiniMindOutput(ModelOutput):
+class MiniMindOutput(NamedTuple):
     """What one forward pass gives.
 
     Attributes:
@@ -265,19 +263,17 @@ class MiniMindOutput(ModelOutput):
     expert_load: Tensor | None = None
 
 
-class MiniMindLM(GenerationMixin, PreTrainedModel):
-    """A decoder-only language model whose output layer is its embedding."""
+class MiniMindLM(GenerationMixin, nn.Module):
+    """A decoder-only language model whose output layer is its embedding.
 
-    config_class = LMConfig
-    base_model_prefix = ""
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _no_split_modules = ["MiniMindBlock"]
-    _tied_weights_keys = {"output.weight": "tok_embeddings.weight"}
+    Attributes:
+        gradient_checkpointing: set it to True to keep only the layers' inputs in training and
+            compute the rest again in the backward pass (https://arxiv.org/abs/1604.06174).
+    """
 
     def __init__(self, config: LMConfig | None = None):
-        config = config or LMConfig()
-        super().__init__(config)
+        super().__init__()
+        self.config = config = config or LMConfig()
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(MiniMindBlock(config, i) for i in range(config.n_layers))
@@ -285,7 +281,7 @@ class MiniMindLM(GenerationMixin, PreTrainedModel):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.output.weight = self.tok_embeddings.weight
         self.gradient_checkpointing = False
-        self.post_init()
+        self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Normal(0, 0.02); what writes to the residual stream is scaled by 1 / √(2 · n_layers).
@@ -299,24 +295,11 @@ class MiniMindLM(GenerationMixin, PreTrainedModel):
             nn.init.normal_(module.weight, std=0.02 * scale)
         elif isinstance(module, nn.Embedding | MoEGate):
             nn.init.normal_(module.weight, std=0.02)
-        elif isinstance(module, RMSNorm):
-            nn.init.ones_(module.weight)
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The embedding layer."""
-        return self.tok_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the embedding layer; `tie_weights` makes the output layer follow."""
-        self.tok_embeddings = value
-
-    def get_output_embeddings(self) -> nn.Linear:
-        """The output layer, whose weight is the embedding's."""
-        return self.output
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        """Replace the output layer."""
-        self.output = value
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.tok_embeddings.weight.device
 
     def forward(
         self,
@@ -385,8 +368,8 @@ class MiniMindLM(GenerationMixin, PreTrainedModel):
         aux_losses, loads = [], []
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                x, aux_loss, load = self._gradient_checkpointing_func(
-                    layer.__call__, x, pos_cis, mask, cache, valid
+                x, aux_loss, load = checkpoint(
+                    layer, x, pos_cis, mask, cache, valid, use_reentrant=False
                 )
             else:
                 x, aux_loss, load = layer(x, pos_cis, mask, cache, valid)

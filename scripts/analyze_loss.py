@@ -14,16 +14,17 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import interrupt  # noqa: F401  for Ctrl-C during the imports below
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from train_tokenizer import language
-from transformers import PreTrainedTokenizerBase
 
 from dataset import (
     ChatEncoder,
@@ -50,6 +51,9 @@ from training import (
     make_parser,
     report_user_errors,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 WORST = 10
@@ -113,7 +117,7 @@ def score_samples(
     model: MiniMindLM,
     world: Distributed,
     dataset: PretrainDataset | SFTDataset,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     batch_size: int,
     max_samples: int | None,
 ) -> Iterator[Sample]:

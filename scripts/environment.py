@@ -66,15 +66,26 @@ def interpreter_version(python: Path) -> str | None:
     return result.stdout.decode("utf-8") if result.returncode == 0 else None
 
 
-def make_venv() -> None:
-    """Make `.venv`, over a broken one if need be, but never over anything else."""
+def interpreter(venv: Path) -> tuple[Path, str]:
+    """The interpreter of a virtual environment, made where there is none that runs; its version."""
+    python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if interpreter_version(python) is None:
+        make_venv(venv)
+    version = interpreter_version(python)
+    if version is None:
+        fail(f"{python} does not run: delete {venv} and try again")
+    return python, version
+
+
+def make_venv(venv: Path) -> None:
+    """Make a virtual environment, over a broken one if need be, but never over anything else."""
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         fail("this Python lacks the venv module (Debian, Ubuntu: apt install python3-venv)")
-    is_venv = (VENV / "pyvenv.cfg").is_file()
-    if VENV.exists() and not is_venv and not (VENV.is_dir() and not any(VENV.iterdir())):
-        fail(f"{VENV} is in the way and is no virtual environment: move or delete it")
-    if run(sys.executable, "-m", "venv", "--clear", VENV):
-        fail(f"cannot make {VENV}")
+    is_venv = (venv / "pyvenv.cfg").is_file()
+    if venv.exists() and not is_venv and not (venv.is_dir() and not any(venv.iterdir())):
+        fail(f"{venv} is in the way and is no virtual environment: move or delete it")
+    if run(sys.executable, "-m", "venv", "--clear", venv):
+        fail(f"cannot make {venv}")
 
 
 def requirements_digest(requirements: Sequence[str], version: str) -> str:
@@ -85,14 +96,14 @@ def requirements_digest(requirements: Sequence[str], version: str) -> str:
     return digest.hexdigest()
 
 
-def install(python: Path, requirements: Sequence[str]) -> None:
-    """Install the requirements with pip, which a half-made or foreign `.venv` may lack."""
+def install(python: Path, requirements: Sequence[str], *options: str) -> None:
+    """Install the requirements with pip, which a half-made or foreign environment may lack."""
     if subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode:
         run(python, "-m", "ensurepip", "--upgrade")
     files = [argument for name in requirements for argument in ("-r", name)]
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
-    if run(*pip, *files, "-c", CONSTRAINTS):
-        fail(f"installing failed (if {VENV} is damaged, delete it and try again)")
+    if run(*pip, *files, *options):
+        fail(f"installing failed (if {python.parent.parent} is damaged, delete it and try again)")
 
 
 def prepare(requirements: Sequence[str], stamp: str) -> Path:
@@ -102,14 +113,24 @@ def prepare(requirements: Sequence[str], stamp: str) -> Path:
         requirements: files of requirements, from the project root.
         stamp: name of the file in `.venv` that notes what was installed for them.
     """
-    python = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if interpreter_version(python) is None:
-        make_venv()
-    version = interpreter_version(python)
-    if version is None:
-        fail(f"{python} does not run: delete {VENV} and try again")
+    python, version = interpreter(VENV)
     digest, noted = requirements_digest(requirements, version), VENV / stamp
     if not noted.is_file() or noted.read_text(encoding="utf-8") != digest:
-        install(python, requirements)
+        install(python, requirements, "-c", CONSTRAINTS)
         noted.write_text(digest, encoding="utf-8")
+    return python
+
+
+def prepare_newest(requirements: Sequence[str]) -> Path:
+    """Return the interpreter of `.venv-newest`, brought up to the newest versions allowed.
+
+    torch stays as in constraints.txt: its releases differ in what hardware they run on.
+
+    Args:
+        requirements: files of requirements, from the project root.
+    """
+    python, _ = interpreter(ROOT / ".venv-newest")
+    pins = (ROOT / CONSTRAINTS).read_text(encoding="utf-8").splitlines()
+    torch = [line for line in pins if line.startswith("torch==")]
+    install(python, requirements, *torch, "--upgrade", "--upgrade-strategy", "eager")
     return python

@@ -12,6 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import interrupt  # noqa: F401  for Ctrl-C during the imports below
+
 from dataset.sample import SAMPLE, SEED, write_sample
 from training import UserError, make_parser, report_user_errors, seed
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import interrupt  # noqa: F401  for Ctrl-C during the imports below
+
 from training import UserError, make_parser, report_user_errors
 from training.curves import draw_curves, has_number, read_metrics
 

@@ -11,12 +11,13 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import interrupt  # noqa: F401  for Ctrl-C during the imports below
+
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from dataset import ChatEncoder, DataError, check_file, render_chat, tokenizer_hash
 from dataset.sample import SAMPLE, Score, ensure_sample, is_right, score_answers
@@ -33,6 +34,9 @@ from training import (
     report_user_errors,
     seed_everything,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 UNTRAINED = "untrained"
 QUESTION = {"conversations", "skill", "language", "expect", "choices", "chance", "declined"}
@@ -93,7 +97,7 @@ def read_test(path: Path) -> list[dict[str, Any]]:
 
 
 def encode_questions(
-    tokenizer: PreTrainedTokenizerBase, records: Sequence[Mapping[str, Any]]
+    tokenizer: "PreTrainedTokenizerBase", records: Sequence[Mapping[str, Any]]
 ) -> list[torch.Tensor]:
     """Ids of each record's question, up to where its answer begins: (T,) int64 each."""
     prompts = [
@@ -120,7 +124,7 @@ def load(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
 def score_weights(
     weights: Sequence[tuple[str, Path]],
     records: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     device: torch.device,
 ) -> tuple[dict[str, Scores], dict[str, list[str]]]:
     """Scores and answers of an untrained model and of each weight file.

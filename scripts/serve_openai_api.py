@@ -14,6 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import interrupt  # noqa: F401  for Ctrl-C during the imports below
+
 from inference.listening import listen, port
 from training import (
     ROOT,

@@ -16,9 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import interrupt  # noqa: F401  for Ctrl-C during the imports below
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from dataset import DataError, PackedRows, open_dataset
 from dataset.sample import SAMPLE, ensure_sample
@@ -31,6 +34,9 @@ from training import (
     make_parser,
     report_user_errors,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LEARNT, READ, CONTROL, BORDER, END = "\033[32m", "\033[90m", "\033[7m", "\033[36m", "\033[0m"
 
@@ -57,7 +63,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def painted(
-    ids: Tensor, learnt: Tensor, tokenizer: PreTrainedTokenizerBase, colours: bool
+    ids: Tensor, learnt: Tensor, tokenizer: "PreTrainedTokenizerBase", colours: bool
 ) -> Iterator[str]:
     """The text of a document, run by run of what is learnt alike.
 
@@ -95,7 +101,7 @@ def painted(
 def show(
     item: tuple[Tensor, Tensor, Tensor],
     title: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     colours: bool,
 ) -> None:
     """Print one sample `(X, Y, loss_mask)` under a title with its figures."""

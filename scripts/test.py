@@ -1,31 +1,56 @@
 """Check the whole project: formatting, lint and tests, in an environment that it makes itself.
 
     python scripts/test.py [arguments for pytest]
+    python scripts/test.py --newest
 
 Needs Python 3.10 or newer and nothing else. The first run makes `.venv` in the project root and
 installs the versions in constraints.txt; later runs install again only when a requirement changed.
 All checks run; the exit status is that of the first one that failed.
+
+`--newest` makes `.venv-newest` instead, with the newest versions that the requirements allow, and
+runs a core of the tests there: every stage, scoring, chat, server.
 """
 
+import argparse
+import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from environment import prepare, require_python, run
+from environment import ROOT, prepare, prepare_newest, require_python, run
 
 REQUIREMENTS = ["requirements.txt", "scripts/requirements.txt", "tests/requirements.txt"]
+# Files are shared out among processes; each needs a gigabyte of memory.
+PYTEST = ["pytest", "--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile"]
+CORE = [
+    "tests/test_quickstart.py::test_smoke_goes_all_the_way",
+]
+VERSIONS = """
+import sys
+from importlib.metadata import version
+
+print("Python", sys.version.split()[0], *(f"{n} {version(n)}" for n in sys.argv[1:]), sep=", ")
+"""
 
 
-def main(pytest_arguments: list[str]) -> int:
+def main() -> int:
     """Run every check and return the exit status of the first that failed, else 0."""
-    python = prepare(REQUIREMENTS, "installed.sha256")
-    checks = [
-        ["ruff", "format", "--check", "."],
-        ["ruff", "check", "."],
-        # Files are shared out among processes; each needs a gigabyte of memory.
-        ["pytest", "--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile", *pytest_arguments],
-    ]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument(
+        "--newest", action="store_true", help="the newest versions, in .venv-newest"
+    )
+    args, arguments = parser.parse_known_args()  # the rest is for pytest
+    if args.newest:
+        python = prepare_newest(REQUIREMENTS)
+        checks = [[*PYTEST, *CORE, *arguments]]
+    else:
+        python = prepare(REQUIREMENTS, "installed.sha256")
+        lint = ["ruff", "format", "--check", "."], ["ruff", "check", "."]
+        checks = [*lint, [*PYTEST, *arguments]]
+    lines = [line for name in REQUIREMENTS for line in (ROOT / name).open(encoding="utf-8")]
+    names = [re.match(r"[\w-]*", line)[0] for line in lines]
+    run(python, "-c", VERSIONS, *filter(None, names))
     failed = {}
     for check in checks:
         print(">", *check, flush=True)
@@ -40,6 +65,6 @@ def main(pytest_arguments: list[str]) -> int:
 if __name__ == "__main__":
     require_python()
     try:
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)

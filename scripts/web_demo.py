@@ -14,6 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import interrupt  # noqa: F401  for Ctrl-C during the imports below
+
 from inference import WeightSpec
 from inference.backends import Backend, Endpoint, LocalModels
 from inference.listening import listen, port

@@ -1,6 +1,7 @@
 """LMConfig: defaults, derived width, what it refuses, its round trip, the published sizes."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -31,7 +32,6 @@ DEFAULTS = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
-    "tie_word_embeddings": True,
 }
 
 
@@ -125,7 +125,7 @@ def test_n_shared_experts_is_a_number(given, kept):
     assert (shared, type(shared)) == (kept, int)
 
 
-def test_every_field_survives_a_save(tmp_path):
+def test_every_field_survives_a_save():
     fields = {
         "dim": 96,
         "n_layers": 3,
@@ -151,33 +151,41 @@ def test_every_field_survives_a_save(tmp_path):
         "pad_token_id": 10,
     }
     config = LMConfig(**fields)
-    config.save_pretrained(tmp_path)
-    on_disk = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    loaded = LMConfig.from_pretrained(tmp_path)
-    for name, value in fields.items():
-        assert on_disk[name] == value, name
-        assert getattr(loaded, name) == value, name
-    assert on_disk["model_type"] == "minimind"
-    assert LMConfig(**on_disk).to_diff_dict() == config.to_diff_dict()
+    text = json.dumps(asdict(config))
+    assert json.loads(text) == {**fields, "scoring_func": "softmax"}
+    assert LMConfig.from_dict(json.loads(text)) == config
 
 
-def test_a_derived_width_survives_a_save(tmp_path):
-    LMConfig(dim=640).save_pretrained(tmp_path)
-    assert LMConfig.from_pretrained(tmp_path).hidden_dim == 1728
+def test_a_derived_width_survives_a_save():
+    assert LMConfig.from_dict(asdict(LMConfig(dim=640))).hidden_dim == 1728
 
 
-def test_transformers_names_reach_the_same_fields():
-    config = LMConfig()
-    assert config.hidden_size == 512
-    assert config.intermediate_size == 1408
-    assert config.num_hidden_layers == 8
-    assert config.num_attention_heads == 8
-    assert config.num_key_value_heads == 2
-    assert config.max_position_embeddings == 8192
+def test_a_dict_that_transformers_wrote_loads():
+    """What LMConfig().to_dict() gave while it was a PretrainedConfig of transformers 5.23."""
+    older = {
+        **DEFAULTS,
+        "transformers_version": "5.23.0",
+        "architectures": ["MiniMindLM"],
+        "output_hidden_states": False,
+        "return_dict": True,
+        "dtype": "float32",
+        "chunk_size_feed_forward": 0,
+        "is_encoder_decoder": False,
+        "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+        "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+        "problem_type": None,
+        "_name_or_path": "",
+        "tie_word_embeddings": True,
+        "model_type": "minimind",
+        "output_attentions": False,
+    }
+    assert LMConfig.from_dict({**older, "dim": 640, "hidden_dim": 1728}) == LMConfig(dim=640)
 
 
-def test_embeddings_cannot_be_untied():
-    assert LMConfig(tie_word_embeddings=False).tie_word_embeddings is True
+@pytest.mark.parametrize("make", [lambda x: LMConfig(**x), LMConfig.from_dict])
+def test_a_name_that_is_no_field_is_refused(make):
+    with pytest.raises(TypeError, match="dmi"):
+        make({"dmi": 640})
 
 
 def by_hand(dim, hidden, layers, experts=0, shared=0, vocab=6400, heads=8, kv_heads=2):

@@ -3,8 +3,6 @@
 import copy
 import functools
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -114,13 +112,12 @@ def test_float16_scales_its_gradients(run, stages, tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_torchrun_with_nccl_gives_the_same_run(root, run, stages, tmp_path):
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_processes_over_nccl_give_the_same_run(run, stages, tmp_path):
     flags, name = stages["train_pretrain.py"]
     flags = [*flags, "--dtype", "float32"]
-    run(*flags, "--out_dir", tmp_path / "alone")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    words = [*launcher, root / "train_pretrain.py", *flags, "--out_dir", tmp_path / "nccl", "--ddp"]
-    subprocess.run([str(word) for word in words], cwd=root, check=True)
+    run(*flags, "--batch_size", 4, "--out_dir", tmp_path / "alone")
+    run(*flags, "--batch_size", 2, "--out_dir", tmp_path / "nccl", processes=2)
     assert losses_of(tmp_path / "nccl", name) == pytest.approx(
         losses_of(tmp_path / "alone", name), rel=1e-4
     )

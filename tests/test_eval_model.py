@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import sacrebleu
@@ -192,10 +194,26 @@ def test_the_newest_chat_weights_are_chosen(run, tmp_path, tokenizer):
     assert said("--dim", "32") == "pretrain_32"
 
 
-def test_a_folder_in_transformers_format(run, tmp_path, chat_dir, tokenizer):
+def save_as_pretrained(model: MiniMindLM, folder: Path) -> None:
+    """Write the folder of `save_pretrained` from when a model of ours was one of transformers'."""
+    folder.mkdir()
+    about = {
+        **asdict(model.config),
+        "architectures": ["MiniMindLM"],
+        "dtype": "float32",
+        "model_type": "minimind",
+        "tie_word_embeddings": True,
+        "transformers_version": "5.23.0",
+    }
+    (folder / "config.json").write_text(json.dumps(about), encoding="utf-8")
+    state = {n: t for n, t in model.state_dict().items() if n != "output.weight"}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_a_folder_of_save_pretrained(run, tmp_path, chat_dir, tokenizer):
     model = random_model()
     folder = tmp_path / "mine"
-    model.save_pretrained(folder)
+    save_as_pretrained(model, folder)
     tokenizer.save_pretrained(folder)
     save_tuned(model, tmp_path, tokenizer)
     words = ["--prompt", "Hi", "--temperature", "0", "--max_new_tokens", "9"]

@@ -8,6 +8,7 @@ import copy
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -210,7 +211,7 @@ def test_both_attention_paths_are_equal_with_gradients(n_kv_heads, masked):
     masks = [None, None]
     if masked:
         seen = (torch.rand(2, 1, 9, 9) < 0.5) | torch.eye(9, dtype=torch.bool)
-        configs = [config, LMConfig(**{**config.to_dict(), "flash_attn": False})]
+        configs = [config, replace(config, flash_attn=False)]
         masks = [score_mask(seen, x, each) for each in configs]
     table = precompute_pos_cis(8, 9)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
@@ -740,7 +741,7 @@ def test_contradictory_arguments_are_refused():
     ids = random_ids(1, 6)
     with pytest.raises(ValueError, match="logits_to_keep"):
         model(ids, labels=ids, logits_to_keep=1)
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing = True
     model.train()
     with pytest.raises(ValueError, match="checkpointing"):
         model(ids, use_cache=True)
@@ -807,7 +808,7 @@ def is_tied(model: MiniMindLM) -> bool:
     )
 
 
-def test_output_and_embedding_stay_one_tensor(tmp_path):
+def test_output_and_embedding_stay_one_tensor():
     model = tiny()
     assert is_tied(model)
     assert "output.weight" not in dict(model.named_parameters())
@@ -816,58 +817,23 @@ def test_output_and_embedding_stay_one_tensor(tmp_path):
     assert is_tied(other)
     assert is_tied(copy.deepcopy(model))
     assert is_tied(copy.deepcopy(model).to(torch.bfloat16))
-    model.save_pretrained(tmp_path)
-    assert is_tied(MiniMindLM.from_pretrained(tmp_path))
-    ids = random_ids(1, 5) % 250
-    before = model(ids).logits
-    for size in (320, 250):
-        model.resize_token_embeddings(size)
-        assert is_tied(model)
-        assert model.config.vocab_size == size
-        logits = model(ids).logits
-        assert logits.shape == (1, 5, size)
-        torch.testing.assert_close(logits[..., :250], before[..., :250])
+    model(random_ids(1, 5)).logits.sum().backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     assert is_tied(model)
-
-
-@both_kinds
-@torch.no_grad()
-def test_a_saved_model_comes_back_bit_for_bit(tmp_path, use_moe):
-    model = tiny(use_moe=use_moe, rope_theta=12345.0, norm_eps=1e-3)
-    ids = random_ids(2, 30)
-    model.save_pretrained(tmp_path)
-    assert (tmp_path / "model.safetensors").is_file()
-    loaded = MiniMindLM.from_pretrained(tmp_path)
-    assert not loaded.training
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
-    assert all(torch.equal(w, loaded.state_dict()[n]) for n, w in model.state_dict().items())
-    half = MiniMindLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert torch.equal(half(ids).logits, copy.deepcopy(model).to(torch.bfloat16)(ids).logits)
-    # a second generation, and the plain state_dict that the stages save
-    loaded.save_pretrained(tmp_path / "again")
-    again = MiniMindLM.from_pretrained(tmp_path / "again")
-    assert torch.equal(again(ids).logits, model(ids).logits)
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    plain = MiniMindLM(model.config).eval()
-    plain.load_state_dict(torch.load(tmp_path / "weights.pth", weights_only=True))
-    assert torch.equal(plain(ids).logits, model(ids).logits)
 
 
 # Inside other people's machinery
 
 
 @both_kinds
-@pytest.mark.parametrize("options", [None, {"use_reentrant": True}], ids=["default", "reentrant"])
-def test_gradient_checkpointing_runs_blocks_again_and_changes_no_gradient(use_moe, options):
+def test_gradient_checkpointing_runs_blocks_again_and_changes_no_gradient(use_moe):
     ids = random_ids(2, 12)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     found, calls = [], []
     for checkpointing in (False, True):
         model = tiny(use_moe=use_moe, dropout=0.1).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable(options)
+        model.gradient_checkpointing = checkpointing
         count = 0
 
         def entered(*_):
@@ -884,7 +850,7 @@ def test_gradient_checkpointing_runs_blocks_again_and_changes_no_gradient(use_mo
         found.append({**gradients(model), "loss": out.loss.detach(), "aux": out.aux_loss.detach()})
     assert calls == [2, 4]
     assert_same_gradients(*found, atol=1e-7)
-    model.gradient_checkpointing_disable()
+    model.gradient_checkpointing = False
     model(ids, labels=ids).loss.backward()
     assert count == 6
 
@@ -901,18 +867,20 @@ class Counting(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize(
-    ("fields", "arguments"),
+    ("fields", "checkpointing", "arguments"),
     [
-        ({}, {}),
-        ({"use_moe": True}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}),
-        ({"use_moe": True}, {"bf16": True}),
+        ({}, False, {}),
+        ({"use_moe": True}, True, {"gradient_accumulation_steps": 2}),
+        ({"use_moe": True}, False, {"bf16": True}),
     ],
     ids=["dense", "moe checkpointed", "moe bf16"],
 )
-def test_trainer_lowers_the_loss_saves_and_evaluates(tmp_path, fields, arguments):
+def test_trainer_lowers_the_loss_and_evaluates(tmp_path, recwarn, fields, checkpointing, arguments):
+    """The model is no PreTrainedModel, so the trainer computes and whoever uses it saves."""
     pytest.importorskip("accelerate")
     torch.manual_seed(0)
     model = MiniMindLM(LMConfig(**{**TINY, "vocab_size": 60, **fields}))
+    model.gradient_checkpointing = checkpointing
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -923,7 +891,7 @@ def test_trainer_lowers_the_loss_saves_and_evaluates(tmp_path, fields, arguments
             per_device_eval_batch_size=8,
             learning_rate=1e-2,
             logging_steps=1,
-            save_steps=6,
+            save_strategy="no",
             eval_strategy="steps",
             eval_steps=6,
             report_to="none",
@@ -932,26 +900,21 @@ def test_trainer_lowers_the_loss_saves_and_evaluates(tmp_path, fields, arguments
         ),
         train_dataset=Counting(),
         eval_dataset=Counting(),
-        compute_metrics=lambda p: {"shape": p.predictions.shape},
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 12
     assert losses[-1] < 0.7 * losses[0]
     metrics = trainer.evaluate()
-    assert metrics["eval_shape"] == (64, 16, 60)  # logits alone, nothing else of the output
-    trainer.save_model(str(tmp_path / "end"))
-    loaded = MiniMindLM.from_pretrained(tmp_path / "end").eval()
-    assert is_tied(loaded)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    loaded = MiniMindLM(model.config).eval()
+    loaded.load_state_dict(torch.load(tmp_path / "weights.pth", weights_only=True))
     batch = torch.stack([Counting()[i]["input_ids"] for i in range(64)])
     expected = loaded(batch, labels=batch).loss.item()
     assert metrics["eval_loss"] == pytest.approx(
         expected, rel=0.02 if "bf16" in arguments else 1e-4
     )
-    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [
-        "checkpoint-12",
-        "checkpoint-6",
-    ]
+    assert not [w for w in recwarn if "MiniMind" in str(w.message)]
 
 
 MASK = torch.tensor([[1] * 12, [0] * 4 + [1] * 8])

@@ -262,9 +262,7 @@ class LiveBytes(TorchDispatchMode):
 )
 def test_the_sum_is_the_peak_of_a_step(fields, checkpointing, dtype):
     model, rows = network(**fields), training_rows(3, 64, packed=True)
-    if checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    model.gradient_checkpointing = checkpointing
     optimizer = make_optimizer(model, 1e-3, 0.1, (0.9, 0.95))
 
     def step(rows: dict[str, Tensor]) -> None:

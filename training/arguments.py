@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ def report_user_errors(*kinds: type[Exception]) -> Iterator[None]:
 
     Ctrl-C ends with 130. What is printed inside may be any text.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see interrupt.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")  # Windows consoles may differ
     try:

@@ -7,6 +7,7 @@ import pickle
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def save_weights(
         name: shared.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", dtype))
         for name, tensor in model.state_dict().items()
     }
-    about = {"stage": stage, "tokenizer": tokenizer_hash, "config": config.to_dict()}
+    about = {"stage": stage, "tokenizer": tokenizer_hash, "config": asdict(config)}
     text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
     with report_save_errors(path):
         write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode()))
@@ -170,7 +171,7 @@ def read_about(path: Path) -> dict[str, Any] | None:
         return {
             "stage": about["stage"],
             "tokenizer": about["tokenizer"],
-            "config": LMConfig(**about["config"]),
+            "config": LMConfig.from_dict(about["config"]),
         }
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{about_path}: does not describe a model ({error})") from None

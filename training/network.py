@@ -1,13 +1,15 @@
 """The model that a stage begins with."""
 
 import argparse
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from model import LMConfig, MiniMindLM
 
 from .arguments import UserError
 from .resume import seed_everything
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def check_context(max_seq_len: int, config: LMConfig) -> None:
@@ -18,7 +20,7 @@ def check_context(max_seq_len: int, config: LMConfig) -> None:
         )
 
 
-def init_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> MiniMindLM:
+def init_model(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> MiniMindLM:
     """Build the network, the same on every process.
 
     Raises:
@@ -45,8 +47,5 @@ def init_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
         raise UserError(f"{flags}: {error}") from None
     check_context(args.max_seq_len, config)
     model = MiniMindLM(config)
-    if args.gradient_checkpointing:
-        # Named so from transformers 5 on, where the older name is deprecated.
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    model.gradient_checkpointing = args.gradient_checkpointing
     return model

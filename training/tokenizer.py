@@ -1,19 +1,23 @@
 """The tokenizer of a run."""
 
 from pathlib import Path
-
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from .arguments import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """Load a tokenizer from a local folder; nothing is fetched.
 
     Raises:
         UserError: if the folder holds none, or one without tokens that begin and end a text.
     """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast  # which takes a second: not for --help
+
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"--tokenizer_path {folder}: no tokenizer.json there")
     try:
