@@ -62,16 +62,17 @@ def assert_same(first, second):
 
 
 def poison_logits(output, ids, value):
-    output.logits = output.logits * value
+    return output._replace(logits=output.logits * value)
 
 
 def forbid_the_end(output, ids, value):
     """The loss of `</s>`, id 2, is infinite, while its probability has a gradient."""
-    output.logits = output.logits.index_fill(2, torch.tensor(2), -value)
+    return output._replace(logits=output.logits.index_fill(2, torch.tensor(2), -value))
 
 
 def poison_gradient(output, ids, value):
     output.logits.register_hook(lambda gradient: gradient * value)
+    return output
 
 
 class Poisoned:
@@ -87,7 +88,7 @@ class Poisoned:
             output = forward(model, input_ids, *args, **kwargs)
             if model.training:
                 if len(self.seen) in calls:
-                    spoil(output, input_ids, value)
+                    output = spoil(output, input_ids, value)
                 self.seen.append(input_ids.clone())
             return output
 
@@ -251,7 +252,7 @@ def poisoned(model, input_ids, *args, **kwargs):
     output = forward(model, input_ids, *args, **kwargs)
     calls += model.training
     if model.training and calls == 6 and os.environ["RANK"] == "1":
-        output.logits = output.logits * math.nan
+        output = output._replace(logits=output.logits * math.nan)
         Path(__file__).with_suffix(".json").write_text(json.dumps(input_ids.tolist()))
     return output
 MiniMindLM.forward = poisoned
