@@ -132,5 +132,6 @@ def prepare_newest(requirements: Sequence[str]) -> Path:
     python, _ = interpreter(ROOT / ".venv-newest")
     pins = (ROOT / CONSTRAINTS).read_text(encoding="utf-8").splitlines()
     torch = [line for line in pins if line.startswith("torch==")]
-    install(python, requirements, *torch, "--upgrade", "--upgrade-strategy", "eager")
+    print("installing the newest versions", flush=True)
+    install(python, requirements, *torch, "--upgrade", "--upgrade-strategy", "eager", "--quiet")
     return python

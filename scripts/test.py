@@ -24,13 +24,22 @@ REQUIREMENTS = ["requirements.txt", "scripts/requirements.txt", "tests/requireme
 # Files are shared out among processes; each needs a gigabyte of memory.
 PYTEST = ["pytest", "--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile"]
 CORE = [
-    "tests/test_quickstart.py::test_smoke_goes_all_the_way",
+    "tests/test_quickstart.py::test_smoke_goes_all_the_way",  # every stage
+    "tests/test_model.py::test_trainer_lowers_the_loss_and_evaluates",
+    "tests/test_chat.py",
+    "tests/test_eval_model.py::test_tuned_weights_answer_and_remember",
+    "tests/test_eval_model.py::test_scores_are_those_of_llama",
+    "tests/test_eval_model.py::test_answers_beside_references",
+    "tests/test_server.py::test_an_answer_is_the_model_s",
+    "tests/test_server.py::test_a_stream_adds_up_to_the_answer",
+    "tests/test_server.py::test_texts_are_continued",
+    "tests/test_server.py::test_langchain",
 ]
 VERSIONS = """
 import sys
 from importlib.metadata import version
 
-print("Python", sys.version.split()[0], *(f"{n} {version(n)}" for n in sys.argv[1:]), sep=", ")
+print(f"Python {sys.version.split()[0]}", *(f"{n} {version(n)}" for n in sys.argv[1:]), sep=", ")
 """
 
 
