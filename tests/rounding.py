@@ -77,3 +77,32 @@ def loss_sums(config: LMConfig, length: int, rows: int = 1) -> int:
 def gradient_sums(config: LMConfig, length: int, rows: int = 1) -> int:
     """The same to the gradients of that loss, whose way back is as long as the way there."""
     return 2 * loss_sums(config, length, rows)
+
+
+# What the scripts write. The tests train models of about this size, of the shipped vocabulary.
+
+SCRIPTS = LMConfig(dim=32, n_layers=2)
+LOSS = rounding(loss_sums(SCRIPTS, 96, rows=8))
+NORM = rounding(gradient_sums(SCRIPTS, 96, rows=8))
+
+
+def assert_same_training(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], learning_rates: list[float]
+) -> None:
+    """Weights of the same names after the same steps of AdamW are equal, but for rounding.
+
+    A step moves a weight by about the learning rate, however small its gradient is, and so by
+    anything up to that where the gradient is as small as its own rounding. These weights are few:
+    it is the mean error that is held against the way of all steps.
+
+    Args:
+        actual: weights by name.
+        expected: the same.
+        learning_rates: one a step.
+    """
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        error = (actual[name].double() - tensor.double()).abs().mean().item()
+        explained = NORM * sum(learning_rates)
+        explained += rounding(len(learning_rates)) * tensor.double().abs().mean().item()
+        assert error <= explained, f"{name}: mean error {error:.3g}, explained {explained:.3g}"
