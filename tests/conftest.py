@@ -19,6 +19,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {path.name for path in ROOT.glob("train_*.py")}
 
+# Tiny tensors gain nothing from threads, and waiting threads cost much on a busy machine.
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
+
 
 @pytest.fixture(scope="session")
 def root() -> Path:
@@ -57,23 +60,23 @@ def sample_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors gain nothing from threads, and waiting threads cost much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def threads():
+    """As many threads as OMP_NUM_THREADS says, by default one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def quick():
-    """No plots, which take most of a small run's time; one thread for what fixtures run too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """No plots, which take most of a small run's time; few threads for what fixtures run too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
     with pytest.MonkeyPatch.context() as patches:
         patches.setitem(sys.modules, "matplotlib.figure", None)
         yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
 
 
 class Done(NamedTuple):
@@ -140,7 +143,7 @@ def run_apart(root: Path, script: str, words: list[str], processes: int) -> tupl
     done = subprocess.run(
         [*launcher, str(root / script), *words],
         cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": str(THREADS), "PYTHONUTF8": "1"},
         capture_output=True,
         encoding="utf-8",
         timeout=240,

@@ -290,7 +290,7 @@ def test_two_processes_validate_as_one(two_processes):
     """13 texts, 2 at a time for each of 2 processes: the last batch is one process's alone."""
     folder, _, _ = two_processes
     expected = by_hand(weights(folder), documents(13), the_tokenizer())
-    assert scores(metrics(folder)[-1]) == pytest.approx(expected, rel=1e-6)
+    assert scores(metrics(folder)[-1]) == pytest.approx(expected, rel=1e-5)
 
 
 # Spikes

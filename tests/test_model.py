@@ -15,6 +15,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import (
+    assert_equal_to_rounding,
+    forward_sums,
+    gradient_sums,
+    loss_sums,
+    rounding,
+)
 from tiny_models import (
     TINY,
     as_llama,
@@ -61,7 +68,8 @@ def golden_model(golden, **overrides) -> MiniMindLM:
 def test_golden_logits(golden, flash_attn):
     model = golden_model(golden, flash_attn=flash_attn)
     logits = model(torch.from_numpy(golden["input_ids"])).logits
-    assert (logits - torch.from_numpy(golden["logits"])).abs().max() < 1e-4
+    wanted = torch.from_numpy(golden["logits"])
+    assert_equal_to_rounding(logits, wanted, forward_sums(model.config, logits.shape[1]))
 
 
 @both_attentions
@@ -79,9 +87,11 @@ def test_golden_greedy_continuation_with_and_without_cache(golden, flash_attn):
 
 def test_golden_auxiliary_loss(golden):
     model = golden_model(golden).train()
-    aux_loss = model(torch.from_numpy(golden["input_ids"])).aux_loss
+    ids = torch.from_numpy(golden["input_ids"])
+    aux_loss = model(ids).aux_loss
     wanted = golden.get("train_aux_loss", np.float32(0))
-    assert aux_loss.item() == pytest.approx(float(wanted), abs=1e-6)
+    close = rounding(forward_sums(model.config, ids.shape[1]) + ids.numel())
+    assert aux_loss.item() == pytest.approx(float(wanted), rel=close)
 
 
 @both_attentions
@@ -94,11 +104,15 @@ def test_llama_with_the_same_weights_agrees_in_logits_loss_and_gradients(flash_a
     labels[0, :15] = -100
     labels[2, 30:] = -100
     ours, theirs = model(ids, labels=labels), llama(ids, labels=labels)
-    torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=2e-5)
-    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=1e-5)
+    assert_equal_to_rounding(ours.logits, theirs.logits, forward_sums(model.config, 40))
+    assert_equal_to_rounding(ours.loss, theirs.loss, loss_sums(model.config, 40, rows=3))
     ours.loss.backward()
     theirs.loss.backward()
-    assert_same_gradients(as_llama(gradients(model), model.config), gradients(llama))
+    assert_same_gradients(
+        as_llama(gradients(model), model.config),
+        gradients(llama),
+        gradient_sums(model.config, 40, rows=3),
+    )
 
 
 @both_attentions
@@ -114,7 +128,7 @@ def test_llama_agrees_on_left_padded_rows(flash_attn):
     theirs = llama(ids, attention_mask=mask, position_ids=positions).logits
     ours = model(ids, attention_mask=mask).logits
     kept = mask.bool()
-    torch.testing.assert_close(ours[kept], theirs[kept], rtol=1e-4, atol=2e-5)
+    assert_equal_to_rounding(ours[kept], theirs[kept], forward_sums(model.config, 12))
 
 
 # The parts
@@ -127,7 +141,7 @@ def test_rms_norm_by_hand():
     x = torch.tensor([[3.0, 4.0, 5.0], [0.0, 0.0, 0.0]])
     rms = math.sqrt((9 + 16 + 25) / 3 + 0.5)
     wanted = torch.tensor([[3 / rms, 8 / rms, -5 / rms], [0.0, 0.0, 0.0]])
-    torch.testing.assert_close(norm(x), wanted)
+    assert_equal_to_rounding(norm(x), wanted, sums=3 + 2)
 
 
 def test_rms_norm_computes_in_fp32_and_returns_the_input_dtype():
@@ -151,10 +165,9 @@ def test_pos_cis_is_the_complex_exponential_of_position_times_frequency():
     wanted = torch.exp(1j * positions[..., None] * frequencies)
     assert table.shape == (2, 3, 4, 2)
     assert table.dtype == torch.float32
-    torch.testing.assert_close(complex_pairs(table).squeeze(-1), wanted, rtol=0, atol=1e-3)
-    torch.testing.assert_close(  # fp32 angles are only as exact as their size allows
-        complex_pairs(table).squeeze(-1)[0], wanted[0], rtol=0, atol=1e-6
-    )
+    # fp32 angles are only as exact as their size allows.
+    close = torch.finfo(torch.float32).eps * positions.clamp(min=1)[..., None]
+    assert ((complex_pairs(table).squeeze(-1) - wanted).abs() <= close).all()
     assert torch.equal(precompute_pos_cis(8, 5), precompute_pos_cis(8, torch.arange(5)))
 
 
@@ -165,14 +178,12 @@ def test_rotary_embedding_multiplies_adjacent_pairs_as_complex_numbers():
     turns = complex_pairs(table).squeeze(-1)[:, :, None]  # (B, T, 1, head_dim / 2)
     for x, turned in zip((xq, xk), apply_rotary_emb(xq, xk, table), strict=True):
         assert turned.shape == x.shape
-        torch.testing.assert_close(
-            complex_pairs(turned), complex_pairs(x) * turns, rtol=0, atol=1e-5
-        )
+        wanted = torch.view_as_real(complex_pairs(x) * turns).flatten(-2)
+        assert_equal_to_rounding(turned, wanted, sums=2)
     for x, turned in zip((xq, xk), apply_rotary_emb(xq.half(), xk.half(), table), strict=True):
         assert turned.dtype == torch.float16
-        torch.testing.assert_close(
-            complex_pairs(turned), complex_pairs(x.half()) * turns, rtol=0, atol=4e-3
-        )
+        wanted = torch.view_as_real(complex_pairs(x.half()) * turns).flatten(-2)
+        assert_equal_to_rounding(turned, wanted, sums=1)  # in fp32, and rounded once
 
 
 def test_rotary_embedding_makes_products_depend_on_distance_only():
@@ -183,8 +194,9 @@ def test_rotary_embedding_makes_products_depend_on_distance_only():
         _, turned_k = apply_rotary_emb(q, k, precompute_pos_cis(16, torch.tensor([key_position])))
         return (turned_q * turned_k).sum().item()
 
-    assert product(9, 4) == pytest.approx(product(105, 100), abs=1e-4)
-    assert product(7, 7) == pytest.approx((q * k).sum().item(), abs=1e-4)
+    close = 105 * torch.finfo(torch.float32).eps * (q.norm() * k.norm()).item()
+    assert product(9, 4) == pytest.approx(product(105, 100), abs=close)
+    assert product(7, 7) == pytest.approx((q * k).sum().item(), abs=close)
     assert product(9, 4) != pytest.approx(product(4, 9), abs=1e-2)
 
 
@@ -219,11 +231,12 @@ def test_both_attention_paths_are_equal_with_gradients(n_kv_heads, masked):
         layer(x, table, mask, None)
         for layer, x, mask in zip((sdpa, plain), inputs, masks, strict=True)
     ]
-    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-6)
+    sums = 3 * 32 + 8 + 2 * 9  # wq, wv, wo; q · k; softmax, · v
+    assert_equal_to_rounding(*outs, sums)
     for out in outs:
         (out * x).sum().backward()
-    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-4, atol=1e-6)
-    assert_same_gradients(gradients(sdpa), gradients(plain))
+    assert_equal_to_rounding(inputs[0].grad, inputs[1].grad, 2 * sums)
+    assert_same_gradients(gradients(sdpa), gradients(plain), 2 * sums + 2 * 9)
 
 
 def test_attention_takes_the_memory_layout_of_every_fused_kernel(monkeypatch):
@@ -244,7 +257,8 @@ def test_attention_takes_the_memory_layout_of_every_fused_kernel(monkeypatch):
 
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", as_on_cuda)
     for name, arguments in calls.items():
-        torch.testing.assert_close(model(ids, **arguments).logits, wanted[name])
+        logits = model(ids, **arguments).logits
+        assert_equal_to_rounding(logits, wanted[name], forward_sums(model.config, 9), name)
 
 
 @both_attentions
@@ -374,10 +388,12 @@ def test_every_query_sees_what_the_contract_says(flash_attn, case):
         )
         logits.append(out.logits)
         cache = out.past_key_values
-    logits = torch.cat(logits, dim=1).double()
+    logits = torch.cat(logits, dim=1)
     assert logits.isfinite().all()
     sees = ~wanted.isnan()
-    torch.testing.assert_close(logits[sees], wanted[sees], rtol=1e-4, atol=2e-5)
+    if sees.any():
+        sums = forward_sums(model.config, shape[1])
+        assert_equal_to_rounding(logits[sees], wanted[sees], sums)
 
 
 # Cache
@@ -406,7 +422,7 @@ def test_any_split_into_chunks_equals_one_pass(use_moe, flash_attn, lengths):
     whole = model(ids).logits
     for capacity in (0, 5, 50):
         chunked = in_chunks(model, ids, lengths, capacity=capacity)
-        torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)
+        assert_equal_to_rounding(chunked, whole, forward_sums(model.config, 12))
 
 
 @both_kinds
@@ -419,7 +435,7 @@ def test_gradients_through_a_cache_equal_those_of_one_pass(use_moe, flash_attn):
         logits = in_chunks(model, ids, lengths)
         nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
         found.append(gradients(model))
-    assert_same_gradients(*found)
+    assert_same_gradients(*found, gradient_sums(model.config, 9, rows=2))
 
 
 @both_attentions
@@ -433,7 +449,7 @@ def test_gradients_reach_queries_when_keys_are_frozen(flash_attn):
         in_chunks(model, ids, lengths).square().mean().backward()
         found.append({n: g for n, g in gradients(model).items() if g is not None})
     assert found[0]
-    assert_same_gradients(*found)
+    assert_same_gradients(*found, gradient_sums(model.config, 8, rows=2))
 
 
 def test_a_pass_without_gradients_leaves_an_earlier_graph_intact():
@@ -447,13 +463,14 @@ def test_a_pass_without_gradients_leaves_an_earlier_graph_intact():
     cached = gradients(model)
     fresh = tiny()
     fresh(ids[:, :5]).logits.sum().backward()
-    assert_same_gradients(cached, gradients(fresh))
+    assert_same_gradients(cached, gradients(fresh), gradient_sums(model.config, 5, rows=2))
 
 
 @pytest.mark.parametrize("recording", [False, True], ids=["no_grad", "grad"])
 def test_without_use_cache_a_past_is_read_and_left_alone(recording):
     model = tiny()
     ids = random_ids(2, 12)
+    sums = forward_sums(model.config, 12)
     with torch.no_grad():
         whole = model(ids).logits
         cache = model(ids[:, :6], use_cache=True).past_key_values
@@ -462,14 +479,14 @@ def test_without_use_cache_a_past_is_read_and_left_alone(recording):
         for _ in range(2):  # several continuations of one prefix
             out = model(ids[:, 6:], past_key_values=cache)
             assert out.past_key_values is None
-            torch.testing.assert_close(out.logits, whole[:, 6:], rtol=1e-5, atol=1e-5)
+            assert_equal_to_rounding(out.logits, whole[:, 6:], sums)
             model(ids[:, :3], past_key_values=cache)
     assert cache.length == 6
     for store, before in zip((cache.keys, cache.values), kept, strict=True):
         assert all(torch.equal(t[:, :, :6], b) for t, b in zip(store, before, strict=True))
     with torch.no_grad():
         out = model(ids[:, 6:], past_key_values=cache, use_cache=True)
-    torch.testing.assert_close(out.logits, whole[:, 6:], rtol=1e-5, atol=1e-5)
+    assert_equal_to_rounding(out.logits, whole[:, 6:], sums)
     assert cache.length == 12
 
 
@@ -517,7 +534,8 @@ def test_left_padded_rows_equal_the_rows_alone_through_prefill_and_decoding(use_
     logits = torch.cat(logits, dim=1)
     for row, length in enumerate(lengths):
         wanted = alone(model, ids[row, prompt - length :])
-        torch.testing.assert_close(logits[row, prompt - length :], wanted, rtol=1e-5, atol=1e-5)
+        sums = forward_sums(model.config, ids.shape[1])
+        assert_equal_to_rounding(logits[row, prompt - length :], wanted, sums)
 
 
 @both_attentions
@@ -532,7 +550,7 @@ def test_right_padding_and_holes_count_for_nothing(flash_attn):
         logits = model(ids, attention_mask=mask.to(dtype)).logits
         for row, kept in enumerate(mask.bool()):
             wanted = alone(model, ids[row][kept])
-            torch.testing.assert_close(logits[row][kept], wanted, rtol=1e-5, atol=1e-5)
+            assert_equal_to_rounding(logits[row][kept], wanted, forward_sums(model.config, 10))
 
 
 @both_kinds
@@ -543,7 +561,7 @@ def test_a_row_of_padding_gives_no_nan_and_disturbs_no_other(use_moe, flash_attn
     mask = torch.tensor([[1] * 6, [0] * 6])
     out = model(ids, attention_mask=mask, labels=ids)
     assert out.logits.isfinite().all()
-    torch.testing.assert_close(out.logits[0], alone(model, ids[0]), rtol=1e-5, atol=1e-5)
+    assert_equal_to_rounding(out.logits[0], alone(model, ids[0]), forward_sums(model.config, 6))
     out.loss.backward()
     assert all(g.isfinite().all() for g in gradients(model).values())
 
@@ -564,7 +582,8 @@ def test_packed_documents_have_the_logits_they_have_alone(use_moe, flash_attn, l
     ids = random_ids(1, sum(lengths))
     logits = model(ids, position_ids=starts_at_zero(lengths)).logits[0]
     for packed, document in zip(logits.split(lengths), ids[0].split(lengths), strict=True):
-        torch.testing.assert_close(packed, alone(model, document), rtol=1e-5, atol=1e-5)
+        sums = forward_sums(model.config, max(lengths))
+        assert_equal_to_rounding(packed, alone(model, document), sums)
 
 
 @both_attentions
@@ -613,7 +632,8 @@ def test_the_last_packed_document_continues_through_a_cache():
         logits.append(out.logits[0])
     logits = torch.cat(logits)
     for packed, document in zip(logits.split(lengths), ids[0].split(lengths), strict=True):
-        torch.testing.assert_close(packed, alone(model, document), rtol=1e-5, atol=1e-5)
+        sums = forward_sums(model.config, max(lengths))
+        assert_equal_to_rounding(packed, alone(model, document), sums)
 
 
 @both_attentions
@@ -632,7 +652,8 @@ def test_packed_rows_with_a_padded_tail(flash_attn, tail):
     for row in range(2):
         packed = logits[row, :9].split(lengths)
         for found, document in zip(packed, ids[row, :9].split(lengths), strict=True):
-            torch.testing.assert_close(found, alone(model, document), rtol=1e-5, atol=1e-5)
+            sums = forward_sums(model.config, 12)
+            assert_equal_to_rounding(found, alone(model, document), sums)
 
 
 # What forward returns
@@ -668,7 +689,8 @@ def test_output_of_a_dense_model():
     out = model(ids)
     assert out.logits.shape == (2, 9, 300)
     assert out.last_hidden_state.shape == (2, 9, 32)
-    torch.testing.assert_close(out.last_hidden_state @ model.tok_embeddings.weight.T, out.logits)
+    logits = out.last_hidden_state @ model.tok_embeddings.weight.T
+    assert_equal_to_rounding(out.logits, logits, sums=32)
     assert out.aux_loss.shape == ()
     assert out.aux_loss.item() == 0
     assert out.loss is None
@@ -684,7 +706,7 @@ def test_logits_to_keep_computes_the_last_positions_only():
     for kept in (1, 4, 9):
         logits = model(ids, logits_to_keep=kept).logits
         assert logits.shape == (2, kept, 300)
-        torch.testing.assert_close(logits, whole[:, -kept:])
+        assert_equal_to_rounding(logits, whole[:, -kept:], forward_sums(model.config, 9))
 
 
 def test_loss_by_hand():
@@ -700,7 +722,7 @@ def test_loss_by_hand():
                 scores = [math.exp(z) for z in out.logits[row, t].tolist()]
                 terms.append(-math.log(scores[target] / sum(scores)))
     assert len(terms) == 6
-    assert out.loss.item() == pytest.approx(sum(terms) / 6, rel=1e-5)
+    assert out.loss.item() == pytest.approx(sum(terms) / 6, rel=rounding(300 + 6))
 
 
 def test_no_label_at_all_gives_a_loss_of_zero():
@@ -754,10 +776,11 @@ def test_half_precision_weights_give_close_logits(use_moe):
     model = tiny(use_moe=use_moe, num_experts_per_tok=4)  # all experts: rounding cannot reroute
     ids = random_ids(2, 20)
     exact = model(ids).logits
-    for dtype, worst in ((torch.bfloat16, 0.2), (torch.float16, 0.03)):
+    for dtype in (torch.bfloat16, torch.float16):
         out = copy.deepcopy(model).to(dtype)(ids)
         assert out.logits.dtype == dtype
-        assert (out.logits.float() - exact).abs().max() < worst
+        # Sums are fp32's; each of the 11 operations of a layer, and norm and output, round once.
+        assert_equal_to_rounding(out.logits, exact, sums=2 * 11 + 2)
 
 
 # Initialisation, names, tying, files
@@ -849,7 +872,7 @@ def test_gradient_checkpointing_runs_blocks_again_and_changes_no_gradient(use_mo
         calls.append(count)
         found.append({**gradients(model), "loss": out.loss.detach(), "aux": out.aux_loss.detach()})
     assert calls == [2, 4]
-    assert_same_gradients(*found, atol=1e-7)
+    assert_same_gradients(*found, gradient_sums(model.config, 12, rows=2))
     model.gradient_checkpointing = False
     model(ids, labels=ids).loss.backward()
     assert count == 6
@@ -912,7 +935,7 @@ def test_trainer_lowers_the_loss_and_evaluates(tmp_path, recwarn, fields, checkp
     batch = torch.stack([Counting()[i]["input_ids"] for i in range(64)])
     expected = loaded(batch, labels=batch).loss.item()
     assert metrics["eval_loss"] == pytest.approx(
-        expected, rel=0.02 if "bf16" in arguments else 1e-4
+        expected, rel=0.02 if "bf16" in arguments else rounding(loss_sums(model.config, 16, 64))
     )
     assert not [w for w in recwarn if "MiniMind" in str(w.message)]
 
@@ -941,4 +964,4 @@ def test_dense_forward_compiles_without_graph_breaks(flash_attn, call):
         (out.logits.square().mean() if out.loss is None else out.loss).backward()
         found.append({**gradients(model), "logits": out.logits.detach()})
         model.zero_grad()
-    assert_same_gradients(*found, atol=1e-5)
+    assert_same_gradients(*found, gradient_sums(model.config, 12, rows=2))

@@ -121,7 +121,7 @@ def test_the_same_figure_for_any_batches(run, tmp_path, tokenizer, val_texts, pa
     torch.manual_seed(42)
     untrained = MiniMindLM(LMConfig(dim=32, n_layers=2)).state_dict()
     (line,) = evaluations(tmp_path)
-    assert scores(line) == pytest.approx(by_hand(untrained, val_texts, tokenizer), rel=1e-6)
+    assert scores(line) == pytest.approx(by_hand(untrained, val_texts, tokenizer), rel=1e-5)
 
 
 def test_each_set_and_all_together(run, tmp_path, tokenizer):

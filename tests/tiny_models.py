@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rounding import assert_equal_to_rounding
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -75,10 +76,10 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def assert_same_gradients(first: dict[str, Tensor], second: dict[str, Tensor], atol: float = 1e-6):
+def assert_same_gradients(first: dict[str, Tensor], second: dict[str, Tensor], sums: int):
     assert first.keys() == second.keys()
     for name, gradient in first.items():
-        torch.testing.assert_close(gradient, second[name], rtol=1e-4, atol=atol, msg=name)
+        assert_equal_to_rounding(gradient, second[name], sums, name)
 
 
 both_attentions = pytest.mark.parametrize("flash_attn", [True, False], ids=["sdpa", "plain"])
