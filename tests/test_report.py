@@ -149,6 +149,11 @@ CASES = {
         training_lines([8.76, 8.6, 8.49]),
         training_lines([8.6, 8.49]),  # 20 steps
     ),
+    "hardly anything learnt, of one line": (
+        "Hardly anything was learnt",
+        [{"step": 100, "tokens": 9, "loss": 8.7}, evaluation(100, 7.9)],
+        [{"step": 100, "tokens": 9, "loss": 8.7}, evaluation(100, 7.8)],
+    ),
     "nothing learnt, too short to say": (
         "Nothing was learnt",
         training_lines([8.8, 8.75] * 6),
@@ -317,6 +322,13 @@ def test_tuning_that_helps_a_little_or_much_has_no_finding():
         assert findings(metrics, VOCAB, from_scratch=False) == []
 
 
+def test_few_lines_of_small_batches_scatter_without_a_finding():
+    for seed in range(200):
+        dice = random.Random(seed)
+        lines = training_lines([2.0 * dice.gauss(1, 0.04) for _ in range(dice.choice([2, 5, 11]))])
+        assert findings(lines, VOCAB, from_scratch=False) == [], seed
+
+
 def test_in_a_healthy_run_nothing_stands_out():
     assert findings(HEALTHY, VOCAB, from_scratch=True) == []
     balanced = [line | {"expert_load_min": 0.2, "expert_load_max": 0.3} for line in HEALTHY]
@@ -326,7 +338,7 @@ def test_in_a_healthy_run_nothing_stands_out():
 def test_scatter_alone_is_no_finding():
     for seed in range(50):
         dice = random.Random(seed)
-        n = dice.choice([12, 30, 120, 1000])
+        n = dice.choice([4, 7, 11, 12, 30, 120, 1000])
         losses = [loss * dice.gauss(1, 0.01) for loss in learning(n)]
         epoch = [2 * i // n for i in range(n)]
         lines = training_lines(losses, epoch=epoch, lr=cosine(n))

@@ -123,10 +123,12 @@ def read_curves(
     else:
         # Of a taught student, what it makes of the data: a teacher's word has another floor.
         data = [{**m, "loss": m.get("cross_entropy", m["loss"])} for m in lines]
+        whole = _whole_intervals(data)
+        little = _little_learnt(whole, evaluations, vocab_size) if from_scratch else None
         own = [
             _first_loss(data, vocab_size) if from_scratch else None,
-            _course(_whole_intervals(data), vocab_size, from_scratch),
-            _epoch_borders(_whole_intervals(data)),
+            _divergence(whole) or little or _course(whole),
+            _epoch_borders(whole),
             _gap(lines, evaluations),
             _test_gap(metrics, evaluations),
             _gradient_norm(lines),
@@ -185,39 +187,54 @@ def _first_loss(lines: Metrics, vocab_size: int) -> Reading | None:
     return Reading(False, f"{here}; {start}.")
 
 
-def _course(lines: Metrics, vocab_size: int, from_scratch: bool) -> Reading | None:
-    """Rise, nothing learnt, sawtooth or plateau: one of them, since they share their causes."""
+def _divergence(lines: Metrics) -> Reading | None:
+    """Whether the loss ends far above its lowest point."""
     few = len(lines) < MIN_LINES
-    if few and (len(lines) < 2 or lines[-1]["step"] <= FIRST_LINE_STEPS):
+    if not lines or (few and lines[-1]["step"] <= FIRST_LINE_STEPS):
+        return None
+    smooth = _smooth(lines, 1 if few else max(3, len(lines) // 40))
+    end, low = smooth[-1], min(smooth)
+    if end <= (1 + (FEW_LINES_RISE if few else SWING)) * low:
+        return None
+    step = lines[smooth.index(low)]["step"]
+    return Reading(
+        True,
+        f"The loss rose to {end:.2f} after {low:.2f} near step {step:,}: the run diverges. "
+        "Try a smaller --learning_rate or a longer warm-up; weights from before that step are "
+        "better than the last ones.",
+        harm=True,
+    )
+
+
+def _little_learnt(lines: Metrics, evaluations: Metrics, vocab_size: int) -> Reading | None:
+    """Whether a model that was untrained ends near where it started."""
+    if len(lines) >= 2:  # the first line holds the start
+        end, step = _mean(lines[-max(1, len(lines) // 3) :]), lines[-1]["step"]
+    elif evaluations:
+        end, step = evaluations[-1]["val_loss"], evaluations[-1]["step"]
+    else:
+        return None
+    even = math.log(vocab_size)
+    if step <= FIRST_LINE_STEPS or end <= (1 - HARDLY_LEARNT) * even:
+        return None
+    nothing = len(lines) >= MIN_LINES and end > (1 - PLATEAU) * even
+    return Reading(
+        True,
+        f"{'Nothing' if nothing else 'Hardly anything'} was learnt: the loss ends at {end:.2f}, "
+        f"even odds for all tokens give {even:.2f}, and how often each token occurs saves about a "
+        f"quarter of that. If {step:,} steps are few, train longer; else with a gradient norm "
+        f"below {NORM_USUAL[0]:g} try a larger --learning_rate, with another a smaller one, and "
+        "look at a few samples, too.",
+        harm=True,
+    )
+
+
+def _course(lines: Metrics) -> Reading | None:
+    """Sawtooth or plateau: one of them, since they share their causes."""
+    if len(lines) < MIN_LINES:
         return None
     # Seen at a fortieth of the run, as by eye, a long run is not all scatter.
     width = max(1, len(lines) // 40)
-    smooth = _smooth(lines, max(1 if few else 3, width))
-    end, low = smooth[-1], min(smooth)
-    if end > (1 + (FEW_LINES_RISE if few else SWING)) * low:
-        step = lines[smooth.index(low)]["step"]
-        return Reading(
-            True,
-            f"The loss rose to {end:.2f} after {low:.2f} near step {step:,}: the run diverges. "
-            "Try a smaller --learning_rate or a longer warm-up; weights from before that step are "
-            "better than the last ones.",
-            harm=True,
-        )
-    third = lines[-max(1, len(lines) // 3) :]
-    end, even = _mean(third), math.log(vocab_size)
-    if from_scratch and end > (1 - HARDLY_LEARNT) * even:
-        learnt = "Nothing" if not few and end > (1 - PLATEAU) * even else "Hardly anything"
-        return Reading(
-            True,
-            f"{learnt} was learnt: the loss ends at {end:.2f}, even odds for all tokens give "
-            f"{even:.2f}, and how often each token occurs saves about a quarter of that. After "
-            f"{lines[-1]['step']:,} steps, if that is few, train longer; else with a gradient norm "
-            f"below {NORM_USUAL[0]:g} try a larger --learning_rate, with another a smaller one, "
-            "and look at a few samples, too.",
-            harm=True,
-        )
-    if few:
-        return None
     swings = _count_swings(_smooth(lines, width))
     if swings >= SWINGS and swings > _latest(lines, "spikes"):
         return Reading(
@@ -225,7 +242,7 @@ def _course(lines: Metrics, vocab_size: int, from_scratch: bool) -> Reading | No
             f"Sawtooth: the loss climbed by more than {SWING:.0%} {swings} times. Try a smaller "
             "--learning_rate or a larger batch (--accumulation_steps).",
         )
-    fall, uncertainty = _fall(third)
+    fall, uncertainty = _fall(lines[-(len(lines) // 3) :])
     at_end = f"the loss fell by {fall:.1%} over the last third of the run"
     if fall >= PLATEAU:
         return Reading(False, f"Still learning: {at_end}.")
