@@ -416,7 +416,7 @@ def test_what_the_readme_recommends_gives_no_warning(run):
         ({"warmup": 0, "warmup_ratio": 0.001}, {"warmup": 0, "warmup_ratio": 0.0},
          "--warmup_ratio 0:"),
         ({"warmup": 1, "warmup_iters": 1}, {"warmup": 0, "warmup_iters": 0}, "--warmup_iters 0:"),
-        ({"total_steps": 200, "warmup": 6}, {"total_steps": 199, "warmup": 6}, "199 steps"),
+        ({"total_steps": 200, "warmup": 6}, {"total_steps": 199, "warmup": 6}, "200 steps (199)"),
         ({"dim": 256, "n_heads": 8}, {"dim": 248, "n_heads": 8}, "heads of 31 dimensions"),
         ({"batch_size": 1, "accumulation_steps": 2}, {"batch_size": 1}, "--accumulation_steps"),
         ({"batch_size": 1953}, {"batch_size": 1954}, "--accumulation_steps"),

@@ -303,8 +303,8 @@ def warnings_for(
             )
     if total_steps < FEW_STEPS:
         found.append(
-            f"{total_steps:,} steps teach little, {FEW_STEPS} or more are usual: a smaller "
-            "--batch_size or --accumulation_steps, more --epochs or more data"
+            f"fewer than {FEW_STEPS} steps ({total_steps:,}) teach little: a smaller --batch_size "
+            "or --accumulation_steps, more --epochs or more data give more"
         )
     head = args.dim // args.n_heads
     if head < SMALL_HEAD:

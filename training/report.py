@@ -51,6 +51,7 @@ BORDER_JUMP = 0.05
 GAP = 0.1
 # A validation set is the same each time, so that its loss scatters less than the training loss.
 VALIDATION_RISE = 0.01
+LEAST_RISE = 0.005  # nats: a loss of 0.001 that doubles is still next to nothing
 # The training loss at a step is a mean over so many steps before it, and at least three lines.
 TRAINING_LOSS_STEPS = 30
 
@@ -353,6 +354,11 @@ def _not_finite(metrics: Metrics) -> Reading | None:
     return None
 
 
+def _rose(low: float, end: float, share: float) -> bool:
+    """Whether a validation loss rose by more than that share of it."""
+    return end - low > max(share * low, LEAST_RISE)
+
+
 def _validation(lines: Metrics, evaluations: Metrics) -> Reading | None:
     """Whether the validation loss ends where it is lowest: end against start and against best."""
     if len(evaluations) < 2:
@@ -363,7 +369,7 @@ def _validation(lines: Metrics, evaluations: Metrics) -> Reading | None:
     advice = "Try a smaller --learning_rate or fewer --epochs"
     if has_number(last, "val_margin"):
         advice += " or a larger --beta"
-    if end > (1 + VALIDATION_RISE) * start:
+    if _rose(start, end, VALIDATION_RISE):
         before = "the starting weights had" if first["step"] == 0 else "it was"
         better = (
             "the starting weights are better than the last ones"
@@ -379,7 +385,7 @@ def _validation(lines: Metrics, evaluations: Metrics) -> Reading | None:
         )
     then, now = (_training_loss_at(lines, m["step"]) for m in (best, last))
     known = then is not None and now is not None
-    if end >= (1 + VALIDATION_RISE) * low and known and now < then:
+    if _rose(low, end, VALIDATION_RISE) and known and now < then:
         return Reading(
             True,
             f"Over-fitting: the validation loss was {low:.3f} at step {best['step']:,} "
@@ -387,7 +393,7 @@ def _validation(lines: Metrics, evaluations: Metrics) -> Reading | None:
             f"{now:.3f}. Take the best weights (--save_best, --early_stopping_patience); for "
             "better ones: fewer --epochs, more data, some --dropout.",
         )
-    if end >= (1 + SWING) * low:
+    if _rose(low, end, SWING):
         return Reading(
             True,
             f"The validation loss rose again, from {low:.3f} at step {best['step']:,} to "
@@ -402,13 +408,13 @@ def _worse_sets(evaluations: Metrics) -> Reading | None:
     if len(evaluations) < 2:
         return None
     first, last = evaluations[0], evaluations[-1]
-    if last["val_loss"] > (1 + VALIDATION_RISE) * first["val_loss"]:
+    if _rose(first["val_loss"], last["val_loss"], VALIDATION_RISE):
         return None
     worse = [
         f"{name.removeprefix('val_loss/')} from {first[name]:.3f} to {last[name]:.3f}"
         for name in last
         if name.startswith("val_loss/") and has_number(first, name) and has_number(last, name)
-        if last[name] > (1 + GAP) * first[name]
+        if _rose(first[name], last[name], GAP)
     ]
     if not worse:
         return None
@@ -443,12 +449,13 @@ def _test_gap(metrics: Metrics, evaluations: Metrics) -> Reading | None:
     if not tests or not evaluations:
         return None
     test, validation = tests[-1], min(m["val_loss"] for m in evaluations)
-    both = f"The test loss is {test:.3f}, the best validation loss {validation:.3f}"
-    if test < (1 + GAP) * validation:
-        return Reading(False, f"{both}.")
+    if not _rose(validation, test, GAP):
+        both = f"The test loss is {test:.3f}, the best validation loss {validation:.3f}."
+        return Reading(False, both)
     return Reading(
         True,
-        f"{both}, a gap of {test / validation - 1:.0%}: the test text is of another kind than the "
+        f"The test loss is {test:.3f}, far above the best validation loss of {validation:.3f}: the "
+        "test text is of another kind than the "
         "validation text, or that one is so small that the best weights are best by chance. Trust "
         "the test, and validate on more text, of its kind.",
     )
