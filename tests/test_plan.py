@@ -496,9 +496,9 @@ def test_the_plan_compares_with_the_memory_of_the_device(
 def test_limits_of_control_groups(groups, files, limits, tmp_path):
     for name, contents in {f"sys/fs/cgroup/{k}": v for k, v in files.items()}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(contents + "\n")
+        (tmp_path / name).write_text(contents + "\n", encoding="utf-8")
     (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text(groups)
+    (tmp_path / "proc/self/cgroup").write_text(groups, encoding="utf-8")
     assert _cgroup_limits(tmp_path) == limits
 
 

@@ -455,9 +455,8 @@ def _test_gap(metrics: Metrics, evaluations: Metrics) -> Reading | None:
     return Reading(
         True,
         f"The test loss is {test:.3f}, far above the best validation loss of {validation:.3f}: the "
-        "test text is of another kind than the "
-        "validation text, or that one is so small that the best weights are best by chance. Trust "
-        "the test, and validate on more text, of its kind.",
+        "test text is of another kind than the validation text, or that one is so small that the "
+        "best weights are best by chance. Trust the test, and validate on more text, of its kind.",
     )
 
 
