@@ -95,6 +95,7 @@ def parse_args() -> argparse.Namespace:
         grad_clip=0.5,
         max_seq_len=1024,
         packing=False,  # a pair is compared as a whole; batches are of like length instead
+        log_interval=1,  # runs are short, and the report reads the course of the margin
     )
     pairs = parser.add_argument_group("preference")
     pairs.add_argument(

@@ -2,11 +2,11 @@
 
     python scripts/quickstart.py
 
-It makes `.venv` and installs what training needs, writes the sample world, trains a tokenizer on
-it, pretrains, tunes, and scores the result on questions that no training file holds. Then it starts
-a chat. With --all it goes through the other stages too, and says what each one changed. Every step
-is a command that could be typed as well, and is printed before it runs. Run again, it goes on where
-it stopped.
+It makes `.venv` and installs what training and its curves need, writes the sample world, trains a
+tokenizer on it, pretrains, tunes, and scores the result on questions that no training file holds.
+Then it starts a chat. With --all it goes through the other stages too, and says what each one
+changed. Every step is a command that could be typed as well, and is printed before it runs. Run
+again, it goes on where it stopped.
 
 The exit status is 1 if a score is below its goal.
 """
@@ -25,6 +25,7 @@ from environment import ROOT, fail, prepare, require_python
 from further_stages import SETTINGS, Quickstart, run_further_stages
 from steps import copy_beginning, short, step, typed
 
+REQUIREMENTS = ["requirements.txt", "scripts/plot_requirements.txt"]
 SAMPLE = ROOT / "dataset" / "sample"
 FILES = ("pretrain.jsonl", "sft.jsonl", "test.jsonl")
 FURTHER = ("dpo.jsonl", "dpo_test.jsonl", "lora.jsonl", "lora_test.jsonl")
@@ -164,7 +165,7 @@ def main() -> int:
     except OSError as error:
         fail(f"--out_dir {args.out_dir}: {error.strerror}")
     print("== Environment: .venv in the project's folder", flush=True)
-    python = prepare(["requirements.txt"], "quickstart.sha256")
+    python = prepare(REQUIREMENTS, "quickstart.sha256")
     step("The sample world", python, "scripts/make_sample_data.py")
     try:
         keep_recipe(args.out_dir, args.smoke)

@@ -58,8 +58,8 @@ def main() -> int:
         lint = ["ruff", "format", "--check", "."], ["ruff", "check", "."]
         checks = [*lint, [*PYTEST, *arguments]]
     lines = [line for name in REQUIREMENTS for line in (ROOT / name).open(encoding="utf-8")]
-    names = [re.match(r"[\w-]*", line)[0] for line in lines]
-    run(python, "-c", VERSIONS, *filter(None, names))
+    names = re.findall(r"^\w[\w-]*", "".join(lines), re.MULTILINE)
+    run(python, "-c", VERSIONS, *names)
     failed = {}
     for check in checks:
         print(">", *check, flush=True)

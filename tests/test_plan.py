@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import sys
 import types
 import weakref
@@ -16,8 +17,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import LMConfig, MiniMindLM
+from training.arguments import UserError
 from training.distributed import Distributed
-from training.memory import estimate_memory
+from training.guards import explain_out_of_memory
+from training.memory import _cgroup_limits, device_memory, estimate_memory
 from training.optimizer import make_optimizer
 from training.plan import (
     PEAKS,
@@ -25,8 +28,10 @@ from training.plan import (
     count_parameters,
     draw_lr_curve,
     flops_per_token,
+    memory_warnings,
     peak_flops,
     plan_lines,
+    plan_run,
     warnings_for,
 )
 
@@ -314,6 +319,10 @@ def flags(**changed) -> argparse.Namespace:
         "gradient_checkpointing": False,
         "eval_interval": 100,
         "early_stopping_patience": None,
+        "warmup_iters": None,
+        "warmup_ratio": None,
+        "dim": 512,
+        "n_heads": 8,
     }
     return argparse.Namespace(**{**values, **changed})
 
@@ -380,8 +389,8 @@ def warnings(parameters: float = 26e6, total_steps: int = 479, warmup: int = 14,
     "run",
     [
         {},
-        {"parameters": 4.9e6, "learning_rate": 2e-3, "batch_size": 4, "epochs": 2,
-         "total_steps": 302, "warmup": 9},
+        {"parameters": 2.4e6, "learning_rate": 2e-3, "batch_size": 4, "epochs": 4, "dim": 256,
+         "total_steps": 3180, "warmup": 95},
         {"learning_rate": 5e-4, "batch_size": 32},
         {"parameters": 104e6, "learning_rate": 3e-4, "batch_size": 8, "accumulation_steps": 8},
         {"parameters": 145e6, "learning_rate": 1e-4, "early_stopping_patience": 3},
@@ -402,6 +411,11 @@ def test_what_the_readme_recommends_gives_no_warning(run):
         ({"parameters": 1e9}, {"parameters": 1e9, "learning_rate": 4e-5}, "1.00 B parameters"),
         ({"warmup": 239}, {"warmup": 240}, "more than half of the run's 479"),
         ({"warmup": 0}, {"warmup": 1000}, "1,000 steps takes all of the run's 479"),
+        ({"warmup": 0, "warmup_ratio": 0.001}, {"warmup": 0, "warmup_ratio": 0.0},
+         "--warmup_ratio 0:"),
+        ({"warmup": 1, "warmup_iters": 1}, {"warmup": 0, "warmup_iters": 0}, "--warmup_iters 0:"),
+        ({"total_steps": 200, "warmup": 6}, {"total_steps": 199, "warmup": 6}, "200 steps (199)"),
+        ({"dim": 256, "n_heads": 8}, {"dim": 248, "n_heads": 8}, "heads of 31 dimensions"),
         ({"batch_size": 1, "accumulation_steps": 2}, {"batch_size": 1}, "--accumulation_steps"),
         ({"batch_size": 1953}, {"batch_size": 1954}, "--accumulation_steps"),
         ({"weight_decay": 0.0}, {"weight_decay": 0.11}, "--weight_decay 0.11"),
@@ -422,6 +436,78 @@ def test_a_setting_that_hurts_is_named_once(fine, hurts, words):
     found = warnings(**hurts)
     assert len(found) == 1
     assert words in found[0] and "--" in found[0] and "\n" not in found[0]
+
+
+STEP = {"weights": 2e9, "gradients": 1e9, "optimizer": 3e9, "activations": 5e9, "logits": 1e9}
+
+
+def test_too_little_memory_is_a_warning_with_the_remedies_in_their_order():
+    assert memory_warnings(STEP, 12e9) == []
+    (line,) = memory_warnings(STEP, 11.9e9)
+    assert "12.00 GB are needed and 11.90 GB are there" in line
+    remedies = ["--batch_size", "--accumulation_steps", "--gradient_checkpointing", "--max_seq_len"]
+    assert re.findall(r"--\w+", line) == remedies
+    # The remedies of the error that training ends with are the same, in the same order.
+    with pytest.raises(UserError) as error, explain_out_of_memory():
+        raise MemoryError
+    assert re.findall(r"--\w+", str(error.value)) == remedies
+
+
+def test_a_model_that_does_not_fit_with_any_batch_has_another_remedy():
+    (line,) = memory_warnings(STEP, 5.9e9)
+    assert re.findall(r"--\w+", line) == ["--dim", "--n_layers"]
+
+
+@pytest.mark.parametrize(("there", "processes", "warned"), [(3e9, 1, False), (3e9, 4, True)])
+def test_the_plan_compares_with_the_memory_of_the_device(
+    there, processes, warned, tmp_path, monkeypatch
+):
+    """3 GB of RAM are enough for one process, and not for four that share it."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("training.plan.device_memory", lambda device: there)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    with torch.device("meta"):
+        model = MiniMindLM(LMConfig.from_size("small"))
+    args = flags(min_lr=1e-4, lr_decay="cosine", dry_run=True)
+    lines = plan_run(
+        args, model, Distributed(0, processes, CPU), tokens_per_epoch=10**7, total_steps=479,
+        dtype=torch.float32, learning_rates=RATES, folder=tmp_path,
+    )  # fmt: skip
+    (needed,) = re.findall(r"memory: about ([\d.]+) GB", "\n".join(lines))
+    assert 0.75 < float(needed) < 3
+    found = [line for line in lines if line.startswith("warning: ")]
+    assert len(found) == warned
+    assert all(f"{needed} GB are needed and 0.75 GB are there" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limits"),
+    [
+        ("0::/box/job\n", {"box/job/memory.max": "max", "box/memory.max": "8000000"}, [8000000]),
+        ("0::/\n", {"memory.max": "5000000"}, [5000000]),  # as a container sees itself
+        ("4:cpu:/\n3:memory:/a\n0::/\n", {"memory/a/memory.limit_in_bytes": "7000000"}, [7000000]),
+        # The path is that of the host; the container has its own group at the top.
+        ("3:cpu,memory:/a/b\n", {"memory/memory.limit_in_bytes": "6000000"}, [6000000]),
+        ("0::/\n", {}, []),
+    ],
+)
+def test_limits_of_control_groups(groups, files, limits, tmp_path):
+    for name, contents in {f"sys/fs/cgroup/{k}": v for k, v in files.items()}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(contents + "\n", encoding="utf-8")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(groups, encoding="utf-8")
+    assert _cgroup_limits(tmp_path) == limits
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as Linux tells it")
+def test_the_memory_of_this_machine():
+    psutil = pytest.importorskip("psutil")
+    there = device_memory(CPU)
+    limits = _cgroup_limits()
+    assert there == min([there, *limits])
+    if there not in limits:
+        assert there == pytest.approx(psutil.virtual_memory().available, rel=0.2)
 
 
 def test_several_warnings():

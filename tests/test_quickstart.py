@@ -20,6 +20,26 @@ def quickstart(root):
     return runpy.run_path(str(root / "scripts" / "quickstart.py"), run_name="quickstart")
 
 
+# What training needs, and matplotlib for its curves; neither servers nor what tests need.
+INSTALLED = {"torch", "transformers", "numpy", "wandb", "tqdm", "matplotlib"}
+
+
+def required(path):
+    """The packages that a file of requirements names, as pip reads it."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("-r "):
+            yield from required(path.parent / line.removeprefix("-r "))
+        elif name := re.match(r"[\w-]+", line):
+            yield name[0]
+
+
+def test_what_draws_is_what_the_scripts_install_too(root):
+    """`pip install -r scripts/requirements.txt`, as messages say, brings matplotlib."""
+    assert "matplotlib" in required(root / "scripts" / "requirements.txt")
+    pinned = (root / "constraints.txt").read_text(encoding="utf-8")
+    assert re.search(r"^matplotlib==3\.", pinned, re.MULTILINE)
+
+
 @pytest.fixture(scope="module")
 def finished(root, quick, run, quickstart, tmp_path_factory):
     """The folder that `--smoke` leaves, and what it printed, of a first start and a second.
@@ -33,10 +53,14 @@ def finished(root, quick, run, quickstart, tmp_path_factory):
         print(run(*words, script=script).stdout)
         return 0
 
+    def prepare(requirements, stamp):
+        assert {package for name in requirements for package in required(root / name)} == INSTALLED
+        return sys.executable
+
     printed = []
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(sys.modules["steps"], "run", run_here)
-        patches.setitem(main.__globals__, "prepare", lambda *what: sys.executable)
+        patches.setitem(main.__globals__, "prepare", prepare)
         for more in ["--all"], []:
             words = ["quickstart.py", "--smoke", "--out_dir", str(out), *more]
             patches.setattr(sys, "argv", words)

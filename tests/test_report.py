@@ -1,18 +1,22 @@
 """The curves and the report of a run, from metrics made by hand."""
 
+import argparse
 import json
 import math
+import os
 import random
 import shlex
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from training import ROOT, add_stage_arguments, make_parser
+from training import ROOT
 from training.curves import draw_curves, read_metrics
 from training.report import findings, write_report
+from training.reporting import write_config
 
 VOCAB = 6400  # ln(6,400) = 8.764
 LN_VOCAB = 8.764
@@ -85,6 +89,13 @@ def validated(train_end, validation):
     return lines + [evaluation(100 * (i + 1), loss) for i, loss in enumerate(validation)]
 
 
+def by_set(*losses):
+    """A healthy run and the losses of one of its validation sets, evenly over its steps."""
+    together = validated(4.0, [5.0 - 0.5 * i for i in range(len(losses))])
+    scores = iter(losses)
+    return [m | {"val_loss/zh": next(scores)} if "val_loss" in m else m for m in together]
+
+
 def counted(name, value, n=60):
     """A healthy run of ten steps a line in which a count ends at `value`."""
     return training_lines(learning(n), **{name: [0] * (n // 2) + [value] * (n - n // 2)})
@@ -128,6 +139,21 @@ CASES = {
         training_lines([8.8, 8.75] * 10),
         training_lines([8.8 - 0.012 * i for i in range(20)]),
     ),
+    "hardly anything learnt": (  # the third is about 7.89, nine tenths of ln(6,400)
+        "Hardly anything was learnt",
+        training_lines(learning(30, first=8.7, end=7.91)),
+        training_lines(learning(30, first=8.7, end=7.8)),
+    ),
+    "hardly anything learnt, of few lines": (
+        "Hardly anything was learnt",
+        training_lines([8.76, 8.6, 8.49]),
+        training_lines([8.6, 8.49]),  # 20 steps
+    ),
+    "hardly anything learnt, of one line": (
+        "Hardly anything was learnt",
+        [{"step": 100, "tokens": 9, "loss": 8.7}, evaluation(100, 7.9)],
+        [{"step": 100, "tokens": 9, "loss": 8.7}, evaluation(100, 7.8)],
+    ),
     "nothing learnt, too short to say": (
         "Nothing was learnt",
         training_lines([8.8, 8.75] * 6),
@@ -165,6 +191,42 @@ CASES = {
         training_lines([*learning(40, end=4), 6.0, 6.0, 6.0]),
         [*training_lines(learning(40, end=4)), training_lines([6.0])[0] | {"tokens": 40_100}],
     ),
+    "divergence, of few lines": (
+        "diverges",
+        training_lines([8.5, 7.0, 7.5, 8.41]),
+        training_lines([8.5, 7.0, 7.5, 8.39]),
+    ),
+    "worse validation": (
+        "The run made the model worse",
+        [*training_lines([2.0, 2.0]), evaluation(0, 2.0), evaluation(20, 2.021)],
+        [*training_lines([2.0, 2.0]), evaluation(0, 2.0), evaluation(20, 2.019)],
+    ),
+    "validation rises again, and training does not fall": (
+        "The validation loss rose again",
+        [*validated(6.1, [6.9, 6.0, 6.3, 6.61]), *training_lines([6.1])],
+        [*validated(6.1, [6.9, 6.0, 6.3, 6.59]), *training_lines([6.1])],
+    ),
+    "a validation set that gets worse": (
+        "zh from 3.000 to 3.310",
+        by_set(3.0, 3.31),
+        by_set(3.0, 3.29),
+    ),
+    "not a number": (
+        "The validation loss is not finite at step 400",
+        [*validated(4.0, [5.0, 4.5, 4.2]), {"step": 400, "val_loss": None}],
+        validated(4.0, [5.0, 4.5, 4.2, 4.1]),
+    ),
+    "a test that is not a number": (
+        "The test loss is not finite",
+        [*validated(4.0, [5.0, 4.5, 4.2]), {"step": 400, "test_loss": None}],
+        [*validated(4.0, [5.0, 4.5, 4.2]), {"step": 400, "test_loss": 4.2}],
+    ),
+    "test": (
+        "The test loss is 4.630, far above the best validation loss of 4.200",
+        [*validated(4.0, [5.0, 4.5, 4.2]), {"step": 400, "test_loss": 4.63}],
+        [*validated(4.0, [5.0, 4.5, 4.2]), {"step": 400, "test_loss": 4.61}],
+    ),
+    "most updates skipped": ("most of the run", counted("skipped", 301), counted("skipped", 300)),
     "epochs, downwards": ("jumps by -", epochs(-0.055), epochs(-0.045)),
     "epochs, upwards": ("jumps by +", epochs(0.055), epochs(0.045)),
     "over-fitting": (
@@ -218,6 +280,56 @@ def test_what_stands_out_is_found_and_what_nearly_does_is_not(case):
     assert not any(words in text for text in nearly), nearly
 
 
+TUNED_BADLY = [*training_lines([1.9, 2.0, 2.2, 2.5]), evaluation(0, 2.0), evaluation(40, 2.6)]
+PRETRAINED_BADLY = [
+    *training_lines([8.76 - 0.27 * i / 29 for i in range(30)], grad_norm=12.0, skipped=1),
+    *(evaluation(step, loss) for step, loss in ((0, 8.78), (300, 8.49))),
+]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "from_scratch", "words"),
+    [
+        (TUNED_BADLY, False, ("worse", "2.600", "2.000")),
+        # A student's loss holds its teacher's part; what it makes of the data is another figure.
+        ([m | {"kl": 0.5, "cross_entropy": 2.0} if "loss" in m else m for m in TUNED_BADLY],
+         False, ("worse", "2.600", "2.000")),
+        ([*TUNED_BADLY[:5], evaluation(20, 1.8), TUNED_BADLY[5]], False,
+         ("worse", "2.600", "2.000", "of step 20 with 1.800")),
+        (training_lines([2.0, 2.2, 2.5, 2.6], grad_norm=12.0), False, ("2.60", "2.00")),
+        (PRETRAINED_BADLY, True, ("8.5", "8.76")),
+        (PRETRAINED_BADLY[:30:4], True, ("8.5", "8.76")),
+        (counted("skipped", 500), True, ("500 of 600 updates",)),
+        ([*HEALTHY, {"step": 601, "val_loss": None}], True, ("validation", "not finite")),
+    ],
+    ids=["tuning", "distillation", "best before", "no validation", "pretraining", "few lines",
+         "skipped", "not finite"],
+)  # fmt: skip
+def test_what_did_harm_comes_first(tmp_path, no_picture, metrics, from_scratch, words):
+    first, *others = findings(metrics, VOCAB, from_scratch)
+    assert all(word in first for word in words), first
+    assert not any(all(word in other for word in words) for other in others)
+    folder = write_metrics(tmp_path, metrics)
+    write_report(folder, ending="finished", vocab_size=VOCAB, from_scratch=from_scratch)
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert section(text, "What stands out").splitlines()[0] == f"- {first}"
+
+
+def test_tuning_that_helps_a_little_or_much_has_no_finding():
+    for end in (0.0, 0.5, 1.6, 1.99, 2.0, 2.01):
+        lines = training_lines([2.0 + (end - 2.0) * i / 5 for i in range(6)])
+        metrics = [*lines, evaluation(0, 2.0), evaluation(60, end)]
+        metrics += [evaluation(60, end + 0.002)] if end < 1 else []  # next to nothing
+        assert findings(metrics, VOCAB, from_scratch=False) == []
+
+
+def test_few_lines_of_small_batches_scatter_without_a_finding():
+    for seed in range(200):
+        dice = random.Random(seed)
+        lines = training_lines([2.0 * dice.gauss(1, 0.04) for _ in range(dice.choice([2, 5, 11]))])
+        assert findings(lines, VOCAB, from_scratch=False) == [], seed
+
+
 def test_in_a_healthy_run_nothing_stands_out():
     assert findings(HEALTHY, VOCAB, from_scratch=True) == []
     balanced = [line | {"expert_load_min": 0.2, "expert_load_max": 0.3} for line in HEALTHY]
@@ -227,7 +339,7 @@ def test_in_a_healthy_run_nothing_stands_out():
 def test_scatter_alone_is_no_finding():
     for seed in range(50):
         dice = random.Random(seed)
-        n = dice.choice([12, 30, 120, 1000])
+        n = dice.choice([4, 7, 11, 12, 30, 120, 1000])
         losses = [loss * dice.gauss(1, 0.01) for loss in learning(n)]
         epoch = [2 * i // n for i in range(n)]
         lines = training_lines(losses, epoch=epoch, lr=cosine(n))
@@ -466,30 +578,51 @@ def test_the_report_by_validation_set(tmp_path, no_picture):
     ]
 
 
-def test_the_flags_in_the_report_start_the_run_again(tmp_path, no_picture):
-    parser = make_parser("test")
-    add_stage_arguments(
-        parser, data_path=ROOT / "data set" / "a.jsonl", from_weight="none", learning_rate=5e-4,
-        weight_decay=0.1, epochs=1, batch_size=32, grad_clip=1.0, max_seq_len=512,
-    )  # fmt: skip
-    words = ["--val_data_path", "prose=my $prose.jsonl", "b.jsonl", "--use_moe", "--no-packing"]
-    args = parser.parse_args([*words, "--out_dir", str(tmp_path / "it's"), "--num_workers", "2"])
+def started(text):
+    """The command under "How it was started", on one line as a shell joins it."""
+    command = section(text, "How it was started").partition("```bash\n")[2].removesuffix("\n```")
+    assert max(map(len, command.splitlines())) < 100
+    return command.replace("\\\n", "")
 
-    def plain(value):
-        if isinstance(value, (list, tuple)):
-            return [plain(element) for element in value]
-        return value if isinstance(value, (bool, int, float, type(None))) else str(value)
 
-    config = {"arguments": {name: plain(value) for name, value in vars(args).items()}}
-    config |= {"versions": {"python": "3.11", "torch": "2.13"}, "commit": "abc123", "run_id": "x"}
+AWKWARD = ["--val_data_path", "prose=my $prose.jsonl", "it's.jsonl", "--use_moe", "--no-packing"]
+AWKWARD += ["--learning_rate=1e-3", "--out_dir", "out; ls", "--num_workers", "2", "--epochs", "3"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "launcher"),
+    [
+        ({}, ["python"]),
+        (
+            {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "4"},
+            ["torchrun", "--nproc_per_node", "4"],
+        ),
+        (
+            {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "8"},
+            ["torchrun", "--nnodes", "2", "--nproc_per_node", "8"],
+        ),
+    ],
+    ids=["one", "torchrun", "two hosts"],
+)
+def test_the_report_tells_the_command_as_a_shell_takes_it(
+    tmp_path, no_picture, monkeypatch, environment, launcher
+):
+    """The flags that were given and no others; a shell splits them as they were."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train_pretrain.py", *AWKWARD])
     write_metrics(tmp_path, HEALTHY)
-    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    start = section(report(tmp_path)[1], "How it was started")
-    assert start.startswith("With python 3.11, torch 2.13; commit abc123.")
-    flags = start.partition("```bash\n")[2].removesuffix("```")
-    assert max(map(len, flags.splitlines())) < 200
-    again = parser.parse_args(shlex.split(flags.replace("\\\n", " ")))
-    assert vars(again) == vars(args)
+    arguments = argparse.Namespace(batch_size=32, dtype="bfloat16", min_lr=1e-4)
+    write_config(tmp_path / "config.json", arguments, "run")
+    text = report(tmp_path)[1]
+    assert "\nWith python 3." in text and "--batch_size" not in text
+    assert shlex.split(started(text)) == [*launcher, "train_pretrain.py", *AWKWARD]
+    if os.name == "posix":
+        show = 'for word do printf "%s\\0" "$word"; done'
+        command = f"set -- {started(text)}\n{show}"
+        words = subprocess.run(["sh", "-c", command], capture_output=True, check=True).stdout
+        assert words.decode().split("\0")[:-1] == [*launcher, "train_pretrain.py", *AWKWARD]
 
 
 def test_without_matplotlib_the_report_says_how_to_get_its_plots(tmp_path, monkeypatch, run):

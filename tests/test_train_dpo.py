@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import random
 import re
 import signal
 import sys
@@ -471,10 +472,11 @@ def test_what_may_not_change_is_named(prefer, whole, unbroken, tokenizer, tmp_pa
 # The report
 
 
-def lines_of(margins, **more):
-    """Training lines with those margins."""
+def lines_of(margins, interval=1, **more):
+    """Training lines with those margins, of so many steps each."""
+    about = {"loss": 0.6, "chosen_reward": 0.1, **more}
     return [
-        {"step": i, "tokens": 100 * i, "loss": 0.6, "margin": margin, "chosen_reward": 0.1, **more}
+        {"step": interval * i, "tokens": 100 * interval * i, "margin": margin, **about}
         for i, margin in enumerate(margins, 1)
     ]
 
@@ -495,7 +497,8 @@ GROWING = [0.02 * i + NOISE[i] for i in range(30)]
     [
         (lines_of(GROWING), False, "The log-odds of the chosen replies grow"),
         (lines_of(NOISE[:30]), True, "The log-odds stall"),
-        (lines_of([0.5, 0.5, 0.0, 0.0] * 8), True, "The log-odds swing"),
+        (lines_of([0.5, 0.5, 0.0, 0.0] * 8, 10), True, "The log-odds swing"),
+        (lines_of(([0.5] * 10 + [0.0] * 10) * 8), True, "The log-odds swing"),
         (
             [*lines_of(GROWING), evaluation(0, 0.5), evaluation(30, 0.9)],
             False,
@@ -550,9 +553,78 @@ def test_the_report_reads_the_curves(metrics, alarm, text):
     assert [reading.alarm for reading in found] == [alarm]
 
 
-def test_a_short_run_is_not_judged():
-    readings = read_curves(lines_of(NOISE[:11]), 6400, False)
-    assert not any("log-odds" in reading.text for reading in readings)
+@pytest.mark.parametrize(
+    ("margins", "alarm", "text"),
+    [
+        ([0.01], True, "stall, from a margin of 0 at the start to 0.010 at the end"),
+        ([0.4], False, "of the chosen replies grow"),
+        ([0.02, 0.05], True, "stall"),
+        ([0.02, 0.05, 0.09], False, "of the chosen replies grow"),  # in order, 0 at the start too
+        ([0.02, 0.09, 0.05], True, "stall"),
+        ([0.1, 0.5, 0.8], False, "of the chosen replies grow"),
+        ([-0.01, -0.04, -0.09], True, "fall, from a margin of -0.010"),
+        ([-0.2], True, "fall, from a margin of 0 at the start to -0.200 at the end"),
+        ([0.2, 0.6, 0.4], False, "of the chosen replies have grown early and hold"),
+        ([0.2, 0.6, 0.29], True, "fall again"),
+        (NOISE[:11], True, "stall"),
+        ([0.02 * i + NOISE[i] for i in range(11)], False, "of the chosen replies grow"),
+    ],
+)
+def test_few_lines_are_read_too(margins, alarm, text):
+    for interval in (1, 10, 100):
+        readings = read_curves(lines_of(margins, interval), 6400, False)
+        (found,) = (reading for reading in readings if reading.text.startswith("The log-odds"))
+        assert found.text.startswith(f"The log-odds {text}") and found.alarm is alarm
+
+
+def test_batches_that_scatter_are_no_finding():
+    """Of 4 pairs each, whose margins differ by more than all that is gained."""
+    for seed in range(100):
+        dice = random.Random(seed)
+        n = dice.choice([30, 60, 200])
+        gains = [1.5 * (1 - math.exp(-2 * i / n)) for i in range(n)]
+        margins = [sum(dice.gauss(gain, 1) for _ in range(4)) / 4 for gain in gains]
+        losses = [
+            sum(math.log1p(math.exp(-dice.gauss(gain, 1))) for _ in range(4)) / 4 for gain in gains
+        ]
+        metrics = lines_of(margins)
+        for line, loss in zip(metrics, losses, strict=True):
+            line["loss"] = loss
+        metrics[0]["loss"] = math.log(2)
+        found = [reading.text for reading in read_curves(metrics, 6400, False) if reading.alarm]
+        assert found == [], seed
+
+
+def test_pairs_that_end_worse_than_they_began_come_first():
+    rising = {"loss": 0.9}
+    worse = [evaluation(0, 0.5) | {"val_loss": 0.693}, evaluation(30, 0.5) | {"val_loss": 0.8}]
+    first, *others = read_curves([*lines_of(NOISE[:30]), *worse], 6400, False)
+    assert first.alarm and "0.800" in first.text and "0.693" in first.text
+    assert any(reading.text.startswith("The log-odds stall") for reading in others)
+    metrics = lines_of(NOISE[:29], **rising)
+    metrics.insert(0, {**metrics[0], "step": 0, "loss": 0.693})
+    first, *_ = read_curves(metrics, 6400, False)
+    assert first.text.startswith("The loss rose from 0.693 up to step 0 to 0.900")
+
+
+@pytest.mark.parametrize(("share", "alarm"), [(0.81, False), (0.79, True)])
+def test_a_test_far_below_validation(share, alarm):
+    metrics = [*lines_of(GROWING), evaluation(0, 0.5), evaluation(30, 0.9) | {"val_loss": 0.5}]
+    readings = read_curves([*metrics, {"test_loss": 0.5, "test_accuracy": share}], 6400, False)
+    (found,) = (reading for reading in readings if "test accuracy" in reading.text)
+    assert found.alarm is alarm and f"{share:.1%}, that of validation 90.0%" in found.text
+
+
+def test_a_run_of_thirty_steps_has_its_log_odds_read(prefer, tuned, data, tmp_path):
+    """With the default of --log_interval, which notes every step."""
+    prefer(
+        "--data_path", data, "--out_dir", tmp_path, "--from_weight", tuned, "--epochs", 3,
+        "--batch_size", 2, "--learning_rate", 3e-3,
+    )  # fmt: skip
+    assert [line["step"] for line in read_metrics(tmp_path, NAME)] == list(range(1, 34))
+    report = (tmp_path / "logs" / NAME / "report.md").read_text(encoding="utf-8")
+    assert "The log-odds of the chosen replies grow, from a margin of " in report
+    assert "training lines on" not in report
 
 
 def test_the_report_tells_accuracy_and_margin(unbroken):

@@ -159,8 +159,8 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
     Args:
         parser: where to add them.
         defaults: the stage's own defaults, by flag name: data_path, from_weight, learning_rate,
-            weight_decay, epochs, grad_clip, max_seq_len, batch_size; and packing, False where rows
-            cannot hold several documents.
+            weight_decay, epochs, grad_clip, max_seq_len, batch_size; packing, False where rows
+            cannot hold several documents; log_interval, if it is not 10.
     """
     model = parser.add_argument_group("model")
     model.add_argument("--dim", type=count, default=512, help="width")
@@ -287,7 +287,12 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
         "--dry_run", action=flag, default=False, help="print the plan and stop before training"
     )
     output.add_argument("--gpu_price", type=positive, help="of one GPU for an hour; gives the cost")
-    output.add_argument("--log_interval", type=count, default=10, help="optimizer steps")
+    output.add_argument(
+        "--log_interval",
+        type=count,
+        default=defaults.get("log_interval", 10),
+        help="optimizer steps",
+    )
     output.add_argument("--save_interval", type=count, default=100, help="optimizer steps")
     output.add_argument("--save_dtype", choices=("float32", "float16"), default="float32")
     output.add_argument(

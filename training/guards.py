@@ -11,6 +11,10 @@ import torch
 from .arguments import UserError
 from .distributed import Distributed
 
+LESS_MEMORY = (
+    "what helps, in this order: a smaller --batch_size; with more --accumulation_steps the updates "
+    "stay the same; --gradient_checkpointing; a shorter --max_seq_len"
+)
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
 
@@ -57,12 +61,7 @@ def explain_out_of_memory() -> Iterator[None]:
             sign in str(error).lower() for sign in OUT_OF_MEMORY
         ):
             raise
-        raise UserError(
-            "out of memory; what helps, in this order: a smaller --batch_size; with more "
-            "--accumulation_steps the updates stay the same; --gradient_checkpointing; a shorter "
-            "--max_seq_len",
-            every_rank=True,
-        ) from None
+        raise UserError(f"out of memory; {LESS_MEMORY}", every_rank=True) from None
 
 
 def find_sample(

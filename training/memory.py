@@ -1,4 +1,7 @@
-"""What memory a training step takes, counted before it is run."""
+"""What memory a training step takes, counted before it is run, and what memory there is."""
+
+import os
+from pathlib import Path
 
 import torch
 
@@ -105,3 +108,56 @@ def _layer_bytes(config: LMConfig, row_length: int, autocast: bool, device: torc
     kept += config.num_experts_per_tok * (inputs + hidden + width * dim)
     kept += 4 * dim + config.n_shared_experts * hidden
     return kept + (inputs if autocast and config.n_shared_experts else 0)
+
+
+def device_memory(device: torch.device) -> float | None:
+    """Bytes that a device can give to the processes of this host; None where it is not known.
+
+    Of a GPU all its memory. Of a CPU what RAM is available now, or the limit that a container or a
+    batch system sets, if that is less.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return min([*_available_ram(), *_cgroup_limits()], default=None)
+
+
+def _available_ram() -> list[int]:
+    """Bytes in a list; empty where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return [1024 * int(line.split()[1])]
+    except OSError:
+        pass  # not Linux
+    names = getattr(os, "sysconf_names", {})  # not on Windows
+    if "SC_PHYS_PAGES" not in names:
+        return []
+    return [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+
+
+def _cgroup_limits(root: Path = Path("/")) -> list[int]:
+    """The limits of this process's control groups and of those above them, in bytes.
+
+    Both versions of Linux's interface: memory.max, and memory.limit_in_bytes of the older one.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []  # not Linux
+    limits = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top, name = root / "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top) and (folder / name).is_file():
+                limit = (folder / name).read_text(encoding="ascii").strip()
+                limits += [int(limit)] if limit.isdecimal() else []  # "max" is none
+    return limits

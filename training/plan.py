@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ from model.model import MOEFeedForward
 
 from .checkpoint import write_atomically
 from .distributed import Distributed
-from .memory import estimate_memory
+from .guards import LESS_MEMORY
+from .memory import device_memory, estimate_memory
 from .schedule import get_lr, warmup_steps
 
 # Dense peaks in 10¹² FLOP/s from NVIDIA's data sheets and architecture white papers, GPU by name:
@@ -47,6 +49,9 @@ PEAKS = {
 WITHOUT_BFLOAT16 = ("T4", "V100 PCIE", "V100 SXM2")
 
 CURVE_POINTS = 2000
+
+FEW_STEPS = 200
+SMALL_HEAD = 32  # docs/quickstart.md, run 6: 4 heads of 32 learnt what 8 of 16 did not
 
 # Learning rates that suit models of up to so many parameters: (parameters, lowest, highest).
 LearningRates = Sequence[tuple[float, float, float]]
@@ -151,6 +156,12 @@ def plan_run(
         warmup=warmup,
         rows_per_step=args.batch_size * args.accumulation_steps * world.world_size,
     )
+    available = device_memory(world.device)
+    if available is not None:
+        # Each process has a GPU of its own; those of a host share its RAM.
+        sharing = 1 if world.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        memory = step_memory(args, network, world.device, dtype, sequences)
+        warnings += memory_warnings(memory, available / sharing)
     return lines + [f"warning: {warning}" for warning in warnings]
 
 
@@ -179,16 +190,7 @@ def plan_lines(
     frozen, active_frozen = count_parameters(network, frozen_only=True)
     tokens = args.epochs * tokens_per_epoch
     rows = args.batch_size * args.accumulation_steps * world.world_size
-    memory = estimate_memory(
-        network.config,
-        total,
-        trained=total - frozen,
-        rows=args.batch_size * sequences,
-        row_length=args.max_seq_len,
-        dtype=dtype,
-        gradient_checkpointing=args.gradient_checkpointing,
-        device=world.device,
-    )
+    memory = step_memory(args, network, world.device, dtype, sequences)
     needed = f"about {sum(memory.values()) / 1e9:.2f} GB"
     if world.device.type == "cuda":
         there = torch.cuda.get_device_properties(world.device).total_memory
@@ -212,6 +214,48 @@ def plan_lines(
         f"compute: {(6 * active - 2 * active_frozen) * tokens:.3g} FLOPs "
         f"(6 × {kind}s × tokens{less_if_frozen})",
         f"memory: {needed} ({parts})",
+    ]
+
+
+def step_memory(
+    args: argparse.Namespace,
+    network: MiniMindLM,
+    device: torch.device,
+    dtype: torch.dtype,
+    sequences: int = 1,
+) -> dict[str, float]:
+    """What a process's training step takes, as `estimate_memory`; arguments as for `plan_lines`."""
+    total, _ = count_parameters(network)
+    frozen, _ = count_parameters(network, frozen_only=True)
+    return estimate_memory(
+        network.config,
+        total,
+        trained=total - frozen,
+        rows=args.batch_size * sequences,
+        row_length=args.max_seq_len,
+        dtype=dtype,
+        gradient_checkpointing=args.gradient_checkpointing,
+        device=device,
+    )
+
+
+def memory_warnings(memory: dict[str, float], available: float) -> list[str]:
+    """A line if a training step takes more memory than there is, with what helps.
+
+    Args:
+        memory: bytes, as of `estimate_memory`.
+        available: bytes for this process.
+    """
+    needed = sum(memory.values())
+    if needed <= available:
+        return []
+    model = needed - memory["activations"] - memory["logits"]
+    remedies = LESS_MEMORY
+    if model > available:
+        remedies = "no batch is small enough: a smaller --dim or fewer --n_layers"
+    return [
+        f"about {needed / 1e9:.2f} GB are needed and {available / 1e9:.2f} GB are there, so that "
+        f"memory may run out; {remedies}"
     ]
 
 
@@ -250,6 +294,23 @@ def warnings_for(
         found.append(
             f"a warm-up of {warmup:,} steps takes {share} of the run's {total_steps:,}: "
             "lower --warmup_iters or --warmup_ratio (3 % is usual)"
+        )
+    for name in ("warmup_iters", "warmup_ratio"):
+        if getattr(args, name) == 0:
+            found.append(
+                f"--{name} 0: the first updates are the least certain and take the whole "
+                "--learning_rate, which may spoil the weights: leave it out (3 % is usual)"
+            )
+    if total_steps < FEW_STEPS:
+        found.append(
+            f"fewer than {FEW_STEPS} steps ({total_steps:,}) teach little: a smaller --batch_size "
+            "or --accumulation_steps, more --epochs or more data give more"
+        )
+    head = args.dim // args.n_heads
+    if head < SMALL_HEAD:
+        found.append(
+            f"heads of {head} dimensions (--dim {args.dim} / --n_heads {args.n_heads}) see too "
+            f"little each, {SMALL_HEAD} to 128 are usual: fewer --n_heads, or a larger --dim"
         )
     if rows_per_step == 1:
         found.append(

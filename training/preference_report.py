@@ -2,63 +2,120 @@
 
 import math
 import statistics
+from itertools import combinations
 
 from .curves import Metrics, has_number
 
-# The course is judged from so many lines on: then each third has four.
+# From so many lines on each third has four, whose scatter says what is clear.
 MIN_LINES = 12
 # Between two thirds of a run, a difference of so many standard errors is no accident.
 CLEAR = 3.0
-# A swing takes back at least this share of all that the run has gained, from line to line.
+# Of fewer lines their order alone is looked at: so many standard deviations of Kendall's S, as four
+# values in order have (https://doi.org/10.2307/2332226), are hardly an accident.
+CLEAR_ORDER = 2.0
+# A swing, or a fall, takes back at least this share of all that the run has gained.
 SWING = 0.5
 SWINGS = 3
+# Swings are looked for in means over at least so many steps: single batches differ more than that.
+SWING_STEPS = 10
 # A margin below this is next to nothing: at 0 either reply is as likely to be taken, here 52 %.
 LITTLE = 0.1
 # What the chosen replies may lose of their reward for the margin, as a share of it.
 PRICE = 0.5
 # Points of accuracy that a small validation set loses by accident.
 ACCURACY_FALL = 0.02
+# Points between the accuracies of validation and test data of one kind that may be accident.
+ACCURACY_GAP = 0.1
+# The loss starts where model and reference are one, without any scatter, and rises by that share.
+LOSS_RISE = 0.1
 
 
-def course_of_margin(lines: Metrics) -> tuple[bool, str] | None:
-    """Whether the log-odds of chosen against rejected replies grow, stall or swing.
-
-    Read from the margin, their growth beyond the reference times beta, which unlike the log-odds is
-    not another for every batch from the start.
+def course_of_training_loss(lines: Metrics) -> tuple[bool, str, bool] | None:
+    """Whether the loss of the last third of the run is above that of the first line.
 
     Args:
         lines: those of metrics.jsonl that tell of training steps.
 
     Returns:
-        Whether that is an alarm, and the sentence; None if there are too few lines.
+        As `course_of_margin`, and True, for it did harm; None if it is not above.
     """
-    margins = [m["margin"] for m in lines if has_number(m, "margin")]
-    if len(margins) < MIN_LINES:
+    losses = [m["loss"] for m in lines]
+    last = losses[-max(1, len(losses) // 3) :]
+    start, end = losses[0], statistics.fmean(last)
+    error = statistics.stdev(last) / math.sqrt(len(last)) if len(last) > 1 else 0.0
+    if end - start <= max(LOSS_RISE * start, CLEAR * error):
         return None
-    third = len(margins) // 3
-    first, last = margins[:third], margins[-third:]
-    low, high = statistics.fmean(first), statistics.fmean(last)
-    error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / third)
+    return (
+        True,
+        f"The loss rose from {start:.3f} up to step {lines[0]['step']:,} to {end:.3f} in the last "
+        "third of the run: the model is worse than its reference. Try a smaller --learning_rate, a "
+        "larger --beta or a longer warm-up.",
+        True,
+    )
+
+
+def course_of_margin(lines: Metrics) -> tuple[bool, str] | None:
+    """Whether the log-odds of chosen against rejected replies grow, stall, fall or swing.
+
+    Read from the margin, their growth beyond the reference times beta, which unlike the log-odds is
+    not another for every batch from the start: it is 0 there. So a single line can be judged.
+
+    Args:
+        lines: those of metrics.jsonl that tell of training steps.
+
+    Returns:
+        Whether that is an alarm, and the sentence; None if there are no lines.
+    """
+    told = [m for m in lines if has_number(m, "margin")]
+    margins = [m["margin"] for m in told]
+    if not margins:
+        return None
+    third = max(1, len(margins) // 3)
+    means = [statistics.fmean(margins[i : i + third]) for i in range(len(margins) - third + 1)]
+    low, high = means[0], means[-1]
     here = f"from a margin of {low:.3f} in the first third of the run to {high:.3f} in the last"
-    swings = _count_falls(margins, SWING * (max(margins) - min(0.0, min(margins))))
-    if swings >= SWINGS and max(margins) > LITTLE:
+    if len(margins) < 3:
+        low, here = 0.0, f"from a margin of 0 at the start to {high:.3f} at the end"
+    grown, fallen = _clear_change(margins)
+
+    width = max(1, round(SWING_STEPS * len(told) / told[-1]["step"]))
+    coarse = [
+        statistics.fmean(margins[i : i + width]) for i in range(0, len(margins) - width + 1, width)
+    ]
+    swings = _count_falls(coarse, SWING * (max(coarse) - min(0.0, *coarse))) if coarse else 0
+    if swings >= SWINGS and max(coarse) > LITTLE:
         return True, (
             f"The log-odds swing, {here}, with {swings} falls by half of all that was gained. Try "
             "a smaller --learning_rate, a larger --beta or more --accumulation_steps."
         )
-    if high - low < -CLEAR * error:
+    taken_back = max(means) > LITTLE and high < (1 - SWING) * max(means)
+    if fallen or taken_back or high < -LITTLE:
         return True, (
-            f"The log-odds fall again, {here}. Try a smaller --learning_rate, fewer --epochs or a "
-            "larger --beta."
+            f"The log-odds fall{' again' if low > 0 or taken_back else ''}, {here}. Try a smaller "
+            "--learning_rate, fewer --epochs or a larger --beta."
         )
-    grown = high - low > CLEAR * error
     if not grown and high <= LITTLE:
         return True, (
             f"The log-odds stall, {here}. Try a larger --learning_rate or more --epochs; with a "
             "smaller --beta the model may go further from the reference."
         )
-    course = "grow" if grown else "have grown early and hold"
+    course = "grow" if grown or len(margins) < 3 else "have grown early and hold"
     return False, f"The log-odds of the chosen replies {course}, {here}."
+
+
+def _clear_change(values: list[float]) -> tuple[bool, bool]:
+    """Whether values that start from 0 clearly grow, and whether they clearly fall."""
+    if len(values) >= MIN_LINES:
+        third = len(values) // 3
+        first, last = values[:third], values[-third:]
+        error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / third)
+        change, clear = statistics.fmean(last) - statistics.fmean(first), CLEAR * error
+    else:
+        path = [0.0, *values]
+        change = sum((b > a) - (b < a) for a, b in combinations(path, 2))
+        n = len(path)
+        clear = CLEAR_ORDER * math.sqrt(n * (n - 1) * (2 * n + 5) / 18)
+    return change > clear, change < -clear
 
 
 def _count_falls(values: list[float], depth: float) -> int:
@@ -127,4 +184,27 @@ def price_of_margin(lines: Metrics, evaluations: Metrics) -> tuple[bool, str] | 
     return True, (
         f"The log-probability of the chosen replies collapses: {here}; both replies lose. Try a "
         "larger --beta, a smaller --learning_rate or fewer --epochs."
+    )
+
+
+def accuracy_gap(metrics: Metrics) -> tuple[bool, str] | None:
+    """Whether the test data are told apart much worse than the validation data.
+
+    Args:
+        metrics: all lines of metrics.jsonl.
+
+    Returns:
+        As `course_of_margin`; None if either was not measured.
+    """
+    tests = [m["test_accuracy"] for m in metrics if has_number(m, "test_accuracy")]
+    evaluations = [m for m in metrics if has_number(m, "val_accuracy")]
+    if not tests or not evaluations:
+        return None
+    best = min(evaluations, key=lambda m: m["val_loss"])["val_accuracy"]  # of the weights tested
+    here = f"The test accuracy is {tests[-1]:.1%}, that of validation {best:.1%}"
+    if tests[-1] >= best - ACCURACY_GAP:
+        return False, f"{here}."
+    return True, (
+        f"{here}: the test pairs are of another kind, or too few pairs are validated. Trust the "
+        "test, and validate on more pairs, of its kind."
     )

@@ -4,13 +4,19 @@ import json
 import math
 import shlex
 import statistics
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .checkpoint import write_atomically
 from .curves import Metrics, draw_curves, has_number, read_metrics
-from .preference_report import course_of_accuracy, course_of_margin, price_of_margin
+from .preference_report import (
+    accuracy_gap,
+    course_of_accuracy,
+    course_of_margin,
+    course_of_training_loss,
+    price_of_margin,
+)
 
 # Untrained, the model's logits have a standard deviation s of about 0.02 · sqrt(dim), which puts
 # the loss s²/2 above ln(vocabulary): 0.1 nats at dim 512, and 1 nat only beyond dim 5,000.
@@ -21,8 +27,13 @@ FIRST_LINE_STEPS = 20
 # needs knowledge of what follows what, which so few steps cannot give.
 FIRST_LINE_SHARE = 0.5
 
-# The course of the loss is judged from so many lines on: then its last third has four.
+# How often tokens occur is all that a run must have learnt to save a tenth of ln(vocabulary).
+HARDLY_LEARNT = 0.1
+
+# The course of the loss is judged from so many lines on: then its last third has four. Of fewer
+# lines only what stands out far beyond their scatter is told.
 MIN_LINES = 12
+FEW_LINES_RISE = 0.2
 # Loss falls as a power of the tokens, with exponents of 0.05 to 0.1 (arXiv:2001.08361). So a last
 # third brings 2 to 4 %; with less than half of that, more tokens will not bring much.
 PLATEAU = 0.01
@@ -39,13 +50,18 @@ BORDER_JUMP = 0.05
 # Halves of one shuffled text differ by 1 to 2 %.
 GAP = 0.1
 # A validation set is the same each time, so that its loss scatters less than the training loss.
-OVERFIT_RISE = 0.01
+VALIDATION_RISE = 0.01
+LEAST_RISE = 0.005  # nats: a loss of 0.001 that doubles is still next to nothing
+# The training loss at a step is a mean over so many steps before it, and at least three lines.
+TRAINING_LOSS_STEPS = 30
 
 # The norm of the gradient over all weights, before clipping.
 NORM_NOTHING_LEARNT = 0.01
 NORM_USUAL = (0.1, 1.0)
 NORM_UNSTABLE = 10.0
 
+# Above this share of skipped updates a run has hardly trained.
+MOST_SKIPPED = 0.5
 # A spike in thousands of steps is no news.
 SPIKES_PER_STEP = 1e-3
 # An expert below this share of an even load sees too few tokens to become good at anything.
@@ -53,17 +69,29 @@ STARVED = 0.25
 DEAD = 0.01
 
 
+LINE_LENGTH = 95  # of a command in the report
+
+
 class Reading(NamedTuple):
-    """What one look at the curves gave."""
+    """What one look at the curves gave.
+
+    Attributes:
+        alarm: something stands out.
+        text: what, and what to try.
+        harm: the run made the model worse, or was in vain; reported before all else.
+    """
 
     alarm: bool
     text: str
+    harm: bool = False
 
 
 def findings(
     metrics: Metrics, vocab_size: int, from_scratch: bool, n_routed_experts: int = 0
 ) -> list[str]:
     """What stands out in the curves of a run, each with what to try; empty if nothing does.
+
+    What did harm comes first.
 
     Args:
         metrics: lines of metrics.jsonl.
@@ -80,35 +108,43 @@ def read_curves(
 ) -> list[Reading]:
     """Everything that can be said of the curves, good or bad; arguments as for `findings`.
 
-    What a run is too short for is left out.
+    What did harm comes first. What a run is too short for is left out.
     """
     lines = [m for m in metrics if has_number(m, "loss")]
     evaluations = [m for m in metrics if has_number(m, "val_loss")]
     if any(has_number(m, "margin") for m in lines):  # of preference training
         found = [
+            course_of_training_loss(lines),
             course_of_margin(lines),
             course_of_accuracy(evaluations),
             price_of_margin(lines, evaluations),
+            accuracy_gap(metrics),
         ]
         own = [Reading(*reading) for reading in found if reading is not None]
     else:
         # Of a taught student, what it makes of the data: a teacher's word has another floor.
         data = [{**m, "loss": m.get("cross_entropy", m["loss"])} for m in lines]
+        whole = _whole_intervals(data)
+        little = _little_learnt(whole, evaluations, vocab_size) if from_scratch else None
         own = [
             _first_loss(data, vocab_size) if from_scratch else None,
-            _course(_whole_intervals(data), vocab_size, from_scratch),
-            _epoch_borders(_whole_intervals(data)),
+            _divergence(whole) or little or _course(whole),
+            _epoch_borders(whole),
             _gap(lines, evaluations),
+            _test_gap(metrics, evaluations),
             _gradient_norm(lines),
         ]
     readings = [
+        _not_finite(metrics),
+        _validation(lines, evaluations),
         *own,
-        _over_fitting(lines, evaluations),
+        _worse_sets(evaluations),
         _skipped_updates(metrics),
         _spikes(metrics),
         _expert_load(lines, n_routed_experts),
     ]
-    return [reading for reading in readings if reading is not None]
+    found = [reading for reading in readings if reading is not None]
+    return sorted(found, key=lambda reading: not reading.harm)
 
 
 def _whole_intervals(lines: Metrics) -> Metrics:
@@ -152,41 +188,62 @@ def _first_loss(lines: Metrics, vocab_size: int) -> Reading | None:
     return Reading(False, f"{here}; {start}.")
 
 
-def _course(lines: Metrics, vocab_size: int, from_scratch: bool) -> Reading | None:
-    """Sawtooth, rise, nothing learnt or plateau: one of them, since they share their causes."""
+def _divergence(lines: Metrics) -> Reading | None:
+    """Whether the loss ends far above its lowest point."""
+    few = len(lines) < MIN_LINES
+    if not lines or (few and lines[-1]["step"] <= FIRST_LINE_STEPS):
+        return None
+    smooth = _smooth(lines, 1 if few else max(3, len(lines) // 40))
+    end, low = smooth[-1], min(smooth)
+    if end <= (1 + (FEW_LINES_RISE if few else SWING)) * low:
+        return None
+    step = lines[smooth.index(low)]["step"]
+    return Reading(
+        True,
+        f"The loss rose to {end:.2f} after {low:.2f} near step {step:,}: the run diverges. "
+        "Try a smaller --learning_rate or a longer warm-up; weights from before that step are "
+        "better than the last ones.",
+        harm=True,
+    )
+
+
+def _little_learnt(lines: Metrics, evaluations: Metrics, vocab_size: int) -> Reading | None:
+    """Whether a model that was untrained ends near where it started."""
+    if len(lines) >= 2:  # the first line holds the start
+        end, step = _mean(lines[-max(1, len(lines) // 3) :]), lines[-1]["step"]
+    elif evaluations:
+        end, step = evaluations[-1]["val_loss"], evaluations[-1]["step"]
+    else:
+        return None
+    even = math.log(vocab_size)
+    if step <= FIRST_LINE_STEPS or end <= (1 - HARDLY_LEARNT) * even:
+        return None
+    nothing = len(lines) >= MIN_LINES and end > (1 - PLATEAU) * even
+    return Reading(
+        True,
+        f"{'Nothing' if nothing else 'Hardly anything'} was learnt: the loss ends at {end:.2f}, "
+        f"even odds for all tokens give {even:.2f}, and how often each token occurs saves about a "
+        f"quarter of that. If {step:,} steps are few, train longer; else with a gradient norm "
+        f"below {NORM_USUAL[0]:g} try a larger --learning_rate, with another a smaller one, and "
+        "look at a few samples, too.",
+        harm=True,
+    )
+
+
+def _course(lines: Metrics) -> Reading | None:
+    """Sawtooth or plateau: one of them, since they share their causes."""
     if len(lines) < MIN_LINES:
         return None
     # Seen at a fortieth of the run, as by eye, a long run is not all scatter.
     width = max(1, len(lines) // 40)
-    smooth = _smooth(lines, width)
-    swings = _count_swings(smooth)
+    swings = _count_swings(_smooth(lines, width))
     if swings >= SWINGS and swings > _latest(lines, "spikes"):
         return Reading(
             True,
             f"Sawtooth: the loss climbed by more than {SWING:.0%} {swings} times. Try a smaller "
             "--learning_rate or a larger batch (--accumulation_steps).",
         )
-    smooth = _smooth(lines, max(3, width))
-    end, low = smooth[-1], min(smooth)
-    if end > (1 + SWING) * low:
-        step = lines[smooth.index(low)]["step"]
-        return Reading(
-            True,
-            f"The loss rose to {end:.2f} after {low:.2f} near step {step:,}: the run diverges. "
-            "Try a smaller --learning_rate or a longer warm-up; weights from before that step are "
-            "better than the last ones.",
-        )
-    third = lines[-(len(lines) // 3) :]
-    even = math.log(vocab_size)
-    if from_scratch and _mean(third) > (1 - PLATEAU) * even:
-        return Reading(
-            True,
-            f"Nothing was learnt: in the last third of the run the loss is {_mean(third):.2f}, and "
-            f"even odds for all tokens would give {even:.2f}. With a gradient norm below "
-            f"{NORM_USUAL[0]:g} try a larger --learning_rate, else a smaller one; look at a few "
-            "samples, too.",
-        )
-    fall, uncertainty = _fall(third)
+    fall, uncertainty = _fall(lines[-(len(lines) // 3) :])
     at_end = f"the loss fell by {fall:.1%} over the last third of the run"
     if fall >= PLATEAU:
         return Reading(False, f"Still learning: {at_end}.")
@@ -276,26 +333,95 @@ def _epoch_borders(lines: Metrics) -> Reading | None:
 
 
 def _training_loss_at(lines: Metrics, step: int) -> float | None:
-    """Mean of the last three lines up to a step: a line alone scatters."""
+    """Mean of the last lines up to a step: a line alone scatters."""
     before = [m for m in lines if m["step"] <= step]
-    return _mean(before[-3:]) if before else None
+    recent = [m for m in before if m["step"] > step - TRAINING_LOSS_STEPS]
+    return _mean(max(recent, before[-3:], key=len)) if before else None
 
 
-def _over_fitting(lines: Metrics, evaluations: Metrics) -> Reading | None:
-    if len(evaluations) < 3:
+def _not_finite(metrics: Metrics) -> Reading | None:
+    """Scores that are not a number: `has_number` passes them over, and so do all other readings."""
+    for name, data in (("val_loss", "validation"), ("test_loss", "test")):
+        steps = [m.get("step", 0) for m in metrics if name in m and not has_number(m, name)]
+        if steps:
+            return Reading(
+                True,
+                f"The {data} loss is not finite at step {steps[0]:,}: the weights are broken, or "
+                "--dtype float16 overflows. Take weights from before (--save_best, --keep_every), "
+                "and try a smaller --learning_rate, a longer warm-up or another --dtype.",
+                harm=True,
+            )
+    return None
+
+
+def _rose(low: float, end: float, share: float) -> bool:
+    """Whether a validation loss rose by more than that share of it."""
+    return end - low > max(share * low, LEAST_RISE)
+
+
+def _validation(lines: Metrics, evaluations: Metrics) -> Reading | None:
+    """Whether the validation loss ends where it is lowest: end against start and against best."""
+    if len(evaluations) < 2:
         return None
-    best, last = min(evaluations, key=lambda m: m["val_loss"]), evaluations[-1]
+    first, last = evaluations[0], evaluations[-1]
+    best = min(evaluations, key=lambda m: m["val_loss"])
+    start, low, end = (m["val_loss"] for m in (first, best, last))
+    advice = "Try a smaller --learning_rate or fewer --epochs"
+    if has_number(last, "val_margin"):
+        advice += " or a larger --beta"
+    if _rose(start, end, VALIDATION_RISE):
+        before = "the starting weights had" if first["step"] == 0 else "it was"
+        better = (
+            "the starting weights are better than the last ones"
+            if best is first and first["step"] == 0
+            else f"take the best weights (--save_best), of step {best['step']:,} with {low:.3f}"
+        )
+        return Reading(
+            True,
+            f"The run made the model worse: the validation loss ends at {end:.3f}, and {before} "
+            f"{start:.3f} at step {first['step']:,}; {better}. {advice}, and look whether the "
+            "training data are of the kind that is validated.",
+            harm=True,
+        )
     then, now = (_training_loss_at(lines, m["step"]) for m in (best, last))
-    rise = last["val_loss"] / best["val_loss"] - 1
-    if rise < OVERFIT_RISE or then is None or now is None or now >= then:
-        at = "at the end" if best is last else f"at step {best['step']:,}"
-        return Reading(False, f"The validation loss is lowest {at}, {best['val_loss']:.3f}.")
+    known = then is not None and now is not None
+    if _rose(low, end, VALIDATION_RISE) and known and now < then:
+        return Reading(
+            True,
+            f"Over-fitting: the validation loss was {low:.3f} at step {best['step']:,} "
+            f"and is {end:.3f} now, while the training loss fell from {then:.3f} to "
+            f"{now:.3f}. Take the best weights (--save_best, --early_stopping_patience); for "
+            "better ones: fewer --epochs, more data, some --dropout.",
+        )
+    if _rose(low, end, SWING):
+        return Reading(
+            True,
+            f"The validation loss rose again, from {low:.3f} at step {best['step']:,} to "
+            f"{end:.3f}. Take the best weights (--save_best). {advice}.",
+        )
+    at = "at the end" if best is last else f"at step {best['step']:,}"
+    return Reading(False, f"The validation loss is lowest {at}, {low:.3f}.")
+
+
+def _worse_sets(evaluations: Metrics) -> Reading | None:
+    """Validation sets whose own loss rose though that of all sets together did not."""
+    if len(evaluations) < 2:
+        return None
+    first, last = evaluations[0], evaluations[-1]
+    if _rose(first["val_loss"], last["val_loss"], VALIDATION_RISE):
+        return None
+    worse = [
+        f"{name.removeprefix('val_loss/')} from {first[name]:.3f} to {last[name]:.3f}"
+        for name in last
+        if name.startswith("val_loss/") and has_number(first, name) and has_number(last, name)
+        if _rose(first[name], last[name], GAP)
+    ]
+    if not worse:
+        return None
     return Reading(
         True,
-        f"Over-fitting: the validation loss was {best['val_loss']:.3f} at step {best['step']:,} "
-        f"and is {last['val_loss']:.3f} now, while the training loss fell from {then:.3f} to "
-        f"{now:.3f}. Take the best weights (--save_best, --early_stopping_patience); for better "
-        "ones: fewer --epochs, more data, some --dropout.",
+        f"The loss rose on some of the validation sets: {', '.join(worse)}. The model forgets what "
+        "they hold: mix such texts into the training data, or try a smaller --learning_rate.",
     )
 
 
@@ -314,6 +440,23 @@ def _gap(lines: Metrics, evaluations: Metrics) -> Reading | None:
         f"{both}, a gap of {validation / training - 1:.0%}. If it grew with the run, texts are "
         "learnt by heart: more data, fewer --epochs, some --dropout. If it was there from the "
         "start, the validation text is of another kind than the training text.",
+    )
+
+
+def _test_gap(metrics: Metrics, evaluations: Metrics) -> Reading | None:
+    """The test is taken by the best weights, so that it compares with the best validation."""
+    tests = [m["test_loss"] for m in metrics if has_number(m, "test_loss")]
+    if not tests or not evaluations:
+        return None
+    test, validation = tests[-1], min(m["val_loss"] for m in evaluations)
+    if not _rose(validation, test, GAP):
+        both = f"The test loss is {test:.3f}, the best validation loss {validation:.3f}."
+        return Reading(False, both)
+    return Reading(
+        True,
+        f"The test loss is {test:.3f}, far above the best validation loss of {validation:.3f}: the "
+        "test text is of another kind than the validation text, or that one is so small that the "
+        "best weights are best by chance. Trust the test, and validate on more text, of its kind.",
     )
 
 
@@ -357,6 +500,14 @@ def _skipped_updates(metrics: Metrics) -> Reading | None:
     skipped, steps = _latest(metrics, "skipped"), _latest(metrics, "step")
     if not skipped:
         return Reading(False, "No update was skipped.")
+    if skipped > MOST_SKIPPED * steps:
+        return Reading(
+            True,
+            f"{skipped:,} of {steps:,} updates were skipped, most of the run, since loss or "
+            "gradient was not finite: the model has hardly trained. training_log.txt names the "
+            "texts. Try --dtype bfloat16 or float32, a smaller --learning_rate, a longer warm-up.",
+            harm=True,
+        )
     return Reading(
         True,
         f"{skipped:,} of {steps:,} updates were skipped, since loss or gradient was not finite; "
@@ -393,8 +544,8 @@ def _expert_load(lines: Metrics, n_routed_experts: int) -> Reading | None:
     name = "Dead expert" if late < DEAD / n_routed_experts else "Starved expert"
     return Reading(
         True,
-        f"{name}: {here}. Its weights are hardly trained: try a larger aux_loss_alpha (in "
-        "LMConfig), or fewer experts.",
+        f"{name}: {here}. Its weights are hardly trained: try a larger --aux_loss_alpha or "
+        "fewer experts.",
     )
 
 
@@ -441,6 +592,7 @@ def write_report(
         f"\n\nThe course of the loss is judged from {MIN_LINES} training lines on; this run has "
         f"{n_lines}. A smaller --log_interval gives more."
     )
+    is_short = n_lines < MIN_LINES and not any(has_number(m, "margin") for m in metrics)
     text = f"""# {folder.name}
 
 Ended: {ending}.
@@ -449,7 +601,7 @@ Ended: {ending}.
 
 ## What stands out
 
-{_bullets(alarms) or "Nothing stands out."}{short if n_lines < MIN_LINES else ""}
+{_bullets(alarms) or "Nothing stands out."}{short if is_short else ""}
 
 ## What is as it should be
 
@@ -532,24 +684,27 @@ def _by_domain(metrics: Metrics) -> str:
 
 
 def _start(path: Path) -> str:
-    """Flags, in lines that a shell takes back, and what they met; nothing without config.json."""
+    """The command that started the run, and the versions it ran with; nothing without a file."""
     if not path.is_file():
         return ""
     config = json.loads(path.read_text(encoding="utf-8"))
     versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
-    lines = [""]
-    for name, value in config["arguments"].items():
-        if value is None or value == []:
-            continue
-        values = value if isinstance(value, list) else [value]
-        # A validation set is the pair of its name and its path.
-        words = ["=".join(v) if isinstance(v, list) else str(v) for v in values]
-        flag = f"--{name} {shlex.join(words)}"
-        if lines[-1] and len(lines[-1]) + len(flag) > 95:
-            lines.append("")
-        lines[-1] += f"{flag} "
-    flags = "\\\n".join(lines).rstrip()
+    command = _in_lines([*config["launcher"], *config["command"]])
     commit = config.get("commit") or "unknown"
     return (
-        f"\n## How it was started\n\nWith {versions}; commit {commit}.\n\n```bash\n{flags}\n```\n"
+        f"\n## How it was started\n\nWith {versions}; commit {commit}.\n\n```bash\n{command}\n```\n"
     )
+
+
+def _in_lines(words: list[str]) -> str:
+    """A command as a shell takes it, broken in front of flags where a line is full."""
+    lines = [shlex.quote(words[0])]
+    for i, word in enumerate(words[1:], start=1):
+        flag = word
+        if word.startswith("--"):  # with its values
+            values = takewhile(lambda w: not w.startswith("--"), words[i + 1 :])
+            flag = shlex.join([word, *values])
+        if word.startswith("--") and len(lines[-1]) + len(flag) > LINE_LENGTH:
+            lines.append("   ")
+        lines[-1] += f" {shlex.quote(word)}"
+    return " \\\n".join(lines)

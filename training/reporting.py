@@ -55,6 +55,7 @@ def write_config(path: Path, args: argparse.Namespace, run_id: str) -> None:
     packages = ("torch", "transformers", "tokenizers", "numpy")
     contents = {
         "run_id": run_id,
+        "launcher": _launcher(),
         "command": sys.argv,
         "arguments": json_arguments(args),
         "versions": {"python": platform.python_version()}
@@ -83,6 +84,15 @@ def restore_metrics(folder: Path, run_id: str) -> None:
         previous.replace(metrics)
         if aside.exists():
             aside.replace(previous)
+
+
+def _launcher() -> list[str]:
+    """The words in front of the script's name; torchrun tells processes about itself."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ["python"]
+    hosts, processes = (os.environ[name] for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    several = ["--nnodes", hosts] if hosts != "1" else []
+    return ["torchrun", *several, "--nproc_per_node", processes]
 
 
 def _commit() -> str | None:
