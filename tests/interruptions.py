@@ -149,7 +149,7 @@ def result(out: Path, name: str = "pretrain_32") -> dict[str, Any]:
     state = resume["state"]
     for timed in ("seconds", "metrics_bytes", "run_id"):
         del state[timed]
-    for argument in ("resume", "data_path", "out_dir"):
+    for argument in ("resume", "overwrite", "data_path", "out_dir"):
         del resume["arguments"][argument]
     for group in resume["optimizer"]["param_groups"]:
         del group["lr"]  # set anew before each step
