@@ -171,11 +171,12 @@ def test_a_tilde_means_home_in_every_path(parser_of, script, monkeypatch):
     """Any flag that takes `~/x` takes it as a file of the home folder, or as text of its own."""
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.setenv("USERPROFILE", "/home/someone")
-    home, paths = str(Path("/home/someone/x")), []
+    home, names, paths = str(Path("/home/someone/x")), [], []
     for action in parser_of(script)._actions:
         name = action.option_strings[0] if action.option_strings else action.dest
         if action.nargs == 0 or action.choices or name in TEXTS or isinstance(action, flag):
             continue
+        names.append(name)
         kind = action.type or str
         if (script, name) == ("scripts/train_tokenizer.py", "files"):  # read after parsing
             kind = runpy.run_path(str(ROOT / script))["weighted_path"]
@@ -184,8 +185,8 @@ def test_a_tilde_means_home_in_every_path(parser_of, script, monkeypatch):
             parts = parts if isinstance(parts, tuple) else (parts,)
             assert home in map(str, parts), name
             paths.append(name)
-    if "--out_dir" in paths or script.startswith("train_"):
-        assert "--out_dir" in paths
+    named = re.findall(r"--\w+(?:_dir|_path|_file|_weight)\b|--weight\b", " ".join(names))
+    assert set(named) <= set(paths)
 
 
 def test_a_tilde_after_a_name_and_one_of_nobody(monkeypatch, tmp_path):
