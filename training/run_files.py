@@ -243,7 +243,7 @@ def _left_by_run(weights: Path) -> list[Path]:
     """Resume files, weights of all kinds, and the folder of logs, unless no run has begun there."""
     name, logs = re.escape(weights.stem), weights.parent / "logs" / weights.stem
     kinds = (rf"{name}_resume(\.prev|\.old)?\.pth", rf"{name}(_best|_step\d+)?\.(pth|json)")
-    files = sorted(weights.parent.iterdir())
+    files = sorted(path for path in weights.parent.iterdir() if path.is_file())
     left = [path for kind in kinds for path in files if re.fullmatch(kind, path.name)]
     metrics = logs / "metrics.jsonl"
     if (left and logs.is_dir()) or (metrics.is_file() and metrics.stat().st_size):
