@@ -35,11 +35,13 @@ from training import (
     flag,
     fraction_or_one,
     make_parser,
+    name_or_path,
     positive,
     positive_or_zero,
     report_user_errors,
     seed,
     share,
+    user_path,
 )
 
 # What /set can change, and how it is read: the flags of the same names.
@@ -70,11 +72,16 @@ def parse_args() -> argparse.Namespace:
     which = parser.add_argument_group("model")
     which.add_argument(
         "--weight",
-        help="a stage's name, a .pth file or a folder in transformers' format; default: the newest "
-        "chat weights in --out_dir, else the newest pretrained ones",
+        type=name_or_path,
+        help="a stage's or a run's name, a .pth file or a folder in transformers' format; default: "
+        "the newest chat weights in --out_dir, else the newest pretrained ones",
     )
-    which.add_argument("--lora_name", help="an adapter's name, or its .pth file: use it as well")
-    which.add_argument("--out_dir", type=Path, default=Path("out"), help="where weights are")
+    which.add_argument(
+        "--lora_name",
+        type=name_or_path,
+        help="an adapter's name, or its .pth file: use it as well",
+    )
+    which.add_argument("--out_dir", type=user_path, default=Path("out"), help="where weights are")
     which.add_argument("--dim", type=count, help="of the weights; 512 for those without a .json")
     which.add_argument("--n_layers", type=count, help="of the weights; likewise 8")
     which.add_argument("--use_moe", action=flag, help="whether they are a mixture of experts")
@@ -83,7 +90,10 @@ def parse_args() -> argparse.Namespace:
     )
     which.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
     which.add_argument(
-        "--tokenizer_path", type=Path, default=ROOT / "model" / "minimind_tokenizer", help="folder"
+        "--tokenizer_path",
+        type=user_path,
+        default=ROOT / "model" / "minimind_tokenizer",
+        help="folder",
     )
     writing = parser.add_argument_group("writing")
     writing.add_argument("--max_new_tokens", type=count, default=512, help="of an answer")
@@ -113,11 +123,13 @@ def parse_args() -> argparse.Namespace:
     instead = parser.add_argument_group("instead of a conversation")
     instead.add_argument("--prompt", help="answer or continue this text and end")
     instead.add_argument(
-        "--input_file", type=Path, help='answer every line: {"prompt"}, conversations, {"text"}'
+        "--input_file",
+        type=user_path,
+        help='answer every line: {"prompt"}, conversations, {"text"}',
     )
-    instead.add_argument("--output_file", type=Path, help="where the answers, or scores, go")
+    instead.add_argument("--output_file", type=user_path, help="where the answers, or scores, go")
     instead.add_argument(
-        "--score", type=Path, metavar="DATA", help="score the model on texts or conversations"
+        "--score", type=user_path, metavar="DATA", help="score the model on texts or conversations"
     )
     instead.add_argument("--batch_size", type=count, default=16, help="lines at a time")
     instead.add_argument(
@@ -231,9 +243,9 @@ class Chat:
         elif name in ("save", "load") and not rest:
             raise UserError(f"/{name}: needs the name of a file")
         elif name == "save":
-            self.save(Path(rest))
+            self.save(user_path(rest))
         elif name == "load":
-            self.load(Path(rest))
+            self.load(user_path(rest))
         elif name == "set":
             self.set(*rest.split())
         else:

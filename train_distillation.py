@@ -63,8 +63,10 @@ from training import (
     load_first_weights,
     load_model,
     load_tokenizer,
+    lock_run,
     make_optimizer,
     make_parser,
+    name_or_path,
     open_process_group,
     positive,
     report_user_errors,
@@ -104,6 +106,7 @@ def parse_args() -> argparse.Namespace:
     teaching = parser.add_argument_group("teacher")
     teaching.add_argument(
         "--teacher_weight",
+        type=name_or_path,
         required=True,
         help="a stage's name, or its .pth file with a .json beside it",
     )
@@ -520,28 +523,33 @@ def main() -> int:
         told += (
             f"; {4 * size / 1e9:.2f} GB of them, and its logits, come on top of the memory below"
         )
-    resume, notes = None, []
-    if world.is_main:  # it gives the others their weights
-        path = weights_path(args.out_dir, STAGE, network.config)
-        resume, notes = find_resume(path, STAGE, args.resume)
-        if resume is None:
+    path = weights_path(args.out_dir, STAGE, network.config, args.run_name)
+    with lock_run(path, world, args.dry_run):
+        resume, notes = None, []
+        if world.is_main:  # it gives the others their weights
+            resume, notes = find_resume(path, STAGE, args)
+            if resume is None:
+                check_output(path, network)
+                load_first_weights(args, network, tokenizer_hash(tokenizer))
+        data = open_rows(args, tokenizer)
+        if resume is not None:
+            check_identity(
+                path, resume, run_identity(args, data[0], tokenizer_hash(tokenizer), frozen)
+            )
             check_output(path, network)
-            load_first_weights(args, network, tokenizer_hash(tokenizer))
-    data = open_rows(args, tokenizer)
-    if resume is not None:
-        check_identity(path, resume, run_identity(args, data[0], tokenizer_hash(tokenizer), frozen))
-        check_output(path, network)
-    if args.cache_teacher and not args.dry_run:
-        # Before the processes connect: the others wait for a file, which no time-out ends.
-        asked = f"{frozen['--teacher_weight'][:16]}_{args.temperature:g}_{dtype}"
-        rows, *others = data
-        ask = partial(ask_teacher, teacher, rows, args, world, dtype)
-        rows = TeacherRows(rows, asked.replace("torch.", ""), args.cache_teacher, ask)
-        data, teacher, ask = (rows, *others), None, None
-    notes = [told, *notes]
-    with open_process_group(world):
-        run = train(args, world, dtype, tokenizer, network, teacher, data, resume, notes, frozen)
-    return run.end() if run is not None else 0
+        if args.cache_teacher and not args.dry_run:
+            # Before the processes connect: the others wait for a file, which no time-out ends.
+            asked = f"{frozen['--teacher_weight'][:16]}_{args.temperature:g}_{dtype}"
+            rows, *others = data
+            ask = partial(ask_teacher, teacher, rows, args, world, dtype)
+            rows = TeacherRows(rows, asked.replace("torch.", ""), args.cache_teacher, ask)
+            data, teacher, ask = (rows, *others), None, None
+        notes = [told, *notes]
+        with open_process_group(world):
+            run = train(
+                args, world, dtype, tokenizer, network, teacher, data, resume, notes, frozen
+            )
+        return run.end() if run is not None else 0
 
 
 if __name__ == "__main__":

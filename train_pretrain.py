@@ -53,6 +53,7 @@ from training import (
     init_model,
     load_first_weights,
     load_tokenizer,
+    lock_run,
     make_optimizer,
     make_parser,
     open_process_group,
@@ -351,20 +352,21 @@ def main() -> int:
     dtype = autocast_dtype(args.dtype, world)
     tokenizer = load_tokenizer(args.tokenizer_path)
     network = init_model(args, tokenizer)
-    resume, notes = None, []
-    if world.is_main:  # it gives the others their weights
-        path = weights_path(args.out_dir, STAGE, network.config)
-        resume, notes = find_resume(path, STAGE, args.resume)
-        if resume is None:
+    path = weights_path(args.out_dir, STAGE, network.config, args.run_name)
+    with lock_run(path, world, args.dry_run):
+        resume, notes = None, []
+        if world.is_main:  # it gives the others their weights
+            resume, notes = find_resume(path, STAGE, args)
+            if resume is None:
+                check_output(path, network)
+                load_first_weights(args, network, tokenizer_hash(tokenizer))
+        data = open_rows(args, tokenizer)
+        if resume is not None:
+            check_identity(path, resume, run_identity(args, data[0], tokenizer_hash(tokenizer)))
             check_output(path, network)
-            load_first_weights(args, network, tokenizer_hash(tokenizer))
-    data = open_rows(args, tokenizer)
-    if resume is not None:
-        check_identity(path, resume, run_identity(args, data[0], tokenizer_hash(tokenizer)))
-        check_output(path, network)
-    with open_process_group(world):
-        run = train(args, world, dtype, tokenizer, network, data, resume, notes)
-    return run.end() if run is not None else 0
+        with open_process_group(world):
+            run = train(args, world, dtype, tokenizer, network, data, resume, notes)
+        return run.end() if run is not None else 0
 
 
 if __name__ == "__main__":

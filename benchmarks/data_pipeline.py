@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from dataset import PackedRows, PretrainDataset, RowBatches, collate  # noqa: E402
+from training import user_path  # noqa: E402
 
 ENGLISH = """
     the of and to in is that for it as was with be by on not he his but at are this have from or
@@ -54,12 +55,14 @@ Figures = dict[str, float]
 def main() -> None:
     """Run the measurements one after the other and print the table."""
     parser = argparse.ArgumentParser(description="Measure the data pipeline.")
-    parser.add_argument("--data", type=Path, help='JSONL file of {"text"} lines (default: made up)')
+    parser.add_argument(
+        "--data", type=user_path, help='JSONL file of {"text"} lines (default: made up)'
+    )
     parser.add_argument("--size", type=int, default=64, help="MB of text to make up (default 64)")
     parser.add_argument("--max_seq_len", type=int, default=512, help="positions in a row")
     parser.add_argument("--batch_size", type=int, default=32, help="rows in a batch")
     parser.add_argument(
-        "--tokenizer_path", type=Path, default=ROOT / "model" / "minimind_tokenizer"
+        "--tokenizer_path", type=user_path, default=ROOT / "model" / "minimind_tokenizer"
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="data_pipeline_") as folder:

@@ -25,7 +25,7 @@ from dataset import DPODataset, PairRows, RowBatches, collate_pairs
 from dataset.sample import SAMPLE, ensure_sample
 from model import LMConfig, MiniMindLM
 from train_dpo import preference_losses, reply_logps
-from training import ROOT, autocast_dtype, find_processes, load_tokenizer
+from training import ROOT, autocast_dtype, find_processes, load_tokenizer, user_path
 
 WARM_UP = 2  # rounds
 
@@ -33,7 +33,7 @@ WARM_UP = 2  # rounds
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_path", type=Path, default=SAMPLE / "dpo.jsonl")
+    parser.add_argument("--data_path", type=user_path, default=SAMPLE / "dpo.jsonl")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--n_layers", type=int, default=8)
     parser.add_argument("--batch_size", type=int, default=8, help="pairs")

@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -102,7 +103,10 @@ def answer_file(
     options: dict[str, Any],
     skip_bad_lines: bool = False,
 ) -> None:
-    """Write every line of a file with an "answer" added to it.
+    """Write every line of a file with an answer added to it.
+
+    It is called "answer", or "response" where a line has an "answer" of its own; in a file that has
+    both, "response_2" and so on: nothing in a line is replaced.
 
     Args:
         talker: who answers.
@@ -117,12 +121,14 @@ def answer_file(
         UserError: if nothing can be written there.
     """
     questions = read_questions(talker, path, system, skip_bad_lines)
+    names = chain(("answer", "response"), (f"response_{i}" for i in count(2)))
+    name = next(name for name in names if not any(name in q.record for q in questions))
     with new_file(out, "utf-8") as file:
         answers = write_answers(talker, questions, {"generator": generator, **options})
         for question, answer in zip(questions, answers, strict=True):
-            line = json.dumps({**question.record, "answer": answer}, ensure_ascii=False)
+            line = json.dumps({**question.record, name: answer}, ensure_ascii=False)
             file.write(f"{line}\n")
-    print(f"{len(answers):,} answers in {out}")
+    print(f'{len(answers):,} answers in {out}, as "{name}"')
 
 
 @contextmanager

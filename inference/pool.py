@@ -45,7 +45,8 @@ class ModelPool:
     What a request names is looked up in this list; no name becomes a path.
 
     Args:
-        spec: where to look; with `weight`, a file or a folder, that alone is offered.
+        spec: where to look; with `weight`, a file or a folder, or the name of one of the weights
+            there, that alone is offered.
         device: to compute on.
         quantize: as for `load_talker`.
         rows, queue: of each Batcher.
@@ -65,7 +66,10 @@ class ModelPool:
         loaded: int,
     ):
         if spec.weight is not None and not Path(spec.weight).exists():
-            raise UserError(f"--weight {spec.weight}: no such file")
+            named = spec.out_dir / f"{spec.weight}.pth"
+            if not named.is_file():
+                raise UserError(f"--weight {spec.weight}: no such file")
+            spec = replace(spec, weight=str(named))
         self.spec = spec
         self.device = device
         self.quantize = quantize

@@ -38,10 +38,11 @@ class WeightSpec:
     Attributes:
         out_dir: where weights are.
         tokenizer_path: folder of the tokenizer.
-        weight: a stage's name, of whose weights the newest are used, a .pth file, or a folder in
-            transformers' format. None: those that the adapter was trained on; without one the
-            newest chat weights, or the newest pretrained ones where there are no others.
-        lora_name: an adapter's name, or its .pth file.
+        weight: a stage's name or a run's (its --run_name), of whose weights the newest are used;
+            the whole name of a file in `out_dir`; a .pth file; or a folder in transformers' format.
+            None: those that the adapter was trained on; without one the newest chat weights, or the
+            newest pretrained ones where there are no others.
+        lora_name: an adapter's name, its run's, or the whole name of its file; or its .pth file.
         dim, n_layers, use_moe: the shape to look for, where given, and that of weights without a
             .json file.
     """
@@ -122,8 +123,19 @@ def newest_weights(spec: WeightSpec) -> Path:
     return found.get(True) or found[False]
 
 
+def name_patterns(name: str, dim: str = r"\d+") -> tuple[re.Pattern[str], ...]:
+    """What the names of the files look like that `name` may mean, the likelier first.
+
+    Args:
+        name: a stage's or an adapter's; the whole name of a file; or that of a run.
+        dim: pattern of the width.
+    """
+    name = re.escape(name)
+    return re.compile(rf"{name}_{dim}(_moe)?|{name}"), re.compile(rf".+_{dim}(_moe)?_{name}")
+
+
 def stage_weights(spec: WeightSpec, shape: LMConfig) -> Path:
-    """The file that `weight` means: itself, or the newest of a stage that fits the shape asked for.
+    """The file that `weight` means: itself, or the newest of that name that fits the shape.
 
     Args:
         spec: what is asked for.
@@ -134,10 +146,10 @@ def stage_weights(spec: WeightSpec, shape: LMConfig) -> Path:
     """
     if spec.weight.endswith(".pth"):
         return resolve_weights("--weight", spec.weight, spec.out_dir, shape)
-    stem = re.compile(rf"{re.escape(spec.weight)}_\d+(_moe)?")
-    for path, about in list_weights(spec.out_dir):
-        if stem.fullmatch(path.stem) and spec.fits(about["config"]):
-            return path
+    for name in name_patterns(spec.weight):
+        for path, about in list_weights(spec.out_dir):
+            if name.fullmatch(path.stem) and spec.fits(about["config"]):
+                return path
     return resolve_weights("--weight", spec.weight, spec.out_dir, shape)
 
 
@@ -154,9 +166,9 @@ def find_adapter(spec: WeightSpec, shape: LMConfig) -> Path:
     folder = spec.out_dir / "lora"
     if spec.lora_name.endswith(".pth"):
         return resolve_weights("--lora_name", spec.lora_name, folder, shape)
-    dims = r"\d+" if spec.dim is None else f"{spec.dim}"
-    stem = re.compile(rf"{re.escape(spec.lora_name)}_{dims}(_moe)?")
-    paths = [path for path in folder.glob("*.pth") if stem.fullmatch(path.stem)]
+    paths: list[Path] = []
+    for name in name_patterns(spec.lora_name, r"\d+" if spec.dim is None else f"{spec.dim}"):
+        paths = paths or [path for path in folder.glob("*.pth") if name.fullmatch(path.stem)]
     if not paths:
         wanted = weights_path(folder, spec.lora_name, shape)
         names = [re.sub(r"_\d+(_moe)?$", "", p.stem) for p in list_adapters(spec.out_dir)]

@@ -50,6 +50,7 @@ from training import (
     load_tokenizer,
     make_parser,
     report_user_errors,
+    user_path,
 )
 
 if TYPE_CHECKING:
@@ -77,9 +78,9 @@ class Sample(NamedTuple):
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument("weights", type=Path, help=".pth file")
-    parser.add_argument("data_path", type=Path, help="JSONL file of texts or conversations")
-    parser.add_argument("--out_dir", type=Path, help="where loss.json and loss.png go")
+    parser.add_argument("weights", type=user_path, help=".pth file")
+    parser.add_argument("data_path", type=user_path, help="JSONL file of texts or conversations")
+    parser.add_argument("--out_dir", type=user_path, help="where loss.json and loss.png go")
     parser.add_argument("--max_seq_len", type=count, default=512, help="positions of a row")
     parser.add_argument("--max_samples", type=count, help="use the first so many")
     parser.add_argument("--batch_size", type=count, default=8)
@@ -87,11 +88,14 @@ def parse_args() -> argparse.Namespace:
         "--skip_bad_lines", action=flag, default=False, help="go on without lines that have errors"
     )
     parser.add_argument(
-        "--cache_dir", type=Path, help="where token stores go; default: by the data"
+        "--cache_dir", type=user_path, help="where token stores go; default: by the data"
     )
     parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
     parser.add_argument(
-        "--tokenizer_path", type=Path, default=ROOT / "model" / "minimind_tokenizer", help="folder"
+        "--tokenizer_path",
+        type=user_path,
+        default=ROOT / "model" / "minimind_tokenizer",
+        help="folder",
     )
     return parser.parse_args()
 

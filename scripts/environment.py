@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,6 +25,13 @@ def fail(message: str) -> NoReturn:
     """Print one line on stderr and exit with status 2."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def user_path(text: str) -> Path:
+    """Return a path, its `~` expanded: `training.user_path`, where nothing is installed yet."""
+    with suppress(RuntimeError):
+        return Path(text).expanduser()
+    return Path(text)
 
 
 def require_python() -> None:

@@ -15,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import interrupt  # noqa: F401  for Ctrl-C during the imports below
 
 from dataset.sample import SAMPLE, SEED, write_sample
-from training import UserError, make_parser, report_user_errors, seed
+from training import UserError, make_parser, report_user_errors, seed, user_path
 
 
 def main() -> None:
     """Write all files and say how large they are."""
     parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument("--out_dir", type=Path, default=SAMPLE)
+    parser.add_argument("--out_dir", type=user_path, default=SAMPLE)
     parser.add_argument("--seed", type=seed, default=SEED)
     args = parser.parse_args()
     try:

@@ -10,15 +10,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import interrupt  # noqa: F401  for Ctrl-C during the imports below
 
-from training import UserError, make_parser, report_user_errors
+from training import UserError, make_parser, report_user_errors, user_path
 from training.curves import draw_curves, has_number, read_metrics
 
 
 def main() -> None:
     """Read the runs and draw them."""
     parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument("runs", type=Path, nargs="+", help="folders that hold a metrics.jsonl")
-    parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
+    parser.add_argument("runs", type=user_path, nargs="+", help="folders that hold a metrics.jsonl")
+    parser.add_argument("--out", type=user_path, required=True, help="PNG file to write")
     args = parser.parse_args()
     if args.out.suffix.lower() != ".png":
         raise UserError(f"--out {args.out}: must end in .png")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from environment import ROOT, fail, prepare, require_python
+from environment import ROOT, fail, prepare, require_python, user_path
 from further_stages import SETTINGS, Quickstart, run_further_stages
 from steps import copy_beginning, short, step, typed
 
@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out_dir", type=Path, help="default: out/quickstart")
+    parser.add_argument("--out_dir", type=user_path, help="default: out/quickstart")
     parser.add_argument(
         "--smoke", action="store_true", help="the same path in a minute, with nothing learnt"
     )

@@ -33,6 +33,7 @@ from training import (
     named_path,
     report_user_errors,
     seed_everything,
+    user_path,
 )
 
 if TYPE_CHECKING:
@@ -56,12 +57,17 @@ def parse_args() -> argparse.Namespace:
         metavar="[NAME=]PATH[+ADAPTER]",
         help=".pth files to score, as they are or with an adapter's .pth file",
     )
-    parser.add_argument("--data_path", type=Path, default=SAMPLE / "test.jsonl")
-    parser.add_argument("--out", type=Path, help="write the scorecard here too, as Markdown")
-    parser.add_argument("--json", type=Path, help="write each model's share per skill here too")
+    parser.add_argument("--data_path", type=user_path, default=SAMPLE / "test.jsonl")
+    parser.add_argument("--out", type=user_path, help="write the scorecard here too, as Markdown")
+    parser.add_argument(
+        "--json", type=user_path, help="write each model's share per skill here too"
+    )
     parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
     parser.add_argument(
-        "--tokenizer_path", type=Path, default=ROOT / "model" / "minimind_tokenizer", help="folder"
+        "--tokenizer_path",
+        type=user_path,
+        default=ROOT / "model" / "minimind_tokenizer",
+        help="folder",
     )
     args = parser.parse_args()
     names = [UNTRAINED, *(name for name, _ in args.weights)]
@@ -117,7 +123,7 @@ def load(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
     if not plus or path.is_file():
         return load_model(path, shape, tokenizer_hash)
     model = load_model(Path(f"{base}.pth"), shape, tokenizer_hash)
-    load_adapter(Path(adapter), model)
+    load_adapter(user_path(adapter), model)
     return model
 
 

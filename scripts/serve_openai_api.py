@@ -24,8 +24,10 @@ from training import (
     count_or_zero,
     find_processes,
     make_parser,
+    name_or_path,
     positive,
     report_user_errors,
+    user_path,
 )
 
 PATIENCE = 5  # seconds that answers may still take when the server ends
@@ -35,13 +37,20 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser("Serve MiniMind by OpenAI's API.")
     models = parser.add_argument_group("models")
-    models.add_argument("--out_dir", type=Path, default=Path("out"), help="where weights are")
-    models.add_argument("--weight", help="a .pth file, or a folder: offer it alone")
+    models.add_argument("--out_dir", type=user_path, default=Path("out"), help="where weights are")
+    models.add_argument(
+        "--weight",
+        type=name_or_path,
+        help="the name of one of them, a .pth file, or a folder: offer it alone",
+    )
     models.add_argument("--quantize", choices=("int8",), help="weights of 8 bits, on a CPU")
     models.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
     models.add_argument("--max_models", type=count, default=2, help="that stay in memory")
     models.add_argument(
-        "--tokenizer_path", type=Path, default=ROOT / "model" / "minimind_tokenizer", help="folder"
+        "--tokenizer_path",
+        type=user_path,
+        default=ROOT / "model" / "minimind_tokenizer",
+        help="folder",
     )
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", help="0.0.0.0: also other machines")

@@ -33,6 +33,7 @@ from training import (
     load_tokenizer,
     make_parser,
     report_user_errors,
+    user_path,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument(
-        "data_path", type=Path, nargs="?", default=SAMPLE / "sft.jsonl", help="JSONL file"
+        "data_path", type=user_path, nargs="?", default=SAMPLE / "sft.jsonl", help="JSONL file"
     )
     parser.add_argument("--index", type=int, default=0, help="of the sample, or of the row")
     parser.add_argument("--packed", action=flag, default=False, help="show a packed row")
@@ -54,10 +55,13 @@ def parse_args() -> argparse.Namespace:
         "--skip_bad_lines", action=flag, default=False, help="go on without lines that have errors"
     )
     parser.add_argument(
-        "--cache_dir", type=Path, help="where token stores go; default: by the data"
+        "--cache_dir", type=user_path, help="where token stores go; default: by the data"
     )
     parser.add_argument(
-        "--tokenizer_path", type=Path, default=ROOT / "model" / "minimind_tokenizer", help="folder"
+        "--tokenizer_path",
+        type=user_path,
+        default=ROOT / "model" / "minimind_tokenizer",
+        help="folder",
     )
     return parser.parse_args()
 

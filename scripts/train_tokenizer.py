@@ -44,6 +44,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from environment import user_path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 CONTROL_TOKENS = [
@@ -306,27 +309,29 @@ def report(tokenizer: Tokenizer, paths: list[Path]) -> None:
 def weighted_path(argument: str) -> tuple[Path, float]:
     """`PATH` or `PATH=WEIGHT`; a path that exists may itself hold an equals sign."""
     path, _, weight = argument.rpartition("=")
-    if not path or Path(argument).exists():
-        return Path(argument), 1.0
+    if not path or user_path(argument).exists():
+        return user_path(argument), 1.0
     try:
         number = float(weight)
     except ValueError:
         number = math.nan
     if not 0 < number < math.inf:
         raise UserError(f"{argument}: the weight must be a number above 0")
-    return Path(path), number
+    return user_path(path), number
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line. Raises UserError before anything is trained or written."""
     parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer on JSONL files.")
     parser.add_argument("files", nargs="+", metavar="FILE[=WEIGHT]", help="training text")
-    parser.add_argument("--out_dir", type=Path, required=True, help="where the tokenizer is saved")
+    parser.add_argument(
+        "--out_dir", type=user_path, required=True, help="where the tokenizer is saved"
+    )
     parser.add_argument("--vocab_size", type=int, default=6400, help="entries (default: 6400)")
     parser.add_argument(
         "--eval",
         nargs="+",
-        type=Path,
+        type=user_path,
         default=[],
         metavar="FILE",
         help="held-out text for the final report (default: the training text)",

@@ -20,22 +20,37 @@ from inference import WeightSpec
 from inference.backends import Backend, Endpoint, LocalModels
 from inference.listening import listen, port
 from inference.pool import ModelPool
-from training import ROOT, UserError, find_processes, make_parser, report_user_errors
+from training import (
+    ROOT,
+    UserError,
+    find_processes,
+    make_parser,
+    name_or_path,
+    report_user_errors,
+    user_path,
+)
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser("Talk to MiniMind in a browser.")
-    parser.add_argument("--out_dir", type=Path, default=Path("out"), help="where weights are")
-    parser.add_argument("--weight", help="a .pth file, or a folder: offer it alone")
+    parser.add_argument("--out_dir", type=user_path, default=Path("out"), help="where weights are")
+    parser.add_argument(
+        "--weight",
+        type=name_or_path,
+        help="the name of one of them, a .pth file, or a folder: offer it alone",
+    )
     parser.add_argument("--quantize", choices=("int8",), help="weights of 8 bits, on a CPU")
     parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
     parser.add_argument(
-        "--tokenizer_path", type=Path, default=ROOT / "model" / "minimind_tokenizer", help="folder"
+        "--tokenizer_path",
+        type=user_path,
+        default=ROOT / "model" / "minimind_tokenizer",
+        help="folder",
     )
     parser.add_argument("--endpoint", help="a server's address with /v1, instead of weights here")
     parser.add_argument("--api_key", help="what that server asks for; default: OPENAI_API_KEY")
-    parser.add_argument("--chats_dir", type=Path, help="default: chats in --out_dir")
+    parser.add_argument("--chats_dir", type=user_path, help="default: chats in --out_dir")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: also other machines")
     parser.add_argument("--port", type=port, default=8501)
     args = parser.parse_args()

@@ -140,7 +140,8 @@ def read_resume(out: Path, name: str = "pretrain_32") -> dict[str, Any]:
 
 def result(out: Path, name: str = "pretrain_32") -> dict[str, Any]:
     """All that a run left, by file name; without times, and where it and its data lay."""
-    left = {path.name: None for path in out.iterdir() if path.name != f"{name}_resume.prev.pth"}
+    others = (f"{name}_resume.prev.pth", "replaced")
+    left = {path.name: None for path in out.iterdir() if path.name not in others}
     for path in out.glob("*.pth"):
         if "_resume" not in path.name:
             left[path.name] = torch.load(path, weights_only=True)
@@ -148,7 +149,7 @@ def result(out: Path, name: str = "pretrain_32") -> dict[str, Any]:
     state = resume["state"]
     for timed in ("seconds", "metrics_bytes", "run_id"):
         del state[timed]
-    for argument in ("resume", "data_path", "out_dir"):
+    for argument in ("resume", "overwrite", "data_path", "out_dir"):
         del resume["arguments"][argument]
     for group in resume["optimizer"]["param_groups"]:
         del group["lr"]  # set anew before each step
@@ -177,8 +178,8 @@ def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
 
 
 def snapshot(folder: Path) -> dict[Path, tuple[bytes, int]]:
-    """Content and time of change of all files in a folder."""
-    files = (path for path in folder.rglob("*") if path.is_file())
+    """Content and time of change of all files in a folder, but for a dead run's lock."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 

@@ -1,9 +1,20 @@
+import argparse
+import contextlib
+import json
+import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from interruptions import SHAPE, killed, read_metrics, write_texts
 
-from training import add_stage_arguments, flag, make_parser
-from training.arguments import named_path
+from model import LMConfig
+from training import Run, add_stage_arguments, flag, make_parser
+from training.arguments import MOE_DEFAULTS, named_path
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def stage_parser():
@@ -106,3 +117,180 @@ def test_help_shows_both_spellings_of_a_switch(capsys):
         parser.parse_args(["--help"])
     assert "--thing" in (shown := capsys.readouterr().out)
     assert "--no-thing" in shown
+
+
+# Paths
+
+SCRIPTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in (ROOT, ROOT / "scripts", ROOT / "benchmarks")
+    for path in folder.glob("*.py")
+    if re.search("ArgumentParser|make_parser", path.read_text(encoding="utf-8"))
+)
+# Flags whose text is no path.
+TEXTS = {
+    *("--wandb_project", "--device", "--host", "--endpoint", "--api_key", "--cors_origin"),
+    *("--prompt", "--system"),
+}
+
+
+class Parsers(Exception):
+    """The parser of a script, instead of what it would do with its arguments."""
+
+
+@pytest.fixture
+def parser_of(monkeypatch):
+    def stop(parser, *_):
+        raise Parsers(parser)
+
+    def get(script):
+        path = list(sys.path)
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
+        monkeypatch.setattr(sys, "argv", [script])
+        monkeypatch.syspath_prepend((ROOT / script).parent)
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except Parsers as found:
+            return found.args[0]
+        except SystemExit as exit_:
+            pytest.skip(f"{script}: {exit_}")
+        finally:
+            sys.path[:] = path
+        raise AssertionError(f"{script} reads no command line")
+
+    return get
+
+
+def test_scripts_are_found():
+    assert {"train_lora.py", "scripts/quickstart.py", "benchmarks/packing.py"} <= set(SCRIPTS)
+    assert len(SCRIPTS) > 20
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_tilde_means_home_in_every_path(parser_of, script, monkeypatch):
+    """Any flag that takes `~/x` takes it as a file of the home folder, or as text of its own."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("USERPROFILE", "/home/someone")
+    home, names, paths = str(Path("/home/someone/x")), [], []
+    for action in parser_of(script)._actions:
+        name = action.option_strings[0] if action.option_strings else action.dest
+        if action.nargs == 0 or action.choices or name in TEXTS or isinstance(action, flag):
+            continue
+        names.append(name)
+        kind = action.type or str
+        if (script, name) == ("scripts/train_tokenizer.py", "files"):  # read after parsing
+            kind = runpy.run_path(str(ROOT / script))["weighted_path"]
+        with contextlib.suppress(ValueError, argparse.ArgumentTypeError):
+            parts = kind("~/x")
+            parts = parts if isinstance(parts, tuple) else (parts,)
+            assert home in map(str, parts), name
+            paths.append(name)
+    named = re.findall(r"--\w+(?:_dir|_path|_file|_weight)\b|--weight\b", " ".join(names))
+    assert set(named) <= set(paths)
+
+
+def test_a_tilde_after_a_name_and_one_of_nobody(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert named_path("en=~/x.jsonl") == ("en", tmp_path / "x.jsonl")
+    (tmp_path / "a=b.jsonl").touch()
+    assert named_path("~/a=b.jsonl") == ("a=b", tmp_path / "a=b.jsonl")
+    args = stage_parser().parse_args(["--from_weight=~/x.pth", "--data_path=~nobody-here/x"])
+    assert args.from_weight == str(tmp_path / "x.pth")
+    assert args.data_path == Path("~nobody-here/x")
+    assert stage_parser().parse_args(["--from_weight", "full_sft"]).from_weight == "full_sft"
+
+
+def test_a_run_in_the_home_folder(run, quick, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    write_texts(tmp_path / "train.jsonl", 8)
+    words = [*SHAPE, "--max_seq_len", 32, "--data_path=~/train.jsonl", "--out_dir=~/out"]
+    run(*words, "--val_data_path", "mine=~/train.jsonl")
+    run(*words, "--from_weight=~/out/pretrain_32.pth", "--run_name", "b")
+    assert (tmp_path / "out" / "pretrain_32_b.pth").is_file()
+    assert not (ROOT / "~").exists()
+
+
+# Experts
+
+EXPERTS = {"n_routed_experts": 3, "n_shared_experts": 0, "num_experts_per_tok": 1}
+
+
+def test_the_defaults_are_those_of_the_model():
+    assert {name: getattr(LMConfig(), name) for name in MOE_DEFAULTS} == MOE_DEFAULTS
+
+
+@pytest.fixture(scope="module")
+def experts(run, quick, tmp_path_factory):
+    """A folder with data, and words of a run with other experts than usual there."""
+    folder = tmp_path_factory.mktemp("experts")
+    data = write_texts(folder / "train.jsonl", 20)
+    words = [*SHAPE, "--max_seq_len", 32, "--batch_size", 4, "--log_interval", 1, "--use_moe"]
+    words += ["--data_path", data, "--save_interval", 2, "--out_dir", folder]
+    words += [word for name, value in EXPERTS.items() for word in (f"--{name}", value)]
+    with killed(4, Run, "add_step"):
+        run(*words, "--aux_loss_alpha", 0.2)
+    return folder, words
+
+
+def test_experts_are_as_the_flags_say(run, experts, tmp_path):
+    folder, words = experts
+    about = json.loads((folder / "pretrain_32_moe.json").read_text(encoding="utf-8"))["config"]
+    assert {name: about[name] for name in EXPERTS} == EXPERTS
+    names = torch.load(folder / "pretrain_32_moe.pth", weights_only=True).keys()
+    numbers = {name.split(".")[4] for name in names if ".experts." in name}
+    assert numbers == {"0", "1", "2"} and not any("shared" in name for name in names)
+    run(*words, "--aux_loss_alpha", 0.1, "--out_dir", tmp_path)
+    half, whole = (read_metrics(out, "pretrain_32_moe")[0] for out in (tmp_path, folder))
+    assert 2 * half["aux_loss"] == pytest.approx(whole["aux_loss"], rel=1e-5)
+    assert whole["aux_loss"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--n_routed_experts", 4], "--n_routed_experts 4: 3 in the run to resume"),
+        (["--n_shared_experts", 1], "--n_shared_experts 1: 0 in the run to resume"),
+        (["--num_experts_per_tok", 2], "--num_experts_per_tok 2: 1 in the run to resume"),
+    ],
+)
+def test_experts_of_a_run_stay_its_own(run, experts, more, said):
+    assert said in run(*experts[1], "--resume", *more, code=2).stderr
+    flag, value = more
+    start = ["--from_weight", experts[0] / "pretrain_32_moe.pth", "--run_name", "b"]
+    error = run(*experts[1], *start, *more, code=2).stderr
+    assert f"weights of another model: {flag} is {EXPERTS[flag[2:]]} there, {value} here" in error
+
+
+def test_the_weight_of_the_balance_may_change(run, experts):
+    done = run(*experts[1], "--resume", "--aux_loss_alpha", 0.3, "--dry_run")
+    assert "--aux_loss_alpha 0.3 (was 0.2)" in done.stdout
+
+
+def test_a_run_from_before_these_flags_goes_on(run, experts, tmp_path):
+    words = [*experts[1], "--out_dir", tmp_path]
+    for name in EXPERTS:
+        place = words.index(f"--{name}")
+        del words[place : place + 2]
+    with killed(4, Run, "add_step"):
+        run(*words)
+    path = tmp_path / "pretrain_32_moe_resume.pth"
+    contents = torch.load(path, weights_only=True)
+    for name in (*MOE_DEFAULTS, "run_name", "overwrite"):
+        del contents["arguments"][name]
+        contents["identity"].pop(f"--{name}", None)
+    torch.save(contents, path)
+    assert "going on after step 2" in run(*words, "--resume").stdout
+
+
+@pytest.mark.parametrize("name", MOE_DEFAULTS)
+def test_experts_need_a_mixture(run, tmp_path, name):
+    error = run(*SHAPE, "--out_dir", tmp_path, f"--{name}", 2, code=2).stderr
+    assert error == f"train_pretrain.py: error: --{name} needs --use_moe\n"
+
+
+def test_more_experts_for_a_token_than_there_are(run, tmp_path):
+    words = ["--use_moe", "--num_experts_per_tok", 5, "--out_dir", tmp_path]
+    error = run(*SHAPE, *words, code=2).stderr
+    assert "--num_experts_per_tok 5" in error and error.count("\n") == 1

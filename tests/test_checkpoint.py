@@ -80,6 +80,11 @@ def test_weights_of_another_shape_are_named(tmp_path, model):
     save_weights(path, model, TINY, "pretrain", "abc")
     wider = MiniMindLM(LMConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64))
     deeper = MiniMindLM(LMConfig(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=64))
+    with pytest.raises(UserError, match="--dim is 32 there, 64 here"):
+        load_weights(path, wider, "abc")
+    with pytest.raises(UserError, match="--n_layers is 2 there, 3 here"):
+        load_weights(path, deeper, "abc")
+    path.with_suffix(".json").unlink()
     with pytest.raises(UserError, match=r"tok_embeddings.weight is \(64, 32\) there, \(64, 64\)"):
         load_weights(path, wider, "abc")
     with pytest.raises(UserError, match=r"it has no layers\.2\."):

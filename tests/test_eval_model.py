@@ -428,6 +428,31 @@ def test_a_file_of_questions_is_answered_as_each_alone(run, chat_dir, tmp_path):
     assert 'pretrained weights continue {"text"} lines' in error
 
 
+def test_a_line_keeps_what_it_holds(run, chat_dir, tmp_path):
+    """Where a line brings an answer, the model's has another name, in the whole file."""
+    path = tmp_path / "questions.jsonl"
+    words = ["--out_dir", chat_dir, "--weight", "full_sft", "--dim", 32, "--temperature", 0]
+    words += ["--max_new_tokens", 4, "--input_file", path]
+    answers = []
+    for number, (extra, name) in enumerate(
+        [
+            ({}, "answer"),
+            ({"answer": "gold"}, "response"),
+            ({"answer": None, "response": 1}, "response_2"),
+            ({"answer": 1, "response": 1, "response_2": 2}, "response_3"),
+        ]
+    ):
+        lines = [{"prompt": "Hi"}, {"prompt": "Hi", **extra}]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        out = tmp_path / f"{number}.jsonl"
+        said = run(*words, "--output_file", out, script="eval_model.py").stdout
+        assert f'2 answers in {out}, as "{name}"' in said
+        written = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+        answers += [line.pop(name) for line in written]
+        assert written == lines
+    assert len(set(answers)) == 1
+
+
 def test_scores_are_those_of_llama(run, chat_dir, tmp_path, tokenizer):
     """Loss of texts: of every token after the first, in rows that begin as in training."""
     model = random_model()

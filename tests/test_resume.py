@@ -207,13 +207,14 @@ def test_two_damaged_resume_files_start_a_run(run, data, unbroken, out):
     paths = [out / "pretrain_32_resume.pth", out / "pretrain_32_resume.prev.pth"]
     for path in paths:
         flip(path)
-    for numbered in out.glob("*_step*"):
-        numbered.unlink()
+    before = {path.relative_to(out): kept for path, kept in snapshot(out).items()}
     done = run(*WHOLE, "--data_path", data, "--out_dir", out, "--resume")
     for path in paths:
         assert str(path) in done.stdout
     assert re.search("--resume: nothing .* new run", done.stdout)
-    (out / "pretrain_32_resume.old.pth").unlink(missing_ok=True)
+    (moved,) = (out / "replaced").iterdir()
+    after = {path.relative_to(moved): kept for path, kept in snapshot(moved).items()}
+    assert before.items() <= after.items()
     assert_same(result(out), unbroken())
 
 
@@ -242,7 +243,7 @@ def test_any_flipped_bit_is_noticed_or_harmless(tmp_path):
     weights, path = tmp_path / "x.pth", tmp_path / "x_resume.pth"
     tensors = {f"tensor{i}": torch.arange(i, 20.0) for i in range(5)}
     state = TrainState(run_id="1", rows_per_step=4, step=3)
-    save_resume(weights, state, {}, {}, tensors, {}, {}, [], saved_as="unsaved")
+    save_resume(weights, state, {}, {}, tensors, {}, {}, [], saved_as="newest")
     good = path.read_bytes()
     generator = random.Random(0)
     for _ in range(1500):
@@ -331,40 +332,16 @@ def test_what_may_change_is_said_and_takes_effect(run, data, unbroken, out):
     assert tuple(decayed["betas"]) == tuple(bare["betas"]) == (0.8, 0.9)
 
 
-def test_a_new_run_moves_an_unfinished_one_aside(run, data, unbroken, out):
-    newest, previous, old = (
-        out / f"pretrain_32_resume{which}.pth" for which in ("", ".prev", ".old")
-    )
-    before = newest.read_bytes()
-    words = [*WHOLE, "--data_path", data, "--out_dir", out]
-    saved = []
-
-    def look():
-        saved.append({path: path.exists() and run_id(path) for path in (newest, previous, old)})
-
-    with at_call(1, Run, "save", look, after=True), at_call(2, Run, "save", look, after=True):
-        done = run(*words)
-    assert "unfinished" in done.stdout and "step 6" in done.stdout and old.name in done.stdout
-    assert old.read_bytes() == before
-    first, second = saved
-    assert first[newest] == second[newest] == second[previous] == run_id(newest) != first[old]
-    assert not first[previous]
-    old.unlink()
-    assert_same(result(out), unbroken())
-
-
-def run_id(path):
-    return torch.load(path, weights_only=True)["state"]["run_id"]
-
-
 @pytest.mark.parametrize("step", [1, 3])
 def test_a_new_run_killed_before_its_first_save(run, data, unbroken, out, step):
-    """Whichever of the two runs then goes on, its metrics are its own."""
-    words = [*WHOLE, "--data_path", data, "--out_dir", out]
+    """The run that it was to replace goes on from where it was moved; so does a new one here."""
+    words = [*WHOLE, "--data_path", data]
     with killed(step, Run, "add_step"):
-        run(*words)
-    run(*words, "--resume")
-    assert_same(result(out)["metrics.jsonl"], unbroken()["metrics.jsonl"])
+        run(*words, "--out_dir", out)
+    (moved,) = (out / "replaced").iterdir()
+    for folder in (moved, out):
+        run(*words, "--out_dir", folder, "--resume")
+        assert_same(result(folder), unbroken())
 
 
 def stop():
@@ -425,7 +402,7 @@ def test_other_batches_go_on_at_the_same_row(run, tmp_path, monkeypatch):
     ids=str,
 )
 def test_numbered_weights(run, data, tmp_path, words, kept):
-    """Saves at 3, 6, 9 and 12; step 1000 is an earlier run's."""
+    """Saves at 3, 6, 9 and 12; step 1000 is an earlier run's, which makes way."""
     earlier = tmp_path / "pretrain_32_step1000.pth"
     earlier.write_bytes(b"earlier")
     common = [*ROWS, "--epochs", 3, "--val_ratio", 0.2, "--save_interval", 3, "--data_path", data]
@@ -435,4 +412,6 @@ def test_numbered_weights(run, data, tmp_path, words, kept):
     run(*common, "--resume")
     assert read_resume(tmp_path)["state"]["step"] == 12
     files = {f"pretrain_32_step{n}.{kind}" for n in kept for kind in ("pth", "json")}
-    assert {path.name for path in tmp_path.glob("*_step*")} == files | {earlier.name}
+    assert {path.name for path in tmp_path.glob("*_step*")} == files
+    (moved,) = tmp_path.glob(f"replaced/*/{earlier.name}")
+    assert moved.read_bytes() == b"earlier"

@@ -710,6 +710,7 @@ def test_what_cannot_be_read_is_not_offered(folder, tokenizer_dir, tokenizer, tm
     assert not words.offers()["pretrain_64"].chats
     alone = open_pool(out, tokenizer_dir, weight=str(out / "full_sft_64.pth"))
     assert list(alone.offers()) == ["full_sft_64"]
+    assert list(open_pool(out, tokenizer_dir, weight="full_sft_64").offers()) == ["full_sft_64"]
     (out / "full_sft_64.pth").unlink()
     with pytest.raises(UserError, match="it_64"):
         pool.get("it_64")

@@ -12,12 +12,14 @@ from .arguments import (
     fraction,
     fraction_or_one,
     make_parser,
+    name_or_path,
     named_path,
     positive,
     positive_or_zero,
     report_user_errors,
     seed,
     share,
+    user_path,
 )
 from .checkpoint import (
     check_output,
@@ -43,6 +45,7 @@ from .resume import (
     set_random_states,
 )
 from .run import Run, average, summarise
+from .run_files import lock_run
 from .schedule import get_lr, warmup_steps
 from .signals import StopSignal
 from .start import run_identity, start_run
@@ -80,8 +83,10 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "load_weights",
+    "lock_run",
     "make_optimizer",
     "make_parser",
+    "name_or_path",
     "named_path",
     "open_process_group",
     "positive",
@@ -98,6 +103,7 @@ __all__ = [
     "share",
     "start_run",
     "summarise",
+    "user_path",
     "warmup_steps",
     "weights_path",
 ]

@@ -3,16 +3,25 @@
 import argparse
 import difflib
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from .schedule import DECAYS
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# What shapes a mixture of experts, and the weight of its auxiliary loss: LMConfig's names.
+MOE_DEFAULTS = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "aux_loss_alpha": 0.1,
+}
 
 
 class UserError(Exception):
@@ -145,12 +154,41 @@ share = _number(float, 0, 1)
 ratio = _number(float, 0, 0.999999, open_low=True)
 
 
+def user_path(text: str) -> Path:
+    """An argparse type: a path, its `~` expanded, which shells leave as it is in `--flag=~/x`."""
+    with suppress(RuntimeError):  # ~NAME of no user is a file's name, as in a shell
+        return Path(text).expanduser()
+    return Path(text)
+
+
+def name_or_path(text: str) -> str:
+    """An argparse type: a name, or a path as for `user_path`; text either way."""
+    return str(user_path(text)) if text.startswith("~") else text
+
+
 def named_path(text: str) -> tuple[str, Path]:
     """An argparse type: `name=path`, or a path alone, whose name is that of its file."""
     name, equals, path = text.partition("=")
-    if equals and name and path and not {"/", "\\"} & set(name) and not Path(text).exists():
-        return name, Path(path)
-    return Path(text).stem, Path(text)
+    whole = user_path(text)
+    if equals and name and path and not {"/", "\\"} & set(name) and not whole.exists():
+        return name, user_path(path)
+    return whole.stem, whole
+
+
+def is_run_name(text: str) -> bool:
+    """Whether `text` can end the names of a run's files and be told from all other such ends."""
+    other = r"\d+|moe|best|resume|step\d+"  # as in full_sft_512_moe_best.pth
+    return bool(re.fullmatch(r"[^\W_]([^\W_]|-)*", text) and not re.fullmatch(other, text.lower()))
+
+
+def run_name(text: str) -> str:
+    """An argparse type: a name for a run, as for `is_run_name`."""
+    if not is_run_name(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: letters, digits and - only, not just digits, and none of moe, best, "
+            "resume, stepN, which names of files end in for other reasons"
+        )
+    return text
 
 
 def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
@@ -168,21 +206,36 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
     model.add_argument("--n_heads", type=count, default=8, help="query heads")
     model.add_argument("--n_kv_heads", type=count, default=2, help="key and value heads")
     model.add_argument("--use_moe", action=flag, default=False, help="mixture of experts")
+    experts: dict[str, tuple[Any, str]] = {
+        "n_routed_experts": (count, "experts that each token chooses from"),
+        "n_shared_experts": (count_or_zero, "experts that every token visits"),
+        "num_experts_per_tok": (count, "routed experts that a token visits (top-k)"),
+        "aux_loss_alpha": (positive_or_zero, "weight of the load-balancing loss"),
+    }
+    for name, (kind, meaning) in experts.items():
+        default = f"with --use_moe; default: {MOE_DEFAULTS[name]}"
+        model.add_argument(f"--{name}", type=kind, help=f"{meaning}, {default}")
     model.add_argument("--dropout", type=fraction, default=0.0)
     model.add_argument(
         "--flash_attn", action=flag, default=True, help="PyTorch's fused attention kernels"
     )
     model.add_argument(
         "--from_weight",
+        type=name_or_path,
         default=defaults["from_weight"],
-        help="weights to start from: a .pth file, a stage's name, or none",
+        help="weights to start from: a .pth file, a stage's or a run's name, or none",
     )
     model.add_argument(
-        "--tokenizer_path", type=Path, default=ROOT / "model" / "minimind_tokenizer", help="folder"
+        "--tokenizer_path",
+        type=user_path,
+        default=ROOT / "model" / "minimind_tokenizer",
+        help="folder",
     )
 
     data = parser.add_argument_group("data")
-    data.add_argument("--data_path", type=Path, default=defaults["data_path"], help="JSONL file")
+    data.add_argument(
+        "--data_path", type=user_path, default=defaults["data_path"], help="JSONL file"
+    )
     data.add_argument(
         "--val_data_path",
         type=named_path,
@@ -196,7 +249,9 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
         "--val_ratio", type=ratio, help="hold this share of the documents out to evaluate on"
     )
     data.add_argument(
-        "--test_data_path", type=Path, help="JSONL file to score the best weights on at the end"
+        "--test_data_path",
+        type=user_path,
+        help="JSONL file to score the best weights on at the end",
     )
     data.add_argument(
         "--max_seq_len",
@@ -211,7 +266,9 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
     data.add_argument(
         "--skip_bad_lines", action=flag, default=False, help="go on without lines that have errors"
     )
-    data.add_argument("--cache_dir", type=Path, help="where token stores go; default: by the data")
+    data.add_argument(
+        "--cache_dir", type=user_path, help="where token stores go; default: by the data"
+    )
     data.add_argument(
         "--num_workers", type=count_or_zero, help="loader processes; default: 2 on cuda, else 0"
     )
@@ -279,9 +336,20 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
     )
 
     output = parser.add_argument_group("output")
-    output.add_argument("--out_dir", type=Path, default=Path("out"))
+    output.add_argument("--out_dir", type=user_path, default=Path("out"))
+    output.add_argument(
+        "--run_name",
+        type=run_name,
+        help="ends the names of weights and logs, so that runs lie side by side in --out_dir",
+    )
     output.add_argument(
         "--resume", action=flag, default=False, help="go on with the run that --out_dir holds"
+    )
+    output.add_argument(
+        "--overwrite",
+        action=flag,
+        default=False,
+        help="delete an earlier run of this name, instead of moving it to replaced/ in --out_dir",
     )
     output.add_argument(
         "--dry_run", action=flag, default=False, help="print the plan and stop before training"
@@ -327,6 +395,11 @@ def check_stage_arguments(args: argparse.Namespace) -> None:
     Raises:
         UserError: for those.
     """
+    for name, default in MOE_DEFAULTS.items():
+        if not args.use_moe and getattr(args, name) is not None:
+            raise UserError(f"--{name} needs --use_moe")
+        if args.use_moe and getattr(args, name) is None:
+            setattr(args, name, default)
     if args.min_lr is None:
         args.min_lr = args.learning_rate / 10
     if args.min_lr > args.learning_rate:

@@ -16,23 +16,38 @@ from torch import nn
 
 from model import LMConfig, MiniMindLM, load_lora, load_lora_state, lora_state, save_lora
 
-from .arguments import UserError
+from .arguments import UserError, is_run_name
 
 
-def weights_path(out_dir: Path, stage: str, config: LMConfig) -> Path:
-    """`{out_dir}/{stage}_{dim}{_moe}.pth`."""
-    return out_dir / f"{stage}_{config.dim}{'_moe' if config.use_moe else ''}.pth"
+def weights_path(out_dir: Path, stage: str, config: LMConfig, run_name: str | None = None) -> Path:
+    """`{out_dir}/{stage}_{dim}{_moe}{_run_name}.pth`."""
+    moe, run = "_moe" if config.use_moe else "", f"_{run_name}" if run_name else ""
+    return out_dir / f"{stage}_{config.dim}{moe}{run}.pth"
 
 
 def resolve_weights(flag: str, name: str, out_dir: Path, config: LMConfig) -> Path:
-    """The file that a flag means: a .pth file, or the weights of a stage in `out_dir`.
+    """The file that a flag means.
+
+    Args:
+        flag: for the error.
+        name: a .pth file; or of a file in `out_dir`, its stage, its whole name, or its --run_name.
+        out_dir: where weights are.
+        config: their shape, where `name` does not give the whole name.
 
     Raises:
-        UserError: if there is no such file.
+        UserError: if there is no such file, or a --run_name is that of several.
     """
-    path = Path(name) if name.endswith(".pth") else weights_path(out_dir, name, config)
-    if not path.is_file():
-        raise UserError(f"{flag} {name}: no file {path}")
+    usual = Path(name) if name.endswith(".pth") else weights_path(out_dir, name, config)
+    runs: list[Path] = []
+    if is_run_name(name):
+        runs = sorted(out_dir.glob(weights_path(Path(), "*", config, name).name))
+    for path in (usual, out_dir / f"{name}.pth", *runs):
+        if path.is_file():
+            break
+    else:
+        raise UserError(f"{flag} {name}: no file {usual}")
+    if path in runs and len(runs) > 1:
+        raise UserError(f"{flag} {name}: name one of {', '.join(run.stem for run in runs)}")
     return path
 
 
@@ -304,16 +319,21 @@ def check_output(path: Path, model: nn.Module) -> None:
         if difference:
             other = "--lora_name" if lora_state(model) else "--out_dir"
             raise UserError(
-                f"{weights} holds another model ({difference}): move it, or choose another {other}"
+                f"{weights} holds another model ({difference}): move it, or choose another {other} "
+                "or --run_name"
             )
 
 
 def _first_difference(path: Path, state: dict[str, torch.Tensor], model: nn.Module) -> str | None:
     about = read_about(path)
-    for name in ("n_heads", "n_kv_heads") if about else ():  # which no tensor's shape tells
-        there, here = getattr(about["config"], name), getattr(model.config, name)
-        if there != here:
-            return f"{name} is {there} there, {here} here"
+    if about:
+        there, here = about["config"], model.config
+        names = ["use_moe", "dim", "n_layers", "n_heads", "n_kv_heads"]
+        if there.use_moe and here.use_moe:
+            names += ["n_routed_experts", "n_shared_experts", "num_experts_per_tok"]
+        for name in names:  # some of which no tensor's shape tells
+            if getattr(there, name) != getattr(here, name):
+                return f"--{name} is {getattr(there, name)} there, {getattr(here, name)} here"
     own = trained_state(model)
     for name, tensor in own.items():
         if name not in state:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from model import LMConfig, MiniMindLM
 
-from .arguments import UserError
+from .arguments import MOE_DEFAULTS, UserError
 from .resume import seed_everything
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def init_model(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -
         UserError: for an impossible shape.
     """
     seed_everything(args.seed)
+    experts = {name: getattr(args, name) for name in MOE_DEFAULTS} if args.use_moe else {}
     try:
         config = LMConfig(
             dim=args.dim,
@@ -37,12 +38,13 @@ def init_model(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -
             dropout=args.dropout,
             flash_attn=args.flash_attn,
             use_moe=args.use_moe,
+            **experts,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     except ValueError as error:
-        names = ("dim", "n_layers", "n_heads", "n_kv_heads")
+        names = ("dim", "n_layers", "n_heads", "n_kv_heads", *experts)
         flags = " ".join(f"--{name} {getattr(args, name)}" for name in names)
         raise UserError(f"{flags}: {error}") from None
     check_context(args.max_seq_len, config)

@@ -66,26 +66,6 @@ def write_config(path: Path, args: argparse.Namespace, run_id: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode("utf-8")))
 
 
-def restore_metrics(folder: Path, run_id: str) -> None:
-    """Put the metrics of a run that is resumed back, if a later run began and never saved.
-
-    That one had moved them to metrics.prev.jsonl; its own lines take their place there.
-
-    Raises:
-        OSError: if a file cannot be read or moved.
-    """
-    config, metrics = folder / "config.json", folder / "metrics.jsonl"
-    previous, aside = folder / "metrics.prev.jsonl", folder / "metrics.aside.jsonl"
-    if not config.is_file() or not previous.is_file():
-        return
-    if f'"run_id": "{run_id}"' not in config.read_text(encoding="utf-8"):
-        if metrics.exists():
-            metrics.replace(aside)
-        previous.replace(metrics)
-        if aside.exists():
-            aside.replace(previous)
-
-
 def _launcher() -> list[str]:
     """The words in front of the script's name; torchrun tells processes about itself."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -168,8 +148,7 @@ class Reporter:
         folder: gets metrics.jsonl (an object per report) and training_log.txt.
         total_steps: optimizer steps of the run.
         step: of them, those taken before.
-        metrics_bytes: the length to cut metrics.jsonl to, for a run that is resumed; None for a
-            new run: the file that is there becomes metrics.prev.jsonl.
+        metrics_bytes: the length to cut metrics.jsonl to, for a run that is resumed.
         wandb_run: a run of wandb, or None.
     """
 
@@ -193,10 +172,7 @@ class Reporter:
         if not world.is_main:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        metrics = folder / "metrics.jsonl"
-        if metrics_bytes is None and metrics.exists() and metrics.stat().st_size:
-            metrics.replace(folder / "metrics.prev.jsonl")
-        self.metrics = LineFile(metrics, metrics_bytes)
+        self.metrics = LineFile(folder / "metrics.jsonl", metrics_bytes)
         self.log_file = LineFile(folder / "training_log.txt")
         if sys.stderr.isatty():
             self.bar = tqdm(

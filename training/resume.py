@@ -6,6 +6,7 @@
 import argparse
 import math
 import random
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from .arguments import UserError
+from .arguments import MOE_DEFAULTS, UserError
 from .checkpoint import check_sums, read_pickle, report_save_errors, write_atomically
 from .guards import SpikeWatch
 
@@ -119,10 +120,6 @@ def resume_paths(weights: Path) -> tuple[Path, Path]:
     return newest, newest.with_name(f"{newest.stem}.prev.pth")
 
 
-def _old_path(weights: Path) -> Path:
-    return weights.with_name(f"{weights.stem}_resume.old.pth")
-
-
 def save_resume(
     weights: Path,
     state: TrainState,
@@ -133,7 +130,7 @@ def save_resume(
     scaler: dict[str, Any],
     random_states: list[dict[str, Any]],
     *,
-    saved_as: Literal["unsaved", "newest", "previous"],
+    saved_as: Literal["newest", "previous"],
 ) -> None:
     """Write the resume file beside `weights`; the run's last one becomes the one before it.
 
@@ -144,9 +141,8 @@ def save_resume(
         identity: by flag, what may not change when it is resumed.
         model, optimizer, scaler: their state_dicts.
         random_states: of each process.
-        saved_as: the file that holds this run's last save. "unsaved": none, so that what is there
-            is an earlier run's, and the newest of it is moved to `…_resume.old.pth`; "previous":
-            the newest is damaged, and replaced.
+        saved_as: the file that holds this run's last save, if there is one. "previous": the newest
+            is damaged, and replaced.
 
     Raises:
         SaveError: as `save_weights`.
@@ -163,10 +159,8 @@ def save_resume(
         "random": random_states,
     }
     with report_save_errors(newest):
-        aside = {"unsaved": _old_path(weights), "previous": None, "newest": previous}[saved_as]
+        aside = previous if saved_as == "newest" else None
         write_atomically(newest, lambda file: torch.save(contents, file), aside)
-        if saved_as == "unsaved":
-            previous.unlink(missing_ok=True)
 
 
 def read_resume(weights: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -191,29 +185,34 @@ def read_resume(weights: Path) -> tuple[dict[str, Any] | None, list[str]]:
     return None, notes
 
 
-def find_resume(weights: Path, stage: str, wanted: bool) -> tuple[dict[str, Any] | None, list[str]]:
+def find_resume(
+    weights: Path, stage: str, args: argparse.Namespace
+) -> tuple[dict[str, Any] | None, list[str]]:
     """What a run that is about to start goes on from, None if it starts anew, and what to say.
 
     Args:
         weights: path of the run's weights.
         stage: name in the files.
-        wanted: whether --resume was given.
+        args: the flags.
 
     Raises:
         UserError: for --resume where only another --dim or --use_moe has something to resume.
     """
     newest, _ = resume_paths(weights)
     contents, notes = read_resume(weights)
-    if not wanted:
+    if not args.resume:
         if contents is None or contents["state"].epoch >= contents["arguments"]["epochs"]:
             return None, []
         return None, [
             f"{newest} holds an unfinished run, at step {contents['state'].step}: --resume goes on "
-            f"with it; this new run moves it to {_old_path(weights).name}"
+            f"with it; this new run {'deletes' if args.overwrite else 'moves'} it"
         ]
     if contents is not None:
         return contents, [*notes, f"--resume: going on after step {contents['state'].step}"]
-    others = set(weights.parent.glob(f"{stage}_*_resume.pth")) - {newest}
+    end = rf"{f'_{args.run_name}' if args.run_name else ''}_resume\.pth"
+    name = re.compile(rf"{re.escape(stage)}_\d+(_moe)?{end}")
+    others = {path for path in weights.parent.glob("*_resume.pth") if name.fullmatch(path.name)}
+    others -= {newest}
     if others and not notes:
         raise UserError(
             f"--resume: nothing of this --dim and --use_moe, but {min(others)}; without --resume "
@@ -237,7 +236,9 @@ def check_identity(weights: Path, resume: dict[str, Any], own: dict[str, Any]) -
     # Older files have fewer flags in the identity, and there, after the hash of the data's content,
     # what is used of it.
     arguments = {f"--{name}": value for name, value in resume["arguments"].items()}
-    stored = {"--n_heads": 8, "--n_kv_heads": 2, **arguments, **resume["identity"]}
+    heads, experts = {"n_heads": 8, "n_kv_heads": 2}, MOE_DEFAULTS
+    then = {f"--{name}": value for name, value in {**heads, **experts}.items()}
+    stored = {**then, **arguments, **resume["identity"]}
     stored["--data_path"] = stored["--data_path"].split()[0]
     same_tokenizer = stored["--tokenizer_path"] == own["--tokenizer_path"]
     lines = []
@@ -264,7 +265,7 @@ def changed_arguments(stored: dict[str, Any], own: dict[str, Any]) -> list[str]:
         for name, value in own.items()
         if name in stored
         and stored[name] != value
-        and name not in ("resume", "dry_run", "local_rank")
+        and name not in ("resume", "overwrite", "dry_run", "local_rank")
     ]
 
 

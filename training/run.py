@@ -83,7 +83,7 @@ class Run:
     stop: StopSignal
     n_rows: int
     identity: dict[str, Any]
-    saved_as: Literal["unsaved", "newest", "previous"]
+    saved_as: Literal["newest", "previous"]
     peak_flops: float | None
     ending: str | None = None
     exit_status: int = 0

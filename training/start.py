@@ -15,7 +15,7 @@ from .arguments import UserError
 from .checkpoint import load_trained_state, weights_path
 from .distributed import Distributed
 from .plan import LearningRates, peak_flops, plan_run
-from .reporting import Reporter, restore_metrics, start_wandb, write_config
+from .reporting import Reporter, start_wandb, write_config
 from .resume import (
     TrainState,
     changed_arguments,
@@ -24,6 +24,7 @@ from .resume import (
     set_random_states,
 )
 from .run import Run
+from .run_files import check_lock, make_way
 from .signals import StopSignal
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -42,6 +43,7 @@ def run_identity(
     """
     flags = (
         *("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe"),
+        *(("n_routed_experts", "n_shared_experts", "num_experts_per_tok") if args.use_moe else ()),
         *("max_seq_len", "packing", "val_ratio", "seed"),
         # Those that not every stage has.
         *("max_turns", "loss_weighting"),
@@ -96,7 +98,7 @@ def start_run(
     Returns:
         None if there is nothing to do: the run is finished, or --dry_run was given.
     """
-    path = weights_path(args.out_dir, stage, network.config)
+    path = weights_path(args.out_dir, stage, network.config, args.run_name)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     seed_everything(args.seed + world.rank)  # for dropout, which differs between processes
     rows_per_step = args.batch_size * args.accumulation_steps * world.world_size
@@ -123,6 +125,10 @@ def start_run(
     if args.use_wandb and world.is_main and not args.dry_run:
         wandb_run = start_wandb(args, path.stem, state.wandb_id)
         state.wandb_id = wandb_run.id
+    if world.is_main and not args.dry_run:
+        check_lock(path)
+        if resume is None:
+            notes = notes + make_way(path, args.out_dir, args.overwrite)
     folder = path.parent / "logs" / path.stem
     total_steps = state.step + steps_left(state, len(rows), rows_per_step, args.epochs)
     notes = [
@@ -147,8 +153,6 @@ def start_run(
         return None
     cut_to = None if resume is None else state.metrics_bytes
     try:
-        if resume is not None and world.is_main:
-            restore_metrics(folder, state.run_id)
         reporter = Reporter(world, folder, total_steps, state.step, cut_to, wandb_run)
         if world.is_main:
             write_config(folder / "config.json", args, state.run_id)
@@ -171,7 +175,7 @@ def start_run(
         stop=stop,
         n_rows=len(rows),
         identity=run_identity(args, rows, tokenizer_hash, frozen),
-        saved_as="unsaved" if resume is None else resume["saved_as"],
+        saved_as="newest" if resume is None else resume["saved_as"],
         peak_flops=peak_flops(world.device, dtype),
     )
 
