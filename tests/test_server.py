@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -25,6 +26,7 @@ from inference.api.loading import Loader
 from inference.batcher import Batcher, Closed, Job, QueueFull
 from inference.pool import ModelPool
 from model import Sampling, TorchDecoder, apply_lora, save_lora
+from model.decoder import CHUNK
 from training import UserError
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -192,8 +194,7 @@ def test_logprobs_are_the_model_s(client, folder, tokenizer):
 
 
 def test_texts_are_continued(client, folder, tokenizer):
-    model = random_model(dim=64)
-    model.load_state_dict(torch.load(folder / "pretrain_64.pth", weights_only=True))
+    model = pretrained(folder)
     prompts = ["One two", "三"]
     options = {"model": "pretrain_64", "temperature": 0, "max_tokens": 9}
     found = client.completions.create(prompt=prompts, n=2, **options)
@@ -201,11 +202,178 @@ def test_texts_are_continued(client, folder, tokenizer):
         ids = [1, *tokenizer.encode(prompts[i // 2], add_special_tokens=False)]
         out = model.generate(torch.tensor([ids]), max_new_tokens=9)[0, len(ids) :]
         assert choice.index == i and choice.text == tokenizer.decode(out)
-    echoed = client.completions.create(prompt="三", echo=True, logprobs=2, **options).choices[0]
-    assert echoed.text == "三" + found.choices[2].text
-    assert echoed.logprobs.text_offset[0] == 1 and len(echoed.logprobs.tokens) == 9
+    echoed = client.completions.create(prompt="三", echo=True, **options).choices[0]
+    assert echoed.text == "三" + found.choices[2].text and echoed.logprobs is None
     chunks = client.completions.create(prompt="三", echo=True, stream=True, **options)
     assert "".join(chunk.choices[0].text for chunk in chunks) == echoed.text
+    begun = client.completions.create(prompt=None, **options).choices[0].text
+    assert begun == client.completions.create(prompt=[1], **options).choices[0].text
+
+
+def pretrained(folder):
+    """The model that continues texts."""
+    model = random_model(dim=64)
+    model.load_state_dict(torch.load(folder / "pretrain_64.pth", weights_only=True))
+    return model.eval()
+
+
+def prompt_logprobs(folder, ids):
+    """What the weights give each token after the first, and the likeliest one at each place."""
+    with torch.no_grad():
+        logprobs = pretrained(folder)(torch.tensor([ids])).logits[0].log_softmax(-1)
+    own = [float(row[token]) for row, token in zip(logprobs, ids[1:], strict=False)]
+    return own, logprobs.max(-1).values.tolist()
+
+
+def evaluate(client, prompt, ctxlen, **more):
+    """As lm-evaluation-harness scores the tokens after the first `ctxlen` of a prompt."""
+    options = {"model": "pretrain_64", "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1}
+    told = client.completions.create(prompt=prompt, echo=True, **{**options, **more}).choices[0]
+    scored = told.logprobs.token_logprobs[ctxlen:-1]
+    likeliest = [max(top.values()) for top in told.logprobs.top_logprobs[ctxlen:-1]]
+    return sum(scored), scored == likeliest, told
+
+
+LONG = [1, *(16 + 7 * i % 6000 for i in range(600))]  # is scored in three parts
+
+
+@pytest.mark.parametrize("ids", [LONG, [1, 900, 17, 200, 4000], [900, 17]], ids=len)
+def test_a_prompt_s_logprobs_are_the_model_s(client, folder, tokenizer, ids):
+    own, best = prompt_logprobs(folder, ids)
+    for _ in range(2):  # the second time the decoder knows the prompt
+        options = {"model": "pretrain_64", "echo": True, "logprobs": 3}
+        done = client.completions.create(prompt=ids, max_tokens=0, **options)
+        told = done.choices[0].logprobs
+        assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
+        assert told.token_logprobs[1:] == pytest.approx(own, abs=1e-4)
+        tops = [max(top.values()) for top in told.top_logprobs[1:]]
+        assert tops == pytest.approx(best[:-1], abs=1e-4)
+        assert {3, 4} >= {len(top) for top in told.top_logprobs[1:] if "�" not in top}
+        assert (done.choices[0].text, done.choices[0].finish_reason) == (
+            tokenizer.decode(ids, skip_special_tokens=True),
+            "length",
+        )
+        assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (len(ids), 0)
+    score, greedy, told = evaluate(client, ids, 1)
+    assert score == pytest.approx(sum(own), abs=1e-3) and not greedy
+    assert told.logprobs.token_logprobs[-1] == pytest.approx(best[-1], abs=1e-4)
+
+
+def test_an_evaluation_finds_the_choice_that_the_model_prefers(client, folder, tokenizer):
+    """Choices differ in their scores, batched as well, and the greedy one is known as that."""
+    context = [1, *tokenizer.encode("One two", add_special_tokens=False)]
+    greedy = pretrained(folder).generate(torch.tensor([context]), max_new_tokens=2)[0].tolist()
+    choices = [[*context, 500, 30], greedy, [*context, 77]]
+    found = [evaluate(client, ids, len(context)) for ids in choices]
+    for ids, (score, _, _) in zip(choices, found, strict=True):
+        wanted = sum(prompt_logprobs(folder, ids)[0][len(context) - 1 :])
+        assert score == pytest.approx(wanted, abs=1e-4)
+    assert [greedy for _, greedy, _ in found] == [False, True, False]
+    batch = client.completions.create(
+        model="pretrain_64", prompt=choices, n=2, max_tokens=0, logprobs=1, echo=True
+    ).choices
+    assert [choice.index for choice in batch] == list(range(6))
+    for choice in batch:
+        alone = found[choice.index // 2][2].logprobs.token_logprobs[:-1]
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx(alone[1:], abs=1e-5)
+
+
+def test_a_text_s_logprobs_fit_the_text(client, folder, tokenizer):
+    """No token that the text does not hold; offsets of parts of characters too; also streamed."""
+    text = "One two 三云𠮷\n云 x"
+    ids = [1, *tokenizer.encode(text, add_special_tokens=False)]
+    own = prompt_logprobs(folder, ids)[0]
+    options = {"model": "pretrain_64", "echo": True, "logprobs": 0, "temperature": 0}
+    whole = client.completions.create(prompt=text, max_tokens=20, **options).choices[0]
+    told = whole.logprobs
+    assert told.token_logprobs[0] is None
+    assert told.token_logprobs[1 : len(ids) - 1] == pytest.approx(own[1:], abs=1e-4)
+    assert len(told.tokens) == len(ids) - 1 + 20
+    at = 0  # bytes
+    for number, offset in zip(ids[1:], told.text_offset, strict=False):
+        assert len(text.encode()[:at].decode(errors="ignore")) == offset
+        at += len(tokenizer.convert_ids_to_tokens(number))  # a character for each byte
+    assert at == len(text.encode())
+    for token, offset in zip(told.tokens, told.text_offset, strict=True):
+        hidden = "�" in token or token in tokenizer.get_added_vocab()
+        assert hidden or whole.text[offset:].startswith(token)
+    begun = client.completions.create(prompt=text, max_tokens=20, stream=True, **options)
+    pieces = [chunk.choices[0] for chunk in begun]
+    assert "".join(piece.text for piece in pieces) == whole.text
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        streamed = [value for piece in pieces for value in getattr(piece.logprobs, name)]
+        assert streamed == getattr(told, name)
+    empty = client.completions.create(prompt="", max_tokens=0, **options).choices[0]
+    assert (empty.text, empty.logprobs.tokens) == ("", [])
+
+
+def test_the_end_token_is_a_token_of_a_scored_text(folder, tokenizer_dir, tokenizer):
+    """Else an evaluation, which leaves out the last one, would leave out one of its own."""
+    next_token = int(pretrained(folder)(torch.tensor([[1, 900, 17]])).logits[0, -1].argmax())
+    with serving(folder, tokenizer_dir) as (url, pool):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        score, _, told = evaluate(client, [1, 900, 17], 1)
+        talker = pool.get("pretrain_64").talker
+        talker.tokenizer.eos_token = tokenizer.convert_ids_to_tokens(next_token)
+        again, _, ended = evaluate(client, [1, 900, 17], 1)
+        assert (told.finish_reason, ended.finish_reason) == ("length", "stop")
+        assert ended.logprobs.tokens == told.logprobs.tokens and again == score
+        ids = tokenizer.apply_chat_template(HI, add_generation_prompt=True, return_dict=False)
+        next_token = int(pretrained(folder)(torch.tensor([ids])).logits[0, -1].argmax())
+        talker = pool.get("full_sft_64").talker  # the same weights
+        talker.tokenizer.eos_token = tokenizer.convert_ids_to_tokens(next_token)
+        answer = ask(client, logprobs=True).choices[0]
+        assert (answer.finish_reason, answer.logprobs.content) == ("stop", [])
+
+
+def test_scored_prompts_let_the_others_go_on(folder, tokenizer_dir, monkeypatch):
+    """Their parts are half as long as others' and alternate with the steps of all texts."""
+    batcher = open_pool(folder, tokenizer_dir).get("pretrain_64")
+    running, events, calls = [], [], []
+    batcher.submit([collect([1, 5], running, 8000)])
+    eventually(lambda: running)
+    extend, step = TorchDecoder._extend, TorchDecoder._step
+    monkeypatch.setattr(
+        TorchDecoder, "_extend", lambda *args: (calls.append(len(args[2])), extend(*args))[1]
+    )
+    monkeypatch.setattr(TorchDecoder, "_step", lambda *args: (calls.append("step"), step(*args))[1])
+    batcher.submit([collect(LONG, events, 0, logprobs=0, prompt_logprobs=True)])
+    eventually(lambda: events[-1:] == ["length"])
+    parts = [i for i, call in enumerate(calls) if call != "step"]
+    assert [calls[i] for i in parts] == [CHUNK // 2, CHUNK // 2, len(LONG) - CHUNK]
+    assert parts == [parts[0], parts[0] + 2, parts[0] + 4]
+    assert len(events[0]) == len(LONG)
+    batcher.close()
+
+
+def test_a_prompt_that_is_not_scored_in_time_is_told_so(folder, tokenizer_dir, monkeypatch):
+    extend = TorchDecoder._extend
+    monkeypatch.setattr(TorchDecoder, "_extend", lambda *args: (time.sleep(0.3), extend(*args))[1])
+    with serving(folder, tokenizer_dir, max_seconds=0.5) as (url, pool):
+        pool.get("pretrain_64")
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        with pytest.raises(openai.RateLimitError):
+            evaluate(client, LONG, 1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [
+        ([], "Invalid 'prompt': "),
+        ([[]], "Invalid 'prompt.0': "),
+        ([6400], "6400 is no token; there are 6400."),
+        ([-1], "Invalid 'prompt.0': "),
+        ([[1, 2], [3, 1.5]], "Invalid 'prompt.1.1': "),
+        ([True], "Invalid 'prompt.0': "),
+        (["a", [1]], "Invalid 'prompt.1': "),
+        ([[1]] * 100, "So many texts at a time (100) never fit."),
+        ([1] * 3000, "A prompt may have 2048 tokens, this one has 3000."),
+    ],
+)
+def test_what_is_wrong_with_a_prompt_is_named(client, prompt, named):
+    with pytest.raises(openai.BadRequestError, match=re.escape(named)) as refused:
+        client.completions.create(model="pretrain_64", prompt=prompt)
+    assert refused.value.param == "prompt"
 
 
 def test_penalties_and_limits_of_the_choice(client):
@@ -319,10 +487,10 @@ def test_one_text_that_fails_leaves_the_others_alone(folder, tokenizer_dir, monk
     eventually(lambda: alone[-1:] == ["length"])
     extend, choose = TorchDecoder._extend, Batcher._take
 
-    def failing_extend(decoder, row, chunk):
+    def failing_extend(decoder, row, chunk, logits_to_keep):
         if 7 in chunk:
             raise MemoryError("no room")
-        return extend(decoder, row, chunk)
+        return extend(decoder, row, chunk, logits_to_keep)
 
     def failing_take(self, job, *args):
         if job.written == 3 and len(job.ids) == 2:
@@ -405,7 +573,7 @@ def test_a_full_queue_is_told(folder, tokenizer_dir):
                 ask(client, model="other_64")
         eventually(lambda: not batcher.load)
         assert ask(client, model="other_64").choices[0].finish_reason == "length"
-        assert list(pool.batchers) == ["other_64"]
+        assert list(pool.models) == ["other_64"]
 
 
 def test_time_is_limited(folder, tokenizer_dir):
@@ -497,7 +665,7 @@ def test_a_model_that_cannot_be_loaded_tells_no_paths(folder, tokenizer_dir, tok
         ({"model": "secret"}, openai.NotFoundError, "model", "model_not_found"),
         ({"model": "pretrain_64"}, openai.BadRequestError, "model", None),
         ({"extra_body": {"foo": 1}}, openai.BadRequestError, "foo", "unknown_parameter"),
-        ({"logit_bias": {"5": 1}}, openai.BadRequestError, "logit_bias", "unknown_parameter"),
+        ({"logit_bias": {"5": 1}}, openai.BadRequestError, "logit_bias", "unsupported_value"),
         ({"temperature": 3}, openai.BadRequestError, "temperature", "invalid_value"),
         ({"temperature": "warm"}, openai.BadRequestError, "temperature", "invalid_value"),
         ({"n": 0}, openai.BadRequestError, "n", "invalid_value"),
@@ -545,7 +713,7 @@ def test_a_broken_request(server):
         (b'{"model": "m", "messages": [{"role": "user", "content": null}]}',
          "Invalid 'messages.0.content': ", "messages"),
         (b'{"model": "m", "messages": [{"role": "user", "content": [{"type": "image"}]}]}',
-         "Invalid 'messages.0.content': ", "messages"),
+         "Invalid 'messages.0.content.0.type': ", "messages"),
     ):  # fmt: skip
         error = httpx.post(
             url, content=content, headers={"Content-Type": "application/json"}
@@ -743,7 +911,7 @@ def test_damaged_weights_do_not_keep_the_server_from_others(
     os.utime(tmp_path / "full_sft_64.pth", (1e9, 1e9))
     pool = open_pool(tmp_path, tokenizer_dir)
     assert [f"{error}".split(":")[0] for error in pool.load_first()] == [f"{tmp_path}/dpo_64.pth"]
-    assert list(pool.batchers) == ["full_sft_64"]
+    assert list(pool.models) == ["full_sft_64"]
     pool.close()
     (tmp_path / "full_sft_64.pth").write_bytes(b"")
     with pytest.raises(UserError, match=r"full_sft_64\.pth"):  # the newest now
