@@ -29,15 +29,18 @@ class QueueFull(Exception):
 
 @dataclass
 class Token:
-    """A new token.
+    """A token of a text.
 
     `logprob` and `likeliest`, pairs of token and log-probability in nats, are of the model's own
-    distribution, and there where they were asked for.
+    distribution, and there where they were asked for; a text's first token has neither.
     """
 
     token: int
     logprob: float | None = None
     likeliest: list[tuple[int, float]] = field(default_factory=list)
+
+
+Event = list[Token] | Token | str | Exception
 
 
 @dataclass(eq=False)
@@ -49,10 +52,13 @@ class Job:
         max_new_tokens: upper limit.
         sampling: how tokens are chosen.
         seed: of the choice; None for another text every time.
-        emit: called, on the batcher's thread, with every new Token, the end token left out, and
-            then with how it ended: "stop" (the end token), "length" (the limit, the context or the
-            time was reached), "cancelled", or an exception: QueueFull if it never began.
+        emit: called, on the batcher's thread, with the list of the prompt's Tokens where
+            `prompt_logprobs` asks for it, with every new Token (of the end token only where there
+            are `logprobs`), and then with how it ended: "stop" (the end token), "length" (the
+            limit, the context or the time was reached), "cancelled", or an exception: QueueFull if
+            it never began.
         logprobs: how many of the likeliest tokens to tell with each, or None.
+        prompt_logprobs: whether to tell them of the prompt's tokens too.
         deadline: `time.monotonic()` at which it ends, whatever it has written.
         cancelled: set it, and the text ends before the next step.
     """
@@ -61,14 +67,16 @@ class Job:
     max_new_tokens: int
     sampling: Sampling
     seed: int | None
-    emit: Callable[[Token | str | Exception], None]
+    emit: Callable[[Event], None]
     logprobs: int | None = None
+    prompt_logprobs: bool = False
     deadline: float = float("inf")
     cancelled: bool = False
     # What the batcher notes:
     began: float = 0.0
     newest: int = -1  # the token that the decoder has not seen
     written: int = 0
+    prompt_tokens: list[Token] = field(default_factory=list)  # as far as they have logprobs
     generator: torch.Generator | None = None
     history: History | None = None
 
@@ -101,9 +109,9 @@ class Batcher:
         self.active: list[Job] = []  # which job each row of the decoder is
         self._starting: tuple[Job, Iterator[Tensor]] | None = None
         self._seconds = 1.0  # that a job takes from its start, a running mean
-        # Held to change any of the three above that hold jobs, and `_closed`.
+        # Held to change any of the three above that hold jobs, and the two below.
         self._work = threading.Condition()
-        self._closed = False
+        self._closed = self._retired = False
         self._thread = threading.Thread(
             target=self._run, name=f"batcher of {talker.name}", daemon=True
         )
@@ -140,13 +148,20 @@ class Batcher:
         self._thread.join()
         return True
 
+    def retire(self) -> None:
+        """End as soon as there are no jobs; until then further ones are taken."""
+        with self._work:
+            self._retired = True
+            self._work.notify()
+
     def _run(self) -> None:
         while True:
             with self._work:
                 if not self.load:
                     self.decoder.release()
-                while not (self.load or self._closed):
+                while not (self.load or self._closed or self._retired):
                     self._work.wait()
+                self._closed = self._closed or not self.load
                 if self._closed:
                     break
             try:
@@ -199,12 +214,23 @@ class Batcher:
                 if not self.waiting or len(self.active) == self.rows:
                     return
                 job = self.waiting.popleft()
-                self._starting = job, self.decoder.prefill_in_chunks(self.rows, job.ids)
+                parts = self.decoder.prefill_in_chunks(self.rows, job.ids, job.prompt_logprobs)
+                self._starting = job, parts
                 job.began = time.monotonic()
             job, parts = self._starting
         try:
             logits = next(parts)
+            if job.prompt_logprobs:
+                self._score_prompt(job, logits)
+                logits = logits[-1]
             if len(self.decoder.tokens[self.rows]) < len(job.ids):
+                return
+            if job.prompt_logprobs:
+                job.emit(job.prompt_tokens)
+            if job.max_new_tokens == 0:
+                with self._work:
+                    self._starting = None
+                job.emit("length")
                 return
             self._prepare(job, logits)
             self.decoder.move(self.rows, len(self.active))
@@ -218,6 +244,15 @@ class Batcher:
             self.active.append(job)
             self._starting = None
         self._choose([len(self.active) - 1], logits[None])
+
+    def _score_prompt(self, job: Job, logits: Tensor) -> None:
+        """Note the log-probabilities that logits (T, vocab_size) give the prompt's next tokens."""
+        if not job.prompt_tokens:
+            job.prompt_tokens.append(Token(job.ids[0]))
+        start = len(job.prompt_tokens)
+        tokens = job.ids[start : start + len(logits)]  # after the last one there is none
+        if tokens:
+            job.prompt_tokens += with_logprobs(tokens, logits[: len(tokens)], job.logprobs)
 
     def _prepare(self, job: Job, logits: Tensor) -> None:
         job.generator = torch.Generator(logits.device)
@@ -255,21 +290,18 @@ class Batcher:
             if history is not None:
                 history.add(torch.zeros_like(chosen), chosen)
             token = int(chosen)
+        told = Token(token)
+        if job.logprobs is not None:
+            told = with_logprobs([token], logits[None], job.logprobs)[0]
         if token == self.talker.tokenizer.eos_token_id:
+            if job.logprobs is not None:
+                job.emit(told)
             return "stop"
         job.newest = token
         job.written += 1
-        job.emit(self._told(job, token, logits))
+        job.emit(told)
         full = len(job.ids) + job.written >= self.decoder.max_seq_len
         return "length" if full or job.written >= job.max_new_tokens else None
-
-    def _told(self, job: Job, token: int, logits: Tensor) -> Token:
-        if job.logprobs is None:
-            return Token(token)
-        logprobs = logits.float().log_softmax(-1)
-        values, tokens = logprobs.topk(job.logprobs)
-        pairs = list(zip(tokens.tolist(), values.tolist(), strict=True))
-        return Token(token, float(logprobs[token]), pairs)
 
     def _end(self, row: int, how: str | Exception) -> None:
         """Free a row: what it holds is kept, and the last row takes its place."""
@@ -281,3 +313,18 @@ class Batcher:
             self.active.pop()
         self._seconds += 0.1 * (time.monotonic() - job.began - self._seconds)
         job.emit(how)
+
+
+def with_logprobs(tokens: Sequence[int], logits: Tensor, likeliest: int) -> list[Token]:
+    """Tokens with their log-probabilities.
+
+    Args:
+        tokens: T ids.
+        logits: that each was chosen by, (T, vocab_size).
+        likeliest: how many of the likeliest ones to tell with each.
+    """
+    logprobs = logits.float().log_softmax(-1)
+    own = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
+    values, ids = logprobs.topk(likeliest)
+    rows = zip(tokens, own.tolist(), ids.tolist(), values.tolist(), strict=True)
+    return [Token(token, p, list(zip(n, v, strict=True))) for token, p, n, v in rows]

@@ -72,19 +72,35 @@ class Decoder(ABC):
         *_, logits = self.prefill_in_chunks(row, ids)
         return logits
 
-    def prefill_in_chunks(self, row: int, ids: Sequence[int]) -> Iterator[Tensor]:
-        """As `prefill`, CHUNK tokens at a time: other rows may take steps in between."""
+    def prefill_in_chunks(
+        self, row: int, ids: Sequence[int], all_logits: bool = False
+    ) -> Iterator[Tensor]:
+        """As `prefill`, CHUNK tokens at a time: other rows may take steps in between.
+
+        Args:
+            row: its number.
+            ids: of the prompt, at least one.
+            all_logits: compute the whole prompt, whatever other rows hold, half as many tokens at a
+                time (the output layer then takes as long as the others).
+
+        Yields:
+            Logits after the last token of each chunk, (vocab_size,), or with `all_logits` after
+            every token of it, (T, vocab_size).
+        """
         ids = list(ids)
         if not ids:
             raise ValueError("the prompt is empty: give at least one token")
         self._check(len(ids))
         self._make_room(len(ids))
-        self.tokens[row] = ids[: self._reuse(row, ids[:-1])]  # the last one's logits are wanted
-        for start in range(len(self.tokens[row]), len(ids), CHUNK):
-            chunk = ids[start : start + CHUNK]
-            logits = self._extend(row, chunk)
+        # Of the last token at least, the logits are wanted.
+        shared = 0 if all_logits else self._reuse(row, ids[:-1])
+        self.tokens[row] = ids[:shared]
+        size = CHUNK // 2 if all_logits else CHUNK
+        for start in range(shared, len(ids), size):
+            chunk = ids[start : start + size]
+            logits = self._extend(row, chunk, len(chunk) if all_logits else 1)
             self.tokens[row] += chunk
-            yield logits
+            yield logits if all_logits else logits[0]
 
     def _reuse(self, row: int, ids: list[int]) -> int:
         """Copy what any row shares with the beginning of `ids` into `row`: how many tokens."""
@@ -167,8 +183,12 @@ class Decoder(ABC):
         """Tensors of zeros for `caches`."""
 
     @abstractmethod
-    def _extend(self, row: int, chunk: list[int]) -> Tensor:
-        """Take tokens behind those that the row holds: logits (vocab_size,) after the last."""
+    def _extend(self, row: int, chunk: list[int], logits_to_keep: int) -> Tensor:
+        """Take tokens behind those that the row holds.
+
+        Returns:
+            Logits after each of the last tokens: (logits_to_keep, vocab_size).
+        """
 
     @abstractmethod
     def _step(self, tokens: Sequence[int], lengths: list[int]) -> Tensor:
@@ -256,7 +276,7 @@ class TorchDecoder(Decoder):
         super()._resize(capacity)
 
     @torch.no_grad()
-    def _extend(self, row: int, chunk: list[int]) -> Tensor:
+    def _extend(self, row: int, chunk: list[int], logits_to_keep: int) -> Tensor:
         past, length = len(self.tokens[row]), len(chunk)
         slots, kv = past + length, self.kv_heads
         mask = None
@@ -274,7 +294,8 @@ class TorchDecoder(Decoder):
 
         ids = torch.tensor(chunk, device=self.device)
         with torch.autocast(self.device.type, enabled=False):  # the weights' dtype is meant
-            return self._logits(self._layers(ids, self.table[past:slots], attend)[-1:])[0]
+            x = self._layers(ids, self.table[past:slots], attend)
+            return self._logits(x[-logits_to_keep:])
 
     @torch.no_grad()
     def _step(self, tokens: Sequence[int], lengths: list[int]) -> Tensor:

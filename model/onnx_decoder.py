@@ -68,14 +68,18 @@ class OnnxDecoder(Decoder):
         super()._resize(capacity)
         self.bound = None
 
-    def _extend(self, row: int, chunk: list[int]) -> Tensor:
-        return self._run(row, torch.tensor([chunk]), [len(self.tokens[row])])[0]
+    def _extend(self, row: int, chunk: list[int], logits_to_keep: int) -> Tensor:
+        return self._run(row, torch.tensor([chunk]), [len(self.tokens[row])], logits_to_keep)[0]
 
     def _step(self, tokens: Sequence[int], lengths: list[int]) -> Tensor:
-        return self._run(0, torch.tensor(tokens)[:, None], lengths)
+        return self._run(0, torch.tensor(tokens)[:, None], lengths, 1)[:, 0]
 
-    def _run(self, first: int, ids: Tensor, lengths: list[int]) -> Tensor:
-        """Ids (n, T) for rows from `first` on that hold `lengths`: logits (n, vocab_size)."""
+    def _run(self, first: int, ids: Tensor, lengths: list[int], logits_to_keep: int) -> Tensor:
+        """Ids (n, T) for rows from `first` on that hold `lengths`.
+
+        Returns:
+            Logits after each of the last tokens: (n, logits_to_keep, vocab_size).
+        """
         n, new = ids.shape
         if self.bound != (first, n):
             self.binding = self.session.io_binding()
@@ -85,8 +89,10 @@ class OnnxDecoder(Decoder):
             self.bound = (first, n)
         last = torch.tensor(lengths, dtype=torch.int32) + (new - 1)
         total = torch.tensor([max(lengths) + new], dtype=torch.int32)
-        logits = torch.empty(n, self.config.vocab_size)
-        for name, tensor in (("ids", ids), ("last", last), ("total", total)):
+        kept = torch.arange(new - logits_to_keep, new)
+        logits = torch.empty(n, logits_to_keep, self.config.vocab_size)
+        inputs = {"ids": ids, "last": last, "total": total, "kept": kept}
+        for name, tensor in inputs.items():
             self._bind(name, tensor)
         self._bind(None, logits, "logits")
         self.session.run_with_iobinding(self.binding)
@@ -202,8 +208,8 @@ def build_graph(model: "MiniMindLM", bits: int) -> onnx.ModelProto:
 
     Inputs: `ids` (rows, T) int64; `last` (rows,) int32, the slot of the last one; `total` (1,)
     int32, the slots of the longest row; `keys.N` and `values.N` (rows, n_kv_heads, slots,
-    head_dim). Outputs: `logits` (rows, vocab_size) after the last one; `new_keys.N`,
-    `new_values.N`.
+    head_dim); `kept` (K,) int64, the ids by place after which logits are wanted. Outputs: `logits`
+    (rows, K, vocab_size); `new_keys.N`, `new_values.N`.
     """
     config, graph = model.config, Graph(bits)
     table = precompute_pos_cis(config.head_dim, config.max_seq_len, config.rope_theta)
@@ -212,7 +218,8 @@ def build_graph(model: "MiniMindLM", bits: int) -> onnx.ModelProto:
     slots = ["rows", config.n_kv_heads, "slots", config.head_dim]
     inputs = [("ids", TensorProto.INT64, ["rows", "new"])]
     inputs += [("last", TensorProto.INT32, ["rows"]), ("total", TensorProto.INT32, [1])]
-    outputs = [("logits", TensorProto.FLOAT, ["rows", config.vocab_size])]
+    inputs += [("kept", TensorProto.INT64, ["kept"])]
+    outputs = [("logits", TensorProto.FLOAT, ["rows", "kept", config.vocab_size])]
     for i, block in enumerate(model.layers):
         attention = block.attention
         weights = (applied_weight(w) for w in (attention.wq, attention.wk, attention.wv))
@@ -232,8 +239,8 @@ def build_graph(model: "MiniMindLM", bits: int) -> onnx.ModelProto:
         x = graph.add("Add", x, graph.product(f"attended{i}", applied_weight(attention.wo)))
         compute = graph.experts if config.use_moe else graph.feed_forward
         x = graph.add("Add", x, compute(graph.norm(x, block.ffn_norm), block.feed_forward))
-    newest = graph.add("Gather", x, graph.constant(np.array(-1)), axis=1)  # (rows, dim)
-    logits = graph.product(graph.norm(newest, model.norm), model.output.weight)
+    x = graph.add("Gather", x, "kept", axis=1)  # (rows, K, dim)
+    logits = graph.product(graph.norm(x, model.norm), model.output.weight)
     graph.node("Identity", [logits], ["logits"])
     return helper.make_model(
         helper.make_graph(

@@ -62,6 +62,11 @@ def parse_args() -> argparse.Namespace:
     network.add_argument(
         "--cors_origin", action="append", default=[], help="a page that may call from a browser"
     )
+    network.add_argument(
+        "--log_requests",
+        action="store_true",
+        help="print a line for each: time, method, path, status, model, tokens, seconds; no texts",
+    )
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max_batch", type=count, default=32, help="texts written together")
     limits.add_argument("--max_queue", type=count_or_zero, default=64, help="texts that may wait")
@@ -101,7 +106,8 @@ def main() -> None:
     for error in pool.load_first():
         print(error, file=sys.stderr)
     limits = Limits(args.max_prompt, args.max_tokens, args.max_seconds, args.max_bytes)
-    app = create_app(pool, limits, args.api_key, args.cors_origin)
+    request_log = sys.stdout if args.log_requests else None
+    app = create_app(pool, limits, args.api_key, args.cors_origin, request_log)
     print(f"{', '.join(names)} at http://{args.host}:{server.getsockname()[1]}/v1", flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE)
     uvicorn.Server(config).run(sockets=[server])

@@ -561,6 +561,22 @@ def test_long_prompts_go_in_parts():
 
 @torch.no_grad()
 @both_kinds
+def test_all_logits_of_a_prompt(use_moe):
+    """Also of a prompt that a row holds already; its keys and values serve the next steps."""
+    model = tiny(max_seq_len=2 * CHUNK, use_moe=use_moe)
+    prompt = random_ids(1, CHUNK + 7)
+    ids, wanted = prompt[0].tolist(), model(prompt).logits[0]
+    decoder = TorchDecoder(model, rows=2)
+    decoder.prefill(1, ids)
+    parts = list(decoder.prefill_in_chunks(0, ids, all_logits=True))
+    assert [len(part) for part in parts] == [CHUNK // 2, CHUNK // 2, 7]
+    torch.testing.assert_close(torch.cat(parts), wanted, rtol=1e-4, atol=1e-5)
+    after = model(torch.tensor([[*ids, 5]])).logits[0, -1]
+    torch.testing.assert_close(decoder.step([5])[0], after, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@both_kinds
 def test_rows_come_and_go(use_moe):
     """Steps over rows of any lengths, some of which end, give the logits of each row alone."""
     model = tiny(use_moe=use_moe)

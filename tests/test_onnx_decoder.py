@@ -6,6 +6,7 @@ from rounding import assert_equal_to_rounding, forward_sums
 from tiny_models import both_kinds, random_ids, tiny
 
 from model import apply_lora
+from model.decoder import CHUNK
 from model.onnx_decoder import BLOCK, OnnxDecoder, quantize
 
 SHAPE = {"dim": 128, "n_heads": 4}  # heads of 32: ONNX Runtime takes multiples of 16
@@ -41,6 +42,16 @@ def test_in_full_precision_it_is_the_model(use_moe):
     model = tiny(**SHAPE, use_moe=use_moe)
     found, wanted = play(OnnxDecoder(model, 3, bits=32), model)
     assert_equal_to_rounding(found, wanted, forward_sums(model.config, 29))
+
+
+@torch.no_grad()
+def test_all_logits_of_a_prompt_are_the_model_s():
+    model = tiny(**SHAPE, max_seq_len=2 * CHUNK)
+    prompt = random_ids(1, CHUNK + 7)
+    parts = list(OnnxDecoder(model, 2, bits=32).prefill_in_chunks(1, prompt[0].tolist(), True))
+    assert [len(part) for part in parts] == [CHUNK // 2, CHUNK // 2, 7]
+    wanted = model(prompt).logits[0]
+    torch.testing.assert_close(torch.cat(parts), wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_other_experts_and_no_scaling():

@@ -4,12 +4,15 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
+import io
 import json
 import os
+import re
 import shutil
 import socket
 import threading
 import time
+from datetime import datetime
 
 import httpx
 import openai
@@ -17,6 +20,8 @@ import pytest
 import torch
 import uvicorn
 from interruptions import eventually
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
+from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 from rounding import LOSS
 from tiny_models import greedy_answer, random_model, save_tuned
 
@@ -26,6 +31,7 @@ from inference.api.loading import Loader
 from inference.batcher import Batcher, Closed, Job, QueueFull
 from inference.pool import ModelPool
 from model import Sampling, TorchDecoder, apply_lora, save_lora
+from model.decoder import CHUNK
 from training import UserError
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -56,12 +62,20 @@ def open_pool(folder, tokenizer_dir, rows=4, queue=64, loaded=2, **spec):
 
 @contextlib.contextmanager
 def serving(
-    folder, tokenizer_dir, api_key=None, cors_origins=(), rows=4, queue=64, port=0, **changed
+    folder,
+    tokenizer_dir,
+    api_key=None,
+    cors_origins=(),
+    rows=4,
+    queue=64,
+    port=0,
+    request_log=None,
+    **changed,
 ):
     """A server, by default on a port of its own: its address, and its pool."""
     pool = open_pool(folder, tokenizer_dir, rows, queue)
     limits = {"max_prompt": 2048, "max_tokens": 2048, "max_seconds": 300, "max_bytes": 1_000_000}
-    app = create_app(pool, Limits(**{**limits, **changed}), api_key, cors_origins)
+    app = create_app(pool, Limits(**{**limits, **changed}), api_key, cors_origins, request_log)
     with socket.create_server(("127.0.0.1", port)) as listening:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
@@ -195,8 +209,7 @@ def test_logprobs_are_the_model_s(client, folder, tokenizer):
 
 
 def test_texts_are_continued(client, folder, tokenizer):
-    model = random_model(dim=64)
-    model.load_state_dict(torch.load(folder / "pretrain_64.pth", weights_only=True))
+    model = pretrained(folder)
     prompts = ["One two", "三"]
     options = {"model": "pretrain_64", "temperature": 0, "max_tokens": 9}
     found = client.completions.create(prompt=prompts, n=2, **options)
@@ -204,11 +217,178 @@ def test_texts_are_continued(client, folder, tokenizer):
         ids = [1, *tokenizer.encode(prompts[i // 2], add_special_tokens=False)]
         out = model.generate(torch.tensor([ids]), max_new_tokens=9)[0, len(ids) :]
         assert choice.index == i and choice.text == tokenizer.decode(out)
-    echoed = client.completions.create(prompt="三", echo=True, logprobs=2, **options).choices[0]
-    assert echoed.text == "三" + found.choices[2].text
-    assert echoed.logprobs.text_offset[0] == 1 and len(echoed.logprobs.tokens) == 9
+    echoed = client.completions.create(prompt="三", echo=True, **options).choices[0]
+    assert echoed.text == "三" + found.choices[2].text and echoed.logprobs is None
     chunks = client.completions.create(prompt="三", echo=True, stream=True, **options)
     assert "".join(chunk.choices[0].text for chunk in chunks) == echoed.text
+    begun = client.completions.create(prompt=None, **options).choices[0].text
+    assert begun == client.completions.create(prompt=[1], **options).choices[0].text
+
+
+def pretrained(folder):
+    """The model that continues texts."""
+    model = random_model(dim=64)
+    model.load_state_dict(torch.load(folder / "pretrain_64.pth", weights_only=True))
+    return model.eval()
+
+
+def prompt_logprobs(folder, ids):
+    """What the weights give each token after the first, and the likeliest one at each place."""
+    with torch.no_grad():
+        logprobs = pretrained(folder)(torch.tensor([ids])).logits[0].log_softmax(-1)
+    own = [float(row[token]) for row, token in zip(logprobs[:-1], ids[1:], strict=True)]
+    return own, logprobs.max(-1).values.tolist()
+
+
+def evaluate(client, prompt, ctxlen, **more):
+    """As lm-evaluation-harness scores the tokens after the first `ctxlen` of a prompt."""
+    options = {"model": "pretrain_64", "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1}
+    told = client.completions.create(prompt=prompt, echo=True, **{**options, **more}).choices[0]
+    scored = told.logprobs.token_logprobs[ctxlen:-1]
+    likeliest = [max(top.values()) for top in told.logprobs.top_logprobs[ctxlen:-1]]
+    return sum(scored), scored == likeliest, told
+
+
+LONG = [1, *(16 + 7 * i % 6000 for i in range(600))]  # is scored in three parts
+
+
+@pytest.mark.parametrize("ids", [LONG, [1, 900, 17, 200, 4000], [900, 17]], ids=len)
+def test_a_prompt_s_logprobs_are_the_model_s(client, folder, tokenizer, ids):
+    own, best = prompt_logprobs(folder, ids)
+    for _ in range(2):  # the second time the decoder knows the prompt
+        options = {"model": "pretrain_64", "echo": True, "logprobs": 3}
+        done = client.completions.create(prompt=ids, max_tokens=0, **options)
+        told = done.choices[0].logprobs
+        assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
+        assert told.token_logprobs[1:] == pytest.approx(own, abs=1e-4)
+        tops = [max(top.values()) for top in told.top_logprobs[1:]]
+        assert tops == pytest.approx(best[:-1], abs=1e-4)
+        assert {3, 4} >= {len(top) for top in told.top_logprobs[1:] if "�" not in top}
+        assert (done.choices[0].text, done.choices[0].finish_reason) == (
+            tokenizer.decode(ids, skip_special_tokens=True),
+            "length",
+        )
+        assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (len(ids), 0)
+    score, greedy, told = evaluate(client, ids, 1)
+    assert score == pytest.approx(sum(own), abs=1e-3) and not greedy
+    assert told.logprobs.token_logprobs[-1] == pytest.approx(best[-1], abs=1e-4)
+
+
+def test_an_evaluation_finds_the_choice_that_the_model_prefers(client, folder, tokenizer):
+    """Choices differ in their scores, batched as well, and the greedy one is known as that."""
+    context = [1, *tokenizer.encode("One two", add_special_tokens=False)]
+    greedy = pretrained(folder).generate(torch.tensor([context]), max_new_tokens=2)[0].tolist()
+    choices = [[*context, 500, 30], greedy, [*context, 77]]
+    found = [evaluate(client, ids, len(context)) for ids in choices]
+    for ids, (score, _, _) in zip(choices, found, strict=True):
+        wanted = sum(prompt_logprobs(folder, ids)[0][len(context) - 1 :])
+        assert score == pytest.approx(wanted, abs=1e-4)
+    assert [greedy for _, greedy, _ in found] == [False, True, False]
+    batch = client.completions.create(
+        model="pretrain_64", prompt=choices, n=2, max_tokens=0, logprobs=1, echo=True
+    ).choices
+    assert [choice.index for choice in batch] == list(range(6))
+    for choice in batch:
+        alone = found[choice.index // 2][2].logprobs.token_logprobs[:-1]
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx(alone[1:], abs=1e-5)
+
+
+def test_a_text_s_logprobs_fit_the_text(client, folder, tokenizer):
+    """No token that the text does not hold; offsets of parts of characters too; also streamed."""
+    text = "One two 三云𠮷\n云 x"
+    ids = [1, *tokenizer.encode(text, add_special_tokens=False)]
+    own = prompt_logprobs(folder, ids)[0]
+    options = {"model": "pretrain_64", "echo": True, "logprobs": 0, "temperature": 0}
+    whole = client.completions.create(prompt=text, max_tokens=20, **options).choices[0]
+    told = whole.logprobs
+    assert told.token_logprobs[0] is None
+    assert told.token_logprobs[1 : len(ids) - 1] == pytest.approx(own[1:], abs=1e-4)
+    assert len(told.tokens) == len(ids) - 1 + 20
+    at = 0  # bytes
+    for number, offset in zip(ids[1:], told.text_offset[: len(ids) - 1], strict=True):
+        assert len(text.encode()[:at].decode(errors="ignore")) == offset
+        at += len(tokenizer.convert_ids_to_tokens(number))  # a character for each byte
+    assert at == len(text.encode())
+    for token, offset in zip(told.tokens, told.text_offset, strict=True):
+        hidden = "�" in token or token in tokenizer.get_added_vocab()
+        assert hidden or whole.text[offset:].startswith(token)
+    begun = client.completions.create(prompt=text, max_tokens=20, stream=True, **options)
+    pieces = [chunk.choices[0] for chunk in begun]
+    assert "".join(piece.text for piece in pieces) == whole.text
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        streamed = [value for piece in pieces for value in getattr(piece.logprobs, name)]
+        assert streamed == getattr(told, name)
+    empty = client.completions.create(prompt="", max_tokens=0, **options).choices[0]
+    assert (empty.text, empty.logprobs.tokens) == ("", [])
+
+
+def test_the_end_token_is_a_token_of_a_scored_text(folder, tokenizer_dir, tokenizer):
+    """Else an evaluation, which leaves out the last one, would leave out one of its own."""
+    next_token = int(pretrained(folder)(torch.tensor([[1, 900, 17]])).logits[0, -1].argmax())
+    with serving(folder, tokenizer_dir) as (url, pool):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        score, _, told = evaluate(client, [1, 900, 17], 1)
+        talker = pool.get("pretrain_64").talker
+        talker.tokenizer.eos_token = tokenizer.convert_ids_to_tokens(next_token)
+        again, _, ended = evaluate(client, [1, 900, 17], 1)
+        assert (told.finish_reason, ended.finish_reason) == ("length", "stop")
+        assert ended.logprobs.tokens == told.logprobs.tokens and again == score
+        ids = tokenizer.apply_chat_template(HI, add_generation_prompt=True, return_dict=False)
+        next_token = int(pretrained(folder)(torch.tensor([ids])).logits[0, -1].argmax())
+        talker = pool.get("full_sft_64").talker  # the same weights
+        talker.tokenizer.eos_token = tokenizer.convert_ids_to_tokens(next_token)
+        answer = ask(client, logprobs=True).choices[0]
+        assert (answer.finish_reason, answer.logprobs.content) == ("stop", [])
+
+
+def test_scored_prompts_let_the_others_go_on(folder, tokenizer_dir, monkeypatch):
+    """Their parts are half as long as others' and alternate with the steps of all texts."""
+    batcher = open_pool(folder, tokenizer_dir).get("pretrain_64")
+    running, events, calls = [], [], []
+    batcher.submit([collect([1, 5], running, 8000)])
+    eventually(lambda: running)
+    extend, step = TorchDecoder._extend, TorchDecoder._step
+    monkeypatch.setattr(
+        TorchDecoder, "_extend", lambda *args: (calls.append(len(args[2])), extend(*args))[1]
+    )
+    monkeypatch.setattr(TorchDecoder, "_step", lambda *args: (calls.append("step"), step(*args))[1])
+    batcher.submit([collect(LONG, events, 0, logprobs=0, prompt_logprobs=True)])
+    eventually(lambda: events[-1:] == ["length"])
+    parts = [i for i, call in enumerate(calls) if call != "step"]
+    assert [calls[i] for i in parts] == [CHUNK // 2, CHUNK // 2, len(LONG) - CHUNK]
+    assert parts == [parts[0], parts[0] + 2, parts[0] + 4]
+    assert len(events[0]) == len(LONG)
+    batcher.close()
+
+
+def test_a_prompt_that_is_not_scored_in_time_is_told_so(folder, tokenizer_dir, monkeypatch):
+    extend = TorchDecoder._extend
+    monkeypatch.setattr(TorchDecoder, "_extend", lambda *args: (time.sleep(0.3), extend(*args))[1])
+    with serving(folder, tokenizer_dir, max_seconds=0.5) as (url, pool):
+        pool.get("pretrain_64")
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        with pytest.raises(openai.RateLimitError):
+            evaluate(client, LONG, 1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [
+        ([], "Invalid 'prompt': "),
+        ([[]], "Invalid 'prompt.0': "),
+        ([6400], "6400 is no token; there are 6400."),
+        ([-1], "Invalid 'prompt.0': "),
+        ([[1, 2], [3, 1.5]], "Invalid 'prompt.1.1': "),
+        ([True], "Invalid 'prompt.0': "),
+        (["a", [1]], "Invalid 'prompt.1': "),
+        ([[1]] * 100, "So many texts at a time (100) never fit."),
+        ([1] * 3000, "A prompt may have 2048 tokens, this one has 3000."),
+    ],
+)
+def test_what_is_wrong_with_a_prompt_is_named(client, prompt, named):
+    with pytest.raises(openai.BadRequestError, match=re.escape(named)) as refused:
+        client.completions.create(model="pretrain_64", prompt=prompt)
+    assert refused.value.param == "prompt"
 
 
 def test_penalties_and_limits_of_the_choice(client):
@@ -322,10 +502,10 @@ def test_one_text_that_fails_leaves_the_others_alone(folder, tokenizer_dir, monk
     eventually(lambda: alone[-1:] == ["length"])
     extend, choose = TorchDecoder._extend, Batcher._take
 
-    def failing_extend(decoder, row, chunk):
+    def failing_extend(decoder, row, chunk, logits_to_keep):
         if 7 in chunk:
             raise MemoryError("no room")
-        return extend(decoder, row, chunk)
+        return extend(decoder, row, chunk, logits_to_keep)
 
     def failing_take(self, job, *args):
         if job.written == 3 and len(job.ids) == 2:
@@ -408,7 +588,7 @@ def test_a_full_queue_is_told(folder, tokenizer_dir):
                 ask(client, model="other_64")
         eventually(lambda: not batcher.load)
         assert ask(client, model="other_64").choices[0].finish_reason == "length"
-        assert list(pool.batchers) == ["other_64"]
+        assert list(pool.models) == ["other_64"]
 
 
 def test_time_is_limited(folder, tokenizer_dir):
@@ -500,7 +680,7 @@ def test_a_model_that_cannot_be_loaded_tells_no_paths(folder, tokenizer_dir, tok
         ({"model": "secret"}, openai.NotFoundError, "model", "model_not_found"),
         ({"model": "pretrain_64"}, openai.BadRequestError, "model", None),
         ({"extra_body": {"foo": 1}}, openai.BadRequestError, "foo", "unknown_parameter"),
-        ({"logit_bias": {"5": 1}}, openai.BadRequestError, "logit_bias", "unknown_parameter"),
+        ({"logit_bias": {"5": 1}}, openai.BadRequestError, "logit_bias", "unsupported_value"),
         ({"temperature": 3}, openai.BadRequestError, "temperature", "invalid_value"),
         ({"temperature": "warm"}, openai.BadRequestError, "temperature", "invalid_value"),
         ({"n": 0}, openai.BadRequestError, "n", "invalid_value"),
@@ -531,6 +711,123 @@ def test_errors_are_openai_s(client, changed, kind, param, code):
         assert refused.value.body["type"] == "invalid_request_error"
 
 
+def ask_raw(server, path="chat/completions", **body):
+    """Send a request as it is, without a client that leaves out or checks anything."""
+    kind = {"prompt": "Hi"} if path == "completions" else {"messages": HI}
+    body = {"model": "pretrain_64" if path == "completions" else "full_sft_64", **kind, **body}
+    body.setdefault("max_tokens", 2)
+    return httpx.post(f"{server}/v1/{path}", json=body)
+
+
+def offered(params):
+    """The parameters of OpenAI's API by the types of its client."""
+    return [name for name in params.__annotations__ if name not in ("model", "messages", "prompt")]
+
+
+@pytest.mark.parametrize(
+    ("path", "params"),
+    [("chat/completions", ChatParams), ("completions", CompletionParams)],
+    ids=["chat", "completions"],
+)
+def test_a_parameter_that_is_null_was_left_out(server, path, params):
+    names = offered(params)
+    assert len(names) > 10
+    alone = ask_raw(server, path, temperature=0).json()["choices"]
+    everything = {**dict.fromkeys([*names, "not_yet_invented"]), "temperature": 0, "max_tokens": 2}
+    done = ask_raw(server, path, **everything)
+    assert done.status_code == 200, done.text
+    assert done.json()["choices"] == alone
+
+
+@pytest.mark.parametrize(
+    ("name", "taken", "refused"),
+    [
+        ("audio", [{}], [{"voice": "alloy", "format": "mp3"}]),
+        ("function_call", ["none", "auto"], [{"name": "f"}]),
+        ("functions", [[]], [[{"name": "f"}]]),
+        ("logit_bias", [{}], [{"5": 1}]),
+        ("metadata", [{}, {"a": "b"}], ["a"]),
+        ("modalities", [[], ["text"]], [["text", "audio"]]),
+        ("moderation", [{}], [{"model": "m"}]),
+        ("parallel_tool_calls", [True, False], ["yes"]),
+        ("prediction", [{"type": "content", "content": "a"}], ["a"]),
+        ("prompt_cache_key", ["a"], [1]),
+        ("prompt_cache_options", [{"mode": "implicit"}], [1]),
+        ("prompt_cache_retention", ["24h"], [1]),
+        ("reasoning_effort", ["none"], ["medium", "high"]),
+        ("response_format", [{"type": "text"}], [{"type": "json_object"}]),
+        ("safety_identifier", ["a"], [1]),
+        ("service_tier", ["auto", "default", "flex"], [1]),
+        ("stop", [[]], [[1]]),
+        ("store", [False], [True]),
+        ("stream_options", [{}, {"include_usage": None}], [{"foo": 1}]),
+        ("tool_choice", ["none", "auto"], ["required", {"type": "function"}]),
+        ("tools", [[]], [[{"type": "function", "function": {"name": "f"}}]]),
+        ("top_logprobs", [0], [2]),
+        ("user", ["", "a"], [1]),
+        ("verbosity", ["medium"], ["low", "high"]),
+        ("web_search_options", [None], [{}]),
+    ],
+)
+def test_parameters_at_their_default_are_taken(server, name, taken, refused):
+    """What would change the answer and is not offered is named."""
+    assert name in offered(ChatParams)
+    alone = ask_raw(server, temperature=0).json()["choices"]
+    for value in taken:
+        done = ask_raw(server, temperature=0, **{name: value})
+        assert (done.status_code, done.json().get("choices")) == (200, alone), (value, done.text)
+    for value in refused:
+        done = ask_raw(server, **{name: value})
+        error = done.json()["error"]
+        assert (done.status_code, error["param"]) == (400, name), value
+        assert f"'{name}" in error["message"]
+
+
+def test_defaults_of_completions(server):
+    for name, taken, refused in (
+        ("best_of", 1, 2),
+        ("suffix", "", "The end."),
+        ("logit_bias", {}, {"5": 1}),
+        ("echo", False, 1),
+    ):
+        assert name in offered(CompletionParams)
+        assert ask_raw(server, "completions", **{name: taken}).status_code == 200
+        done = ask_raw(server, "completions", **{name: refused})
+        assert (done.status_code, done.json()["error"]["param"]) == (400, name)
+
+
+def test_an_answer_can_be_sent_back(client, answer):
+    """In all forms that the client has, and with the fields that other servers add."""
+    first = ask(client).choices[0].message
+    wanted = [*HI, {"role": "assistant", "content": first.content}, *HI]
+    added = {"reasoning_content": None, "tool_calls": [], "provider_specific_fields": {}}
+    cited = {"annotations": [{"type": "url_citation", "url_citation": {"url": "http://a.b"}}]}
+    for said in (
+        first,
+        first.model_dump(),
+        first.to_dict(),
+        {**first.model_dump(), **added, "reasoning": "", "audio": None, "name": None},
+        {**first.model_dump(), **cited},
+        {
+            "role": "assistant",
+            "content": [{"type": "text", "text": first.content, "prompt_cache_breakpoint": None}],
+        },
+    ):
+        assert ask(client, [*HI, said, *HI]).choices[0].message.content == answer(wanted, 12)
+    silent = {"role": "assistant", "content": None, "refusal": None}
+    empty = [*HI, {"role": "assistant", "content": ""}, *HI]
+    assert ask(client, [*HI, silent, *HI]).choices[0].message.content == answer(empty, 12)
+    for name, value in (
+        ("tool_calls", [{"id": "1", "type": "function", "function": {"name": "f"}}]),
+        ("function_call", {"name": "f", "arguments": "{}"}),
+        ("reasoning_content", "Hm."),
+        ("refusal", "No."),
+        ("audio", {"id": "1"}),
+    ):
+        with pytest.raises(openai.BadRequestError, match=f"messages.1.{name}"):
+            ask(client, [*HI, {**first.model_dump(), name: value}, *HI])
+
+
 def test_a_broken_request(server):
     url = f"{server}/v1/chat/completions"
     surrogate = json.dumps({"model": "full_sft_64", "messages": HI}).replace("Hi", "\\ud800")
@@ -548,7 +845,7 @@ def test_a_broken_request(server):
         (b'{"model": "m", "messages": [{"role": "user", "content": null}]}',
          "Invalid 'messages.0.content': ", "messages"),
         (b'{"model": "m", "messages": [{"role": "user", "content": [{"type": "image"}]}]}',
-         "Invalid 'messages.0.content': ", "messages"),
+         "Invalid 'messages.0.content.0.type': ", "messages"),
     ):  # fmt: skip
         error = httpx.post(
             url, content=content, headers={"Content-Type": "application/json"}
@@ -598,6 +895,71 @@ def test_a_key_is_asked_for(folder, tokenizer_dir):
         assert httpx.get(f"{url}/health").json() == {"status": "ok"}
         headers = {"Authorization": "Bearer sésame".encode()}
         assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 200
+
+
+def test_the_scheme_of_a_key_has_no_case(folder, tokenizer_dir):
+    with serving(folder, tokenizer_dir, api_key="k") as (url, _):
+        for header, status in (
+            ("bearer k", 200),
+            ("BEARER  k", 200),
+            ("Bearer k", 200),
+            ("Bearer K", 401),
+            ("Basic k", 401),
+            ("bearerk", 401),
+            ("k", 401),
+            ("", 401),
+        ):
+            done = httpx.get(f"{url}/v1/models", headers={"Authorization": header})
+            assert done.status_code == status, header
+
+
+def test_head_is_get_without_a_body(server):
+    for path, status in (
+        ("/health", 200),
+        ("/metrics", 200),
+        ("/v1/models", 200),
+        ("/v1/models/full_sft_64", 200),
+        ("/v1/models/none", 404),
+        ("/docs", 200),
+        ("/v1/chat/completions", 405),
+    ):
+        head, get = httpx.head(server + path), httpx.get(server + path)
+        assert (head.status_code, head.content) == (status, b"") and get.status_code == status
+        assert head.headers["content-type"] == get.headers["content-type"]
+        if path != "/metrics":  # which counts
+            assert head.headers["content-length"] == get.headers["content-length"]
+
+
+def test_the_log_has_a_line_for_each_request(folder, tokenizer_dir):
+    log = io.StringIO()
+    with serving(folder, tokenizer_dir, api_key="k", request_log=log) as (url, _):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0)
+        began = datetime.now().astimezone()
+        usage = ask(client, max_tokens=3).usage
+        list(ask(client, max_tokens=4, stream=True))
+        eventually(lambda: log.getvalue().count("\n") == 2)
+        client.completions.create(model="pretrain_64", prompt=[1, 900], max_tokens=0)
+        with pytest.raises(openai.NotFoundError):
+            ask(client, model="a b\n2026 GET")
+        httpx.get(f"{url}/v1/models?key=secret")
+        httpx.head(f"{url}/a%0Ab", headers={"Authorization": "Bearer k"})
+        eventually(lambda: log.getvalue().count("\n") == 6)
+    lines = [line.split(" ") for line in log.getvalue().splitlines()]
+    prompt = usage.prompt_tokens
+    chat = ["POST", "/v1/chat/completions"]
+    assert [line[1:-1] for line in lines] == [
+        [*chat, "200", "model=full_sft_64", f"prompt_tokens={prompt}", "completion_tokens=3"],
+        [*chat, "200", "model=full_sft_64", f"prompt_tokens={prompt}", "completion_tokens=4"],
+        ["POST", "/v1/completions", "200", "model=pretrain_64", "prompt_tokens=2",
+         "completion_tokens=0"],
+        [*chat, "404", "model=a\\u0020b\\n2026\\u0020GET", "prompt_tokens=-",
+         "completion_tokens=-"],
+        ["GET", "/v1/models", "401", "model=-", "prompt_tokens=-", "completion_tokens=-"],
+        ["HEAD", "/a\\nb", "404", "model=-", "prompt_tokens=-", "completion_tokens=-"],
+    ]  # fmt: skip
+    for line in lines:
+        passed = (datetime.fromisoformat(line[0]) - began).total_seconds()
+        assert -0.1 < passed < 600 and 0 <= float(line[-1].removeprefix("seconds=")) <= passed + 1
 
 
 def test_other_pages_may_call_only_if_told(folder, tokenizer_dir, server):
@@ -718,6 +1080,159 @@ def test_what_cannot_be_read_is_not_offered(folder, tokenizer_dir, tokenizer, tm
         open_pool(out, tokenizer_dir, weight="full_sft")
 
 
+def save_again(out, tokenizer, seed, when, name="full_sft_64", stage="full_sft"):
+    """Other weights in the place of some, with the time of their change."""
+    path = save_tuned(random_model(seed, dim=64), out, tokenizer, name, stage)
+    os.utime(path, (when, when))
+    return functools.partial(greedy_answer, path, tokenizer, HI, 12, dim=64)
+
+
+def created(client, name="full_sft_64"):
+    listed = {model.id: model.created for model in client.models.list()}
+    assert client.models.retrieve(name).created == listed[name]
+    return listed[name]
+
+
+def test_retrained_weights_are_loaded_at_the_next_request(
+    tokenizer_dir, tokenizer, tmp_path, caplog
+):
+    """Files that are no good leave the model that there is, and are tried once."""
+
+    def content():
+        return ask(client).choices[0].message.content
+
+    first = save_again(tmp_path, tokenizer, 0, 1e9)()
+    with serving(tmp_path, tokenizer_dir) as (url, pool):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        assert content() == first and created(client) == 1e9
+        second = save_again(tmp_path, tokenizer, 1, 1.1e9)()
+        assert created(client) == 1e9  # which is what is in memory
+        assert content() == second != first and created(client) == 1.1e9
+        assert len(pool.batchers()) == len(pool.models) == 1
+        path = tmp_path / "full_sft_64.pth"
+        whole = path.read_bytes()
+        for part in (b"", whole[: len(whole) // 2]):
+            path.write_bytes(part)
+            caplog.clear()
+            for _ in range(3):
+                assert content() == second and created(client) == 1.1e9
+            assert [f"{path}" in record.getMessage() for record in caplog.records] == [True]
+        about = path.with_suffix(".json")
+        text = about.read_text(encoding="utf-8")
+        path.write_bytes(whole)
+        about.write_text("{", encoding="utf-8")
+        caplog.clear()
+        assert content() == second and created(client) == 1.1e9
+        assert [f"{about}" in record.getMessage() for record in caplog.records] == [True]
+        path.unlink()
+        assert content() == second and created(client) == 1.1e9
+        about.write_text(text, encoding="utf-8")
+        assert content() == second
+        third = save_again(tmp_path, tokenizer, 2, 1e9)()  # older than what is in memory
+        assert content() == third and created(client) == 1e9
+        assert len(caplog.records) == 1
+
+
+def test_the_old_weights_serve_until_the_new_ones_are_there(
+    tokenizer_dir, tokenizer, tmp_path, monkeypatch
+):
+    """Texts that were begun end with them, requests during the load get them."""
+    old = save_again(tmp_path, tokenizer, 0, 1e9)()
+    options = {"model": "full_sft_64", "messages": HI, "temperature": 0, "max_tokens": 400}
+    with serving(tmp_path, tokenizer_dir) as (url, pool):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        alone = client.chat.completions.create(**options).choices[0].message.content
+        go_on, step = threading.Event(), TorchDecoder._step
+        before = pool.get("full_sft_64")
+        slowed = before.decoder
+
+        def slow_step(decoder, *args):
+            if decoder is slowed:
+                assert go_on.wait(60)
+            return step(decoder, *args)
+
+        with concurrent.futures.ThreadPoolExecutor(2) as threads:
+            loading, load = threading.Event(), threading.Event()
+            read = pool._read
+
+            def slow_read(offer):
+                loading.set()
+                assert load.wait(60)
+                return read(offer)
+
+            monkeypatch.setattr(pool, "_read", slow_read)
+            new = save_again(tmp_path, tokenizer, 1, 1.1e9)()
+            first = threads.submit(ask, client)
+            assert loading.wait(60)
+            assert ask(client).choices[0].message.content == old  # meanwhile
+            monkeypatch.setattr(TorchDecoder, "_step", slow_step)
+            begun = threads.submit(lambda: client.chat.completions.create(**options))
+            eventually(lambda: before.load)
+            load.set()
+            assert first.result().choices[0].message.content == new
+            assert before.load and before in pool.batchers()
+            assert ask(client).choices[0].message.content == new
+            go_on.set()
+            assert begun.result().choices[0].message.content == alone
+        eventually(lambda: not before._thread.is_alive())
+        with pytest.raises(Closed):
+            before.submit([])
+
+
+def test_a_request_at_the_moment_of_a_change_is_answered(
+    tokenizer_dir, tokenizer, tmp_path, monkeypatch
+):
+    """Its batcher ends between its being found and its being used."""
+    save_again(tmp_path, tokenizer, 0, 1e9)
+    with serving(tmp_path, tokenizer_dir) as (url, pool):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        ask(client)
+        batcher, news = pool.get("full_sft_64"), []
+        submit = Batcher.submit
+
+        def late_submit(self, jobs):
+            if self is batcher:
+                news.append(save_again(tmp_path, tokenizer, 1, 1.1e9)())
+                pool.get("full_sft_64")
+                eventually(lambda: not batcher._thread.is_alive())
+            return submit(self, jobs)
+
+        monkeypatch.setattr(Batcher, "submit", late_submit)
+        assert [ask(client).choices[0].message.content] == news
+
+
+def test_retrained_adapters_folders_and_tokenizers_are_seen(
+    folder, tokenizer_dir, tokenizer, tmp_path, caplog
+):
+    out, words = tmp_path / "out", tmp_path / "words"
+    shutil.copytree(folder, out)
+    shutil.copytree(tokenizer_dir, words)
+    pool = open_pool(out, words)
+    adapted, base = pool.get("other_64"), pool.get("full_sft_64")
+    save_again(out, tokenizer, 3, 1e9, "full_sft_64")  # no longer what the adapter fits
+    assert pool.get("other_64") is adapted and pool.get("full_sft_64") is not base
+    shutil.copy(folder / "full_sft_64.pth", out)
+    path = out / "lora" / "other_64.pth"
+    adapter = torch.load(path, weights_only=True)
+    torch.save(adapter, path)
+    assert pool.get("other_64") is not adapted
+    base = pool.get("full_sft_64")
+    assert not caplog.records
+    settings = words / "tokenizer.json"
+    whole = settings.read_text(encoding="utf-8")
+    settings.write_text(whole[:1000], encoding="utf-8")
+    assert pool.get("full_sft_64") is base and "pretrain_64" in pool.offers()
+    assert "tokenizer" in caplog.records[0].getMessage()
+    other = json.loads(whole)
+    other["added_tokens"][-1]["content"] = "<|another|>"
+    settings.write_text(json.dumps(other), encoding="utf-8")
+    assert pool.get("full_sft_64") is base  # whose tokens are the old ones
+    assert "full_sft_64" in pool.offers() and "pretrain_64" not in pool.offers()
+    settings.write_text(whole, encoding="utf-8")
+    assert "pretrain_64" in pool.offers()
+    pool.close()
+
+
 def test_mistakes_of_the_command_line_are_one_line(run, folder, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -747,7 +1262,7 @@ def test_damaged_weights_do_not_keep_the_server_from_others(
     os.utime(tmp_path / "full_sft_64.pth", (1e9, 1e9))
     pool = open_pool(tmp_path, tokenizer_dir)
     assert [f"{error}".split(":")[0] for error in pool.load_first()] == [f"{tmp_path}/dpo_64.pth"]
-    assert list(pool.batchers) == ["full_sft_64"]
+    assert list(pool.models) == ["full_sft_64"]
     pool.close()
     (tmp_path / "full_sft_64.pth").write_bytes(b"")
     with pytest.raises(UserError, match=r"full_sft_64\.pth"):  # the newest now

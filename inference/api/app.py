@@ -4,10 +4,10 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -20,7 +20,8 @@ from training import UserError
 
 from ..batcher import Batcher, Closed, QueueFull, Token
 from ..pool import ModelPool, Offer, UnknownModel
-from .choices import Choices, Piece
+from ..talker import Talker
+from .choices import Choices, Echo, Piece
 from .errors import ApiError, explain_validation
 from .formats import ChatFormat, CompletionFormat
 from .guard import Guard
@@ -29,6 +30,7 @@ from .metrics import Metrics
 from .schema import ChatRequest, CompletionRequest
 
 Result = TypeVar("Result")
+Form = TypeVar("Form", ChatFormat, CompletionFormat)
 LOG = logging.getLogger("uvicorn.error")
 DEFAULT_COMPLETION = 16  # OpenAI's limit of new tokens where a completion names none
 
@@ -54,6 +56,7 @@ def create_app(
     limits: Limits,
     api_key: str | None = None,
     cors_origins: Sequence[str] = (),
+    request_log: TextIO | None = None,
 ) -> FastAPI:
     """The server.
 
@@ -62,6 +65,7 @@ def create_app(
         limits: of a request.
         api_key: what clients must send, or None.
         cors_origins: pages that may call from a browser.
+        request_log: gets a line for each request, or None.
     """
 
     @asynccontextmanager
@@ -78,6 +82,7 @@ def create_app(
         max_bytes=limits.max_bytes,
         max_seconds=limits.max_seconds,
         requests=metrics.requests,
+        log=request_log,
     )
     if cors_origins:
         app.add_middleware(
@@ -103,34 +108,45 @@ def create_app(
     async def chat(request: ChatRequest, raw: Request) -> Any:
         """Answer a conversation."""
         began = time.perf_counter()
-        if request.top_logprobs is not None and not request.logprobs:
+        if request.top_logprobs and not request.logprobs:
             raise ApiError(400, "'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
-
-        batcher = await find(loader, request.model, raw)
-        if batcher.talker.encoder is None:
-            message = f"'{request.model}' continues texts; use /v1/completions."
-            raise ApiError(400, message, "model")
-        messages = [message.record() for message in request.messages]
-        prompts = [await asyncio.to_thread(batcher.talker.chat_ids, messages)]
         limit = request.max_completion_tokens or request.max_tokens or limits.max_tokens
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        choices = start(batcher, prompts, request, limit, logprobs, limits, "messages")
-        pieces = metrics.watch(choices, began)
-        return await respond(raw, request, ChatFormat(batcher.talker, request), choices, pieces)
+
+        async def begin(batcher: Batcher) -> tuple[Choices, ChatFormat]:
+            talker = batcher.talker
+            if talker.encoder is None:
+                message = f"'{request.model}' continues texts; use /v1/completions."
+                raise ApiError(400, message, "model")
+            messages = [message.record() for message in request.messages]
+            prompts = [await asyncio.to_thread(talker.chat_ids, messages)]
+            choices = start(batcher, prompts, request, limit, logprobs, limits, "messages")
+            return choices, ChatFormat(talker, request)
+
+        choices, form = await with_model(loader, request.model, raw, begin)
+        return await respond(raw, request, form, choices, metrics.watch(choices, began))
 
     @app.post("/v1/completions")
     async def complete(request: CompletionRequest, raw: Request) -> Any:
         """Continue a text."""
         began = time.perf_counter()
+        limit = request.max_tokens
+        if limit is None:
+            limit = min(DEFAULT_COMPLETION, limits.max_tokens)
 
-        batcher = await find(loader, request.model, raw)
-        texts = request.prompts()
-        prompts = [await asyncio.to_thread(batcher.talker.text_ids, text) for text in texts]
-        limit = request.max_tokens or min(DEFAULT_COMPLETION, limits.max_tokens)
-        choices = start(batcher, prompts, request, limit, request.logprobs, limits, "prompt")
-        pieces = metrics.watch(choices, began)
-        form = CompletionFormat(batcher.talker, request)
-        return await respond(raw, request, form, choices, pieces)
+        async def begin(batcher: Batcher) -> tuple[Choices, CompletionFormat]:
+            talker, given = batcher.talker, request.prompts()
+            prompts = [await asyncio.to_thread(prompt_ids, talker, prompt) for prompt in given]
+            echoes = None
+            if request.echo:
+                echoes = [echo_of(talker, prompt) for prompt in given]
+            choices = start(
+                batcher, prompts, request, limit, request.logprobs, limits, "prompt", echoes
+            )
+            return choices, CompletionFormat(talker, request)
+
+        choices, form = await with_model(loader, request.model, raw, begin)
+        return await respond(raw, request, form, choices, metrics.watch(choices, began))
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
@@ -161,7 +177,7 @@ def create_app(
 
 def card(name: str, offer: Offer) -> dict[str, Any]:
     """A model's entry in the list."""
-    created = int(offer.path.stat().st_mtime)
+    created = int(offer.modified)
     return {"id": name, "object": "model", "created": created, "owned_by": "minimind"}
 
 
@@ -192,6 +208,52 @@ async def find(loader: Loader, name: str, raw: Request) -> Batcher:
         raise ApiError(503, message, "model") from None
 
 
+async def with_model(
+    loader: Loader,
+    name: str,
+    raw: Request,
+    begin: Callable[[Batcher], Awaitable[tuple[Choices, Form]]],
+) -> tuple[Choices, Form]:
+    """Begin a request with the batcher of a model, again if that ends meanwhile.
+
+    Args:
+        loader: of the model.
+        name: of it.
+        raw: the request as it came.
+        begin: gives the texts, and how they are told.
+
+    Raises:
+        ApiError: if there is no such model or no place.
+    """
+    raw.state.model = name
+    while True:
+        batcher = await find(loader, name, raw)
+        try:
+            choices, form = await begin(batcher)
+        except Closed:
+            continue
+        raw.state.choices = choices
+        return choices, form
+
+
+def prompt_ids(talker: Talker, prompt: str | list[int]) -> list[int]:
+    """Ids of a prompt. Raises ApiError for those that the model does not have."""
+    if isinstance(prompt, str):
+        return talker.text_ids(prompt)
+    size = talker.model.config.vocab_size
+    if max(prompt) >= size:
+        message = f"Invalid 'prompt': {max(prompt)} is no token; there are {size}."
+        raise ApiError(400, message, "prompt", "invalid_value")
+    return prompt
+
+
+def echo_of(talker: Talker, prompt: str | list[int]) -> Echo:
+    """What a text begins with that goes on from a prompt."""
+    if isinstance(prompt, str):
+        return Echo(prompt, 1)  # without the token that begins a document
+    return Echo(talker.tokenizer.backend_tokenizer.decode(prompt, skip_special_tokens=True), 0)
+
+
 def start(
     batcher: Batcher,
     prompts: list[list[int]],
@@ -200,6 +262,7 @@ def start(
     logprobs: int | None,
     limits: Limits,
     param: str,
+    echoes: Sequence[Echo] | None = None,
 ) -> Choices:
     """Have the texts of a request written.
 
@@ -211,11 +274,14 @@ def start(
         logprobs: as of Job.
         limits: of a request.
         param: where the prompts came from.
+        echoes: as of Choices.
 
     Raises:
         ApiError: if it asks for too much, or there is no place.
+        Closed: if the batcher has ended.
     """
-    longest, most = max(map(len, prompts)), min(limits.max_prompt, batcher.talker.context - 1)
+    room = batcher.talker.context - min(limit, 1)
+    longest, most = max(map(len, prompts)), min(limits.max_prompt, room)
     if longest > most:
         message = f"A prompt may have {most} tokens, this one has {longest}."
         raise ApiError(400, message, param, "context_length_exceeded")
@@ -223,14 +289,12 @@ def start(
         raise ApiError(400, f"At most {limits.max_tokens} new tokens.", "max_tokens")
     number = len(prompts) * (request.n or 1)
     if number > batcher.rows + batcher.queue:
-        raise ApiError(400, f"So many texts at a time ({number}) never fit.", "n")
+        blamed = param if len(prompts) > 1 else "n"
+        raise ApiError(400, f"So many texts at a time ({number}) never fit.", blamed)
     try:
-        return Choices(batcher, prompts, request, limit, limits.max_seconds, logprobs)
+        return Choices(batcher, prompts, request, limit, limits.max_seconds, logprobs, echoes)
     except QueueFull as error:
         raise busy(error) from None
-    except Closed:
-        message = "The model was unloaded at this moment; try again."
-        raise ApiError(503, message, "model", headers={"Retry-After": "1"}) from None
 
 
 def usage(choices: Choices) -> dict[str, int]:
@@ -266,10 +330,9 @@ async def respond(
 
     async def collect() -> None:
         async with aclosing(pieces):
-            async for index, text, token, ending in pieces:
+            async for index, text, new, ending in pieces:
                 texts[index] += text
-                if token is not None:
-                    tokens[index].append(token)
+                tokens[index] += new
                 if ending is not None:
                     endings[index] = ending
 
@@ -302,9 +365,8 @@ async def stream(
         async with aclosing(pieces):
             for choice in form.opening(choices.number):
                 yield event([choice])
-            async for index, text, token, ending in pieces:
-                if token is not None:
-                    held[index].append(token)
+            async for index, text, new, ending in pieces:
+                held[index] += new
                 if text or ending:
                     yield event([form.chunk(index, text, held[index], ending)])
                     held[index] = []

@@ -37,8 +37,11 @@ class ApiError(Exception):
 
 
 def explain_validation(error: RequestValidationError) -> ApiError:
-    """What is wrong with a request's parameters: the first of all."""
-    found = error.errors()[0]
+    """What is wrong with a request's parameters: the first of all.
+
+    Of a parameter of several kinds, what is wrong with it as the one that it resembles most.
+    """
+    found = max(error.errors(), key=lambda one: len(one["loc"]))
     if found["type"] == "json_invalid":
         return ApiError(400, f"The body is not valid JSON: {found['ctx']['error']}.")
     if found["loc"] == ("body",):
@@ -54,6 +57,9 @@ def explain_validation(error: RequestValidationError) -> ApiError:
     if found["type"] == "missing":
         message = f"Missing required parameter: '{name}'."
         return ApiError(400, message, param, "missing_required_parameter")
+    if found["type"] == "unsupported":
+        message = f"Unsupported value: '{name}' {found['msg']} here."
+        return ApiError(400, message, param, "unsupported_value")
     return ApiError(400, f"Invalid '{name}': {found['msg']}.", param, "invalid_value")
 
 

@@ -1,11 +1,12 @@
 """How texts are told by each of the two kinds of request."""
 
+import codecs
 import time
 import uuid
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..batcher import Token
@@ -66,7 +67,9 @@ class ChatFormat:
     ) -> dict[str, Any]:
         told = None
         if self.logprobs:
-            told = {"content": [self._token(t) for t in tokens], "refusal": None}
+            end = self.talker.tokenizer.eos_token_id  # no part of the message
+            written = [self._token(token) for token in tokens if token.token != end]
+            told = {"content": written, "refusal": None}
         return {
             "index": index,
             kind: said,
@@ -94,14 +97,12 @@ class CompletionFormat:
     def __init__(self, talker: Talker, request: CompletionRequest):
         self.talker = talker
         self.logprobs = request.logprobs is not None
-        repeated = [text for text in request.prompts() for _ in range(request.n or 1)]
-        self.echoed = [text if request.echo else "" for text in repeated]
-        self.ends = [len(text) for text in self.echoed]  # of each text, as far as it was told
         self.head = make_head("cmpl", "text_completion", request.model)
+        self._offsets: dict[int, TextOffsets] = {}  # of each text's tokens
 
     def opening(self, number: int) -> list[dict[str, Any]]:
         """What a stream of so many texts begins with."""
-        return [self.chunk(i, text, [], None) for i, text in enumerate(self.echoed) if text]
+        return []
 
     def chunk(
         self, index: int, text: str, tokens: Sequence[Token], ending: str | None
@@ -112,17 +113,52 @@ class CompletionFormat:
 
     def whole(self, index: int, text: str, tokens: Sequence[Token], ending: str) -> dict[str, Any]:
         """A text that is not streamed."""
-        return self.chunk(index, self.echoed[index] + text, tokens, ending)
+        return self.chunk(index, text, tokens, ending)
 
     def _tokens(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
-        texts = [token_text(self.talker, token.token)[0] for token in tokens]
-        *offsets, self.ends[index] = accumulate(map(len, texts), initial=self.ends[index])
+        if index not in self._offsets:
+            self._offsets[index] = TextOffsets(self.talker.tokenizer)
+        told = [(token, *token_text(self.talker, token.token)) for token in tokens]
         return {
-            "tokens": texts,
-            "token_logprobs": [max(token.logprob, LEAST) for token in tokens],
-            "top_logprobs": [
-                {token_text(self.talker, n)[0]: max(p, LEAST) for n, p in token.likeliest}
-                for token in tokens
+            "tokens": [text for _, text, _ in told],
+            "token_logprobs": [
+                None if token.logprob is None else max(token.logprob, LEAST) for token in tokens
             ],
-            "text_offset": offsets,
+            "top_logprobs": [self._likeliest(token) for token in tokens],
+            "text_offset": [self._offsets[index].add(token.token, raw) for token, _, raw in told],
         }
+
+    def _likeliest(self, token: Token) -> dict[str, float] | None:
+        """The likeliest tokens and the one that is there, by their texts."""
+        if token.logprob is None:
+            return None
+        told: dict[str, float] = {}
+        for number, logprob in [*token.likeliest, (token.token, token.logprob)]:
+            # Parts of characters share a text, �: that of the likeliest stays.
+            told.setdefault(token_text(self.talker, number)[0], max(logprob, LEAST))
+        return told
+
+
+class TextOffsets:
+    """Where the tokens of a text begin in it, in characters.
+
+    Args:
+        tokenizer: of the tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        added = tokenizer.added_tokens_decoder
+        self._special = {number for number, token in added.items() if token.special}
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._characters = 0  # that are whole
+
+    def add(self, token: int, raw: Sequence[int]) -> int:
+        """Where the next token begins, of these bytes: a part of a character, where that does."""
+        if token in self._special:  # no text holds it
+            return self._characters
+        is_part = bool(raw) and raw[0] & 0xC0 == 0x80
+        if not is_part:  # what came before it stays a part of a character: a � of its own
+            self._characters += len(self._decoder.decode(b"", final=True))
+        begin = self._characters
+        self._characters += len(self._decoder.decode(bytes(raw)))
+        return begin

@@ -26,16 +26,23 @@ class Loader:
     async def get(self, name: str) -> Batcher:
         """The batcher of a model; requests for one that is being loaded wait for the same load.
 
+        Of one in memory whose files have changed, the request that finds it so waits for the new
+        one, those that come meanwhile get the old one.
+
         Raises:
             UnknownModel: if there is none of that name.
             QueueFull: if as many requests wait already as could be written and wait.
             UserError: if it cannot be loaded.
         """
-        if (batcher := self.pool.find_loaded(name)) is not None:
-            return batcher
-        if name not in await asyncio.to_thread(self.pool.offers):
+        batcher = self.pool.find_loaded(name)
+        full = self.waiting >= self.pool.rows + self.pool.queue
+        if batcher is not None:
+            outdated = await asyncio.to_thread(self.pool.is_outdated, name)
+            if not outdated or full or name in self._loads:
+                return batcher
+        elif name not in await asyncio.to_thread(self.pool.offers):
             raise UnknownModel(name)
-        if self.waiting >= self.pool.rows + self.pool.queue:
+        elif full:
             raise QueueFull(10.0)
         if name not in self._loads:
             loop = asyncio.get_running_loop()

@@ -46,7 +46,7 @@ class Metrics:
             ("models", "Models in memory", lambda b: 1),
         ):
             gauge = Gauge(f"minimind_{name}", text, registry=self.registry)
-            gauge.set_function(lambda count=count: sum(map(count, list(pool.batchers.values()))))
+            gauge.set_function(lambda count=count: sum(map(count, pool.batchers())))
 
     async def watch(self, choices: Choices, began: float) -> AsyncIterator[Piece]:
         """The pieces of a request that came at `began`, by `time.perf_counter`, counted."""
@@ -55,7 +55,7 @@ class Metrics:
         try:
             async with aclosing(choices.pieces()) as pieces:
                 async for piece in pieces:
-                    if first:
+                    if first and (choices.written or piece.ending):  # not a prompt's
                         self._first.observe(time.perf_counter() - began)
                         first = False
                     yield piece

@@ -1,12 +1,23 @@
 """Requests of OpenAI's API, as far as this project understands them.
 
-https://platform.openai.com/docs/api-reference/chat/create and …/completions/create. A parameter
-that is not here is refused by name. Beyond OpenAI's there are top_k, min_p and repetition_penalty.
+https://platform.openai.com/docs/api-reference/chat/create and …/completions/create. What would
+change the answer and is not offered is refused by name, unless it is null, empty or at its default;
+what would not change it is taken and not used. Beyond OpenAI's parameters there are top_k, min_p
+and repetition_penalty.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from model import Sampling
 
@@ -24,23 +35,64 @@ Text = Annotated[str, AfterValidator(encodable)]
 StopText = Annotated[Text, Field(min_length=1, max_length=256)]
 
 
-class TextPart(BaseModel):
+def only(*values: Any) -> Any:
+    """The type of a parameter that is not offered: null, or one of the values that do nothing."""
+
+    def check(value: Any) -> Any:
+        taken = [None, *values]
+        if not any(type(value) is type(one) and value == one for one in taken):
+            allowed = " or ".join(json.dumps(one) for one in taken)
+            raise PydanticCustomError("unsupported", "may only be {allowed}", {"allowed": allowed})
+        return value
+
+    return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": [None, *values]})]
+
+
+class Part(BaseModel):
+    """A part of a conversation.
+
+    Clients send answers back with all fields that some server gave them: one that is null or empty
+    says nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_empty(cls, fields: Any) -> Any:
+        """Leave out what is empty and has no meaning here."""
+        if not isinstance(fields, dict):
+            return fields
+        return {
+            name: value
+            for name, value in fields.items()
+            if name in cls.model_fields or value not in (None, "", [], {})
+        }
+
+
+class TextPart(Part):
     """A part of a message's content; only text is understood."""
 
-    model_config = ConfigDict(extra="forbid")
     type: Literal["text"]
     text: Text
+    prompt_cache_breakpoint: dict[str, Any] | None = None  # prompts are cached without it
 
 
-class Message(BaseModel):
+class Message(Part):
     """A message of a conversation."""
 
-    model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
     name: str | None = None  # of the speaker; the chat format has no place for it
-    refusal: str | None = None
-    annotations: list[Any] | None = None
+    annotations: list[Any] | None = None  # where an answer's facts come from: no part of its text
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_content(cls, fields: Any) -> Any:
+        """An answer may have no content, which is an empty one."""
+        if isinstance(fields, dict) and fields.get("role") == "assistant":
+            return {**fields, "content": "" if (c := fields.get("content")) is None else c}
+        return fields
 
     def record(self) -> dict[str, str]:
         """As the chat format has it."""
@@ -55,8 +107,8 @@ class StreamOptions(BaseModel):
     """What a stream tells besides."""
 
     model_config = ConfigDict(extra="forbid")
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class ResponseFormat(BaseModel):
@@ -84,7 +136,16 @@ class Request(BaseModel):
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    logit_bias: only({}) = None
     user: str | None = None  # names a user to OpenAI; not needed here
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_null(cls, fields: Any) -> Any:
+        """A parameter that is null was left out, also one that is not known here."""
+        if not isinstance(fields, dict):
+            return fields
+        return {n: v for n, v in fields.items() if n in cls.model_fields or v is not None}
 
     def sampling(self) -> Sampling:
         """How tokens are chosen; temperature 0 takes the likeliest."""
@@ -113,15 +174,51 @@ class ChatRequest(Request):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
+    # Not offered:
+    audio: only({}) = None
+    function_call: only("none", "auto") = None
+    functions: only([]) = None
+    modalities: only([], ["text"]) = None
+    moderation: only({}) = None
+    reasoning_effort: only("none") = None
+    store: only(False) = None
+    tool_choice: only("none", "auto") = None
+    tools: only([]) = None
+    verbosity: only("medium") = None
+    web_search_options: only() = None  # an empty one asks for a search
+    # Not used, for they change no answer:
+    metadata: dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    prediction: dict[str, Any] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+
+
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 class CompletionRequest(Request):
     """POST /v1/completions."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=16)]
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1)]
+        | Ids
+        | Annotated[list[Ids], Field(min_length=1)]
+        | None
+    )
+    max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
+    # Not offered:
+    best_of: only(1) = None
+    suffix: only("") = None
 
-    def prompts(self) -> list[str]:
-        """The beginnings of texts."""
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The beginnings of texts, as texts or as ids; null begins a document, as "" does."""
+        if self.prompt is None or isinstance(self.prompt, str):
+            return [self.prompt or ""]
+        return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
