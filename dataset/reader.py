@@ -13,6 +13,7 @@ HEAD_BYTES = 1 << 16  # looked at to tell what a file is
 CHUNK_BYTES = 1 << 20
 
 _BOM = b"\xef\xbb\xbf"
+_BACKSLASH = ord("\\")
 
 Record = tuple[int, bytes]  # the line that it begins on, from 1, and its JSON
 
@@ -76,16 +77,14 @@ def _read_lines(path: Path) -> Iterator[Record]:
     with path.open("rb", buffering=CHUNK_BYTES) as file:
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
-            if number == 1:
-                line = line.removeprefix(_BOM)
-            if line.strip():
-                yield number, line
+            record = line.removeprefix(_BOM) if number == 1 else line
+            if record.strip():
+                yield number, record
             while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
                 line = file.readline(MAX_LINE_BYTES + 1)
 
 
-# What tells where the elements of an array begin. A "\" at the end of what was read stands alone.
-_TOKEN = re.compile(rb'\\[^\n]?|["\n,\[\]{}]')
+_TOKEN = re.compile(rb'[",\[\]{}]')  # what tells where the elements of an array begin
 
 
 def _read_array(path: Path) -> Iterator[Record]:
@@ -98,44 +97,59 @@ def _read_array(path: Path) -> Iterator[Record]:
         buffer = file.read(HEAD_BYTES)
         start = position = buffer.index(b"[") + 1  # of the element, and of the next token
         line = 1 + buffer.count(b"\n", 0, start)  # that of `start`
-        depth, in_string = 1, False
-        while True:
-            for token in _TOKEN.finditer(buffer, position):
-                text, position = token[0], token.end()
-                if in_string:
-                    in_string = text != b'"'
-                    if text == b"\n":
-                        at = line + buffer.count(b"\n", start, token.start())
-                        raise DataError(
-                            f"{path}:{at}: broken JSON: a string without an end; where the array "
-                            "goes on cannot be told"
-                        )
-                    if text == b"\\" and position == len(buffer):
-                        position -= 1  # it escapes the byte that is read next
-                elif text == b'"':
-                    in_string = True
-                elif text in (b"[", b"{"):
-                    depth += 1
-                elif text in (b"]", b"}"):
-                    depth -= 1
-                if depth == 0 or (depth == 1 and text == b"," and not in_string):
-                    element = buffer[start : token.start()]
-                    if element.strip():
-                        yield _first_line(element, line), element.strip()
-                    line += element.count(b"\n")
-                    start = position
-                    if depth == 0:
-                        _check_rest(path, line, buffer[position:], file)
-                        return
-            if len(buffer) - start > MAX_LINE_BYTES:
-                reason = f"longer than {MAX_LINE_BYTES:,} bytes"
-                break
-            chunk = file.read(max(CHUNK_BYTES, len(buffer) - start))
-            if not chunk:
-                reason = "the array does not end after this; truncated, or a bracket is missing"
-                break
-            buffer, position, start = buffer[start:] + chunk, position - start, 0
-        raise DataError(f"{path}:{_first_line(buffer[start:], line)}: {reason}")
+        depth = 1
+        while depth > 0:
+            token = _TOKEN.search(buffer, position)
+            position = token.start() if token else len(buffer)
+            if token and token[0] == b'"':
+                end = _end_of_string(buffer, position)
+                newline = buffer.find(b"\n", position, end)
+                if newline >= 0:
+                    at = line + buffer.count(b"\n", start, newline)
+                    raise DataError(
+                        f"{path}:{at}: broken JSON: a string without an end; where the array goes "
+                        "on cannot be told"
+                    )
+                if end < len(buffer):
+                    position = end + 1
+                    continue
+            if position == len(buffer) or token[0] == b'"':  # the next token is not read yet
+                chunk = file.read(max(CHUNK_BYTES, len(buffer) - start))
+                reason = (
+                    ""
+                    if chunk
+                    else "the array does not end after this; truncated, or a bracket is missing"
+                )
+                if len(buffer) - start > MAX_LINE_BYTES:
+                    reason = f"longer than {MAX_LINE_BYTES:,} bytes"
+                if reason:
+                    raise DataError(f"{path}:{_first_line(buffer[start:], line)}: {reason}")
+                buffer, position, start = buffer[start:] + chunk, position - start, 0
+                continue
+            position += 1
+            if token[0] in (b"[", b"{"):
+                depth += 1
+            elif token[0] in (b"]", b"}"):
+                depth -= 1
+            if depth == 0 or (depth == 1 and token[0] == b","):
+                element = buffer[start : position - 1]
+                if element.strip():
+                    yield _first_line(element, line), element.strip()
+                line += element.count(b"\n")
+                start = position
+        _check_rest(path, line, buffer[position:], file)
+
+
+def _end_of_string(buffer: bytes, start: int) -> int:
+    """Where the quote is that ends the string whose first one is at `start`, or `len(buffer)`."""
+    end = start
+    while (end := buffer.find(b'"', end + 1)) >= 0:
+        first = end
+        while buffer[first - 1] == _BACKSLASH:
+            first -= 1
+        if (end - first) % 2 == 0:
+            return end
+    return len(buffer)
 
 
 def _check_rest(path: Path, line: int, rest: bytes, file: BinaryIO) -> None:
