@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from dataset import DataError, RecordError, parse_chat
+from dataset import DataError, RecordError, parse_chat, read_records
 from inference import Talker, WeightSpec, load_talker
 from inference.answers import answer_file
 from inference.conversations import Talk
@@ -29,6 +29,7 @@ from inference.scoring import score
 from training import (
     ROOT,
     UserError,
+    add_skip_bad_lines,
     count,
     count_or_zero,
     find_processes,
@@ -132,9 +133,7 @@ def parse_args() -> argparse.Namespace:
         "--score", type=user_path, metavar="DATA", help="score the model on texts or conversations"
     )
     instead.add_argument("--batch_size", type=count, default=16, help="lines at a time")
-    instead.add_argument(
-        "--skip_bad_lines", action=flag, default=False, help="go on without lines that have errors"
-    )
+    add_skip_bad_lines(instead)
     args = parser.parse_args()
     for name in ("prompt", "system"):
         if (text := getattr(args, name)) is not None:  # a command line may hold stray bytes
@@ -281,16 +280,16 @@ class Chat:
         print(f"saved {path}")
 
     def load(self, path: Path) -> None:
-        """Go on with a saved conversation, or another one on the first line of a file."""
+        """Go on with a saved conversation, or another one that a file begins with."""
         try:
-            with path.open("rb") as file:
-                messages, tools = parse_chat(file.readline())
-        except OSError as error:
-            raise UserError(f"/load {path}: {error.strerror}") from None
+            number, line = next(read_records(path), (1, b""))
+            messages, tools = parse_chat(line)
+        except DataError as error:
+            raise UserError(f"/load {error}") from None
         except RecordError as error:
-            raise UserError(f"/load {path}:1: {error}") from None
+            raise UserError(f"/load {path}:{number}: {error}") from None
         if messages[-1]["role"] != "assistant":
-            raise UserError(f"/load {path}:1: it does not end with an answer")
+            raise UserError(f"/load {path}:{number}: it does not end with an answer")
         system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
         self.talk = Talk(system, messages=messages, tools=tools)
         print(f"{len(messages)} messages")

@@ -5,12 +5,13 @@ from .chat import ChatEncoder, render_chat
 from .lm_dataset import PretrainDataset, RLAIFDataset, SFTDataset
 from .packing import PackedRows, PaddedRows, RowBatches, collate, make_loader
 from .preference import DPODataset, PairRows, collate_pairs
+from .reader import check_file, read_records
 from .records import (
+    FEW_BAD_LINES,
     BadLines,
     Conversation,
     DataError,
     RecordError,
-    check_file,
     parse_chat,
     parse_preference,
     parse_question,
@@ -20,6 +21,7 @@ from .teacher import TeacherRows, collate_taught
 from .token_store import tokenizer_hash
 
 __all__ = [
+    "FEW_BAD_LINES",
     "BadLines",
     "ChatEncoder",
     "Conversation",
@@ -45,6 +47,7 @@ __all__ = [
     "parse_preference",
     "parse_question",
     "parse_text",
+    "read_records",
     "render_chat",
     "tokenizer_hash",
 ]

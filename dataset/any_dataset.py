@@ -1,10 +1,10 @@
-"""Open a JSONL file of either kind, whichever it is."""
+"""Open a data file of either kind, whichever it is."""
 
 from pathlib import Path
 from typing import Any
 
 from .lm_dataset import PretrainDataset, SFTDataset
-from .records import check_file
+from .reader import read_records
 
 
 def open_dataset(
@@ -13,7 +13,7 @@ def open_dataset(
     max_length: int,
     *,
     cache_dir: str | Path | None = None,
-    skip_bad_lines: bool = False,
+    skip_bad_lines: float = 0.0,
 ) -> PretrainDataset | SFTDataset:
     """The samples of a file, whichever `dataset_kind` it is.
 
@@ -31,17 +31,12 @@ def open_dataset(
 
 
 def dataset_kind(path: str | Path) -> type[PretrainDataset] | type[SFTDataset]:
-    """What a file holds: texts if its first line has a "text", else conversations.
-
-    Blank lines do not count: what is wrong with them is told of either kind.
+    """What a file holds: texts if its first record has a "text", else conversations.
 
     Raises:
-        DataError: if there is no such file.
+        DataError: as `read_records`.
     """
-    path = Path(path)
-    check_file(path)
-    with path.open("rb") as file:
-        first = next((line for line in file if line.strip()), b"")
-    # A bad line of either kind must be named as what it is.
+    _, first = next(read_records(Path(path)), (0, b""))
+    # A bad record of either kind must be named as what it is.
     is_chat = any(name in first for name in (b'"conversations"', b'"messages"', b'"instruction"'))
     return PretrainDataset if b'"text"' in first and not is_chat else SFTDataset

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jinja2 import TemplateError
 
-from .records import DataError, RecordError, parse_chat
-from .token_store import WEIGHT_DTYPE, Encoded, TextTokenizer
+from .records import DataError, RecordError, is_empty_answer, parse_chat
+from .token_store import WEIGHT_DTYPE, Encoded, Parsed, TextTokenizer
 
-FORMAT_VERSION = 1  # of the ids and of the tables that dataset.turns derives from them
+FORMAT_VERSION = 2  # of the ids and of the tables that dataset.turns derives from them
 
 _BEFORE_TOOLS = "You can call these tools, described by one JSON schema per line:\n"
 _AFTER_TOOLS = (
@@ -130,6 +130,7 @@ class ChatEncoder:
     """
 
     weighted = True
+    counted: tuple[str, ...] = ("empty_answers",)
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = TextTokenizer(tokenizer)
@@ -154,14 +155,21 @@ class ChatEncoder:
         """(largest id + 1,) int64, the UTF-8 bytes of text that each id stands for."""
         return self._tokenizer.byte_counts()
 
-    def parse(self, line: bytes) -> tuple[list[Piece], int]:
+    def parse(self, line: bytes) -> Parsed:
         """The pieces of the conversation on a line, and the UTF-8 bytes of text to be learnt.
 
-        Raises RecordError.
+        Empty answers are not learnt, and those that would have been are counted. Raises
+        RecordError.
         """
-        pieces = self.check_control(render_chat(*parse_chat(line)))
+        messages, tools = parse_chat(line)
+        n_empty = 0
+        for message in messages:
+            if is_empty_answer(message) and message.get("weight", 1) > 0:
+                message["weight"] = 0.0
+                n_empty += 1
+        pieces = self.check_control(render_chat(messages, tools))
         learnt = [p.text for p in pieces if p.weight > 0 and not p.is_control]
-        return pieces, sum(len(text.encode("utf-8")) for text in learnt)
+        return Parsed(pieces, sum(len(text.encode("utf-8")) for text in learnt), (n_empty,))
 
     def check_control(self, pieces: list[Piece]) -> list[Piece]:
         """The same pieces. Raises RecordError if they need a token that the tokenizer lacks."""

@@ -20,6 +20,7 @@ from .token_store import (
     ArrayWriter,
     Encoded,
     Encoder,
+    Parsed,
     TextTokenizer,
     TokenStore,
 )
@@ -36,6 +37,7 @@ class TextEncoder:
     """`{"text"}` lines to documents `<s>` text `</s>`."""
 
     weighted = False
+    counted = ()
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = TextTokenizer(tokenizer)
@@ -45,10 +47,10 @@ class TextEncoder:
         self.dtype = self._tokenizer.dtype
         self.key = f"pretrain {self._bos} {self._eos} {self._tokenizer.hash}"
 
-    def parse(self, line: bytes) -> tuple[str, int]:
+    def parse(self, line: bytes) -> Parsed:
         """The text of a line and its UTF-8 bytes. Raises RecordError."""
         text = parse_text(line)
-        return text, len(text.encode("utf-8"))
+        return Parsed(text, len(text.encode("utf-8")))
 
     def encode(self, records: Sequence[str]) -> Encoded:
         """Ids of the documents, `<s>` and `</s>` included."""
@@ -81,7 +83,7 @@ class StoredDataset(Dataset, ABC):
         options: str,
         *,
         cache_dir: str | Path | None,
-        skip_bad_lines: bool,
+        skip_bad_lines: float,
     ) -> None:
         if max_length < 2:
             raise ValueError(f"max_length is {max_length}; an item needs at least two ids")
@@ -166,7 +168,7 @@ class StoredDataset(Dataset, ABC):
 
     @property
     def notes(self) -> list[str]:
-        """What is missing of the file, a line for each kind of it; empty if all is used."""
+        """What is to be known of the file, a line for each: its bad lines that are left out."""
         bad = self.n_bad_lines
         return [f"{bad:,} bad lines of the file left out"] if bad else []
 
@@ -203,7 +205,7 @@ class PretrainDataset(StoredDataset):
         max_length: int,
         *,
         cache_dir: str | Path | None = None,
-        skip_bad_lines: bool = False,
+        skip_bad_lines: float = 0.0,
     ) -> None:
         super().__init__(
             path,
@@ -301,6 +303,7 @@ class ChatDataset(StoredDataset):
         INDEX_DTYPE,
     )
     _SUMS = ("unanswered_turns", "dropped_turns", "cut_answers")
+    _COUNTED: tuple[str, ...] = ()  # what the encoder counts and the notes name
     _REASONS = {
         "unanswered_turns": "last turns left out: nobody answers them",
         "dropped_turns": "turns left out: their conversations are longer than --max_seq_len",
@@ -316,7 +319,7 @@ class ChatDataset(StoredDataset):
         options: str,
         *,
         cache_dir: str | Path | None,
-        skip_bad_lines: bool,
+        skip_bad_lines: float,
     ) -> None:
         super().__init__(
             path,
@@ -347,14 +350,14 @@ class ChatDataset(StoredDataset):
         """What is missing of the file's conversations, bad lines aside.
 
         `unanswered_turns` at the end; `dropped_turns`, the oldest of what is too long;
-        `cut_answers`; and `left_out`, the conversations without an item.
+        `cut_answers`; what the encoder counts; and `left_out`, the conversations without an item.
         """
         meta = self._items.meta
-        return {name: meta[name] for name in (*ChatDataset._SUMS, "left_out")}
+        return {name: meta[name] for name in (*ChatDataset._SUMS, *self._COUNTED, "left_out")}
 
     @property
     def notes(self) -> list[str]:
-        """What is missing of the file: its bad lines, and each count that is not 0."""
+        """What is to be known of the file: its bad lines, and each count that is not 0."""
         counts = self.counts
         missing = [f"{counts[name]:,} {why}" for name, why in self._REASONS.items() if counts[name]]
         return [*super().notes, *missing]
@@ -410,7 +413,8 @@ class ChatDataset(StoredDataset):
 
     def _build_items(self, folder: Path, documents: np.ndarray) -> dict[str, Any]:
         kept = self._kept.arrays
-        meta: dict[str, Any] = dict.fromkeys((*self._SUMS, "left_out", "positions"), 0)
+        sums = (*self._SUMS, *self._COUNTED, "left_out", "positions")
+        meta: dict[str, Any] = dict.fromkeys(sums, 0)
         with ArrayWriter(folder, documents=INDEX_DTYPE) as writer:
             for start in range(0, len(documents), CHUNK):
                 chunk = documents[start : start + CHUNK]
@@ -420,6 +424,8 @@ class ChatDataset(StoredDataset):
                 meta["positions"] += int(self._kept_ids(used).sum()) - len(used)
                 for name in self._SUMS:
                     meta[name] += kept[name][chunk].sum().item()
+                for name in self._COUNTED:
+                    meta[name] += int(self.store.counts(name)[chunk].sum())
         return {"arrays": writer.description(), **meta}
 
 
@@ -429,7 +435,8 @@ class SFTDataset(ChatDataset):
     The targets are all tokens of the assistant's messages and the `</s>` after each. Of a longer
     conversation than `max_length` ids, the oldest turns are left out, each whole, and if the last
     one alone is still too long, the end of its answer is cut off. The system message stays. A
-    conversation of which nothing to learn remains has no item.
+    conversation of which nothing to learn remains has no item. An answer without text, reasoning
+    and calls is not learnt, `</s>` included.
 
     `dataset[i]` is `(X, Y, loss_mask)`, each (len,): `X = ids[:-1]` and `Y = ids[1:]` int64,
     `loss_mask` float32, the weight of each target and 0 elsewhere.
@@ -446,6 +453,8 @@ class SFTDataset(ChatDataset):
 
     _COLUMNS = {**ChatDataset._COLUMNS, "targets": INDEX_DTYPE, "text_bytes": _SUM_DTYPE}
     _SUMS = (*ChatDataset._SUMS, "targets", "text_bytes")
+    _COUNTED = ("empty_answers",)
+    _REASONS = {**ChatDataset._REASONS, "empty_answers": "empty answers not learnt"}
 
     def __init__(
         self,
@@ -454,7 +463,7 @@ class SFTDataset(ChatDataset):
         max_length: int,
         *,
         cache_dir: str | Path | None = None,
-        skip_bad_lines: bool = False,
+        skip_bad_lines: float = 0.0,
         max_turns: int | None = None,
         loss_weighting: Literal["token", "sample"] = "token",
     ) -> None:
@@ -539,7 +548,7 @@ class RLAIFDataset(ChatDataset):
         max_length: int,
         *,
         cache_dir: str | Path | None = None,
-        skip_bad_lines: bool = False,
+        skip_bad_lines: float = 0.0,
     ) -> None:
         encoder = ChatEncoder(tokenizer)
         super().__init__(

@@ -12,7 +12,7 @@ from .chat import ChatEncoder, Piece, render_chat
 from .lm_dataset import CHUNK, ChatDataset
 from .packing import collate, make_row
 from .records import parse_preference
-from .token_store import INDEX_DTYPE, ArrayFolder, ArrayWriter, Encoded
+from .token_store import INDEX_DTYPE, ArrayFolder, ArrayWriter, Encoded, Parsed
 from .turns import Kept, Turns, keep_replies
 
 SIDES = ("chosen", "rejected")
@@ -26,21 +26,24 @@ class PreferenceEncoder(ChatEncoder):
     The targets are the assistant's tokens after the messages that both share.
     """
 
+    counted = ("tied_scores", "inverted_scores")
+
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer)
         self.key = f"preference {PAIR_VERSION} {self.key}"
 
-    def parse(self, line: bytes) -> tuple[tuple[list[Piece], list[Piece]], int]:
+    def parse(self, line: bytes) -> Parsed:
         """The pieces of both conversations; no text is counted, as no score is by its bytes.
 
-        Raises RecordError.
+        Counted are scores that do not prefer the chosen reply. Raises RecordError.
         """
         pair = parse_preference(line)
         sides = []
         for messages in (pair.chosen, pair.rejected):
             scored = [{**m, "weight": float(i >= pair.shared)} for i, m in enumerate(messages)]
             sides.append(self.check_control(render_chat(scored, pair.tools)))
-        return tuple(sides), 0
+        chosen, rejected = pair.scores or (1, 0)
+        return Parsed(tuple(sides), 0, (int(chosen == rejected), int(chosen < rejected)))
 
     def encode(self, records: Sequence[Sequence[Sequence[Piece]]]) -> Encoded:
         """Ids and weights of the conversations, two for each record."""
@@ -66,10 +69,13 @@ class DPODataset(ChatDataset):
 
     _COLUMNS = {**ChatDataset._COLUMNS, "targets": INDEX_DTYPE}
     _SUMS = (*ChatDataset._SUMS, "targets")
+    _COUNTED = PreferenceEncoder.counted
     _REASONS = {
         "dropped_turns": "turns of prompts left out: longer than --max_prompt_length",
         "cut_answers": "replies cut: longer than --max_completion_length",
         "left_out": "pairs left out: their last turn is longer than --max_prompt_length",
+        "tied_scores": "pairs whose two scores are equal",
+        "inverted_scores": "pairs whose rejected reply has the higher score",
     }
 
     def __init__(
@@ -80,7 +86,7 @@ class DPODataset(ChatDataset):
         max_completion_length: int,
         *,
         cache_dir: str | Path | None = None,
-        skip_bad_lines: bool = False,
+        skip_bad_lines: float = 0.0,
     ) -> None:
         self.max_prompt_length = max_prompt_length
         self.max_completion_length = max_completion_length
@@ -146,7 +152,8 @@ class DPODataset(ChatDataset):
     def _build_items(self, folder: Path, documents: np.ndarray) -> dict[str, Any]:
         """The array `documents` holds the pairs; sums are of both sides, of turns of the first."""
         kept = self._kept.arrays
-        meta: dict[str, Any] = dict.fromkeys((*self._SUMS, "left_out", "positions"), 0)
+        sums = (*self._SUMS, *self._COUNTED, "left_out", "positions")
+        meta: dict[str, Any] = dict.fromkeys(sums, 0)
         with ArrayWriter(folder, documents=INDEX_DTYPE) as writer:
             for start in range(0, len(documents), CHUNK):
                 pairs = documents[start : start + CHUNK]
@@ -155,6 +162,8 @@ class DPODataset(ChatDataset):
                 writer.append("documents", pairs[fits])
                 meta["left_out"] += int((~fits).sum())
                 meta["dropped_turns"] += int(kept["dropped_turns"][sides[0][fits]].sum())
+                for name in self._COUNTED:
+                    meta[name] += int(self.store.counts(name)[sides[0][fits]].sum())
                 for side in sides:
                     used = side[fits]
                     meta["cut_answers"] += int(kept["cut_answers"][used].sum())

@@ -1,24 +1,23 @@
-"""Read and check one line of a JSONL file.
+"""Read and check one record of a data file, which `dataset.reader` finds.
 
-A line that cannot be used raises `RecordError` with the reason alone; whoever reads the file knows
-its name and the line's number, collects both in `BadLines`, and tells the user through `DataError`.
+A record that cannot be used raises `RecordError` with the reason alone; whoever reads the file
+knows its name and the record's line, collects both in `BadLines`, and tells the user through
+`DataError`.
 """
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+MAX_LINE_BYTES = 1 << 30
 SHOWN_BAD_LINES = 10
+FEW_BAD_LINES = 0.1  # the share up to which --skip_bad_lines needs no number
 MAX_WEIGHT = 1e6  # what is above is a mistake, and may not fit a float32
 
 _BOM = "\ufeff"
 _ESCAPE_LENGTH = len("\\u0000")
-_MAGIC = {
-    b"\x1f\x8b": "compressed with gzip, not plain JSON lines; unpack it first",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd, not plain JSON lines; unpack it first",
-    b"\xff\xfe": "encoded in UTF-16; save it as UTF-8",
-}
 _ROLES = {
     "system": "system",
     "user": "user",
@@ -27,8 +26,17 @@ _ROLES = {
     "gpt": "assistant",
     "function_call": "assistant",
     "tool": "tool",
+    "function": "tool",
     "observation": "tool",
 }
+# Fields of a message that are false or 0 where its tokens must not be learnt.
+_LEARN_FLAGS = ("train", "training", "loss", "loss_mask")
+# Fields of a preference pair that rate the chosen and the rejected reply.
+_SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+)
 # The roles that a message may follow; a tool message follows a call.
 _FOLLOWS = {"system": (None,), "user": (None, "system", "assistant"), "assistant": ("user", "tool")}
 
@@ -47,40 +55,38 @@ class DataError(Exception):
 
 @dataclass
 class BadLines:
-    """The number of bad lines of a file, and the first ten of them as (line number, reason)."""
+    """The number of bad lines of a file, and the first ten of them as (line number, reason).
+
+    `total` is the number of all its records, good ones too; blank lines are none.
+    """
 
     count: int = 0
     first: list[tuple[int, str]] = field(default_factory=list)
+    total: int = 0
 
     def add(self, line_number: int, reason: str) -> None:
-        """Note one bad line; line numbers start at 1."""
+        """Note one bad line; line numbers start at 1. The total stays as it is."""
         self.count += 1
         if len(self.first) < SHOWN_BAD_LINES:
             self.first.append((line_number, reason))
 
-    def report(self, path: Path) -> str:
-        """`file:line: reason` for each of the first ten, then the total and the way out."""
-        lines = [f"{path}:{number}: {reason}" for number, reason in self.first]
-        total = "1 bad line" if self.count == 1 else f"{self.count:,} bad lines"
-        return "\n".join([*lines, f"{path}: {total}; --skip_bad_lines goes on without"])
+    def check(self, path: Path, skip_bad_lines: float) -> None:
+        """Raise DataError if more than the share `skip_bad_lines` of the file's lines is bad.
 
-
-def check_file(path: Path) -> None:
-    """Raise DataError for a file that is missing, not a file, empty, or not plain text at all."""
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder; name a JSONL file")
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        with path.open("rb") as file:
-            head = file.read(4)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    if not head:
-        raise DataError(f"{path}: is empty")
-    for magic, reason in _MAGIC.items():
-        if head.startswith(magic):
-            raise DataError(f"{path}:1: {reason}")
+        It names the first ten as `file:line: reason`, then the total, and the way out if that does
+        not lose most of the file.
+        """
+        share = self.count / max(1, self.total)
+        if share <= skip_bad_lines:
+            return
+        last = f"{path}: {self.count:,} of {self.total:,} lines are bad"
+        if share <= FEW_BAD_LINES and not skip_bad_lines:
+            last += "; --skip_bad_lines goes on without them"
+        elif share <= 0.5:
+            last += f"; --skip_bad_lines {math.ceil(100 * share) / 100} goes on without them"
+        else:
+            last += ", most of the file"
+        raise DataError("\n".join([*(f"{path}:{n}: {why}" for n, why in self.first), last]))
 
 
 def parse_text(line: bytes) -> str:
@@ -113,12 +119,14 @@ class Preference(NamedTuple):
 
     `chosen` and `rejected` are messages as those of a Conversation, and begin with the same
     `shared` ones, a user's among them; an assistant's follows in both. `tools` are JSON schemas.
+    `scores` rate the chosen and the rejected reply, where the record has such numbers.
     """
 
     chosen: list[dict[str, Any]]
     rejected: list[dict[str, Any]]
     shared: int
     tools: list[dict[str, Any]]
+    scores: tuple[float, float] | None
 
 
 def parse_preference(line: bytes) -> Preference:
@@ -128,8 +136,8 @@ def parse_preference(line: bytes) -> Preference:
         {"prompt": …, "chosen": …, "rejected": …}           strings, messages or arrays of them
         {"conversations": [messages], "chosen": …, "rejected": …}   as ShareGPT; or "messages"
 
-    Messages are as for `parse_chat`, and "system" and "tools" may stand beside them. A prompt that
-    both sides repeat counts once.
+    Messages are as for `parse_chat`, and "system" and "tools" may stand beside them, and numbers
+    as "score_chosen" and "score_rejected". A prompt that both sides repeat counts once.
     """
     record = _parse_object(line)
     given = {}
@@ -163,7 +171,18 @@ def parse_preference(line: bytes) -> Preference:
             raise RecordError(f'"{name}": the last message is not the assistant\'s')
         if not any(_says_something(message) for message in reply):
             raise RecordError(f'"{name}": the reply is empty')
-    return Preference(chosen, rejected, shared, _parse_tools(record.get("tools")))
+    tools = _take_tools(record, chosen)
+    rejected[0].pop("tools", None)  # the same, as it is shared
+    return Preference(chosen, rejected, shared, tools, _find_scores(record))
+
+
+def _find_scores(record: dict[str, Any]) -> tuple[float, float] | None:
+    """How a record rates the chosen and the rejected reply, if by two numbers."""
+    for names in _SCORES:
+        chosen, rejected = (record.get(name) for name in names)
+        if all(type(score) in (int, float) for score in (chosen, rejected)):
+            return chosen, rejected
+    return None
 
 
 def _parse_prompt(record: dict[str, Any], sides: list[list[Any]]) -> list[Any]:
@@ -206,6 +225,15 @@ def _as_messages(value: Any, role: str, name: str) -> list[Any]:
     return value
 
 
+def is_empty_answer(message: dict[str, Any]) -> bool:
+    """Whether an assistant's message has no text, no reasoning and no calls."""
+    return (
+        message["role"] == "assistant"
+        and not _says_something(message)
+        and not message.get("reasoning_content", "").strip()
+    )
+
+
 def _says_something(message: dict[str, Any]) -> bool:
     """Whether an assistant's message, which any other message is not, has text or calls a tool."""
     return message["role"] == "assistant" and bool(
@@ -220,8 +248,12 @@ def parse_chat(line: bytes) -> Conversation:
         {"conversations": [{"from": "human", "value": "…"}, …]}     as ShareGPT has it
         {"instruction": "…", "input": "…", "output": "…"}           as Alpaca has it
 
-    Beside each there may be "system", a string, and "tools", an array or the JSON of one; in the
-    last also "history", an array of [question, answer].
+    Beside each there may be "system", a string; "tools", an array or the JSON of one, which the
+    system message may have instead; and "mask_history": if it is true, only answers to the last
+    question are learnt. The last shape may have "history", an array of [question, answer].
+
+    Of an assistant's message, "weight" scales the loss of its tokens; it is 0 if one of "train",
+    "training", "loss" and "loss_mask" is false or 0.
     """
     record = _parse_object(line)
     for name in ("conversations", "messages"):
@@ -232,7 +264,10 @@ def parse_chat(line: bytes) -> Conversation:
         if "instruction" not in record:
             raise RecordError('no "conversations", "messages" or "instruction"')
         messages = _parse_messages(_alpaca_messages(record), "")
-    return Conversation(_add_system(record, messages), _parse_tools(record.get("tools")))
+    if _parse_flag(record.get("mask_history"), '"mask_history"'):
+        _mask_history(messages)
+    messages = _add_system(record, messages)
+    return Conversation(messages, _take_tools(record, messages))
 
 
 def parse_question(line: bytes) -> tuple[Conversation, str | None]:
@@ -251,12 +286,13 @@ def parse_question(line: bytes) -> tuple[Conversation, str | None]:
     else:
         raise RecordError('no "prompt", "conversations", "messages" or "instruction"')
     messages = _add_system(record, messages) if messages else messages
+    tools = _take_tools(record, messages)
     reference = None
     if messages and messages[-1]["role"] == "assistant":
         reference = messages.pop()["content"] or None
     if not messages or messages[-1]["role"] == "system":
         raise RecordError("nothing to be answered")
-    return Conversation(messages, _parse_tools(record.get("tools"))), reference
+    return Conversation(messages, tools), reference
 
 
 def _add_system(record: dict[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -269,6 +305,25 @@ def _add_system(record: dict[str, Any], messages: list[dict[str, Any]]) -> list[
     if messages[0]["content"] != content:
         raise RecordError('"system" and the system message differ')
     return messages
+
+
+def _take_tools(record: dict[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tools of a record or of its system message, from which they are taken away."""
+    tools = _parse_tools(record.get("tools"), '"tools"')
+    others = messages[0].pop("tools", tools) if messages else tools
+    if tools and others != tools:
+        raise RecordError('"tools" and the "tools" of the system message differ')
+    return others
+
+
+def _mask_history(messages: list[dict[str, Any]]) -> None:
+    """Set the weight of every answer before the last question that is answered to 0."""
+    roles = [message["role"] for message in messages]
+    answered = len(roles) - roles[::-1].index("assistant")
+    question = answered - roles[answered - 1 :: -1].index("user") - 1
+    for message in messages[:question]:
+        if message["role"] == "assistant":
+            message["weight"] = 0.0
 
 
 def _alpaca_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -351,14 +406,17 @@ def _parse_message(item: Any, where: str) -> dict[str, Any]:
         raise RecordError(f"{where}: unknown role {json.dumps(name)[:40]}")
     content = item.get("content", item.get("value"))
     message = {"role": _ROLES[name], "content": content}
+    learn_flags = [_parse_flag(item.get(name), f'{where}: "{name}"') for name in _LEARN_FLAGS]
+    tools = _parse_tools(item.get("tools"), f'{where}: "tools"')
+    if tools:
+        if message["role"] != "system":
+            raise RecordError(f'{where}: "tools" belong to the system message')
+        message["tools"] = tools
     if message["role"] == "assistant":
-        calls = item.get("tool_calls") or []
         if name == "function_call":
-            calls = _parse_json(content, f"{where}: the function_call")
-            calls = calls if isinstance(calls, list) else [calls]
-            message["content"] = None
-        if not isinstance(calls, list):
-            raise RecordError(f"{where}: its tool_calls are {_json_type(calls)}, not an array")
+            calls, message["content"] = _as_calls(content, f"{where}: the function_call"), None
+        else:
+            calls = _find_calls(item, where)
         if calls:
             message["tool_calls"] = [_parse_call(call, where) for call in calls]
             message["content"] = "" if message["content"] is None else message["content"]
@@ -367,8 +425,31 @@ def _parse_message(item: Any, where: str) -> dict[str, Any]:
             message["reasoning_content"] = reasoning
         if item.get("weight") is not None:
             message["weight"] = _check_weight(item["weight"], where)
+        if False in learn_flags:
+            message["weight"] = 0.0
     _check_string(message["content"], f"{where}: its content")
     return message
+
+
+def _find_calls(item: dict[str, Any], where: str) -> list[Any]:
+    """The calls of an assistant's message: an array, the JSON of one, or one "function_call"."""
+    calls = item.get("tool_calls")
+    if isinstance(calls, str):
+        calls = _parse_json(calls, f"{where}: its tool_calls") if calls.strip() else None
+    calls = calls or []
+    if not isinstance(calls, list):
+        raise RecordError(f"{where}: its tool_calls are {_json_type(calls)}, not an array")
+    if not item.get("function_call"):
+        return calls
+    if calls:
+        raise RecordError(f"{where}: both tool_calls and a function_call")
+    return _as_calls(item["function_call"], f"{where}: the function_call")
+
+
+def _as_calls(value: Any, name: str) -> list[Any]:
+    """One call, the JSON of one, or the JSON of an array of them, as an array."""
+    calls = _parse_json(value, name) if isinstance(value, str) else value
+    return calls if isinstance(calls, list) else [calls]
 
 
 def _parse_call(call: Any, where: str) -> dict[str, Any]:
@@ -388,16 +469,23 @@ def _parse_call(call: Any, where: str) -> dict[str, Any]:
     return {"name": name, "arguments": arguments}
 
 
-def _parse_tools(tools: Any) -> list[dict[str, Any]]:
-    """The schemas of a record's tools."""
+def _parse_tools(tools: Any, name: str) -> list[dict[str, Any]]:
+    """The schemas of tools: an array or the JSON of one."""
     if isinstance(tools, str):
-        tools = _parse_json(tools, '"tools"') if tools.strip() else None
+        tools = _parse_json(tools, name) if tools.strip() else None
     tools = tools or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RecordError('"tools" is not an array of objects')
+        raise RecordError(f"{name} is not an array of objects")
     if tools:
-        _check_json(tools, '"tools"')
+        _check_json(tools, name)
     return tools
+
+
+def _parse_flag(value: Any, name: str) -> bool | None:
+    """A flag that may be absent or null."""
+    if value is not None and value not in (0, 1):
+        raise RecordError(f"{name} is neither true or 1 nor false or 0")
+    return None if value is None else bool(value)
 
 
 def _parse_json(text: Any, name: str) -> Any:
@@ -451,6 +539,8 @@ def _check_string(value: Any, name: str) -> str:
 
 def _parse_object(line: bytes) -> dict[str, Any]:
     """The JSON object on a line; its line end, and a byte order mark before it, are left out."""
+    if len(line) > MAX_LINE_BYTES:
+        raise RecordError(f"longer than {MAX_LINE_BYTES:,} bytes")
     try:
         text = line.rstrip(b"\r\n").decode("utf-8").removeprefix(_BOM)
     except UnicodeDecodeError as error:
@@ -465,7 +555,8 @@ def _parse_object(line: bytes) -> dict[str, Any]:
         if _is_cut_off(text, error):
             raise RecordError(f"JSON ends too early, at column {len(text)}; truncated?") from None
         what = error.msg.removesuffix(" at")
-        raise RecordError(f"broken JSON: {what} at column {error.colno}") from None
+        where = f"line {error.lineno} of the record, " if error.lineno > 1 else ""
+        raise RecordError(f"broken JSON: {what} at {where}column {error.colno}") from None
     except RecursionError:
         raise RecordError("broken JSON: nested too deeply") from None
     except ValueError:  # Python's limit on the digits of an integer

@@ -1,11 +1,12 @@
-"""Tokenise a JSONL file once, into a memory-mapped store beside it.
+"""Tokenise a data file once, into a memory-mapped store beside it.
 
 The store of `data.jsonl` is the folder `data.jsonl.{key}.tokens/`:
 
     ids        token ids of all documents in file order, uint16 or uint32
     offsets    (documents + 1,) int64; document d is ids[offsets[d] : offsets[d + 1]]
-    lines      (documents,) int64; the line that each document stands on, from 1
+    lines      (documents,) int64; the line that each document begins on, from 1
     bytes      (documents,) int64; the UTF-8 bytes of each document's text
+    …          (documents,) int64; whatever else the encoder counts in each, by its name
     weights    float32, one for each id; only where the encoder gives weights
     meta.json  what it was made of, and the bad lines that were found
 
@@ -23,6 +24,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -32,10 +34,10 @@ from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from .records import BadLines, DataError, RecordError, check_file
+from .reader import check_file, read_records
+from .records import BadLines, DataError, RecordError
 
-FORMAT_VERSION = 2
-MAX_LINE_BYTES = 1 << 30
+FORMAT_VERSION = 3
 BATCH_BYTES = 1 << 21  # of lines encoded at a time; the library's results take 50 times as much
 PIECE_CHARS = 1 << 16  # longer texts are encoded in pieces
 SAMPLED_BLOCKS = 16
@@ -57,19 +59,29 @@ class Encoded(NamedTuple):
     weights: np.ndarray | None = None
 
 
+class Parsed(NamedTuple):
+    """A record as an encoder takes it, the UTF-8 bytes of text in it, and what it counts there."""
+
+    record: Any
+    text_bytes: int
+    counts: tuple[int, ...] = ()
+
+
 class Encoder(Protocol):
-    """How the lines of a file become ids.
+    """How the records of a file become ids.
 
     `key` tells apart everything that changes the ids: kind of record, options, tokenizer.
-    `dtype` is that of the ids; `weighted` says whether `encode` gives weights.
+    `dtype` is that of the ids; `weighted` says whether `encode` gives weights; `counted` names what
+    `parse` counts.
     """
 
     key: str
     dtype: np.dtype
     weighted: bool
+    counted: tuple[str, ...]
 
-    def parse(self, line: bytes) -> tuple[Any, int]:
-        """What `encode` takes, and the UTF-8 bytes of text in it. Raises RecordError."""
+    def parse(self, line: bytes) -> Parsed:
+        """What `encode` takes, with a number for each name of `counted`. Raises RecordError."""
 
     def encode(self, records: Sequence[Any]) -> Encoded:
         """The documents of each record in turn, as many of each, of at least two ids."""
@@ -302,7 +314,7 @@ def _map_array(path: Path, dtype: str, length: int) -> np.ndarray:
 
 
 class TokenStore:
-    """The documents of one JSONL file as token ids on disk.
+    """The documents of one data file as token ids on disk.
 
     `ids`, `offsets`, `lines` and `weights` (None without) are the arrays that this module's
     docstring describes, `path` is the file. `bad_lines` are the lines that gave no document.
@@ -322,13 +334,15 @@ class TokenStore:
         encoder: Encoder,
         *,
         cache_dir: str | Path | None = None,
-        skip_bad_lines: bool = False,
+        skip_bad_lines: float = 0.0,
         batch_bytes: int = BATCH_BYTES,
     ) -> "TokenStore":
         """Open the store of `path`, in `cache_dir` or beside the file, and build it if need be.
 
-        Raises DataError: the file cannot be used, it has bad lines and `skip_bad_lines` is not
-        set, no good line is left, or the store cannot be written.
+        Bad lines are left out if they are at most the share `skip_bad_lines` of all.
+
+        Raises DataError: the file cannot be used, more of its lines are bad, no good line is left,
+        or the store cannot be written.
         """
         path = Path(path)
         check_file(path)
@@ -336,10 +350,9 @@ class TokenStore:
         folder = parent / f"{path.name}.{_store_key(path, encoder)}.tokens"
         build = partial(_build_store, path, encoder, batch_bytes)
         store = cls(path, build_once(folder, build))
-        if store.bad_lines.count and not skip_bad_lines:
-            raise DataError(store.bad_lines.report(path))
+        store.bad_lines.check(path, skip_bad_lines)
         if len(store.lines) == 0:
-            raise DataError(f"{path}: not one good line in {store.bad_lines.count:,}")
+            raise DataError(f"{path}: not one good line in {store.bad_lines.total:,}")
         return store
 
     @property
@@ -361,6 +374,10 @@ class TokenStore:
     def bytes(self) -> np.ndarray:
         """(documents,) UTF-8 bytes of each document's text."""
         return self._files.arrays["bytes"]
+
+    def counts(self, name: str) -> np.ndarray:
+        """(documents,) what the encoder counts in each by that name."""
+        return self._files.arrays[name]
 
     @property
     def weights(self) -> np.ndarray | None:
@@ -399,6 +416,7 @@ def _build_store(path: Path, encoder: Encoder, batch_bytes: int, folder: Path) -
         "offsets": INDEX_DTYPE,
         "lines": INDEX_DTYPE,
         "bytes": INDEX_DTYPE,
+        **dict.fromkeys(encoder.counted, INDEX_DTYPE),
     }
     if encoder.weighted:
         dtypes["weights"] = WEIGHT_DTYPE
@@ -408,16 +426,18 @@ def _build_store(path: Path, encoder: Encoder, batch_bytes: int, folder: Path) -
     with ArrayWriter(folder, **dtypes) as writer, _progress(path, before.st_size) as progress:
         writer.append("offsets", [0])
         for batch in _read_batches(path, encoder, bad_lines, batch_bytes):
-            encoded = encoder.encode(batch.records)
+            encoded = encoder.encode([parsed.record for parsed in batch.parsed])
             offsets = end + np.cumsum(encoded.lengths, dtype=np.int64)
             end += len(encoded.ids)
             content.update(np.ascontiguousarray(encoded.ids))
             content.update(offsets)
             writer.append("ids", encoded.ids)
             writer.append("offsets", offsets)
-            each = len(encoded.lengths) // max(1, len(batch.records))
+            each = len(encoded.lengths) // max(1, len(batch.parsed))
             writer.append("lines", np.repeat(batch.lines, each))
-            writer.append("bytes", np.repeat(batch.text_bytes, each))
+            writer.append("bytes", np.repeat([p.text_bytes for p in batch.parsed], each))
+            for i, name in enumerate(encoder.counted):
+                writer.append(name, np.repeat([p.counts[i] for p in batch.parsed], each))
             if encoder.weighted:
                 content.update(encoded.weights)
                 writer.append("weights", encoded.weights)
@@ -430,16 +450,15 @@ def _build_store(path: Path, encoder: Encoder, batch_bytes: int, folder: Path) -
         "encoder": encoder.key,
         "arrays": writer.description(),
         "content": content.hexdigest(),
-        "bad_lines": {"count": bad_lines.count, "first": bad_lines.first},
+        "bad_lines": asdict(bad_lines),
     }
 
 
 class _Batch(NamedTuple):
-    """Consecutive lines: numbers, records, text bytes of the good ones; bytes of all."""
+    """Consecutive records: the good ones and their lines; the bytes of all."""
 
     lines: list[int]
-    records: list[Any]
-    text_bytes: list[int]
+    parsed: list[Parsed]
     file_bytes: int
 
 
@@ -448,41 +467,21 @@ def _read_batches(
 ) -> Iterator[_Batch]:
     """Parse the file in batches of at least `batch_bytes`, the last one excepted."""
     lines: list[int] = []
-    records: list[Any] = []
-    text_bytes: list[int] = []
+    parsed: list[Parsed] = []
     file_bytes = 0
-    for number, line in enumerate(_read_lines(path), 1):
-        file_bytes += len(line)
+    for line, content in read_records(path):
+        file_bytes += len(content)
+        bad_lines.total += 1
         try:
-            if len(line) > MAX_LINE_BYTES:
-                raise RecordError(f"longer than {MAX_LINE_BYTES:,} bytes")
-            record, size = encoder.parse(line)
+            parsed.append(encoder.parse(content))
         except RecordError as error:
-            bad_lines.add(number, str(error))
+            bad_lines.add(line, str(error))
         else:
-            lines.append(number)
-            records.append(record)
-            text_bytes.append(size)
+            lines.append(line)
         if file_bytes >= batch_bytes:
-            yield _Batch(lines, records, text_bytes, file_bytes)
-            lines, records, text_bytes = [], [], []
-            file_bytes = 0
-    yield _Batch(lines, records, text_bytes, file_bytes)
-
-
-def _read_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, each with its line end. Raises DataError.
-
-    Of a line beyond MAX_LINE_BYTES comes only as much as shows that it is too long.
-    """
-    try:
-        with path.open("rb", buffering=1 << 20) as file:
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                yield line
-                while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-                    line = file.readline(MAX_LINE_BYTES + 1)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+            yield _Batch(lines, parsed, file_bytes)
+            lines, parsed, file_bytes = [], [], 0
+    yield _Batch(lines, parsed, file_bytes)
 
 
 def _progress(path: Path, size: int) -> tqdm:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TextIO
 
 import torch
 
-from dataset import BadLines, DataError, RecordError, check_file, parse_question, parse_text
+from dataset import BadLines, DataError, RecordError, parse_question, parse_text, read_records
 from training import UserError
 
 from .talker import Talker
@@ -29,7 +29,7 @@ class Question(NamedTuple):
 
 
 def read_questions(
-    talker: Talker, path: Path, system: str | None = None, skip_bad_lines: bool = False
+    talker: Talker, path: Path, system: str | None = None, skip_bad_lines: float = 0.0
 ) -> list[Question]:
     """The lines of a file.
 
@@ -37,36 +37,36 @@ def read_questions(
         talker: who will answer: conversations, or beginnings of texts.
         path: JSONL file.
         system: a system message for conversations without one.
-        skip_bad_lines: say how many lines cannot be answered, and go on without them.
+        skip_bad_lines: say how many lines cannot be answered, and go on without them, if they are
+            at most this share.
 
     Raises:
         DataError: naming the lines that cannot be answered; also if all are left out.
     """
-    check_file(path)
     questions, bad = [], BadLines()
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                reference = None
-                if talker.encoder is None:
-                    text = parse_text(line)
-                    ids = talker.text_ids(text)
-                else:
-                    (messages, tools), reference = parse_question(line)
-                    if system and messages[0]["role"] != "system":
-                        messages = [{"role": "system", "content": system}, *messages]
-                    ids, text = talker.chat_ids(messages, tools), messages[-1]["content"]
-                if len(ids) >= talker.context:
-                    raise RecordError(f"{len(ids)} tokens leave no room in {talker.context}")
-            except RecordError as error:
-                bad.add(number, str(error))
-                continue
-            questions.append(Question(json.loads(line), ids, text, reference))
-    if bad.count and not (skip_bad_lines and questions):
+    for number, line in read_records(path):
+        bad.total += 1
+        try:
+            reference = None
+            if talker.encoder is None:
+                text = parse_text(line)
+                ids = talker.text_ids(text)
+            else:
+                (messages, tools), reference = parse_question(line)
+                if system and messages[0]["role"] != "system":
+                    messages = [{"role": "system", "content": system}, *messages]
+                ids, text = talker.chat_ids(messages, tools), messages[-1]["content"]
+            if len(ids) >= talker.context:
+                raise RecordError(f"{len(ids)} tokens leave no room in {talker.context}")
+        except RecordError as error:
+            bad.add(number, str(error))
+            continue
+        questions.append(Question(json.loads(line), ids, text, reference))
+    try:
+        bad.check(path, skip_bad_lines if questions else 0.0)
+    except DataError as error:
         kind = "" if talker.encoder else '; pretrained weights continue {"text"} lines'
-        raise DataError(bad.report(path) + kind)
+        raise DataError(f"{error}{kind}") from None
     if bad.count:
         print(f"{bad.count:,} lines that cannot be answered left out")
     return questions
@@ -101,7 +101,7 @@ def answer_file(
     system: str | None,
     generator: torch.Generator,
     options: dict[str, Any],
-    skip_bad_lines: bool = False,
+    skip_bad_lines: float = 0.0,
 ) -> None:
     """Write every line of a file with an answer added to it.
 

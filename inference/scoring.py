@@ -28,7 +28,7 @@ def score(
     path: Path,
     out: Path | None,
     max_new_tokens: int,
-    skip_bad_lines: bool = False,
+    skip_bad_lines: float = 0.0,
 ) -> None:
     """Print perplexity and bits per byte, and for conversations how answers compare to references.
 
@@ -37,7 +37,7 @@ def score(
         path: JSONL file of texts or conversations.
         out: where a table of answers goes that a person can rate, or None.
         max_new_tokens: of an answer.
-        skip_bad_lines: go on without lines that have errors.
+        skip_bad_lines: go on without lines that have errors, if they are at most this share.
 
     Raises:
         DataError: for bad lines.
@@ -71,6 +71,8 @@ def print_loss(talker: Talker, dataset: PretrainDataset | SFTDataset, path: Path
     if dataset.n_bad_lines:
         print(f"{dataset.n_bad_lines:,} bad lines of the file left out")
     if isinstance(dataset, SFTDataset):
+        if dataset.counts["empty_answers"]:
+            print(f"{dataset.counts['empty_answers']:,} empty answers not scored")
         dropped, cut = (dataset.counts[name] for name in ("dropped_turns", "cut_answers"))
         if dropped or cut:
             print(

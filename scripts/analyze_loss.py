@@ -42,10 +42,10 @@ from training import (
     ROOT,
     Distributed,
     UserError,
+    add_skip_bad_lines,
     check_context,
     count,
     find_processes,
-    flag,
     load_model,
     load_tokenizer,
     make_parser,
@@ -84,9 +84,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_seq_len", type=count, default=512, help="positions of a row")
     parser.add_argument("--max_samples", type=count, help="use the first so many")
     parser.add_argument("--batch_size", type=count, default=8)
-    parser.add_argument(
-        "--skip_bad_lines", action=flag, default=False, help="go on without lines that have errors"
-    )
+    add_skip_bad_lines(parser)
     parser.add_argument(
         "--cache_dir", type=user_path, help="where token stores go; default: by the data"
     )

@@ -28,6 +28,7 @@ from dataset.sample import SAMPLE, ensure_sample
 from training import (
     ROOT,
     UserError,
+    add_skip_bad_lines,
     count,
     flag,
     load_tokenizer,
@@ -51,9 +52,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--index", type=int, default=0, help="of the sample, or of the row")
     parser.add_argument("--packed", action=flag, default=False, help="show a packed row")
     parser.add_argument("--max_seq_len", type=count, default=512, help="positions of a row")
-    parser.add_argument(
-        "--skip_bad_lines", action=flag, default=False, help="go on without lines that have errors"
-    )
+    add_skip_bad_lines(parser)
     parser.add_argument(
         "--cache_dir", type=user_path, help="where token stores go; default: by the data"
     )

@@ -104,6 +104,31 @@ def test_flags_with_a_figure_of_their_own():
     assert stage_parser().parse_args([]).early_stopping_min_delta == 1e-4
 
 
+@pytest.mark.parametrize(
+    ("words", "share"),
+    [
+        ([], 0),
+        (["--skip_bad_lines"], 0.1),
+        (["--skip_bad_lines", "True"], 0.1),
+        (["--skip_bad_lines=yes"], 0.1),
+        (["--skip_bad_lines", "false"], 0),
+        (["--skip_bad_lines", "0.5", "--no-skip_bad_lines"], 0),
+        (["--skip_bad_lines", "0"], 0),
+        (["--skip_bad_lines", "0.5"], 0.5),
+        (["--skip_bad_lines", "1"], 1),
+    ],
+)
+def test_the_share_of_bad_lines_in_every_form(words, share):
+    assert stage_parser().parse_args(words).skip_bad_lines == share
+
+
+@pytest.mark.parametrize("share", ["-0.1", "1.1", "some", "nan", "data.jsonl"])
+def test_what_is_no_share_of_bad_lines(share, capsys):
+    with pytest.raises(SystemExit):
+        stage_parser().parse_args(["--skip_bad_lines", share])
+    assert "--skip_bad_lines" in capsys.readouterr().err
+
+
 def test_several_validation_sets_in_one_flag_or_more():
     for words in (["a=x", "b=y"], ["a=x", "--val_data_path", "b=y"]):
         args = stage_parser().parse_args(["--val_data_path", *words])

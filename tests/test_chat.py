@@ -411,8 +411,8 @@ def test_a_control_token_that_a_text_could_make_is_none(files):
     with pytest.raises(RecordError, match="<think>"):
         without_think.parse(json.dumps({"messages": MESSAGES}).encode("utf-8"))
     plain = [MESSAGES[0], {"role": "assistant", "content": "你好"}]
-    pieces, _ = without_think.parse(json.dumps({"messages": plain}).encode("utf-8"))
-    assert pieces == render_chat(plain)
+    parsed = without_think.parse(json.dumps({"messages": plain}).encode("utf-8"))
+    assert parsed.record == render_chat(plain)
 
 
 @pytest.mark.parametrize("place", ["tools", "arguments"])
@@ -437,7 +437,7 @@ def test_what_is_nested_too_deeply_is_refused(place):
 def test_bytes_to_be_learnt():
     def size(*messages, **record):
         line = json.dumps({"messages": [*messages], **record})
-        return encoder.parse(line.encode("utf-8"))[1]
+        return encoder.parse(line.encode("utf-8")).text_bytes
 
     user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "你好!"}
     assert size(user, answer, system="x", tools=[{"name": "f"}]) == 7

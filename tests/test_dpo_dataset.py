@@ -235,6 +235,37 @@ def test_bad_lines_have_a_reason(open_pairs, record, reason):
     assert [dataset.line_number(i) for i in range(2)] == [1, 3]
 
 
+def test_scores_that_do_not_prefer_the_chosen_reply_are_counted(open_pairs):
+    """Whichever part of a split the pairs are in; they stay in it."""
+    scores = [(8.5, 3), (5, 5.0), (5, 5), (2, 9), None]
+    records = [
+        {"prompt": f"{i}", "chosen": "a", "rejected": "b"}
+        | ({"score_chosen": both[0], "score_rejected": both[1]} if both else {})
+        for i, both in enumerate(scores)
+    ]
+    dataset = open_pairs(records)
+    assert len(dataset) == 5
+    assert (dataset.counts["tied_scores"], dataset.counts["inverted_scores"]) == (2, 1)
+    assert dataset.notes == [
+        "2 pairs whose two scores are equal",
+        "1 pairs whose rejected reply has the higher score",
+    ]
+    parts = dataset.split(0.4)
+    for name in ("tied_scores", "inverted_scores"):
+        assert sum(part.counts[name] for part in parts) == dataset.counts[name]
+
+
+def test_the_published_shapes_of_pairs(shared_dir, tokenizer, tmp_path):
+    data = shared_dir / "data"
+    pairs = DPODataset(data / "raw" / "dpo_zh_demo.json", tokenizer, 4096, 4096, cache_dir=tmp_path)
+    records = json.loads((data / "raw" / "dpo_zh_demo.json").read_text(encoding="utf-8"))
+    assert len(pairs) == len(records)
+    scored = DPODataset(
+        data / "formats" / "ultrafeedback.jsonl", tokenizer, 64, 64, cache_dir=tmp_path
+    )
+    assert (scored.counts["tied_scores"], scored.counts["inverted_scores"]) == (1, 1)
+
+
 # What is kept
 
 

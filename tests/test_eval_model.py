@@ -417,8 +417,9 @@ def test_a_file_of_questions_is_answered_as_each_alone(run, chat_dir, tmp_path):
     again[-1] = tmp_path / "new.jsonl"
     error = run(*words, *again, script="eval_model.py", code=2).stderr
     assert f"{path}:2: " in error and not again[-1].exists()
-    assert "--skip_bad_lines" in error
-    said = run(*words, *again, "--skip_bad_lines", script="eval_model.py").stdout
+    assert "1 of 2 lines are bad; --skip_bad_lines 0.5 goes on without them" in error
+    assert run(*words, *again, "--skip_bad_lines", script="eval_model.py", code=2).stderr == error
+    said = run(*words, *again, "--skip_bad_lines", 0.5, script="eval_model.py").stdout
     assert "1 lines that cannot be answered" in said
     answer = json.loads(again[-1].read_text(encoding="utf-8"))  # the only line
     assert answer == {"prompt": "Hi", "answer": answers[0]["answer"]}
@@ -522,7 +523,7 @@ def test_scores_of_long_conversations_miss_nothing(run, tmp_path, tokenizer):
         file.write('{"messages": 1}\n')
     error = run(*words, script="eval_model.py", code=2).stderr
     assert f"{path}:3: " in error and "--skip_bad_lines" in error
-    words.append("--skip_bad_lines")
+    words += ["--skip_bad_lines", 0.4]
     assert said in run(*words, script="eval_model.py").stdout.replace(
         "1 lines that cannot be answered left out\n1 bad lines of the file left out\n", ""
     )

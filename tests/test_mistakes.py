@@ -216,7 +216,7 @@ def an_empty_validation_set(place: Place) -> list:
 
 
 GOOD, BAD = '{"text": "good"}\n', '{"txet": "bad"}\n'
-ARRAY = json.dumps([{"text": "one"}, {"text": "two"}])
+ARRAY = json.dumps([{"text": "one"}, {"text": "two"}], indent=1)
 VALIDATION = "--val_data_path or --val_ratio"
 
 # id, words after the good ones (or what makes them), what the line names.
@@ -225,18 +225,28 @@ MISTAKES = [
     ("data missing", ["--data_path", "nowhere.jsonl"], "nowhere.jsonl"),
     ("data empty", data_that_holds(""), "my.jsonl: is empty"),
     ("data a folder", lambda place: ["--data_path", place.folder], "is a folder"),
-    ("data gzip", data_that_holds(gzip.compress(GOOD.encode())), "my.jsonl:1: compressed"),
+    ("data gzip", data_that_holds(gzip.compress(GOOD.encode())), "my.jsonl: is compressed with"),
+    ("data Parquet", data_that_holds(b"PAR1\x15\x04PAR1"), "my.jsonl: is a Parquet file"),
+    ("data HTML", data_that_holds("<!DOCTYPE html>\n<html></html>"), "my.jsonl: is an HTML page"),
+    ("data prose", data_that_holds("Once upon a time.\n"), "my.jsonl: is plain text"),
     ("data UTF-16", data_that_holds(b"\xff\xfe" + GOOD.encode("utf-16-le")), "UTF-8"),
-    ("data a JSON array", data_that_holds(ARRAY), "my.jsonl:1: an array"),
-    ("data a table", data_that_holds("text,label\ngood,1\n"), "my.jsonl:1: broken JSON"),
+    ("data an array cut off", data_that_holds(ARRAY[:-9]), "my.jsonl:5: the array does not end"),
+    ("data arrays", data_that_holds('["one"]\n["two"]\n'), "my.jsonl:2: more follows the end"),
+    ("data a table", data_that_holds("text,label\ngood,1\n"), "my.jsonl: is a table"),
     ("data without text", data_that_holds(2 * GOOD + BAD), 'my.jsonl:3: "text" is missing'),
     ("data null", data_that_holds(GOOD + '{"text": null}\n'), 'my.jsonl:2: "text" is null'),
     ("data cut off", data_that_holds(GOOD + '{"text": "goo'), "my.jsonl:2: JSON ends too early"),
     (
         "data all bad",
-        lambda place: [*data_that_holds(3 * BAD)(place), "--skip_bad_lines"],
+        lambda place: [*data_that_holds(3 * BAD)(place), "--skip_bad_lines", 1],
         "not one good line",
     ),
+    (
+        "data too bad to skip",
+        lambda place: [*data_that_holds(8 * GOOD + BAD)(place), "--skip_bad_lines"],
+        "my.jsonl: 1 of 9 lines are bad; --skip_bad_lines 0.12 goes on without them",
+    ),
+    ("a share of bad lines", ["--skip_bad_lines", "1.5"], "--skip_bad_lines: must be at least 0"),
     ("data not to be split", one_document_to_split, "my.jsonl: one document"),
     ("cache below a file", below_a_file("--cache_dir"), "--cache_dir"),
     ("validation missing", ["--val_data_path", "nowhere.jsonl"], "nowhere.jsonl"),
@@ -402,8 +412,10 @@ def test_each_bad_line_is_named_up_to_ten(run, place):
     first, *others, last = done.stderr.splitlines()
     assert first.endswith(f'{path}:2: "text" is missing')
     assert others == [f'{path}:{n}: "text" is missing' for n in range(3, 12)]
-    assert last == f"{path}: 12 bad lines; --skip_bad_lines goes on without"
-    done = run(*SHAPE, "--data_path", path, "--out_dir", place.folder / "new", "--skip_bad_lines")
+    assert last == f"{path}: 12 of 14 lines are bad, most of the file"
+    new = ["--data_path", path, "--out_dir", place.folder / "new"]
+    assert run(*SHAPE, *new, "--skip_bad_lines", code=2).stderr == done.stderr
+    done = run(*SHAPE, *new, "--skip_bad_lines", 0.9)
     assert "12 bad lines" in done.stdout
     assert (place.folder / "new" / "pretrain_32.pth").is_file()
 

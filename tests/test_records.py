@@ -1,4 +1,3 @@
-import gzip
 import json
 
 import pytest
@@ -9,15 +8,14 @@ from dataset.records import (
     BadLines,
     DataError,
     RecordError,
-    check_file,
     parse_chat,
+    parse_preference,
+    parse_question,
     parse_text,
 )
 
 # Bad lines, and a part of the reason to be named. test_token_store.py puts them into files.
 BAD_LINES = {
-    "blank": (b"", "blank line"),
-    "spaces": (b"  \t", "blank line"),
     "not JSON": (b"hello", "broken JSON: Expecting value at column 1"),
     "column": (b'{"text": "a" "b"}', "broken JSON: Expecting ',' delimiter at column 14"),
     "column counts characters": ('{"text": "中文" 1}'.encode(), "at column 15"),
@@ -80,37 +78,64 @@ def test_a_byte_order_mark_is_accepted():
     assert parse_text(b'\xef\xbb\xbf{"text": "a"}\n') == "a"
 
 
+def test_an_empty_record_is_refused():
+    for line in (b"", b" \t\n"):
+        with pytest.raises(RecordError, match="blank line"):
+            parse_text(line)
+
+
+def bad_lines(count, total):
+    bad = BadLines(total=total)
+    for number in range(count):
+        bad.add(number + 3, f"reason {number + 3}")
+    return bad
+
+
+def refusal(bad, allowed):
+    with pytest.raises(DataError) as error:
+        bad.check("data.jsonl", allowed)
+    return str(error.value).splitlines()
+
+
 def test_the_report_names_ten_lines_and_the_total():
-    bad = BadLines()
-    for number in range(3, 1237):
-        bad.add(number, f"reason {number}")
-    report = bad.report("data.jsonl").splitlines()
+    report = refusal(bad_lines(1234, 100_000), 0)
     assert report[:10] == [f"data.jsonl:{n}: reason {n}" for n in range(3, 13)]
-    assert len(report) == 11
-    assert "1,234" in report[10]
-    assert "--skip_bad_lines" in report[10]
+    assert report[10:] == [
+        "data.jsonl: 1,234 of 100,000 lines are bad; --skip_bad_lines goes on without them"
+    ]
 
 
-def test_files_that_cannot_be_data(tmp_path):
-    empty = tmp_path / "empty.jsonl"
-    empty.touch()
-    packed = tmp_path / "packed.jsonl"
-    packed.write_bytes(gzip.compress(b'{"text": "a"}\n'))
-    wide = tmp_path / "wide.jsonl"
-    wide.write_text('{"text": "a"}\n', encoding="utf-16")
-    missing = tmp_path / "missing.jsonl"
-    for path, reason in [
-        (empty, "empty"),
-        (packed, "gzip"),
-        (wide, "UTF-16"),
-        (missing, "no such file"),
-        (tmp_path, "folder"),
-    ]:
-        with pytest.raises(DataError) as error:
-            check_file(path)
-        assert str(path) in str(error.value)
-        assert reason in str(error.value)
-        assert "\n" not in str(error.value)
+@pytest.mark.parametrize(
+    ("count", "total", "advice"),
+    [
+        (10, 100, "; --skip_bad_lines goes on without them"),
+        (11, 100, "; --skip_bad_lines 0.11 goes on without them"),
+        (29, 100, "; --skip_bad_lines 0.29 goes on without them"),
+        (1, 3, "; --skip_bad_lines 0.34 goes on without them"),
+        (5, 10, "; --skip_bad_lines 0.5 goes on without them"),
+        (501, 1000, ", most of the file"),
+        (3, 3, ", most of the file"),
+    ],
+)
+def test_what_loses_most_of_a_file_is_not_advised(count, total, advice):
+    """And what is advised is enough."""
+    bad = bad_lines(count, total)
+    assert refusal(bad, 0)[-1] == f"data.jsonl: {count} of {total:,} lines are bad{advice}"
+    words = advice.split()
+    if "--skip_bad_lines" in words:
+        number = words[2]
+        bad.check("data.jsonl", 0.1 if number == "goes" else float(number))
+    if count / total > 0.1:  # without a number it is not enough
+        assert advice in refusal(bad, 0.1)[-1]
+    bad.check("data.jsonl", 1)
+    bad_lines(0, total).check("data.jsonl", 0)
+    bad_lines(0, 0).check("data.jsonl", 0)
+
+
+def test_a_place_in_a_record_of_several_lines():
+    record = json.dumps({"text": "a", "b": 1}, indent=1).replace("1", "x")
+    with pytest.raises(RecordError, match="Expecting value at line 3 of the record, column 7"):
+        parse_text(record.encode())
 
 
 # ---- conversations
@@ -131,8 +156,112 @@ def openai_call(**function):
     return {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}
 
 
+def flagged(**fields):
+    """A record with an answer that has these fields, before one without."""
+    return {"messages": [USER, {**ANSWER, **fields}, USER, ANSWER]}
+
+
+UNLEARNT = [USER, {**ANSWER, "weight": 0.0}, USER, ANSWER]
+LEARNT = [USER, ANSWER, USER, ANSWER]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
 # Records, their messages, and their tools if there are any.
 CHATS = {
+    **{
+        f"{name} is {json.dumps(value)}": (flagged(**{name: value}), UNLEARNT)
+        for name in ("train", "training", "loss", "loss_mask")
+        for value in (False, 0)
+    },
+    **{
+        f"{name} is {json.dumps(value)}": (flagged(**{name: value}), LEARNT)
+        for name in ("train", "training", "loss", "loss_mask")
+        for value in (True, 1, None)
+    },
+    "a flag beats a weight": (flagged(weight=2, train=False), UNLEARNT),
+    "a flag leaves a weight": (
+        flagged(weight=2, train=True),
+        [USER, {**ANSWER, "weight": 2.0}, USER, ANSWER],
+    ),
+    "one flag of two": (flagged(loss=True, loss_mask=0), UNLEARNT),
+    "a user's flag": ({"messages": [{**USER, "train": False}, ANSWER]}, [USER, ANSWER]),
+    "ShareGPT, a flag": (
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "gpt", "value": "a", "training": False},
+                {"from": "human", "value": "q"},
+                {"from": "gpt", "value": "a"},
+            ]
+        },
+        UNLEARNT,
+    ),
+    "mask_history": ({**flagged(), "mask_history": True}, UNLEARNT),
+    "mask_history is false": ({**flagged(), "mask_history": False}, LEARNT),
+    "mask_history, tools": (
+        {"messages": [USER, CALLS, RESULT, ANSWER, USER, CALLS, RESULT, ANSWER], "mask_history": 1},
+        [
+            *[USER, {**CALLS, "weight": 0.0}, RESULT, {**ANSWER, "weight": 0.0}],
+            *[USER, CALLS, RESULT, ANSWER],
+        ],
+    ),
+    "mask_history, nobody answers": (
+        {"messages": [SYSTEM, *LEARNT, USER], "mask_history": True},
+        [SYSTEM, *UNLEARNT, USER],
+    ),
+    "mask_history, Alpaca": (
+        {"instruction": "q", "output": "a", "history": [["q", "a"]], "mask_history": True},
+        UNLEARNT,
+    ),
+    "calls as JSON": (
+        {"messages": [USER, {**ANSWER, "content": "", "tool_calls": json.dumps([CALL])}]},
+        [USER, CALLS],
+    ),
+    **{
+        f"calls are {json.dumps(value)}": (
+            {"messages": [USER, {**ANSWER, "tool_calls": value}]},
+            [USER, ANSWER],
+        )
+        for value in (None, [], "", " ", "[]", "null")
+    },
+    "function_call beside text": (
+        {
+            "messages": [
+                *[USER, {**ANSWER, "function_call": {"name": "f", "arguments": '{"x": 1}'}}],
+                *[{"role": "function", "name": "f", "content": "r"}, ANSWER],
+            ]
+        },
+        [
+            *[USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": '{"x": 1}'}]}],
+            *[RESULT, ANSWER],
+        ],
+    ),
+    "function_call beside null": (
+        {"messages": [USER, {**ANSWER, "content": None, "function_call": json.dumps(CALL)}]},
+        [USER, CALLS],
+    ),
+    "function_call is null": (
+        {"messages": [USER, {**ANSWER, "function_call": None}]},
+        [USER, ANSWER],
+    ),
+    "tools of the system message": (
+        {"messages": [{**SYSTEM, "tools": [TOOL]}, USER, ANSWER]},
+        [SYSTEM, USER, ANSWER],
+        [TOOL],
+    ),
+    "tools of the system message as JSON": (
+        {"messages": [{**SYSTEM, "tools": json.dumps([TOOL])}, USER, ANSWER]},
+        [SYSTEM, USER, ANSWER],
+        [TOOL],
+    ),
+    "tools twice": (
+        {"messages": [{**SYSTEM, "tools": [TOOL]}, USER, ANSWER], "tools": json.dumps([TOOL])},
+        [SYSTEM, USER, ANSWER],
+        [TOOL],
+    ),
+    "null and empty tools of messages": (
+        {"messages": [{**SYSTEM, "tools": "[]"}, {**USER, "tools": None}, {**ANSWER, "tools": []}]},
+        [SYSTEM, USER, ANSWER],
+    ),
     "conversations": ({"conversations": [USER, ANSWER]}, [USER, ANSWER]),
     "messages": ({"messages": [SYSTEM, USER, ANSWER, USER]}, [SYSTEM, USER, ANSWER, USER]),
     "one is null": ({"conversations": None, "messages": [USER, ANSWER]}, [USER, ANSWER]),
@@ -338,6 +467,44 @@ BAD_CHATS = {
         },
         "message 3: two assistant messages in a row",
     ),
+    **{
+        f"{name} is {json.dumps(value)}": (
+            flagged(**{name: value}),
+            f'message 2: "{name}" is neither true or 1 nor false or 0',
+        )
+        for name in ("train", "training", "loss", "loss_mask")
+        for value in ("false", 0.5, 2, [0], {}, float("nan"))
+    },
+    "a user's flag": (
+        {"messages": [{**USER, "train": "no"}, ANSWER]},
+        'message 1: "train" is neither',
+    ),
+    "mask_history is a string": (
+        {**flagged(), "mask_history": "true"},
+        '"mask_history" is neither true or 1 nor false or 0',
+    ),
+    "calls as JSON of an object": (
+        turn(tool_calls=json.dumps(CALL)),
+        "message 2: its tool_calls are an object, not an array",
+    ),
+    "calls are prose": (turn(tool_calls="f(1)"), "message 2: its tool_calls is not the JSON"),
+    "calls and a function_call": (
+        turn(tool_calls=[CALL], function_call=CALL),
+        "message 2: both tool_calls and a function_call",
+    ),
+    "function_call has no name": (turn(function_call={"arguments": {}}), "name of a tool call"),
+    "tools of two kinds": (
+        {"messages": [{**SYSTEM, "tools": [TOOL]}, USER, ANSWER], "tools": [CALL]},
+        '"tools" and the "tools" of the system message differ',
+    ),
+    "tools of a user": (
+        {"messages": [{**USER, "tools": [TOOL]}, ANSWER]},
+        'message 1: "tools" belong to the system message',
+    ),
+    "tools of the system message are prose": (
+        {"messages": [{**SYSTEM, "tools": "none"}, USER, ANSWER]},
+        'message 1: "tools" is not the JSON',
+    ),
     "tools are prose": ({**turn(), "tools": "none"}, '"tools" is not the JSON that it should be'),
     "tools are deep": ({**turn(), "tools": "[" * 100_000}, '"tools" is not the JSON'),
     "tools are an object": ({**turn(), "tools": CALL}, '"tools" is not an array of objects'),
@@ -418,3 +585,46 @@ def test_whatever_a_line_holds_it_is_parsed_or_refused(value):
         except RecordError:
             continue
         assert all(isinstance(message["content"], str) for message in parsed.messages)
+
+
+# ---- the same in questions and pairs
+
+
+def test_questions_have_the_tools_of_their_system_message():
+    record = {
+        "messages": [{**SYSTEM, "tools": json.dumps([TOOL])}, USER, {**ANSWER, "content": ""}]
+    }
+    (messages, tools), reference = parse_question(json.dumps(record).encode())
+    assert (messages, tools, reference) == ([SYSTEM, USER], [TOOL], None)
+
+
+def test_pairs_have_the_tools_of_their_system_message():
+    system = {**SYSTEM, "tools": [TOOL]}
+    whole = {"chosen": [system, USER, ANSWER], "rejected": [system, USER, CALLS]}
+    apart = {"prompt": [system, USER], "chosen": [ANSWER], "rejected": [CALLS]}
+    for record in (whole, apart, {**whole, "tools": json.dumps([TOOL])}):
+        pair = parse_preference(json.dumps(record).encode())
+        assert pair.tools == [TOOL]
+        assert pair.chosen == [SYSTEM, USER, ANSWER]
+        assert pair.rejected == [SYSTEM, USER, CALLS]
+    other = {**whole, "rejected": [SYSTEM, USER, CALLS]}
+    with pytest.raises(RecordError, match="no prompt in common"):
+        parse_preference(json.dumps(other).encode())
+
+
+@pytest.mark.parametrize(
+    ("fields", "scores"),
+    [
+        ({}, None),
+        ({"score_chosen": 8.5, "score_rejected": 3}, (8.5, 3)),
+        ({"chosen_score": 1, "rejected_score": 1.0}, (1, 1)),
+        ({"chosen_rating": -2.0, "rejected_rating": 4.0}, (-2, 4)),
+        ({"score_chosen": 8.5}, None),
+        ({"score_chosen": None, "score_rejected": None}, None),
+        ({"score_chosen": True, "score_rejected": False}, None),
+        ({"score_chosen": "8.5", "score_rejected": "3"}, None),
+    ],
+)
+def test_scores_of_pairs(fields, scores):
+    record = {"prompt": "q", "chosen": "a", "rejected": "b", **fields}
+    assert parse_preference(json.dumps(record).encode()).scores == scores

@@ -1,5 +1,6 @@
 """SFTDataset and RLAIFDataset: what of a conversation is kept, and what of that is learnt."""
 
+import copy
 import json
 import pickle
 import shutil
@@ -61,7 +62,13 @@ def end_of_targets(weights):
 
 
 def keep(messages, max_length, max_turns, counts):
-    """What is kept of a conversation, or None."""
+    """What is kept of a conversation, or None; of an empty answer nothing is learnt."""
+    for message in messages:
+        text = message["content"] + message.get("reasoning_content", "")
+        is_empty = not text.strip() and "tool_calls" not in message
+        if message["role"] == "assistant" and is_empty and message.get("weight") != 0:
+            counts["empty_answers"] += 1
+            message["weight"] = 0.0
     answered = max(i for i, m in enumerate(messages) if m["role"] == "assistant") + 1
     counts["unanswered_turns"] += answered < len(messages)
     messages = messages[:answered]
@@ -119,8 +126,9 @@ def test_samples_are_those_of_the_rules(tmp_path_factory, data):
     for _ in range(2):
         max_length = data.draw(st.integers(longest // 8 + 2, longest + 1))
         max_turns = data.draw(st.none() | st.integers(1, 3))
-        counts = dict.fromkeys(["unanswered_turns", "dropped_turns", "cut_answers", "left_out"], 0)
-        items = [keep(messages, max_length, max_turns, counts) for messages in parsed]
+        names = ["unanswered_turns", "dropped_turns", "cut_answers", "empty_answers", "left_out"]
+        counts = dict.fromkeys(names, 0)
+        items = [keep(copy.deepcopy(chat), max_length, max_turns, counts) for chat in parsed]
         lines = [number for number, item in enumerate(items, 1) if item]
         if not lines:
             with pytest.raises(DataError, match="nothing to learn"):
@@ -184,6 +192,7 @@ def test_too_long(tmp_path, max_length, kept, length, cut):
         "unanswered_turns": 0,
         "dropped_turns": 3 - len(kept) if kept else 0,
         "cut_answers": cut,
+        "empty_answers": 0,
         "left_out": int(not kept),
     }
     assert len(dataset.notes) == sum(count > 0 for count in dataset.counts.values())
@@ -328,7 +337,7 @@ def test_all_shapes_in_one_file(tmp_path):
         {"instruction": question, "input": "", "output": answer},
     ]
     bad = [
-        "",
+        "{]",
         {"text": "no chat"},
         {"messages": [messages[0], messages[0], messages[1]]},
         {"messages": messages[1:]},
@@ -338,17 +347,81 @@ def test_all_shapes_in_one_file(tmp_path):
     with pytest.raises(DataError) as error:
         SFTDataset(path, tokenizer, 64)
     assert str(error.value).splitlines() == [
-        f"{path}:2: blank line",
+        f"{path}:2: broken JSON: Expecting property name enclosed in double quotes at column 2",
         f'{path}:4: no "conversations", "messages" or "instruction"',
         f"{path}:6: message 2: two user messages in a row",
         f"{path}:8: message 1: an assistant message before any user message",
-        f"{path}: 4 bad lines; --skip_bad_lines goes on without",
+        f"{path}: 4 of 8 lines are bad; --skip_bad_lines 0.5 goes on without them",
     ]
     dataset = SFTDataset(path, tokenizer, 64, skip_bad_lines=True)
     assert [ids_of(dataset[i]) for i in range(4)] == [exchange_ids("1")] * 4
     assert [dataset.line_number(i) for i in range(-4, 4)] == [1, 3, 5, 7] * 2
     assert dataset.n_bad_lines == 4
     assert dataset.notes == ["4 bad lines of the file left out"]
+    array = tmp_path / "data.json"
+    array.write_text(json.dumps(good, indent=2), encoding="utf-8")
+    dataset = SFTDataset(array, tokenizer, 64)
+    assert [ids_of(dataset[i]) for i in range(4)] == [exchange_ids("1")] * 4
+
+
+def test_empty_answers_are_read_and_not_learnt(tmp_path):
+    """By hand: in the middle, at the end, alone; those with a call or a thought are not empty."""
+    call = {"name": "f", "arguments": {}}
+    records = [
+        {"messages": [*exchange("1"), *exchange("2", 0), *exchange("3")]},
+        {"messages": [*exchange("1"), *exchange("2", 0)]},
+        {"messages": exchange("1", 0)},
+        {"messages": [{"role": "user", "content": "0"}, {"role": "assistant", "content": " \n"}]},
+        {"messages": exchange("1", 0, tool_calls=[call])},
+        {"messages": exchange("1", 0, reasoning_content="h")},
+        {"messages": [*exchange("1", 0, weight=0), *exchange("2")]},
+    ]
+    dataset = SFTDataset(write(tmp_path / "data.jsonl", records), tokenizer, 200)
+    assert dataset.counts["empty_answers"] == 4
+    assert dataset.counts["left_out"] == 2
+    assert dataset.notes[1:] == ["4 empty answers not learnt"]
+    assert [dataset.line_number(i) for i in range(len(dataset))] == [1, 2, 5, 6, 7]
+    answer = len(encode_text("1" * 10)) + 1
+    learnt = [int(dataset[i][2].sum()) for i in range(len(dataset))]
+    assert learnt[:2] == [2 * answer, answer] and learnt[4] == answer
+    assert learnt[2] == len(encode_text('\n{"name": "f", "arguments": {}}\n')) + 3
+    assert learnt[3] == len(encode_text("\nh\n")) + len(encode_text("\n")) + 3
+    assert ids_of(dataset[0]) == [*exchange_ids("1"), *exchange_ids("2", 0), *exchange_ids("3")]
+
+
+def test_what_is_flagged_is_read_and_not_learnt(shared_dir, tmp_path):
+    path = shared_dir / "data" / "formats" / "learn_flags.jsonl"
+    dataset = SFTDataset(path, tokenizer, 200, cache_dir=tmp_path)
+    assert len(dataset) == 4
+    for i in range(4):
+        x, y, mask = dataset[i]
+        assert y[mask > 0].tolist() == [*encode_text("this one"), END]
+        assert "not this" in tokenizer.decode(x)
+
+
+def test_tools_and_calls_as_strings(shared_dir, tmp_path):
+    """As the original project publishes its data: the same as without the strings."""
+    formats = shared_dir / "data" / "formats"
+    for name, size in (("tool_strings.jsonl", 3), ("sharegpt_tools.jsonl", 2)):
+        dataset = SFTDataset(formats / name, tokenizer, 1000, cache_dir=tmp_path)
+        assert (len(dataset), dataset.notes) == (size, [])
+    dataset = SFTDataset(formats / "tool_strings.jsonl", tokenizer, 1000, cache_dir=tmp_path)
+    schema = {"name": "add", "description": "Adds two numbers", "parameters": {"type": "object"}}
+    properties = {name: {"type": "number"} for name in "ab"}
+    schema["parameters"] |= {"properties": properties, "required": ["a", "b"]}
+    tool = {"type": "function", "function": schema}
+    call = {"name": "add", "arguments": {"a": 1234, "b": 4321}}
+    messages = [
+        {"role": "system", "content": "# Tools"},
+        {"role": "user", "content": "What is 1234 + 4321?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "5555"},
+        {"role": "assistant", "content": "It is 5555."},
+    ]
+    assert ids_of(dataset[0]) == template_ids(messages, [tool])
+    _, y, mask = dataset[0]
+    called = f"\n{json.dumps(call)}\n"
+    assert tokenizer.decode(y[mask > 0]) == f"<tool_call>{called}</tool_call></s>It is 5555.</s>"
 
 
 def test_impossible_arguments(tmp_path):
@@ -369,7 +442,7 @@ def test_it_is_indexed_like_a_list(tmp_path):
 
 
 def test_lengths_of_a_range_are_those_of_its_items(tmp_path):
-    path = write(tmp_path / "data.jsonl", [{"messages": exchange("1", n)} for n in range(4)])
+    path = write(tmp_path / "data.jsonl", [{"messages": exchange("1", n)} for n in range(1, 5)])
     dataset = SFTDataset(path, tokenizer, 64)
     expected = [len(dataset[i][0]) for i in range(4)]
     for start in range(6):
@@ -524,8 +597,7 @@ def test_real_conversations(shared_dir, tmp_path):
 def test_real_tool_calls(shared_dir, tmp_path):
     source = shared_dir / "data" / "raw" / "glaive_toolcall_zh_demo.json"
     records = json.loads(source.read_text(encoding="utf-8"))
-    path = write(tmp_path / "glaive.jsonl", records)
-    dataset = SFTDataset(path, tokenizer, 2048, skip_bad_lines=True)
+    dataset = SFTDataset(source, tokenizer, 2048, cache_dir=tmp_path, skip_bad_lines=0.1)
     assert (len(dataset), dataset.n_bad_lines) == (298, 2)
     with_calls = [i for i in range(len(dataset)) if 3 in dataset[i][1].tolist()]
     calls = sum(m["from"] == "function_call" for r in records for m in r["conversations"])

@@ -13,22 +13,23 @@ from test_records import BAD_LINES
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dataset import token_store
+from dataset import reader, records, token_store
 from dataset.lm_dataset import TextEncoder
 from dataset.records import DataError, parse_text
-from dataset.token_store import Encoded, TextTokenizer, TokenStore
+from dataset.token_store import Encoded, Parsed, TextTokenizer, TokenStore
 
 
 class ByteEncoder:
-    """One id for each byte of a text, weighted by its place in the text."""
+    """One id for each byte of a text, weighted by its place in the text; it counts spaces."""
 
     key = "bytes"
     dtype = np.dtype("<u4")
     weighted = True
+    counted = ("spaces",)
 
     def parse(self, line):
         text = parse_text(line).encode("utf-8")
-        return text, len(text)
+        return Parsed(text, len(text), (text.count(b" "),))
 
     def encode(self, records):
         ids = np.frombuffer(b"".join(records), np.uint8).astype(np.uint32) + 100_000
@@ -73,20 +74,31 @@ def snapshot(folder):
 
 @pytest.mark.parametrize("batch_bytes", [1, 100, 1 << 20])
 def test_store_holds_every_document_with_its_line(tmp_path, batch_bytes):
-    lines = [b'{"text": "one"}', b"{", '{"text": "二"}'.encode(), b"", b'{"text": "3\\n"}']
+    lines = [b'{"text": "o e"}', b"{]", '{"text": "二"}'.encode(), b"", b'{"text": "3\\n"}']
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\n".join(lines))
     store = TokenStore.open_or_build(
         path, ByteEncoder(), skip_bad_lines=True, batch_bytes=batch_bytes
     )
-    ids = np.frombuffer(b"one" + "二".encode() + b"3\n", np.uint8).astype(int) + 100_000
+    ids = np.frombuffer(b"o e" + "二".encode() + b"3\n", np.uint8).astype(int) + 100_000
     assert store.ids.dtype == np.uint32
     assert store.ids.tolist() == ids.tolist()
     assert store.offsets.tolist() == [0, 3, 6, 8]
     assert store.lines.tolist() == [1, 3, 5]
     np.testing.assert_allclose(store.weights, [0, 0.5, 1, 0, 0.5, 1, 0, 1])
     assert store.bytes.sum() == 8
-    assert store.bad_lines.count == 2
+    assert store.counts("spaces").tolist() == [1, 0, 0]
+    assert (store.bad_lines.count, store.bad_lines.total) == (1, 4)  # a blank line is none
+
+
+def test_an_array_is_the_same_as_its_lines(tmp_path, data):
+    """But for where the documents begin."""
+    records = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    path = tmp_path / "array.json"
+    path.write_text(json.dumps(records, indent=2), encoding="utf-8")
+    array, lines = (TokenStore.open_or_build(p, ByteEncoder()) for p in (path, data))
+    assert array.content == lines.content
+    assert array.lines.tolist() == [2 + 3 * n for n in range(30)]
 
 
 def test_store_pickles_as_a_path(data):
@@ -106,7 +118,8 @@ def test_lines_longer_than_the_read_buffer(tmp_path):
 
 
 def test_a_line_without_end_is_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_store, "MAX_LINE_BYTES", 100)
+    for module in (reader, records):
+        monkeypatch.setattr(module, "MAX_LINE_BYTES", 100)
     path = tmp_path / "data.jsonl"
     write_lines(path, ["a", "b" * 88, "c" * 87, "d" * 1000, "e"])  # and 13 bytes around each
     store = TokenStore.open_or_build(path, ByteEncoder(), skip_bad_lines=True)
@@ -187,10 +200,11 @@ def test_every_kind_of_bad_line_is_reported_with_its_number(tmp_path, batch_byte
         report = str(error.value).splitlines()
         assert report[0].startswith(f"{path}:8: ")
         assert reason in report[0]
-        if bad:  # at the end, no bytes are no line
-            assert report[1].startswith(f"{path}:12: ")
-            assert reason in report[1]
-        assert len(report) == (3 if bad else 2)
+        assert report[1].startswith(f"{path}:12: ")
+        assert reason in report[1]
+        assert report[2:] == [
+            f"{path}: 2 of 12 lines are bad; --skip_bad_lines 0.17 goes on without them"
+        ]
 
 
 def test_bad_lines_are_remembered_and_can_be_skipped(tmp_path):
@@ -205,16 +219,34 @@ def test_bad_lines_are_remembered_and_can_be_skipped(tmp_path):
     assert snapshot(tmp_path) == before
     assert str(first.value) == str(second.value)
     assert str(first.value).count(f"{path}:") == 11
-    assert "25 bad lines" in str(first.value)
+    assert str(first.value).endswith("25 of 26 lines are bad, most of the file")
     assert store.bad_lines.count == 25
     assert len(store.lines) == 1
 
 
 def test_a_file_without_a_good_line_is_an_error_even_when_skipping(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_bytes(b"bad\n" * 3)
+    path.write_bytes(b"{]\n" * 3)
     with pytest.raises(DataError, match="not one good line in 3"):
         TokenStore.open_or_build(path, ByteEncoder(), skip_bad_lines=True)
+    path.write_bytes(b" \n" * 3)
+    with pytest.raises(DataError, match="not one good line in 0"):
+        TokenStore.open_or_build(path, ByteEncoder())
+
+
+def test_bad_lines_are_skipped_up_to_a_share(tmp_path):
+    """Of 20 lines 2 are bad: a store that another share built says the same."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"text": "good"}\n' * 18 + b'{"text": ""}\n\n' * 2)
+    for _ in range(2):
+        assert len(TokenStore.open_or_build(path, ByteEncoder(), skip_bad_lines=0.1).lines) == 18
+        with pytest.raises(DataError, match="2 of 20 lines are bad") as error:
+            TokenStore.open_or_build(path, ByteEncoder(), skip_bad_lines=0.09)
+        assert [line[:16] for line in str(error.value).replace(f"{path}", "").splitlines()] == [
+            ':19: "text" is e',
+            ':21: "text" is e',
+            ": 2 of 20 lines ",
+        ]
 
 
 # ---- reuse
@@ -293,7 +325,7 @@ import os, sys, time
 from pathlib import Path
 import numpy as np
 from dataset.records import DataError, parse_text
-from dataset.token_store import Encoded, TokenStore
+from dataset.token_store import Encoded, Parsed, TokenStore
 
 path, events, go = map(Path, sys.argv[1:])
 
@@ -301,9 +333,10 @@ class Waiting:
     key = "bytes"
     dtype = np.dtype("<u4")
     weighted = False
+    counted = ()
 
     def parse(self, line):
-        return parse_text(line), 0
+        return Parsed(parse_text(line), 0)
 
     def encode(self, records):
         with events.open("a") as file:

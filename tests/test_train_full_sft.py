@@ -22,7 +22,7 @@ from tiny_models import llama_with_weights_of, randomised
 
 from dataset import tokenizer_hash
 from model import LMConfig, MiniMindLM
-from training import Run, save_weights
+from training import Run, save_weights, summarise
 
 NAME = "full_sft_32"
 ROWS = [*SHAPE, "--max_seq_len", 96]
@@ -354,7 +354,7 @@ def test_what_is_left_out_is_said_of_every_file(tune, pretrained, tmp_path):
         words += [f"--{name}", path]
     words += ["--out_dir", tmp_path, "--from_weight", pretrained, "--dry_run"]
     assert "test_data_path.jsonl:3: " in tune(*words, code=2).stderr
-    done = tune(*words, "--skip_bad_lines")
+    done = tune(*words, "--skip_bad_lines", 0.5)
     said = {
         "training data": ("data_path", [2, "2 bad lines"]),
         "validation data": ("val_data_path", [2, "1 bad lines", "1 last answers cut"]),
@@ -369,20 +369,25 @@ def test_what_is_left_out_is_said_of_every_file(tune, pretrained, tmp_path):
             assert line.startswith(f"{start}{note}")
 
 
-def test_answers_without_text_have_no_bits_per_byte(tune, pretrained, tokenizer, data, tmp_path):
-    """There is a loss, that of </s>, and the set beside it has all figures."""
-    empty, other = [chat("Say nothing", ""), chat("", "")], [chat("Hi", "red")]
-    paths = [write_chats(tmp_path / "empty.jsonl", empty), write_chats(tmp_path / "o.jsonl", other)]
+def test_empty_answers_are_not_scored(tune, pretrained, tokenizer, data, tmp_path):
+    """The loss is that of the others, and nothing else of the file is left out."""
+    empty, other = [chat("Say nothing", ""), chat("", " \n")], [chat("Hi", "red")]
+    mixed = write_chats(tmp_path / "mixed.jsonl", [*empty, *other])
     words = ["--data_path", data, "--from_weight", pretrained, "--learning_rate", 1e-9]
-    for sets in (paths[:1], paths):
-        out = tmp_path / f"{len(sets)}"
-        done = tune(*words, "--val_data_path", *sets, "--out_dir", out)
-        assert "no report" not in done.stdout
-        first = read_metrics(out, NAME)[0]
-        name = "/empty" if len(sets) == 2 else ""
-        losses = torch.cat(all_answers(llama_of(pretrained), tokenizer, empty))
-        assert len(losses) == 2
-        assert first[f"val_loss{name}"] == pytest.approx(losses.mean().item(), rel=1e-5)
-        assert f"val_perplexity{name}" in first
-        assert f"val_bits_per_byte{name}" not in first
-    assert first["val_bits_per_byte"] > first["val_bits_per_byte/o"] > 0
+    done = tune(*words, "--val_data_path", mixed, "--out_dir", tmp_path / "out")
+    assert f"validation data {mixed}: 2 empty answers not learnt" in done.stdout
+    assert scores(read_metrics(tmp_path / "out", NAME)[0]) == scores_by_hand(
+        pretrained, tokenizer, other
+    )
+    nothing = write_chats(tmp_path / "empty.jsonl", empty)
+    done = tune(*words, "--val_data_path", nothing, "--out_dir", tmp_path / "none", code=2)
+    assert f"{nothing}: nothing to learn" in done.stderr
+
+
+def test_answers_without_text_have_no_bits_per_byte():
+    """Of an answer that is cut after `<think>`, that token is learnt."""
+    sums = {"cut": (2.0, 1.0, 0.0), "whole": (6.0, 3.0, 4.0)}
+    figures = summarise(sums, "val")
+    assert figures["val_loss/cut"] == figures["val_loss/whole"] == 2
+    assert "val_bits_per_byte/cut" not in figures
+    assert figures["val_bits_per_byte/whole"] == pytest.approx(1.5 / math.log(2))

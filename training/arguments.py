@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dataset import FEW_BAD_LINES
+
 from .schedule import DECAYS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,6 +168,34 @@ def name_or_path(text: str) -> str:
     return str(user_path(text)) if text.startswith("~") else text
 
 
+def share_of_bad_lines(text: str) -> float:
+    """An argparse type: a share, or true and false as a `flag` takes them."""
+    if text not in ("0", "1") and text.lower() in flag.WORDS:
+        return FEW_BAD_LINES if flag.WORDS[text.lower()] else 0.0
+    return share(text)
+
+
+def add_skip_bad_lines(parser: argparse._ActionsContainer) -> None:
+    """Add `--skip_bad_lines [SHARE]`: the share of bad lines of a file that may be left out."""
+    parser.add_argument(
+        "--skip_bad_lines",
+        type=share_of_bad_lines,
+        nargs="?",
+        const=FEW_BAD_LINES,
+        default=0.0,
+        metavar="SHARE",
+        help="go on without lines that have errors, if at most this share has; "
+        f"{FEW_BAD_LINES} if no number",
+    )
+    parser.add_argument(
+        "--no-skip_bad_lines",
+        dest="skip_bad_lines",
+        action="store_const",
+        const=0.0,
+        help=argparse.SUPPRESS,
+    )
+
+
 def named_path(text: str) -> tuple[str, Path]:
     """An argparse type: `name=path`, or a path alone, whose name is that of its file."""
     name, equals, path = text.partition("=")
@@ -264,11 +294,9 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
             "--packing", action=flag, default=True, help="fill each row from several documents"
         )
     data.add_argument(
-        "--skip_bad_lines", action=flag, default=False, help="go on without lines that have errors"
-    )
-    data.add_argument(
         "--cache_dir", type=user_path, help="where token stores go; default: by the data"
     )
+    add_skip_bad_lines(data)
     data.add_argument(
         "--num_workers", type=count_or_zero, help="loader processes; default: 2 on cuda, else 0"
     )
