@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from itertools import combinations
+from itertools import accumulate, combinations
 
 from .curves import Metrics, has_number
 
@@ -71,7 +71,8 @@ def course_of_margin(lines: Metrics) -> tuple[bool, str] | None:
     if not margins:
         return None
     third = max(1, len(margins) // 3)
-    means = [statistics.fmean(margins[i : i + third]) for i in range(len(margins) - third + 1)]
+    sums = [0.0, *accumulate(margins)]
+    means = [(b - a) / third for a, b in zip(sums, sums[third:], strict=False)]
     low, high = means[0], means[-1]
     here = f"from a margin of {low:.3f} in the first third of the run to {high:.3f} in the last"
     if len(margins) < 3:
