@@ -10,7 +10,7 @@ Weights of the stage "pretrain" continue what is typed; all others answer it, an
 said before.
 """
 
-import interrupt  # noqa: F401  for Ctrl-C during the imports below
+import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
 
 import argparse
 import contextlib
@@ -21,38 +21,37 @@ from typing import Any
 
 import torch
 
-from dataset import DataError, RecordError, parse_chat, read_records
-from inference import Talker, WeightSpec, load_talker
-from inference.answers import answer_file
-from inference.conversations import Talk
-from inference.scoring import score
-from training import (
+from common import (
     ROOT,
+    BooleanFlag,
     UserError,
-    add_skip_bad_lines,
-    count,
-    count_or_zero,
-    find_processes,
-    flag,
-    fraction_or_one,
     make_parser,
     name_or_path,
-    positive,
-    positive_or_zero,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    positive_unit_interval,
     report_user_errors,
     seed,
-    share,
+    unit_interval,
     user_path,
 )
+from dataset import RecordError, parse_chat, read_records
+from inference import ChatModel, WeightSpec, load_chat_model
+from inference.answers import answer_file
+from inference.conversations import Conversation
+from inference.scoring import score
+from training import add_skip_bad_lines, find_processes
 
 # What /set can change, and how it is read: the flags of the same names.
 SETTINGS: dict[str, Callable[[str], Any]] = {
-    "max_new_tokens": count,
-    "temperature": positive_or_zero,
-    "top_k": count_or_zero,
-    "top_p": fraction_or_one,
-    "min_p": share,
-    "repetition_penalty": positive,
+    "max_new_tokens": positive_int,
+    "temperature": non_negative_float,
+    "top_k": non_negative_int,
+    "top_p": positive_unit_interval,
+    "min_p": unit_interval,
+    "repetition_penalty": positive_float,
 }
 HELP = '''\
 /help                    this text
@@ -83,9 +82,13 @@ def parse_args() -> argparse.Namespace:
         help="an adapter's name, or its .pth file: use it as well",
     )
     which.add_argument("--out_dir", type=user_path, default=Path("out"), help="where weights are")
-    which.add_argument("--dim", type=count, help="of the weights; 512 for those without a .json")
-    which.add_argument("--n_layers", type=count, help="of the weights; likewise 8")
-    which.add_argument("--use_moe", action=flag, help="whether they are a mixture of experts")
+    which.add_argument(
+        "--dim", type=positive_int, help="of the weights; 512 for those without a .json"
+    )
+    which.add_argument("--n_layers", type=positive_int, help="of the weights; likewise 8")
+    which.add_argument(
+        "--use_moe", action=BooleanFlag, help="whether they are a mixture of experts"
+    )
     which.add_argument(
         "--quantize", choices=("int8",), help="weights of 8 bits: faster on a CPU, nearly as good"
     )
@@ -97,28 +100,36 @@ def parse_args() -> argparse.Namespace:
         help="folder",
     )
     writing = parser.add_argument_group("writing")
-    writing.add_argument("--max_new_tokens", type=count, default=512, help="of an answer")
+    writing.add_argument("--max_new_tokens", type=positive_int, default=512, help="of an answer")
     writing.add_argument(
-        "--temperature", type=positive_or_zero, default=0.8, help="0 takes the likeliest token"
+        "--temperature", type=non_negative_float, default=0.8, help="0 takes the likeliest token"
     )
-    writing.add_argument("--top_k", type=count_or_zero, default=0, help="likeliest tokens; 0: all")
+    writing.add_argument(
+        "--top_k", type=non_negative_int, default=0, help="likeliest tokens; 0: all"
+    )
     writing.add_argument(
         "--top_p",
-        type=fraction_or_one,
+        type=positive_unit_interval,
         default=0.9,
         help="draw among the likeliest tokens that reach this probability together",
     )
     writing.add_argument(
-        "--min_p", type=share, default=0.0, help="drop tokens below this share of the likeliest's"
+        "--min_p",
+        type=unit_interval,
+        default=0.0,
+        help="drop tokens below this share of the likeliest's",
     )
     writing.add_argument(
-        "--repetition_penalty", type=positive, default=1.0, help="above 1: of what was said before"
+        "--repetition_penalty",
+        type=positive_float,
+        default=1.0,
+        help="above 1: of what was said before",
     )
     writing.add_argument("--seed", type=seed, help="default: another text every time")
     writing.add_argument("--system", help="what the model is told first")
     writing.add_argument(
         "--history_cnt",
-        type=count_or_zero,
+        type=non_negative_int,
         help="exchanges that it remembers; default: as many as fit",
     )
     instead = parser.add_argument_group("instead of a conversation")
@@ -132,7 +143,7 @@ def parse_args() -> argparse.Namespace:
     instead.add_argument(
         "--score", type=user_path, metavar="DATA", help="score the model on texts or conversations"
     )
-    instead.add_argument("--batch_size", type=count, default=16, help="lines at a time")
+    instead.add_argument("--batch_size", type=positive_int, default=16, help="lines at a time")
     add_skip_bad_lines(instead)
     args = parser.parse_args()
     for name in ("prompt", "system"):
@@ -159,7 +170,7 @@ class Chat:
     """A conversation in a terminal.
 
     Args:
-        talker: who answers.
+        chat_model: who answers.
         settings: values by the names of SETTINGS.
         generator: source of randomness.
         system: what the model is told first, or None.
@@ -168,17 +179,17 @@ class Chat:
 
     def __init__(
         self,
-        talker: Talker,
+        chat_model: ChatModel,
         settings: dict[str, Any],
         generator: torch.Generator,
         system: str | None,
         history_cnt: int | None,
     ):
-        self.talker = talker
+        self.chat_model = chat_model
         self.settings = settings
         self.generator = generator
         self.history_cnt = history_cnt
-        self.talk = Talk(system=system or "")
+        self.talk = Conversation(system=system or "")
 
     def respond(self, text: str) -> None:
         """Print what the model says to a text, as it comes; Ctrl-C ends the answer.
@@ -187,13 +198,13 @@ class Chat:
             UserError: if the text leaves no room in the context, and as `prompt_ids`.
         """
         question = {"role": "user", "content": text}
-        if self.talker.encoder is None:
+        if self.chat_model.encoder is None:
             print(text, end="", flush=True)
-            ids = self.talker.text_ids(text)
+            ids = self.chat_model.text_ids(text)
         else:
             ids = self.prompt_ids(question)
         answer = ""
-        pieces = self.talker.stream(ids, self.generator, **sampling_options(self.settings))
+        pieces = self.chat_model.stream(ids, self.generator, **sampling_options(self.settings))
         try:
             for piece in pieces:
                 answer += piece
@@ -203,7 +214,7 @@ class Chat:
         except KeyboardInterrupt:
             print(" …", end="")
         print()
-        if self.talker.encoder is not None:
+        if self.chat_model.encoder is not None:
             self.talk.messages += [question, {"role": "assistant", "content": answer}]
 
     def prompt_ids(self, question: dict[str, Any]) -> list[int]:
@@ -215,9 +226,11 @@ class Chat:
         past, tools = self.talk.messages, self.talk.tools
         if self.history_cnt is not None:
             past = past[self.talk.last_exchanges(self.history_cnt) :]
-        messages = Talk(self.talk.system, messages=[*past, question]).prompt()
+        messages = Conversation(self.talk.system, messages=[*past, question]).prompt()
         try:
-            return self.talker.fitting_chat_ids(messages, self.settings["max_new_tokens"], tools)
+            return self.chat_model.fitting_chat_ids(
+                messages, self.settings["max_new_tokens"], tools
+            )
         except RecordError as error:  # of a conversation that was loaded
             raise UserError(f"the conversation is not usable: {error}") from None
 
@@ -232,7 +245,7 @@ class Chat:
         if name == "help":
             print(HELP)
         elif name == "reset":
-            self.talk = Talk(self.talk.system)
+            self.talk = Conversation(self.talk.system)
             print("a new conversation")
         elif name == "system":
             self.talk.system = rest
@@ -284,14 +297,14 @@ class Chat:
         try:
             number, line = next(read_records(path), (1, b""))
             messages, tools = parse_chat(line)
-        except DataError as error:
+        except UserError as error:
             raise UserError(f"/load {error}") from None
         except RecordError as error:
             raise UserError(f"/load {path}:{number}: {error}") from None
         if messages[-1]["role"] != "assistant":
             raise UserError(f"/load {path}:{number}: it does not end with an answer")
         system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
-        self.talk = Talk(system, messages=messages, tools=tools)
+        self.talk = Conversation(system, messages=messages, tools=tools)
         print(f"{len(messages)} messages")
 
 
@@ -322,14 +335,14 @@ def converse(chat: Chat) -> None:
     sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to end
     with contextlib.suppress(ImportError):  # Windows' own terminal edits lines by itself
         import readline  # noqa: F401  it gives `input` its editing and history
-    talker = chat.talker
-    if talker.encoder is None:
-        print(f"{talker.name}: type a beginning and press Enter; Ctrl-D leaves.")
+    chat_model = chat.chat_model
+    if chat_model.encoder is None:
+        print(f"{chat_model.name}: type a beginning and press Enter; Ctrl-D leaves.")
     else:
-        print(f"{talker.name}: say something and press Enter; /help lists commands.")
+        print(f"{chat_model.name}: say something and press Enter; /help lists commands.")
     for text in typed_texts():
         try:
-            if text.startswith("/") and talker.encoder is not None:
+            if text.startswith("/") and chat_model.encoder is not None:
                 chat.command(text)
             else:
                 chat.respond(text)
@@ -351,7 +364,7 @@ def main() -> None:
         use_moe=args.use_moe,
     )
     several = args.input_file is not None or args.score is not None
-    talker = load_talker(spec, device, args.quantize, args.batch_size if several else 1)
+    chat_model = load_chat_model(spec, device, args.quantize, args.batch_size if several else 1)
     generator = torch.Generator(device)
     if args.seed is None:
         generator.seed()
@@ -359,11 +372,11 @@ def main() -> None:
         generator.manual_seed(args.seed)
     settings = {name: getattr(args, name) for name in SETTINGS}
     if args.score is not None:
-        score(talker, args.score, args.output_file, args.max_new_tokens, args.skip_bad_lines)
+        score(chat_model, args.score, args.output_file, args.max_new_tokens, args.skip_bad_lines)
     elif args.input_file is not None:
         options = sampling_options(settings)
         answer_file(
-            talker,
+            chat_model,
             args.input_file,
             args.output_file,
             args.system,
@@ -372,7 +385,7 @@ def main() -> None:
             args.skip_bad_lines,
         )
     else:
-        chat = Chat(talker, settings, generator, args.system, args.history_cnt)
+        chat = Chat(chat_model, settings, generator, args.system, args.history_cnt)
         if args.prompt is not None:
             chat.respond(args.prompt)
         else:
@@ -380,5 +393,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with report_user_errors(DataError):
+    with report_user_errors(UserError):
         main()

@@ -9,7 +9,7 @@ number is --dim; a mixture of experts ends in _moe) and becomes out/distill_512.
 the same tokenizer and any shape; the .json beside its weights tells it.
 """
 
-import interrupt  # noqa: F401  for Ctrl-C during the imports below
+import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
 
 import argparse
 import math
@@ -29,55 +29,59 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from common import (
+    UserError,
+    make_parser,
+    name_or_path,
+    positive_float,
+    positive_int,
+    report_user_errors,
+    unit_interval,
+)
 from dataset import (
-    DataError,
     PackedRows,
     PaddedRows,
     SFTDataset,
-    TeacherRows,
-    collate_taught,
+    TeacherTopK,
+    collate_with_teacher,
     make_loader,
-    tokenizer_hash,
 )
-from dataset.sample import SAMPLE, ensure_sample
-from model import LMConfig, MiniMindLM, weights_hash
+from model import (
+    LMConfig,
+    MiniMindLM,
+    load_model,
+    load_tokenizer,
+    resolve_weights,
+    tokenizer_hash,
+    weights_hash,
+    weights_path,
+)
+from sample_world import SAMPLE, ensure_sample
 from training import (
     Distributed,
     Run,
     StopSignal,
-    UserError,
     add_chat_arguments,
     add_stage_arguments,
     autocast_dtype,
     check_context,
     check_identity,
-    check_output,
     check_stage_arguments,
-    count,
     explain_out_of_memory,
     find_processes,
     find_resume,
     find_sample,
     get_random_states,
     init_model,
-    load_first_weights,
-    load_model,
-    load_tokenizer,
     lock_run,
     make_optimizer,
-    make_parser,
-    name_or_path,
     open_process_group,
-    positive,
-    report_user_errors,
-    resolve_weights,
     run_identity,
     set_random_states,
-    share,
     start_run,
     summarise,
-    weights_path,
 )
+from training.weights import check_output, load_first_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,7 +90,7 @@ STAGE = "distill"
 # (parameters up to, lowest, highest): learning rates outside make a warning.
 LEARNING_RATES = ((1e7, 1e-5, 3e-3), (6e7, 1e-5, 5e-4), (math.inf, 5e-6, 1e-4))
 
-Rows = PackedRows | PaddedRows | TeacherRows
+Rows = PackedRows | PaddedRows | TeacherTopK
 
 
 def parse_args() -> argparse.Namespace:
@@ -112,16 +116,16 @@ def parse_args() -> argparse.Namespace:
     )
     teaching.add_argument(
         "--alpha",
-        type=share,
+        type=unit_interval,
         default=0.5,
         help="share of the loss that the data's own answers have",
     )
     teaching.add_argument(
-        "--temperature", type=positive, default=2.0, help="softens both models' distributions"
+        "--temperature", type=positive_float, default=2.0, help="softens both models' distributions"
     )
     teaching.add_argument(
         "--cache_teacher",
-        type=count,
+        type=positive_int,
         metavar="TOP",
         help="ask the teacher once, and keep its likeliest tokens for each target beside the data",
     )
@@ -139,7 +143,7 @@ def open_rows(
     Scores are means over tokens, whatever --loss_weighting says, so that they can be compared.
 
     Raises:
-        DataError: naming what is wrong with a file.
+        UserError: naming what is wrong with a file.
     """
 
     def open_chats(path: Path, loss_weighting: str) -> SFTDataset:
@@ -222,7 +226,7 @@ def student_losses(
     Args:
         model: the student.
         teacher: in eval mode; None if the batch holds what it says.
-        batch: as `dataset.packing.collate`, or `collate_taught`.
+        batch: as `dataset.packing.collate`, or `collate_with_teacher`.
         args: the flags.
 
     Returns:
@@ -267,7 +271,7 @@ def ask_teacher(
     world: Distributed,
     dtype: torch.dtype,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, list[int]]]:
-    """The teacher's likeliest tokens for the targets of all rows, as `TeacherRows` keeps them."""
+    """The teacher's likeliest tokens for the targets of all rows, as `TeacherTopK` keeps them."""
     started, device = time.perf_counter(), world.device
     teacher.to(device)
     on_cuda = device.type == "cuda"
@@ -293,7 +297,7 @@ def batches(run: Run, rows: Rows, **order: Any) -> DataLoader:
         seed=args.seed,
         rank=world.rank,
         world_size=world.world_size,
-        collate_fn=collate_taught,
+        collate_fn=collate_with_teacher,
         num_workers=args.num_workers,
         on_cuda=world.device.type == "cuda",
         **order,
@@ -328,7 +332,7 @@ def train_epoch(
         masks = [b["loss_mask"] for b in window]
         text_rows = [b["attention_mask"].any(1).sum() for b in window]  # the others are padding
         counts = (sum(m.sum() for m in masks), sum((m > 0).sum() for m in masks), sum(text_rows))
-        targets, tokens, n_rows = world.sum(torch.stack(counts)).tolist()
+        targets, tokens, n_rows = world.all_reduce_sum(torch.stack(counts)).tolist()
         lr = run.learning_rate()
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -356,7 +360,7 @@ def train_epoch(
             parts.append(torch.stack(list(watched.values())))
 
         sums = torch.stack((sum(losses), sum(aux_losses), *sum(parts))).to(world.sum_dtype)
-        loss_sum, aux_sum, *part_sums = world.sum(sums).tolist()
+        loss_sum, aux_sum, *part_sums = world.all_reduce_sum(sums).tolist()
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
         if math.isfinite(loss_sum + aux_sum + grad_norm):
@@ -370,7 +374,9 @@ def train_epoch(
             loss=loss_sum,
             aux_loss=aux_sum,
             grad_norm=grad_norm,
-            expert_load=world.sum(sum(loads)).tolist() if run.network.config.use_moe else [],
+            expert_load=world.all_reduce_sum(sum(loads)).tolist()
+            if run.network.config.use_moe
+            else [],
             seconds=time.perf_counter() - started,
             find_sample=partial(find_sample, world, rows.dataset, window, torch.stack(losses)),
             **dict(zip(watched, part_sums, strict=True)),
@@ -415,7 +421,7 @@ def evaluate(
                 logits, *_ = target_logits(model, batch, where)
                 losses = F.cross_entropy(logits, ids, reduction="none") * weights
             total += torch.stack([x.sum(dtype=total.dtype) for x in (losses, weights)])
-        sums[name] = (*world.sum(total).tolist(), rows.dataset.text_bytes)
+        sums[name] = (*world.all_reduce_sum(total).tolist(), rows.dataset.text_bytes)
     return summarise(sums, prefix)
 
 
@@ -542,7 +548,7 @@ def main() -> int:
             asked = f"{frozen['--teacher_weight'][:16]}_{args.temperature:g}_{dtype}"
             rows, *others = data
             ask = partial(ask_teacher, teacher, rows, args, world, dtype)
-            rows = TeacherRows(rows, asked.replace("torch.", ""), args.cache_teacher, ask)
+            rows = TeacherTopK(rows, asked.replace("torch.", ""), args.cache_teacher, ask)
             data, teacher, ask = (rows, *others), None, None
         notes = [told, *notes]
         with open_process_group(world):
@@ -553,5 +559,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    with report_user_errors(DataError), explain_out_of_memory():
+    with report_user_errors(UserError), explain_out_of_memory():
         sys.exit(main())

@@ -10,7 +10,7 @@ reference gives every reply is computed once and kept beside the data: in traini
 model in memory.
 """
 
-import interrupt  # noqa: F401  for Ctrl-C during the imports below
+import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
 
 import argparse
 import copy
@@ -29,48 +29,40 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from dataset import (
-    DataError,
-    DPODataset,
-    PairRows,
-    collate_pairs,
-    make_loader,
-    tokenizer_hash,
+from common import (
+    UserError,
+    half_open_unit_interval,
+    make_parser,
+    positive_float,
+    positive_int,
+    report_user_errors,
 )
-from dataset.sample import SAMPLE, ensure_sample
-from model import MiniMindLM, weights_hash
+from dataset import DPODataset, PairRows, collate_pairs, make_loader
+from model import MiniMindLM, load_tokenizer, tokenizer_hash, weights_hash, weights_path
+from sample_world import SAMPLE, ensure_sample
 from training import (
     Distributed,
     Run,
     StopSignal,
-    UserError,
     add_stage_arguments,
     autocast_dtype,
     average,
     check_identity,
-    check_output,
     check_stage_arguments,
-    count,
     explain_out_of_memory,
     find_processes,
     find_resume,
     find_sample,
-    fraction,
     get_random_states,
     init_model,
-    load_first_weights,
-    load_tokenizer,
     lock_run,
     make_optimizer,
-    make_parser,
     open_process_group,
-    positive,
-    report_user_errors,
     run_identity,
     set_random_states,
     start_run,
-    weights_path,
 )
+from training.weights import check_output, load_first_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,21 +99,23 @@ def parse_args() -> argparse.Namespace:
     )
     pairs.add_argument(
         "--beta",
-        type=positive,
+        type=positive_float,
         help="how dear it is to leave the reference; default: "
         + ", ".join(f"{beta:g} for {name}" for name, beta in BETA.items()),
     )
     pairs.add_argument(
         "--label_smoothing",
-        type=fraction,
+        type=half_open_unit_interval,
         default=0.0,
         help="the share of pairs that may be the wrong way round (cDPO); not for ipo",
     )
     pairs.add_argument(
-        "--max_prompt_length", type=count, help="tokens of a prompt; default: half of a row"
+        "--max_prompt_length", type=positive_int, help="tokens of a prompt; default: half of a row"
     )
     pairs.add_argument(
-        "--max_completion_length", type=count, help="tokens of a reply; default: what is left"
+        "--max_completion_length",
+        type=positive_int,
+        help="tokens of a reply; default: what is left",
     )
     args = parser.parse_args()
     check_stage_arguments(args)
@@ -169,7 +163,7 @@ def open_rows(
     """The pairs to train on, to validate on (by name) and to test on.
 
     Raises:
-        DataError: naming what is wrong with a file.
+        UserError: naming what is wrong with a file.
     """
 
     def open_pairs(path: Path) -> DPODataset:
@@ -318,7 +312,7 @@ def train_epoch(run: Run, model: nn.Module, rows: PairRows, val: dict[str, PairR
         random_states = get_random_states(world.device) if several else None
         real = [b["sample"] >= 0 for b in window]  # the others are padding
         counts = (sum(r.sum() for r in real), sum(b["loss_mask"].sum() for b in window))
-        n_pairs, tokens = world.sum(torch.stack(counts)).tolist()
+        n_pairs, tokens = world.all_reduce_sum(torch.stack(counts)).tolist()
         lr = run.learning_rate()
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -344,7 +338,7 @@ def train_epoch(run: Run, model: nn.Module, rows: PairRows, val: dict[str, PairR
             figures.append(torch.stack(list(watched.values())))
 
         sums = torch.stack((sum(losses), sum(aux_losses), *sum(figures))).to(world.sum_dtype)
-        loss_sum, aux_sum, *figure_sums = world.sum(sums).tolist()
+        loss_sum, aux_sum, *figure_sums = world.all_reduce_sum(sums).tolist()
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
         if math.isfinite(loss_sum + aux_sum + grad_norm):
@@ -358,7 +352,9 @@ def train_epoch(run: Run, model: nn.Module, rows: PairRows, val: dict[str, PairR
             loss=loss_sum,
             aux_loss=aux_sum,
             grad_norm=grad_norm,
-            expert_load=world.sum(sum(loads)).tolist() if run.network.config.use_moe else [],
+            expert_load=world.all_reduce_sum(sum(loads)).tolist()
+            if run.network.config.use_moe
+            else [],
             seconds=time.perf_counter() - started,
             find_sample=partial(find_sample, world, rows.dataset, window, torch.stack(losses)),
             **dict(zip(watched, figure_sums, strict=True)),
@@ -401,7 +397,7 @@ def evaluate(
                 losses, watched, *_ = pair_losses(model, batch, run.args)
             for figure, value in {"loss": losses.sum(), **watched}.items():
                 total[figure] = total.get(figure, 0) + value.to(world.sum_dtype)
-        values = world.sum(torch.stack(list(total.values()))).tolist()
+        values = world.all_reduce_sum(torch.stack(list(total.values()))).tolist()
         sums[name] = {**dict(zip(total, values, strict=True)), "pairs": len(rows)}
     return average(sums, "pairs", prefix)
 
@@ -424,7 +420,7 @@ def score_reference(run: Run, reference: nn.Module, key: str, rows: PairRows) ->
             logps, *_ = reply_logps(reference, batch)
         real = batch["sample"] >= 0
         scores[batch["sample"][real]] = logps.view(2, -1).T[real].to(scores.dtype)
-    rows.keep_reference(key, world.sum(scores).cpu().numpy())
+    rows.keep_reference(key, world.all_reduce_sum(scores).cpu().numpy())
     seconds = time.perf_counter() - started
     run.reporter.say(
         f"reference on {rows.dataset.store.path}: {len(rows):,} pairs in {seconds:.1f} s "
@@ -467,18 +463,20 @@ def train(
         The run as it ended; None if there was nothing to do.
     """
     rows, val, test = data
-    frozen = world.share(frozen)
+    frozen = world.broadcast(frozen)
     key = f"{frozen['--from_weight'][:16]}_{dtype}".replace("torch.", "")
 
     def unscored(part: PairRows) -> bool:
-        return bool(world.agree(int(not part.use_reference(key))))  # anywhere: all score together
+        return bool(
+            world.all_reduce_max(int(not part.use_reference(key)))
+        )  # anywhere: all score together
 
     missing = [p for p in (rows, *val.values(), test) if p is not None and unscored(p)]
     reference = None
     if missing:
         # Before a resume file takes its place, and for no longer than there is something to score.
         reference = copy.deepcopy(network)
-        reference.load_state_dict(world.share(reference.state_dict()))
+        reference.load_state_dict(world.broadcast(reference.state_dict()))
         reference.to(world.device)
     network.to(world.device)
     optimizer = make_optimizer(
@@ -562,5 +560,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    with report_user_errors(DataError), explain_out_of_memory():
+    with report_user_errors(UserError), explain_out_of_memory():
         sys.exit(main())

@@ -8,7 +8,7 @@ It starts from out/pretrain_512.pth (the number is --dim; a mixture of experts e
 writes out/full_sft_512.pth.
 """
 
-import interrupt  # noqa: F401  for Ctrl-C during the imports below
+import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
 
 import argparse
 import math
@@ -26,16 +26,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from dataset import (
-    DataError,
-    PackedRows,
-    PaddedRows,
-    SFTDataset,
-    make_loader,
-    tokenizer_hash,
-)
-from dataset.sample import SAMPLE, ensure_sample
-from model import MiniMindLM
+from common import UserError, make_parser, report_user_errors
+from dataset import PackedRows, PaddedRows, SFTDataset, make_loader
+from model import MiniMindLM, load_tokenizer, tokenizer_hash, weights_path
+from sample_world import SAMPLE, ensure_sample
 from training import (
     Distributed,
     Run,
@@ -44,7 +38,6 @@ from training import (
     add_stage_arguments,
     autocast_dtype,
     check_identity,
-    check_output,
     check_stage_arguments,
     explain_out_of_memory,
     find_processes,
@@ -52,19 +45,15 @@ from training import (
     find_sample,
     get_random_states,
     init_model,
-    load_first_weights,
-    load_tokenizer,
     lock_run,
     make_optimizer,
-    make_parser,
     open_process_group,
-    report_user_errors,
     run_identity,
     set_random_states,
     start_run,
     summarise,
-    weights_path,
 )
+from training.weights import check_output, load_first_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,7 +93,7 @@ def open_rows(
     Scores are means over tokens, whatever --loss_weighting says, so that they can be compared.
 
     Raises:
-        DataError: naming what is wrong with a file.
+        UserError: naming what is wrong with a file.
     """
 
     def open_chats(path: Path, loss_weighting: str) -> SFTDataset:
@@ -190,7 +179,7 @@ def train_epoch(run: Run, model: nn.Module, rows: Rows, val: dict[str, Rows]) ->
         masks = [b["loss_mask"] for b in window]
         text_rows = [b["attention_mask"].any(1).sum() for b in window]  # the others are padding
         counts = (sum(m.sum() for m in masks), sum((m > 0).sum() for m in masks), sum(text_rows))
-        targets, tokens, n_rows = world.sum(torch.stack(counts)).tolist()
+        targets, tokens, n_rows = world.all_reduce_sum(torch.stack(counts)).tolist()
         lr = run.learning_rate()
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -215,7 +204,7 @@ def train_epoch(run: Run, model: nn.Module, rows: Rows, val: dict[str, Rows]) ->
             loads.append(load)
 
         sums = torch.stack((sum(losses), sum(aux_losses))).to(world.sum_dtype)
-        loss_sum, aux_sum = world.sum(sums).tolist()
+        loss_sum, aux_sum = world.all_reduce_sum(sums).tolist()
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
         if math.isfinite(loss_sum + aux_sum + grad_norm):
@@ -229,7 +218,9 @@ def train_epoch(run: Run, model: nn.Module, rows: Rows, val: dict[str, Rows]) ->
             loss=loss_sum,
             aux_loss=aux_sum,
             grad_norm=grad_norm,
-            expert_load=world.sum(sum(loads)).tolist() if run.network.config.use_moe else [],
+            expert_load=world.all_reduce_sum(sum(loads)).tolist()
+            if run.network.config.use_moe
+            else [],
             seconds=time.perf_counter() - started,
             find_sample=partial(find_sample, world, rows.dataset, window, torch.stack(losses)),
         )
@@ -269,7 +260,7 @@ def evaluate(
             with run.autocast:
                 losses, *_ = token_losses(model, batch)
             total += torch.stack([x.sum(dtype=total.dtype) for x in (losses, batch["loss_mask"])])
-        sums[name] = (*world.sum(total).tolist(), rows.dataset.text_bytes)
+        sums[name] = (*world.all_reduce_sum(total).tolist(), rows.dataset.text_bytes)
     return summarise(sums, prefix)
 
 
@@ -376,5 +367,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    with report_user_errors(DataError), explain_out_of_memory():
+    with report_user_errors(UserError), explain_out_of_memory():
         sys.exit(main())

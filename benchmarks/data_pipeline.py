@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -27,11 +26,8 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from dataset import PackedRows, PretrainDataset, RowBatches, collate  # noqa: E402
-from training import user_path  # noqa: E402
+from common import ROOT, user_path
+from dataset import PackedRows, PretrainDataset, RowBatches, collate
 
 ENGLISH = """
     the of and to in is that for it as was with be by on not he his but at are this have from or

@@ -10,22 +10,18 @@ a machine that slows down slows both. The one pass that fills the store is timed
 import argparse
 import copy
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from train_throughput import make_step
 
+from common import ROOT, user_path
 from dataset import DPODataset, PairRows, RowBatches, collate_pairs
-from dataset.sample import SAMPLE, ensure_sample
-from model import LMConfig, MiniMindLM
+from model import LMConfig, MiniMindLM, load_tokenizer
+from sample_world import SAMPLE, ensure_sample
 from train_dpo import preference_losses, reply_logps
-from training import ROOT, autocast_dtype, find_processes, load_tokenizer, user_path
+from training import autocast_dtype, find_processes
 
 WARM_UP = 2  # rounds
 

@@ -12,20 +12,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-from tiny_models import llama_with_weights_of
-
+from common import ROOT
 from model import LMConfig, MiniMindLM, TorchDecoder
 from model.onnx_decoder import OnnxDecoder
+
+sys.path.append(str(ROOT / "tests"))
+
+from tiny_models import llama_with_weights_of
 
 PEER = "transformers"
 

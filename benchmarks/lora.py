@@ -19,21 +19,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from train_throughput import make_step
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from train_throughput import make_step  # noqa: E402
-
-from model import LMConfig, MiniMindLM, apply_lora, save_lora  # noqa: E402
-from train_lora import token_losses  # noqa: E402
-from training import (  # noqa: E402
-    autocast_dtype,
-    find_processes,
-    make_optimizer,
-    save_weights,
-)
-from training.run import peak_memory  # noqa: E402
+from model import LMConfig, MiniMindLM, apply_lora, save_lora, save_weights
+from train_lora import token_losses
+from training import autocast_dtype, find_processes, make_optimizer
+from training.run import peak_memory
 
 KINDS = ("full", "lora")
 WARM_UP = 2  # rounds

@@ -8,24 +8,20 @@ conversations; padding is not.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from train_throughput import make_step
 
+from common import ROOT, user_path
 from dataset import PackedRows, PaddedRows, SFTDataset, collate
 from dataset.packing import pad_row
-from dataset.sample import SAMPLE, ensure_sample
-from model import LMConfig, MiniMindLM
+from model import LMConfig, MiniMindLM, load_tokenizer
+from sample_world import SAMPLE, ensure_sample
 from train_full_sft import token_losses
-from training import ROOT, autocast_dtype, find_processes, load_tokenizer, user_path
+from training import autocast_dtype, find_processes
 
 WARM_UP = 2  # rounds
 

@@ -15,10 +15,8 @@ import time
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from training import Run  # noqa: E402  the root must be on the path
+from common import ROOT
+from training import Run
 
 INTERVAL = 100  # steps, the default of --save_interval
 

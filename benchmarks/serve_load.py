@@ -27,11 +27,8 @@ from typing import NamedTuple
 import httpx
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from dataset import tokenizer_hash
-from model import LMConfig, MiniMindLM
-from training import ROOT, load_tokenizer, save_weights
+from common import ROOT
+from model import LMConfig, MiniMindLM, load_tokenizer, save_weights, tokenizer_hash
 
 WORDS = ["river", "stone", "cloud", "green", "seven", "market", "lantern", "山", "水", "朋友"]
 

@@ -10,10 +10,8 @@ slows both. A step is forward, loss, backward, clipping, AdamW.
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +22,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import LMConfig, MiniMindLM
 from training import make_optimizer

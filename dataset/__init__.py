@@ -10,15 +10,13 @@ from .records import (
     FEW_BAD_LINES,
     BadLines,
     Conversation,
-    DataError,
     RecordError,
     parse_chat,
     parse_preference,
     parse_question,
     parse_text,
 )
-from .teacher import TeacherRows, collate_taught
-from .token_store import tokenizer_hash
+from .teacher import TeacherTopK, collate_with_teacher
 
 __all__ = [
     "FEW_BAD_LINES",
@@ -26,7 +24,6 @@ __all__ = [
     "ChatEncoder",
     "Conversation",
     "DPODataset",
-    "DataError",
     "PackedRows",
     "PaddedRows",
     "PairRows",
@@ -35,11 +32,11 @@ __all__ = [
     "RecordError",
     "RowBatches",
     "SFTDataset",
-    "TeacherRows",
+    "TeacherTopK",
     "check_file",
     "collate",
     "collate_pairs",
-    "collate_taught",
+    "collate_with_teacher",
     "dataset_kind",
     "make_loader",
     "open_dataset",
@@ -49,5 +46,4 @@ __all__ = [
     "parse_text",
     "read_records",
     "render_chat",
-    "tokenizer_hash",
 ]

@@ -24,7 +24,7 @@ def open_dataset(
         cache_dir, skip_bad_lines: as for `TokenStore.open_or_build`.
 
     Raises:
-        DataError: as the classes.
+        UserError: as the classes.
     """
     kind = dataset_kind(path)
     return kind(path, tokenizer, max_length, cache_dir=cache_dir, skip_bad_lines=skip_bad_lines)
@@ -34,7 +34,7 @@ def dataset_kind(path: str | Path) -> type[PretrainDataset] | type[SFTDataset]:
     """What a file holds: texts if its first record has a "text", else conversations.
 
     Raises:
-        DataError: as `read_records`.
+        UserError: as `read_records`.
     """
     _, first = next(read_records(Path(path)), (0, b""))
     # A bad record of either kind must be named as what it is.

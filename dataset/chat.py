@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jinja2 import TemplateError
 
-from .records import DataError, RecordError, is_empty_answer, parse_chat
+from common import UserError
+
+from .records import RecordError, is_empty_answer, parse_chat
 from .token_store import WEIGHT_DTYPE, Encoded, Parsed, TextTokenizer
 
 FORMAT_VERSION = 2  # of the ids and of the tables that dataset.turns derives from them
@@ -126,7 +128,7 @@ class ChatEncoder:
         headers: ids of the text between `<s>` and the content, by role.
         newline: (n,) ids of the newline after `</s>`.
 
-    Raises DataError if the tokenizer lacks `<s>` or `</s>`, or its template renders another format.
+    Raises UserError if the tokenizer lacks `<s>` or `</s>`, or its template renders another format.
     """
 
     weighted = True
@@ -138,7 +140,7 @@ class ChatEncoder:
         self._control = {token: special[token] for token in _TOKENS if token in special}
         missing = {"<s>", "</s>"} - self._control.keys()
         if missing:
-            raise DataError(
+            raise UserError(
                 f"--tokenizer_path: this tokenizer lacks {min(missing)} as a special token"
             )
         _check_template(tokenizer)
@@ -199,7 +201,7 @@ class ChatEncoder:
 
 
 def _check_template(tokenizer: Any) -> None:
-    """Raise DataError unless the tokenizer's chat template renders what `render_chat` does."""
+    """Raise UserError unless the tokenizer's chat template renders what `render_chat` does."""
     call = {"name": "f", "arguments": {"x": ["1", None]}}
     messages = [
         {"role": "system", "content": " Be kind.\n"},
@@ -216,6 +218,6 @@ def _check_template(tokenizer: Any) -> None:
                 messages, tools=tools, tokenize=False, add_generation_prompt=True
             )
         except (TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"--tokenizer_path: its chat template fails ({error})") from None
+            raise UserError(f"--tokenizer_path: its chat template fails ({error})") from None
         if theirs != "".join(piece.text for piece in pieces):
-            raise DataError("--tokenizer_path: its chat template is not the one of this project")
+            raise UserError("--tokenizer_path: its chat template is not the one of this project")

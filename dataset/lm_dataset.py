@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from common import UserError
+
 from .chat import ChatEncoder
-from .records import DataError, parse_text
+from .records import parse_text
 from .token_store import (
     INDEX_DTYPE,
     ArrayWriter,
@@ -43,7 +45,7 @@ class TextEncoder:
         self._tokenizer = TextTokenizer(tokenizer)
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         if self._bos is None or self._eos is None:
-            raise DataError("--tokenizer_path: this tokenizer lacks a bos_token or an eos_token")
+            raise UserError("--tokenizer_path: this tokenizer lacks a bos_token or an eos_token")
         self.dtype = self._tokenizer.dtype
         self.key = f"pretrain {self._bos} {self._eos} {self._tokenizer.hash}"
 
@@ -71,7 +73,7 @@ class StoredDataset(Dataset, ABC):
     `store` holds the file's token ids, `max_length` is the most ids of an item, and `part` names
     the documents that are used.
 
-    Raises DataError as `TokenStore.open_or_build` or for want of items, ValueError for a
+    Raises UserError as `TokenStore.open_or_build` or for want of items, ValueError for a
     max_length below 2.
     """
 
@@ -110,11 +112,11 @@ class StoredDataset(Dataset, ABC):
         Which documents are held out depends on their number and the ratio alone, so that runs with
         different seeds, or resumed, are measured on the same ones.
 
-        Raises DataError if there is only one document, or a part has no items.
+        Raises UserError if there is only one document, or a part has no items.
         """
         count = self._n_stored
         if count < 2:
-            raise DataError(f"{self.store.path}: one document cannot be split for validation")
+            raise UserError(f"{self.store.path}: one document cannot be split for validation")
         held_out = min(max(1, round(val_ratio * count)), count - 1)
 
         def shuffled() -> np.ndarray:
@@ -141,7 +143,7 @@ class StoredDataset(Dataset, ABC):
             f"items_{self.items_key}", lambda folder: self._build_items(folder, documents())
         )
         if self.n_documents == 0:
-            raise DataError(
+            raise UserError(
                 f"{self.store.path}: nothing to learn, or nothing that fits; a larger "
                 "--max_seq_len may help"
             )

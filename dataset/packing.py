@@ -42,7 +42,7 @@ class PackedRows(Dataset):
     disk, so that the number of rows is the same in each epoch. `key` tells these rows from others
     of the same store.
 
-    Raises ValueError if an item may be longer than a row, DataError if the plan cannot be written.
+    Raises ValueError if an item may be longer than a row, UserError if the plan cannot be written.
     """
 
     def __init__(self, dataset: Any, row_length: int) -> None:

@@ -205,7 +205,7 @@ class PairRows(Dataset):
             logps: (pairs, 2) summed log-probabilities of chosen and rejected replies.
 
         Raises:
-            DataError: if it cannot be written.
+            UserError: if it cannot be written.
         """
 
         def write(folder: Path) -> dict[str, Any]:

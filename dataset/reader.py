@@ -7,7 +7,9 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from .records import MAX_LINE_BYTES, DataError
+from common import UserError
+
+from .records import MAX_LINE_BYTES
 
 HEAD_BYTES = 1 << 16  # looked at to tell what a file is
 CHUNK_BYTES = 1 << 20
@@ -38,36 +40,36 @@ def read_records(path: Path) -> Iterator[Record]:
     long. The file is never in memory as a whole.
 
     Raises:
-        DataError: as `check_file`; or an array is cut off, or broken such that it cannot be told
+        UserError: as `check_file`; or an array is cut off, or broken such that it cannot be told
             where its next element begins.
     """
     try:
         yield from check_file(path).read(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def check_file(path: Path) -> FileFormat:
     """The format of a file whose records can be read.
 
     Raises:
-        DataError: the file is missing, a folder, empty, or of another format, which is named with
+        UserError: the file is missing, a folder, empty, or of another format, which is named with
             what to do about it.
     """
     if path.is_dir():
-        raise DataError(f"{path}: is a folder; name a JSONL file")
+        raise UserError(f"{path}: is a folder; name a JSONL file")
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if not head:
-        raise DataError(f"{path}: is empty")
+        raise UserError(f"{path}: is empty")
     file_format = _detect_format(head)
     if file_format.read is None:
-        raise DataError(f"{path}: is {file_format.name}; {file_format.remedy}")
+        raise UserError(f"{path}: is {file_format.name}; {file_format.remedy}")
     return file_format
 
 
@@ -91,7 +93,7 @@ def _read_array(path: Path) -> Iterator[Record]:
     """The elements of a JSON array: what stands between the commas that no other bracket encloses.
 
     An element that is broken in itself is given as any other. Where it cannot be told where the
-    next one begins, DataError is raised: to go on would lose the rest of the file.
+    next one begins, UserError is raised: to go on would lose the rest of the file.
     """
     with path.open("rb") as file:
         buffer = file.read(HEAD_BYTES)
@@ -106,7 +108,7 @@ def _read_array(path: Path) -> Iterator[Record]:
                 newline = buffer.find(b"\n", position, end)
                 if newline >= 0:
                     at = line + buffer.count(b"\n", start, newline)
-                    raise DataError(
+                    raise UserError(
                         f"{path}:{at}: broken JSON: a string without an end; where the array goes "
                         "on cannot be told"
                     )
@@ -123,7 +125,7 @@ def _read_array(path: Path) -> Iterator[Record]:
                 if len(buffer) - start > MAX_LINE_BYTES:
                     reason = f"longer than {MAX_LINE_BYTES:,} bytes"
                 if reason:
-                    raise DataError(f"{path}:{_first_line(buffer[start:], line)}: {reason}")
+                    raise UserError(f"{path}:{_first_line(buffer[start:], line)}: {reason}")
                 buffer, position, start = buffer[start:] + chunk, position - start, 0
                 continue
             position += 1
@@ -153,10 +155,10 @@ def _end_of_string(buffer: bytes, start: int) -> int:
 
 
 def _check_rest(path: Path, line: int, rest: bytes, file: BinaryIO) -> None:
-    """Raise DataError if anything but blanks follows an array that ends on `line`."""
+    """Raise UserError if anything but blanks follows an array that ends on `line`."""
     while rest:
         if rest.strip():
-            raise DataError(
+            raise UserError(
                 f"{path}:{_first_line(rest, line)}: more follows the end of the array; a file "
                 "holds one array, or one object a line"
             )

@@ -2,7 +2,7 @@
 
 A record that cannot be used raises `RecordError` with the reason alone; whoever reads the file
 knows its name and the record's line, collects both in `BadLines`, and tells the user through
-`DataError`.
+`UserError`.
 """
 
 import json
@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from common import UserError
 
 MAX_LINE_BYTES = 1 << 30
 SHOWN_BAD_LINES = 10
@@ -45,14 +47,6 @@ class RecordError(ValueError):
     """Why one line cannot be used: a short reason, without file name and line number."""
 
 
-class DataError(Exception):
-    """Something about the data that the user can fix.
-
-    `str()` of it is what a stage script prints on stderr before it ends with status 2: one line, or
-    one line for each of the first bad lines and one for their total.
-    """
-
-
 @dataclass
 class BadLines:
     """The number of bad lines of a file, and the first ten of them as (line number, reason).
@@ -71,7 +65,7 @@ class BadLines:
             self.first.append((line_number, reason))
 
     def check(self, path: Path, skip_bad_lines: float) -> None:
-        """Raise DataError if more than the share `skip_bad_lines` of the file's lines is bad.
+        """Raise UserError if more than the share `skip_bad_lines` of the file's lines is bad.
 
         It names the first ten as `file:line: reason`, then the total, and the way out if that does
         not lose most of the file.
@@ -86,7 +80,7 @@ class BadLines:
             last += f"; --skip_bad_lines {math.ceil(100 * share) / 100} goes on without them"
         else:
             last += ", most of the file"
-        raise DataError("\n".join([*(f"{path}:{n}: {why}" for n, why in self.first), last]))
+        raise UserError("\n".join([*(f"{path}:{n}: {why}" for n, why in self.first), last]))
 
 
 def parse_text(line: bytes) -> str:

@@ -18,7 +18,7 @@ ID_DTYPE, LOGP_DTYPE = np.dtype("<i4"), np.dtype("<f4")
 Scored = tuple[np.ndarray, np.ndarray, Sequence[int]]
 
 
-class TeacherRows(Dataset):
+class TeacherTopK(Dataset):
     """Rows, each with a teacher's likeliest tokens for its targets.
 
     Row `i` is that of `rows`, and `teacher_ids` int64 and `teacher_logps` float32, (targets, top):
@@ -31,7 +31,7 @@ class TeacherRows(Dataset):
         score: gives what is kept for all rows, in order; called unless it is there already.
 
     Raises:
-        DataError: if it cannot be written.
+        UserError: if it cannot be written.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class TeacherRows(Dataset):
         return self.rows.fill
 
 
-def collate_taught(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+def collate_with_teacher(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     """As `dataset.packing.collate`, and of rows that a teacher was asked about what it said.
 
     `teacher_ids` and `teacher_logps` are (targets of the batch, top), in the order of

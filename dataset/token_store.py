@@ -34,8 +34,11 @@ from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from common import UserError
+from model.tokenizer import tokenizer_hash
+
 from .reader import check_file, read_records
-from .records import BadLines, DataError, RecordError
+from .records import BadLines, RecordError
 
 FORMAT_VERSION = 3
 BATCH_BYTES = 1 << 21  # of lines encoded at a time; the library's results take 50 times as much
@@ -87,30 +90,18 @@ class Encoder(Protocol):
         """The documents of each record in turn, as many of each, of at least two ids."""
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
-    """What identifies a tokenizer: the sha256 of its tokenizer.json, but for some parts.
-
-    Settings of lengths are left out, and so is what adds control tokens to a text: nothing here
-    uses it, and versions of transformers differ in it.
-    """
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    for name in ("padding", "truncation", "post_processor"):
-        parts.pop(name)
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()
-
-
 class TextTokenizer:
     """Text to ids by a transformers tokenizer, such that no text can produce a control token.
 
     It works on a private copy of the tokenizer's backend. `hash` is its `tokenizer_hash`; `special`
     are the ids that no text gives, by token; `dtype` is the smallest that holds its ids: uint16 or
-    uint32. Raises DataError where there is no such backend.
+    uint32. Raises UserError where there is no such backend.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
-            raise DataError("--tokenizer_path: this tokenizer has no tokenizer.json")
+            raise UserError("--tokenizer_path: this tokenizer has no tokenizer.json")
         # The tokenizers library warns in every process that is forked after it ran in parallel,
         # DataLoader workers included, unless this is set.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -243,7 +234,7 @@ def build_once(folder: Path, build: Callable[[Path], dict[str, Any]]) -> ArrayFo
     which the operating system takes back when that process dies. Under torchrun only the first
     process of each host asks for the lock; the others wait for the folder to appear.
 
-    Raises DataError if the folder cannot be written.
+    Raises UserError if the folder cannot be written.
     """
     try:
         if _is_complete(folder):
@@ -267,7 +258,7 @@ def build_once(folder: Path, build: Callable[[Path], dict[str, Any]]) -> ArrayFo
         return ArrayFolder(folder)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise DataError(
+        raise UserError(
             f"{folder.parent}: cannot be written ({reason}); --cache_dir names another folder"
         ) from error
 
@@ -341,7 +332,7 @@ class TokenStore:
 
         Bad lines are left out if they are at most the share `skip_bad_lines` of all.
 
-        Raises DataError: the file cannot be used, more of its lines are bad, no good line is left,
+        Raises UserError: the file cannot be used, more of its lines are bad, no good line is left,
         or the store cannot be written.
         """
         path = Path(path)
@@ -352,7 +343,7 @@ class TokenStore:
         store = cls(path, build_once(folder, build))
         store.bad_lines.check(path, skip_bad_lines)
         if len(store.lines) == 0:
-            raise DataError(f"{path}: not one good line in {store.bad_lines.total:,}")
+            raise UserError(f"{path}: not one good line in {store.bad_lines.total:,}")
         return store
 
     @property
@@ -444,7 +435,7 @@ def _build_store(path: Path, encoder: Encoder, batch_bytes: int, folder: Path) -
             progress.update(batch.file_bytes)
     after = path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise DataError(f"{path}: changed while it was being read; start again")
+        raise UserError(f"{path}: changed while it was being read; start again")
     return {
         "source": path.name,
         "encoder": encoder.key,

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, TextIO
 
 import torch
 
-from dataset import BadLines, DataError, RecordError, parse_question, parse_text, read_records
-from training import UserError
+from common import UserError
+from dataset import BadLines, RecordError, parse_question, parse_text, read_records
 
-from .talker import Talker
+from .chat_model import ChatModel
 
 
 class Question(NamedTuple):
@@ -29,73 +29,73 @@ class Question(NamedTuple):
 
 
 def read_questions(
-    talker: Talker, path: Path, system: str | None = None, skip_bad_lines: float = 0.0
+    chat_model: ChatModel, path: Path, system: str | None = None, skip_bad_lines: float = 0.0
 ) -> list[Question]:
     """The lines of a file.
 
     Args:
-        talker: who will answer: conversations, or beginnings of texts.
+        chat_model: who will answer: conversations, or beginnings of texts.
         path: JSONL file.
         system: a system message for conversations without one.
         skip_bad_lines: say how many lines cannot be answered, and go on without them, if they are
             at most this share.
 
     Raises:
-        DataError: naming the lines that cannot be answered; also if all are left out.
+        UserError: naming the lines that cannot be answered; also if all are left out.
     """
     questions, bad = [], BadLines()
     for number, line in read_records(path):
         bad.total += 1
         try:
             reference = None
-            if talker.encoder is None:
+            if chat_model.encoder is None:
                 text = parse_text(line)
-                ids = talker.text_ids(text)
+                ids = chat_model.text_ids(text)
             else:
                 (messages, tools), reference = parse_question(line)
                 if system and messages[0]["role"] != "system":
                     messages = [{"role": "system", "content": system}, *messages]
-                ids, text = talker.chat_ids(messages, tools), messages[-1]["content"]
-            if len(ids) >= talker.context:
-                raise RecordError(f"{len(ids)} tokens leave no room in {talker.context}")
+                ids, text = chat_model.chat_ids(messages, tools), messages[-1]["content"]
+            if len(ids) >= chat_model.context:
+                raise RecordError(f"{len(ids)} tokens leave no room in {chat_model.context}")
         except RecordError as error:
             bad.add(number, str(error))
             continue
         questions.append(Question(json.loads(line), ids, text, reference))
     try:
         bad.check(path, skip_bad_lines if questions else 0.0)
-    except DataError as error:
-        kind = "" if talker.encoder else '; pretrained weights continue {"text"} lines'
-        raise DataError(f"{error}{kind}") from None
+    except UserError as error:
+        kind = "" if chat_model.encoder else '; pretrained weights continue {"text"} lines'
+        raise UserError(f"{error}{kind}") from None
     if bad.count:
         print(f"{bad.count:,} lines that cannot be answered left out")
     return questions
 
 
 def write_answers(
-    talker: Talker,
+    chat_model: ChatModel,
     questions: Sequence[Question],
     options: dict[str, Any],
 ) -> list[str]:
     """What the model answers to each, as many at a time as its decoder has rows.
 
     Args:
-        talker: who answers.
+        chat_model: who answers.
         questions: in any order.
         options: of `MiniMindLM.generate`.
     """
-    answers = talker.model.batch_generate(
-        [torch.tensor(q.ids, device=talker.decoder.device) for q in questions],
-        batch_size=len(talker.decoder.tokens),
-        decoder=talker.decoder,
-        eos_token_id=talker.tokenizer.eos_token_id,
+    answers = chat_model.model.batch_generate(
+        [torch.tensor(q.ids, device=chat_model.decoder.device) for q in questions],
+        batch_size=len(chat_model.decoder.tokens),
+        decoder=chat_model.decoder,
+        eos_token_id=chat_model.tokenizer.eos_token_id,
         **options,
     )
-    return [talker.tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in answers]
+    return [chat_model.tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in answers]
 
 
 def answer_file(
-    talker: Talker,
+    chat_model: ChatModel,
     path: Path,
     out: Path,
     system: str | None,
@@ -109,7 +109,7 @@ def answer_file(
     both, "response_2" and so on: nothing in a line is replaced.
 
     Args:
-        talker: who answers.
+        chat_model: who answers.
         path: JSONL file, see `read_questions`.
         out: where the lines go.
         system, skip_bad_lines: as for `read_questions`.
@@ -117,14 +117,14 @@ def answer_file(
         options: of `MiniMindLM.generate`.
 
     Raises:
-        DataError: for lines that cannot be answered.
+        UserError: for lines that cannot be answered.
         UserError: if nothing can be written there.
     """
-    questions = read_questions(talker, path, system, skip_bad_lines)
+    questions = read_questions(chat_model, path, system, skip_bad_lines)
     names = chain(("answer", "response"), (f"response_{i}" for i in count(2)))
     name = next(name for name in names if not any(name in q.record for q in questions))
     with new_file(out, "utf-8") as file:
-        answers = write_answers(talker, questions, {"generator": generator, **options})
+        answers = write_answers(chat_model, questions, {"generator": generator, **options})
         for question, answer in zip(questions, answers, strict=True):
             line = json.dumps({**question.record, name: answer}, ensure_ascii=False)
             file.write(f"{line}\n")

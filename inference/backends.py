@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from model import Sampling
 
-from .batcher import Closed, Job, Token
+from .batcher import Closed, GenerationRequest, Token
 from .pool import ModelPool
 from .text import TextStream
 
@@ -77,14 +77,14 @@ class LocalModels:
         events: queue.SimpleQueue[Token | str | Exception] = queue.SimpleQueue()
         while True:
             batcher = self.pool.get(model)
-            talker = batcher.talker
-            if talker.encoder is None:
-                ids = talker.text_ids(messages[-1]["content"])
+            chat_model = batcher.chat_model
+            if chat_model.encoder is None:
+                ids = chat_model.text_ids(messages[-1]["content"])
             else:
-                ids = talker.fitting_chat_ids(messages, settings.max_tokens)
-            if len(ids) >= talker.context:
-                raise ValueError(f"{len(ids)} tokens leave no room in {talker.context}")
-            job = Job(
+                ids = chat_model.fitting_chat_ids(messages, settings.max_tokens)
+            if len(ids) >= chat_model.context:
+                raise ValueError(f"{len(ids)} tokens leave no room in {chat_model.context}")
+            job = GenerationRequest(
                 ids=ids,
                 max_new_tokens=settings.max_tokens,
                 sampling=settings.sampling(),
@@ -96,7 +96,7 @@ class LocalModels:
                 break
             except Closed:  # another model took its place just now
                 continue
-        text = TextStream(talker.tokenizer)
+        text = TextStream(chat_model.tokenizer)
         try:
             while isinstance(event := events.get(), Token):
                 if piece := text.add(event.token):

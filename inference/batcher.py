@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from model import Sampling
-from model.sampling import History, choose_tokens, penalise
+from model.sampling import History, penalise, sample
 
-from .talker import Talker
+from .chat_model import ChatModel
 
 
 class Closed(Exception):
@@ -44,7 +44,7 @@ Event = list[Token] | Token | str | Exception
 
 
 @dataclass(eq=False)
-class Job:
+class GenerationRequest:
     """A text to be written.
 
     Attributes:
@@ -95,25 +95,25 @@ class Batcher:
     they came.
 
     Args:
-        talker: the model; its decoder needs one row more than `rows`, where prompts begin.
+        chat_model: the model; its decoder needs one row more than `rows`, where prompts begin.
         rows: how many texts are written at a time.
         queue: how many more may wait.
     """
 
-    def __init__(self, talker: Talker, rows: int, queue: int):
-        self.talker = talker
-        self.decoder = talker.decoder
+    def __init__(self, chat_model: ChatModel, rows: int, queue: int):
+        self.chat_model = chat_model
+        self.decoder = chat_model.decoder
         self.rows = rows
         self.queue = queue
-        self.waiting: deque[Job] = deque()
-        self.active: list[Job] = []  # which job each row of the decoder is
-        self._starting: tuple[Job, Iterator[Tensor]] | None = None
+        self.waiting: deque[GenerationRequest] = deque()
+        self.active: list[GenerationRequest] = []  # which job each row of the decoder is
+        self._starting: tuple[GenerationRequest, Iterator[Tensor]] | None = None
         self._seconds = 1.0  # that a job takes from its start, a running mean
         # Held to change any of the three above that hold jobs, and the two below.
         self._work = threading.Condition()
         self._closed = self._retired = False
         self._thread = threading.Thread(
-            target=self._run, name=f"batcher of {talker.name}", daemon=True
+            target=self._run, name=f"batcher of {chat_model.name}", daemon=True
         )
         self._thread.start()
 
@@ -122,7 +122,7 @@ class Batcher:
         """Jobs that are not done."""
         return len(self.waiting) + len(self.active) + (self._starting is not None)
 
-    def submit(self, jobs: Sequence[Job]) -> None:
+    def submit(self, jobs: Sequence[GenerationRequest]) -> None:
         """Take jobs, all or none.
 
         Raises:
@@ -245,7 +245,7 @@ class Batcher:
             self._starting = None
         self._choose([len(self.active) - 1], logits[None])
 
-    def _score_prompt(self, job: Job, logits: Tensor) -> None:
+    def _score_prompt(self, job: GenerationRequest, logits: Tensor) -> None:
         """Note the log-probabilities that logits (T, vocab_size) give the prompt's next tokens."""
         if not job.prompt_tokens:
             job.prompt_tokens.append(Token(job.ids[0]))
@@ -254,7 +254,7 @@ class Batcher:
         if tokens:
             job.prompt_tokens += with_logprobs(tokens, logits[: len(tokens)], job.logprobs)
 
-    def _prepare(self, job: Job, logits: Tensor) -> None:
+    def _prepare(self, job: GenerationRequest, logits: Tensor) -> None:
         job.generator = torch.Generator(logits.device)
         if job.seed is None:
             job.generator.seed()
@@ -279,21 +279,21 @@ class Batcher:
         for row, how in reversed(ended):
             self._end(row, how)
 
-    def _take(self, job: Job, logits: Tensor, likeliest: int) -> str | None:
+    def _take(self, job: GenerationRequest, logits: Tensor, likeliest: int) -> str | None:
         """Choose and tell a job's next token: how the text ended with it, if it did."""
         token, history = likeliest, job.history
         if history is not None or job.sampling.do_sample:
             own = logits[None]
             if history is not None:
                 own = penalise(own, job.sampling, history.seen, history.written)
-            chosen = choose_tokens(own, job.sampling, job.generator)
+            chosen = sample(own, job.sampling, job.generator)
             if history is not None:
                 history.add(torch.zeros_like(chosen), chosen)
             token = int(chosen)
         told = Token(token)
         if job.logprobs is not None:
             told = with_logprobs([token], logits[None], job.logprobs)[0]
-        if token == self.talker.tokenizer.eos_token_id:
+        if token == self.chat_model.tokenizer.eos_token_id:
             if job.logprobs is not None:
                 job.emit(told)
             return "stop"

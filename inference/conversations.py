@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training.checkpoint import write_atomically
+from common import write_atomically
 
 TITLE = 28  # characters
 
@@ -16,7 +16,7 @@ _ID = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass
-class Talk:
+class Conversation:
     """A conversation; messages as in training data, without the system message.
 
     Attributes:
@@ -77,16 +77,16 @@ class TalkStore:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def list(self) -> list[Talk]:
+    def list(self) -> list[Conversation]:
         """All of them, the one that changed last first; files that are none are left out."""
         talks = [talk for path in self.folder.glob("*.json") if (talk := self.get(path.stem))]
         return sorted(talks, key=lambda talk: -talk.changed)
 
-    def get(self, name: str) -> Talk | None:
+    def get(self, name: str) -> Conversation | None:
         """The conversation of an id, which may come from anywhere."""
         return self._read(self.folder / f"{name}.json") if _ID.fullmatch(name) else None
 
-    def keep(self, talk: Talk) -> None:
+    def keep(self, talk: Conversation) -> None:
         """Write a conversation; one without messages has no file.
 
         Where another window went on with it meanwhile, this one becomes a conversation of its own.
@@ -103,13 +103,13 @@ class TalkStore:
         write_atomically(self.folder / f"{talk.id}.json", lambda file: file.write(data))
         talk.changed = changed
 
-    def delete(self, talk: Talk) -> None:
+    def delete(self, talk: Conversation) -> None:
         """Forget a conversation."""
         (self.folder / f"{talk.id}.json").unlink(missing_ok=True)
 
-    def _read(self, path: Path) -> Talk | None:
+    def _read(self, path: Path) -> Conversation | None:
         try:
-            talk = Talk(**{**json.loads(path.read_text(encoding="utf-8")), "id": path.stem})
+            talk = Conversation(**{**json.loads(path.read_text(encoding="utf-8")), "id": path.stem})
             said = [part for m in talk.messages for part in (m["role"], m["content"])]
             talk.changed = float(talk.changed)
         except (OSError, ValueError, TypeError, KeyError):

@@ -3,7 +3,7 @@
 import argparse
 import socket
 
-from training import UserError, count_or_zero
+from common import UserError, non_negative_int
 
 
 def port(text: str) -> int:
@@ -12,7 +12,7 @@ def port(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: for anything else.
     """
-    number = count_or_zero(text)
+    number = non_negative_int(text)
     if number > 65535:
         raise argparse.ArgumentTypeError(f"must be at most 65535, not {number}")
     return number

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from dataset import tokenizer_hash
-from training import UserError, load_tokenizer
+from common import UserError
+from model import load_tokenizer, tokenizer_hash
 
 from .batcher import Batcher, QueueFull
 from .weights import (
@@ -20,7 +20,7 @@ from .weights import (
     continues_texts,
     list_adapters,
     list_weights,
-    load_talker,
+    load_chat_model,
 )
 
 LOG = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class UnknownModel(Exception):
 
 
 @dataclass(frozen=True)
-class Offer:
+class ModelCard:
     """A model that can be asked for.
 
     Attributes:
@@ -61,7 +61,7 @@ class LoadedModel:
     """
 
     batcher: Batcher
-    offer: Offer
+    offer: ModelCard
     versions: tuple[Version, ...]
     refused: tuple[Version, ...] | None = None
 
@@ -77,7 +77,7 @@ class ModelPool:
         spec: where to look; with `weight`, a file or a folder, or the name of one of the weights
             there, that alone is offered.
         device: to compute on.
-        quantize: as for `load_talker`.
+        quantize: as for `load_chat_model`.
         rows, queue: of each Batcher.
         loaded: how many models stay in memory.
 
@@ -112,7 +112,7 @@ class ModelPool:
         self._lock = threading.Lock()  # of `models` and `_replaced`
         self._loading = threading.Lock()  # one model is loaded at a time
 
-    def offers(self) -> dict[str, Offer]:
+    def offers(self) -> dict[str, ModelCard]:
         """The models that can be asked for now by name, the default first.
 
         One that is in memory is told as it was loaded, whatever its files have become.
@@ -122,27 +122,27 @@ class ModelPool:
             offers.update((name, model.offer) for name, model in self.models.items())
         return offers
 
-    def _find_offers(self) -> dict[str, Offer]:
+    def _find_offers(self) -> dict[str, ModelCard]:
         """The models that there are on disk."""
         if self.spec.weight is not None:
             path = Path(self.spec.weight)
             with suppress(OSError):  # it is gone
                 chats = path.is_dir() or not continues_texts(path)
-                return {path.stem: Offer(path, modified(path), chats=chats)}
+                return {path.stem: ModelCard(path, modified(path), chats=chats)}
             return {}
         self._follow_tokenizer()
-        chats: dict[str, Offer] = {}
-        pretrained: dict[str, Offer] = {}
+        chats: dict[str, ModelCard] = {}
+        pretrained: dict[str, ModelCard] = {}
         for path, about in list_weights(self.spec.out_dir):
             if about["tokenizer"] == self._tokenizer:
                 chat = about["stage"] != PRETRAINED
                 with suppress(OSError):
-                    offer = Offer(path, modified(path), chats=chat)
+                    offer = ModelCard(path, modified(path), chats=chat)
                     (chats if chat else pretrained)[path.stem] = offer
         offers = {**chats, **pretrained}
         for path in list_adapters(self.spec.out_dir) if offers else ():
             with suppress(OSError):
-                offers.setdefault(path.stem, Offer(path, modified(path), is_adapter=True))
+                offers.setdefault(path.stem, ModelCard(path, modified(path), is_adapter=True))
         return offers
 
     def _follow_tokenizer(self) -> None:
@@ -212,15 +212,15 @@ class ModelPool:
                 old.batcher.retire()
         return model
 
-    def _read(self, offer: Offer) -> LoadedModel:
+    def _read(self, offer: ModelCard) -> LoadedModel:
         """Load a model. Raises UserError or OSError."""
         versions = self._versions(offer)  # first: a change from here on is seen at the next request
         offer = replace(offer, modified=modified(offer.path))
         flag = "lora_name" if offer.is_adapter else "weight"
         spec = replace(self.spec, **{flag: str(offer.path)})
-        talker = load_talker(spec, self.device, self.quantize, self.rows + 1)
-        batcher = Batcher(talker, self.rows, self.queue)
-        return LoadedModel(batcher, replace(offer, chats=talker.encoder is not None), versions)
+        chat_model = load_chat_model(spec, self.device, self.quantize, self.rows + 1)
+        batcher = Batcher(chat_model, self.rows, self.queue)
+        return LoadedModel(batcher, replace(offer, chats=chat_model.encoder is not None), versions)
 
     def is_outdated(self, name: str) -> bool:
         """Whether a model in memory is not what its files hold now, as far as they can be loaded.
@@ -234,7 +234,7 @@ class ModelPool:
         versions = self._versions(model.offer)
         return versions[0] is not None and versions not in (model.versions, model.refused)
 
-    def _versions(self, offer: Offer) -> tuple[Version, ...]:
+    def _versions(self, offer: ModelCard) -> tuple[Version, ...]:
         """Those of the files that a model comes from, its own first.
 
         An adapter's base is no part of them: it is what the adapter was trained on, or none.

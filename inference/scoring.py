@@ -12,19 +12,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common import UserError
 from dataset import PaddedRows, PretrainDataset, SFTDataset, collate, dataset_kind
 from model import Decoder, TorchDecoder
-from training import UserError, summarise
+from training import summarise
 
 from .answers import Question, new_file, read_questions, write_answers
-from .talker import Talker
+from .chat_model import ChatModel
 
 ROW = 512  # tokens of a text that are scored together, and the mean of a full batch's rows
 RATINGS = ("relevance", "accuracy", "fluency", "completeness")  # 1 to 5, for a person to fill in
 
 
 def score(
-    talker: Talker,
+    chat_model: ChatModel,
     path: Path,
     out: Path | None,
     max_new_tokens: int,
@@ -33,40 +34,42 @@ def score(
     """Print perplexity and bits per byte, and for conversations how answers compare to references.
 
     Args:
-        talker: the model; quantized, its loss is also compared with that of its full weights.
+        chat_model: the model; quantized, its loss is also compared with that of its full weights.
         path: JSONL file of texts or conversations.
         out: where a table of answers goes that a person can rate, or None.
         max_new_tokens: of an answer.
         skip_bad_lines: go on without lines that have errors, if they are at most this share.
 
     Raises:
-        DataError: for bad lines.
+        UserError: for bad lines.
         UserError: if something is missing.
     """
     kind = dataset_kind(path)
-    compare = kind is SFTDataset and talker.encoder is not None
+    compare = kind is SFTDataset and chat_model.encoder is not None
     if out is not None and not compare:
         raise UserError(f"--output_file {out}: only answers to conversations can be rated")
     with tempfile.TemporaryDirectory() as folder:  # nothing is left beside somebody's data
-        row = talker.context if kind is SFTDataset else min(ROW, talker.context)
-        dataset = kind(path, talker.tokenizer, row, cache_dir=folder, skip_bad_lines=skip_bad_lines)
+        row = chat_model.context if kind is SFTDataset else min(ROW, chat_model.context)
+        dataset = kind(
+            path, chat_model.tokenizer, row, cache_dir=folder, skip_bad_lines=skip_bad_lines
+        )
         if not compare:
-            print_loss(talker, dataset, path)
+            print_loss(chat_model, dataset, path)
             return
         import_scorers()
-        questions = read_questions(talker, path, skip_bad_lines=skip_bad_lines)
+        questions = read_questions(chat_model, path, skip_bad_lines=skip_bad_lines)
         asked = [question for question in questions if question.reference is not None]
         if not asked:
             raise UserError(f"--score {path}: no conversation ends with an answer")
         with nullcontext() if out is None else new_file(out, "utf-8-sig") as file:
-            print_loss(talker, dataset, path)
-            answers = write_answers(talker, asked, {"max_new_tokens": max_new_tokens})
+            print_loss(chat_model, dataset, path)
+            answers = write_answers(chat_model, asked, {"max_new_tokens": max_new_tokens})
             compare_answers(asked, answers, file)
     if out is not None:
         print(f"{out}: rate the answers from 1 to 5")
 
 
-def print_loss(talker: Talker, dataset: PretrainDataset | SFTDataset, path: Path) -> None:
+def print_loss(chat_model: ChatModel, dataset: PretrainDataset | SFTDataset, path: Path) -> None:
     """Print the loss, in three measures, of the samples of a file."""
     if dataset.n_bad_lines:
         print(f"{dataset.n_bad_lines:,} bad lines of the file left out")
@@ -76,13 +79,13 @@ def print_loss(talker: Talker, dataset: PretrainDataset | SFTDataset, path: Path
         dropped, cut = (dataset.counts[name] for name in ("dropped_turns", "cut_answers"))
         if dropped or cut:
             print(
-                f"beyond the context of {talker.context} tokens: {dropped:,} turns left out, "
+                f"beyond the context of {chat_model.context} tokens: {dropped:,} turns left out, "
                 f"{cut:,} answers cut"
             )
-    nats, targets = full = total_loss(talker, dataset)
-    quantized = not isinstance(talker.decoder, TorchDecoder)
+    nats, targets = full = total_loss(chat_model, dataset)
+    quantized = not isinstance(chat_model.decoder, TorchDecoder)
     if quantized:
-        nats, targets = stepwise_loss(talker.decoder, dataset)
+        nats, targets = stepwise_loss(chat_model.decoder, dataset)
     figures = summarise({"": (nats, targets, dataset.text_bytes)}, "score")
     print(f"{targets:,.0f} target tokens of {len(dataset):,} samples in {path}")
     told = f"loss {nats / targets:.4f} nats per token"
@@ -99,9 +102,9 @@ def print_loss(talker: Talker, dataset: PretrainDataset | SFTDataset, path: Path
 
 
 @torch.no_grad()
-def total_loss(talker: Talker, dataset: PretrainDataset | SFTDataset) -> tuple[float, float]:
+def total_loss(chat_model: ChatModel, dataset: PretrainDataset | SFTDataset) -> tuple[float, float]:
     """The loss of all targets in nats, each times its weight, and the sum of the weights."""
-    rows, most = PaddedRows(dataset), len(talker.decoder.tokens)
+    rows, most = PaddedRows(dataset), len(chat_model.decoder.tokens)
     lengths = dataset.lengths()
     order = np.argsort(-lengths, kind="stable").tolist()
     nats = weights = 0.0
@@ -109,9 +112,9 @@ def total_loss(talker: Talker, dataset: PretrainDataset | SFTDataset) -> tuple[f
         size = max(1, min(most, most * ROW // int(lengths[order[0]])))  # logits take the memory
         batch = collate([rows[i] for i in order[:size]])
         del order[:size]
-        batch = {name: x.to(talker.model.device) for name, x in batch.items()}
+        batch = {name: x.to(chat_model.model.device) for name, x in batch.items()}
         inputs = {n: batch[n] for n in ("input_ids", "attention_mask", "position_ids")}
-        logits = talker.model(**inputs).logits.flatten(0, 1).float()
+        logits = chat_model.model(**inputs).logits.flatten(0, 1).float()
         losses = F.cross_entropy(logits, batch["targets"].flatten(), reduction="none")
         nats += float((losses * batch["loss_mask"].flatten()).sum())
         weights += float(batch["loss_mask"].sum())

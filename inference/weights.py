@@ -13,20 +13,22 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from dataset import tokenizer_hash
-from model import LMConfig, MiniMindLM, weights_hash
-from training import (
-    UserError,
+from common import UserError
+from model import (
+    LMConfig,
+    MiniMindLM,
     load_adapter,
     load_model,
     load_tokenizer,
     read_about,
     resolve_weights,
+    tokenizer_hash,
+    weights_hash,
     weights_path,
 )
-from training.checkpoint import read_pickle
+from model.weights import read_pickle
 
-from .talker import Talker
+from .chat_model import ChatModel
 
 PRETRAINED = "pretrain"  # the stage whose weights continue texts; the others' answer
 
@@ -207,15 +209,15 @@ def base_of(adapter: Path, out_dir: Path, tokenizer: str) -> tuple[Path, MiniMin
     )
 
 
-def load_talker(
+def load_chat_model(
     spec: WeightSpec, device: torch.device, quantize: str | None = None, rows: int = 1
-) -> Talker:
+) -> ChatModel:
     """Load the weights that are asked for.
 
     Args:
         spec: which.
         device: to compute on.
-        quantize, rows: as for Talker.
+        quantize, rows: as for ChatModel.
 
     Raises:
         UserError: if they are not there or do not fit.
@@ -243,10 +245,12 @@ def load_talker(
     if adapter is not None:
         load_adapter(adapter, model)
         name, chats = f"{name}+{adapter.stem}", True  # adapters are trained on conversations
-    return Talker(name, model.to(device).eval(), tokenizer, chats, quantize, rows)
+    return ChatModel(name, model.to(device).eval(), tokenizer, chats, quantize, rows)
 
 
-def load_folder(spec: WeightSpec, device: torch.device, quantize: str | None, rows: int) -> Talker:
+def load_folder(
+    spec: WeightSpec, device: torch.device, quantize: str | None, rows: int
+) -> ChatModel:
     """Load a folder that `save_pretrained` wrote when a model of ours was one of transformers'.
 
     It holds config.json, model.safetensors and, usually, the tokenizer.
@@ -276,4 +280,4 @@ def load_folder(spec: WeightSpec, device: torch.device, quantize: str | None, ro
     except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         reason = textwrap.shorten(str(error), 200)  # PyTorch names every difference, a line each
         raise UserError(f"--weight {folder}: cannot be loaded ({reason})") from None
-    return Talker(folder.name, model.to(device).eval(), tokenizer, True, quantize, rows)
+    return ChatModel(folder.name, model.to(device).eval(), tokenizer, True, quantize, rows)

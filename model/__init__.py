@@ -20,6 +20,19 @@ from .model_lora import (
     weights_hash,
 )
 from .sampling import Sampling
+from .tokenizer import load_tokenizer, tokenizer_hash
+from .weights import (
+    load_adapter,
+    load_model,
+    load_trained_state,
+    load_weights,
+    read_about,
+    resolve_weights,
+    save_adapter,
+    save_weights,
+    trained_state,
+    weights_path,
+)
 
 __all__ = [
     "Decoder",
@@ -33,12 +46,24 @@ __all__ = [
     "adapters",
     "apply_lora",
     "base_state",
+    "load_adapter",
     "load_lora",
     "load_lora_state",
+    "load_model",
+    "load_tokenizer",
+    "load_trained_state",
+    "load_weights",
     "lora_state",
     "merge_lora",
+    "read_about",
+    "resolve_weights",
+    "save_adapter",
     "save_lora",
+    "save_weights",
+    "tokenizer_hash",
+    "trained_state",
     "unmerge_lora",
     "use_lora",
     "weights_hash",
+    "weights_path",
 ]

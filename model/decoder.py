@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .rotary import precompute_pos_cis, rotate
+from .rotary import rotary_cos_sin, rotate
 
 if TYPE_CHECKING:
     from .model import MiniMindBlock, MiniMindLM
@@ -271,7 +271,7 @@ class TorchDecoder(Decoder):
 
     def _resize(self, capacity: int) -> None:
         positions = torch.arange(capacity, device=self.device)
-        table = precompute_pos_cis(self.config.head_dim, positions, self.config.rope_theta)
+        table = rotary_cos_sin(self.config.head_dim, positions, self.config.rope_theta)
         self.table = table[:, None]  # (slots, 1, head_dim / 2, 2)
         super()._resize(capacity)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .decoder import Decoder, TorchDecoder
-from .sampling import History, Sampling, choose_tokens, penalise
+from .sampling import History, Sampling, penalise, sample
 
 
 class KVCache:
@@ -242,7 +242,7 @@ class GenerationMixin:
             rows = torch.tensor(going, device=device)
             if history is not None:
                 logits = penalise(logits, sampling, history.seen[rows], history.written[rows])
-            chosen = choose_tokens(logits, sampling, generator)
+            chosen = sample(logits, sampling, generator)
             if history is not None:
                 history.add(rows, chosen)
             yield torch.full((len(prompts),), pad, device=device).index_copy(0, rows, chosen)

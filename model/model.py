@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .generation import GenerationMixin, KVCache
 from .LMConfig import LMConfig
-from .rotary import apply_rotary_emb, precompute_pos_cis
+from .rotary import apply_rotary_emb, rotary_cos_sin
 
 
 class RMSNorm(nn.Module):
@@ -53,14 +53,14 @@ class Attention(nn.Module):
         self.wo.writes_residual = True
 
     def forward(
-        self, x: Tensor, pos_cis: Tensor, mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, cos_sin: Tensor, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         """Attend.
 
         Args:
             x: (B, T, dim).
-            pos_cis: rotary table of these T positions.
-            mask: as `score_mask` makes it. None: causal, which needs an empty cache or a single
+            cos_sin: rotary table of these T positions.
+            mask: as `additive_mask` makes it. None: causal, which needs an empty cache or a single
                 query.
             cache: keys and values of the S − T earlier positions; the new ones are written to it.
 
@@ -71,7 +71,7 @@ class Attention(nn.Module):
         q = self.wq(x).view(batch, length, self.n_heads, self.head_dim)
         k = self.wk(x).view(batch, length, self.n_kv_heads, self.head_dim)
         v = self.wv(x).view(batch, length, self.n_kv_heads, self.head_dim)
-        q, k = apply_rotary_emb(q, k, pos_cis)
+        q, k = apply_rotary_emb(q, k, cos_sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
@@ -227,13 +227,13 @@ class MiniMindBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        pos_cis: Tensor,
+        cos_sin: Tensor,
         mask: Tensor | None,
         cache: KVCache | None,
         valid: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(B, T, dim) → (B, T, dim), and a MoE layer's auxiliary loss and expert load."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), pos_cis, mask, cache))
+        x = x + self.dropout(self.attention(self.attention_norm(x), cos_sin, mask, cache))
         aux_loss = load = None
         if isinstance(self.feed_forward, MOEFeedForward):
             y, aux_loss, load = self.feed_forward(self.ffn_norm(x), valid)
@@ -352,27 +352,27 @@ class MiniMindLM(GenerationMixin, nn.Module):
                 f"attention_mask has {attention_mask.shape[1]} slots, not past + present = "
                 f"{past} + {length}"
             )
-        slots = attention_slots(attention_mask, position_ids, past, length, input_ids.device)
+        slots = visible_mask(attention_mask, position_ids, past, length, input_ids.device)
         valid = None if attention_mask is None else attention_mask[:, past:].bool()
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
         elif position_ids is None:
             position_ids = torch.arange(past, past + length, device=input_ids.device)
-        pos_cis = precompute_pos_cis(self.config.head_dim, position_ids, self.config.rope_theta)
+        cos_sin = rotary_cos_sin(self.config.head_dim, position_ids, self.config.rope_theta)
 
         cache = past_key_values
         if cache is None and use_cache:
             cache = KVCache(self.config.n_layers)
         x = self.dropout(self.tok_embeddings(input_ids))
-        mask = None if slots is None else score_mask(slots, x, self.config)
+        mask = None if slots is None else additive_mask(slots, x, self.config)
         aux_losses, loads = [], []
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
                 x, aux_loss, load = checkpoint(
-                    layer, x, pos_cis, mask, cache, valid, use_reentrant=False
+                    layer, x, cos_sin, mask, cache, valid, use_reentrant=False
                 )
             else:
-                x, aux_loss, load = layer(x, pos_cis, mask, cache, valid)
+                x, aux_loss, load = layer(x, cos_sin, mask, cache, valid)
             if aux_loss is not None:
                 aux_losses.append(aux_loss)
                 loads.append(load)
@@ -399,11 +399,11 @@ class MiniMindLM(GenerationMixin, nn.Module):
         )
 
 
-def score_mask(slots: Tensor, x: Tensor, config: LMConfig) -> Tensor:
+def additive_mask(slots: Tensor, x: Tensor, config: LMConfig) -> Tensor:
     """What attention adds to its scores, made once for all layers: 0, or −∞ where nothing is seen.
 
     Args:
-        slots: (B or 1, 1, T, S) bool, as `attention_slots` returns it.
+        slots: (B or 1, 1, T, S) bool, as `visible_mask` returns it.
         x: (B, T, dim) what the layers take; the mask gets the dtype of their matrix products.
         config: the model's.
 
@@ -419,7 +419,7 @@ def score_mask(slots: Tensor, x: Tensor, config: LMConfig) -> Tensor:
     return mask.expand(len(x), config.n_kv_heads, -1, -1).flatten(0, 1)[:, None]
 
 
-def attention_slots(
+def visible_mask(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     past: int,

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from .decoder import Decoder, applied_weight
-from .rotary import precompute_pos_cis
+from .rotary import rotary_cos_sin
 
 if TYPE_CHECKING:
     from .model import MiniMindLM
@@ -212,7 +212,7 @@ def build_graph(model: "MiniMindLM", bits: int) -> onnx.ModelProto:
     (rows, K, vocab_size); `new_keys.N`, `new_values.N`.
     """
     config, graph = model.config, Graph(bits)
-    table = precompute_pos_cis(config.head_dim, config.max_seq_len, config.rope_theta)
+    table = rotary_cos_sin(config.head_dim, config.max_seq_len, config.rope_theta)
     rotary = [graph.constant(table[..., i]) for i in range(2)]
     x = graph.add("Gather", graph.constant(model.tok_embeddings.weight), "ids")
     slots = ["rows", config.n_kv_heads, "slots", config.head_dim]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def precompute_pos_cis(dim: int, positions: int | Tensor, theta: float = 1e6) -> Tensor:
+def rotary_cos_sin(dim: int, positions: int | Tensor, theta: float = 1e6) -> Tensor:
     """Cosine and sine of every rotary angle (RoFormer, https://arxiv.org/abs/2104.09864).
 
     Pair i of a head turns by position · theta^(−2i / dim). The table is made for the positions of
@@ -26,28 +26,28 @@ def precompute_pos_cis(dim: int, positions: int | Tensor, theta: float = 1e6) ->
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
-def apply_rotary_emb(xq: Tensor, xk: Tensor, pos_cis: Tensor) -> tuple[Tensor, Tensor]:
+def apply_rotary_emb(xq: Tensor, xk: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
     """Turn each adjacent pair of components by its position's angle, in fp32.
 
     Args:
         xq: (B, T, n_heads, head_dim).
         xk: (B, T, n_kv_heads, head_dim).
-        pos_cis: (T, head_dim / 2, 2) or (B, T, head_dim / 2, 2) from `precompute_pos_cis`.
+        cos_sin: (T, head_dim / 2, 2) or (B, T, head_dim / 2, 2) from `rotary_cos_sin`.
 
     Returns:
         Both inputs, turned, in their own dtypes.
     """
-    pos_cis = pos_cis[..., None, :, :]  # (…, T, 1, head_dim / 2, 2)
-    return rotate(xq, pos_cis), rotate(xk, pos_cis)
+    cos_sin = cos_sin[..., None, :, :]  # (…, T, 1, head_dim / 2, 2)
+    return rotate(xq, cos_sin), rotate(xk, cos_sin)
 
 
-def rotate(x: Tensor, pos_cis: Tensor) -> Tensor:
+def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
     """As `apply_rotary_emb` for one input (…, head_dim), with a table that broadcasts to it."""
     pairs = x.float().unflatten(-1, (-1, 2))
     # Compilers generate no code for complex numbers, and older macOS has none.
     if torch.compiler.is_compiling() or x.device.type == "mps":
-        (even, odd), (cos, sin) = pairs.unbind(-1), pos_cis.unbind(-1)
+        (even, odd), (cos, sin) = pairs.unbind(-1), cos_sin.unbind(-1)
         turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     else:  # one pass over memory instead of seven
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(pos_cis))
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(cos_sin))
     return turned.flatten(-2).type_as(x)

@@ -112,9 +112,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     return probs
 
 
-def choose_tokens(
-    logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None
-) -> Tensor:
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
     """The next token of each row.
 
     Args:

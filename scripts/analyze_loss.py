@@ -7,51 +7,26 @@ Prints mean, percentiles, a table for each grouping and the ten worst samples, a
 learn too; they have lines of their own.
 """
 
+import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
+
 import argparse
 import importlib.util
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import interrupt  # noqa: F401  for Ctrl-C during the imports below
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from train_tokenizer import language
 
-from dataset import (
-    ChatEncoder,
-    DataError,
-    PaddedRows,
-    PretrainDataset,
-    SFTDataset,
-    collate,
-    open_dataset,
-    tokenizer_hash,
-)
-from dataset.sample import ensure_sample
-from model import LMConfig, MiniMindLM
-from training import (
-    ROOT,
-    Distributed,
-    UserError,
-    add_skip_bad_lines,
-    check_context,
-    count,
-    find_processes,
-    load_model,
-    load_tokenizer,
-    make_parser,
-    report_user_errors,
-    user_path,
-)
+from common import ROOT, UserError, make_parser, positive_int, report_user_errors, user_path
+from dataset import ChatEncoder, PaddedRows, PretrainDataset, SFTDataset, collate, open_dataset
+from model import LMConfig, MiniMindLM, load_model, load_tokenizer, tokenizer_hash
+from sample_world import ensure_sample
+from training import Distributed, add_skip_bad_lines, check_context, find_processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,9 +56,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("weights", type=user_path, help=".pth file")
     parser.add_argument("data_path", type=user_path, help="JSONL file of texts or conversations")
     parser.add_argument("--out_dir", type=user_path, help="where loss.json and loss.png go")
-    parser.add_argument("--max_seq_len", type=count, default=512, help="positions of a row")
-    parser.add_argument("--max_samples", type=count, help="use the first so many")
-    parser.add_argument("--batch_size", type=count, default=8)
+    parser.add_argument("--max_seq_len", type=positive_int, default=512, help="positions of a row")
+    parser.add_argument("--max_samples", type=positive_int, help="use the first so many")
+    parser.add_argument("--batch_size", type=positive_int, default=8)
     add_skip_bad_lines(parser)
     parser.add_argument(
         "--cache_dir", type=user_path, help="where token stores go; default: by the data"
@@ -311,5 +286,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with report_user_errors(DataError):
+    with report_user_errors(UserError):
         main()

@@ -7,15 +7,10 @@ a stage script that is given a file of dataset/sample writes it first if it is n
 another version of the generator.
 """
 
-import sys
-from pathlib import Path
+import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import interrupt  # noqa: F401  for Ctrl-C during the imports below
-
-from dataset.sample import SAMPLE, SEED, write_sample
-from training import UserError, make_parser, report_user_errors, seed, user_path
+from common import UserError, make_parser, report_user_errors, seed, user_path
+from sample_world import SAMPLE, SEED, write_sample
 
 
 def main() -> None:

@@ -3,15 +3,10 @@
 python scripts/plot_run.py out/logs/pretrain_512 [another run …] --out curves.png
 """
 
-import sys
-from pathlib import Path
+import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import interrupt  # noqa: F401  for Ctrl-C during the imports below
-
-from training import UserError, make_parser, report_user_errors, user_path
-from training.curves import draw_curves, has_number, read_metrics
+from common import UserError, make_parser, report_user_errors, user_path
+from diagnosis.curves import draw_curves, has_number, read_metrics
 
 
 def main() -> None:

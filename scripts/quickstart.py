@@ -19,8 +19,6 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from environment import ROOT, fail, prepare, require_python, user_path
 from further_stages import SETTINGS, Quickstart, run_further_stages
 from steps import copy_beginning, short, step, typed

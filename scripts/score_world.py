@@ -6,35 +6,21 @@
 The answers are greedy. Beside the models stand the chance level and a model that learnt nothing.
 """
 
+import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
+
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import interrupt  # noqa: F401  for Ctrl-C during the imports below
-
 import torch
 
-from dataset import ChatEncoder, DataError, check_file, render_chat, tokenizer_hash
-from dataset.sample import SAMPLE, Score, ensure_sample, is_right, score_answers
-from model import LMConfig, MiniMindLM
-from training import (
-    ROOT,
-    UserError,
-    find_processes,
-    load_adapter,
-    load_model,
-    load_tokenizer,
-    make_parser,
-    named_path,
-    report_user_errors,
-    seed_everything,
-    user_path,
-)
+from common import ROOT, UserError, make_parser, named_path, report_user_errors, user_path
+from dataset import ChatEncoder, check_file, render_chat
+from model import LMConfig, MiniMindLM, load_adapter, load_model, load_tokenizer, tokenizer_hash
+from sample_world import SAMPLE, Score, ensure_sample, is_right, score_answers
+from training import find_processes, seed_everything
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,7 +72,7 @@ def read_test(path: Path) -> list[dict[str, Any]]:
     """The questions of a test of the sample.
 
     Raises:
-        DataError: if the file cannot be read.
+        UserError: if the file cannot be read.
         UserError: if a line, which it names, is no question of such a test.
     """
     check_file(ensure_sample(path))
@@ -218,5 +204,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with report_user_errors(DataError):
+    with report_user_errors(UserError):
         main()

@@ -7,28 +7,26 @@ It offers every weight in out/ and every adapter in out/lora/; a request's `mode
 Requests are written together, each as if it were alone. /docs describes the API, /metrics counts.
 """
 
+import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
+
 import argparse
 import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import interrupt  # noqa: F401  for Ctrl-C during the imports below
-
-from inference.listening import listen, port
-from training import (
+from common import (
     ROOT,
     UserError,
-    count,
-    count_or_zero,
-    find_processes,
     make_parser,
     name_or_path,
-    positive,
+    non_negative_int,
+    positive_float,
+    positive_int,
     report_user_errors,
     user_path,
 )
+from inference.listening import listen, port
+from training import find_processes
 
 PATIENCE = 5  # seconds that answers may still take when the server ends
 
@@ -45,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     )
     models.add_argument("--quantize", choices=("int8",), help="weights of 8 bits, on a CPU")
     models.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
-    models.add_argument("--max_models", type=count, default=2, help="that stay in memory")
+    models.add_argument("--max_models", type=positive_int, default=2, help="that stay in memory")
     models.add_argument(
         "--tokenizer_path",
         type=user_path,
@@ -68,12 +66,16 @@ def parse_args() -> argparse.Namespace:
         help="print a line for each: time, method, path, status, model, tokens, seconds; no texts",
     )
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--max_batch", type=count, default=32, help="texts written together")
-    limits.add_argument("--max_queue", type=count_or_zero, default=64, help="texts that may wait")
-    limits.add_argument("--max_prompt", type=count, default=2048, help="tokens of a prompt")
-    limits.add_argument("--max_tokens", type=count, default=2048, help="new tokens of a text")
-    limits.add_argument("--max_seconds", type=positive, default=300.0, help="of a request")
-    limits.add_argument("--max_bytes", type=count, default=1_000_000, help="of a request")
+    limits.add_argument("--max_batch", type=positive_int, default=32, help="texts written together")
+    limits.add_argument(
+        "--max_queue", type=non_negative_int, default=64, help="texts that may wait"
+    )
+    limits.add_argument("--max_prompt", type=positive_int, default=2048, help="tokens of a prompt")
+    limits.add_argument(
+        "--max_tokens", type=positive_int, default=2048, help="new tokens of a text"
+    )
+    limits.add_argument("--max_seconds", type=positive_float, default=300.0, help="of a request")
+    limits.add_argument("--max_bytes", type=positive_int, default=1_000_000, help="of a request")
     args = parser.parse_args()
     if args.api_key is None:
         args.api_key = os.environ.get("MINIMIND_API_KEY")

@@ -7,35 +7,31 @@ What is learnt is green, what is only read is grey, control tokens are inverted.
 (in a file, or where NO_COLOR is set) what is learnt stands between ⟦ and ⟧.
 """
 
+import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
+
 import argparse
 import os
 import sys
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import interrupt  # noqa: F401  for Ctrl-C during the imports below
-
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dataset import DataError, PackedRows, open_dataset
-from dataset.sample import SAMPLE, ensure_sample
-from training import (
+from common import (
     ROOT,
+    BooleanFlag,
     UserError,
-    add_skip_bad_lines,
-    count,
-    flag,
-    load_tokenizer,
     make_parser,
+    positive_int,
     report_user_errors,
     user_path,
 )
+from dataset import PackedRows, open_dataset
+from model import load_tokenizer
+from sample_world import SAMPLE, ensure_sample
+from training import add_skip_bad_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,8 +46,8 @@ def parse_args() -> argparse.Namespace:
         "data_path", type=user_path, nargs="?", default=SAMPLE / "sft.jsonl", help="JSONL file"
     )
     parser.add_argument("--index", type=int, default=0, help="of the sample, or of the row")
-    parser.add_argument("--packed", action=flag, default=False, help="show a packed row")
-    parser.add_argument("--max_seq_len", type=count, default=512, help="positions of a row")
+    parser.add_argument("--packed", action=BooleanFlag, default=False, help="show a packed row")
+    parser.add_argument("--max_seq_len", type=positive_int, default=512, help="positions of a row")
     add_skip_bad_lines(parser)
     parser.add_argument(
         "--cache_dir", type=user_path, help="where token stores go; default: by the data"
@@ -147,5 +143,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with report_user_errors(DataError):
+    with report_user_errors(UserError):
         main()

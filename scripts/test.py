@@ -14,9 +14,6 @@ runs a core of the tests there: every stage, scoring, chat, server.
 import argparse
 import re
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from environment import ROOT, prepare, prepare_newest, require_python, run
 

@@ -7,28 +7,19 @@ The page is for the person at this machine: it listens on 127.0.0.1 only unless 
 keeps its conversations in out/chats/.
 """
 
+import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
+
 import argparse
 import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import interrupt  # noqa: F401  for Ctrl-C during the imports below
-
+from common import ROOT, UserError, make_parser, name_or_path, report_user_errors, user_path
 from inference import WeightSpec
 from inference.backends import Backend, Endpoint, LocalModels
 from inference.listening import listen, port
 from inference.pool import ModelPool
-from training import (
-    ROOT,
-    UserError,
-    find_processes,
-    make_parser,
-    name_or_path,
-    report_user_errors,
-    user_path,
-)
+from training import find_processes
 
 
 def parse_args() -> argparse.Namespace:

@@ -6,7 +6,7 @@ from pathlib import Path
 import streamlit as st
 
 from inference.backends import Backend, Settings
-from inference.conversations import Talk, TalkStore
+from inference.conversations import Conversation, TalkStore
 
 TEXTS = {
     "English": {
@@ -66,14 +66,14 @@ def open_backend(_make: Callable[[], Backend]) -> Backend:
     return _make()
 
 
-def current_talk(store: TalkStore) -> Talk:
+def current_talk(store: TalkStore) -> Conversation:
     """The conversation that the page's address names, or a new one."""
     if "talk" not in st.session_state:
-        st.session_state.talk = store.get(st.query_params.get("chat", "")) or Talk()
+        st.session_state.talk = store.get(st.query_params.get("chat", "")) or Conversation()
     return st.session_state.talk
 
 
-def show(talk: Talk) -> None:
+def show(talk: Conversation) -> None:
     """Turn to a conversation."""
     st.session_state.talk = talk
     st.session_state.pop("partial", None)
@@ -86,7 +86,7 @@ def keep_partial(store: TalkStore) -> None:
 
     Where nothing was written the question is taken back, as conversations are of whole exchanges.
     """
-    talk: Talk = st.session_state.talk
+    talk: Conversation = st.session_state.talk
     if not st.session_state.pop("answering", False):
         return
     if answer := st.session_state.pop("partial", ""):
@@ -98,19 +98,21 @@ def keep_partial(store: TalkStore) -> None:
 
 def take_back(store: TalkStore) -> None:
     """Forget the last message."""
-    talk: Talk = st.session_state.talk
+    talk: Conversation = st.session_state.talk
     talk.messages.pop()
     store.keep(talk)
 
 
 def undo(store: TalkStore) -> None:
     """Forget the last exchange."""
-    talk: Talk = st.session_state.talk
+    talk: Conversation = st.session_state.talk
     talk.undo()
     store.keep(talk)
 
 
-def sidebar(backend: Backend, store: TalkStore, talk: Talk) -> tuple[dict[str, str], Settings]:
+def sidebar(
+    backend: Backend, store: TalkStore, talk: Conversation
+) -> tuple[dict[str, str], Settings]:
     """Everything beside the conversation: texts in the chosen language, and the settings."""
     with st.sidebar:
         names = list(TEXTS)
@@ -121,7 +123,7 @@ def sidebar(backend: Backend, store: TalkStore, talk: Talk) -> tuple[dict[str, s
         texts = TEXTS[language or names[chinese]]
         if st.button(texts["new"], icon=":material/add:", use_container_width=True):
             keep_partial(store)
-            show(Talk(system=talk.system, model=talk.model))
+            show(Conversation(system=talk.system, model=talk.model))
             st.rerun()
         try:
             models = list_models(backend)
@@ -160,7 +162,7 @@ def sidebar(backend: Backend, store: TalkStore, talk: Talk) -> tuple[dict[str, s
             if st.button(texts["delete"], use_container_width=True):
                 store.delete(talk)
                 st.session_state.pop("answering", None)
-                show(Talk(model=talk.model))
+                show(Conversation(model=talk.model))
                 st.rerun()
         st.subheader(texts["chats"])
         for other in store.list():
@@ -185,7 +187,11 @@ def model_chats(_backend: Backend, model: str) -> bool:
 
 
 def answer(
-    backend: Backend, store: TalkStore, talk: Talk, texts: dict[str, str], settings: Settings
+    backend: Backend,
+    store: TalkStore,
+    talk: Conversation,
+    texts: dict[str, str],
+    settings: Settings,
 ) -> None:
     """Write the answer to the last question, as it comes, beside a button that stops it.
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from interruptions import SHAPE, killed, read_metrics, write_texts
 
+from common import BooleanFlag, make_parser, named_path
 from model import LMConfig
-from training import Run, add_stage_arguments, flag, make_parser
-from training.arguments import MOE_DEFAULTS, named_path
+from training import Run, add_stage_arguments
+from training.arguments import MOE_DEFAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -137,7 +138,7 @@ def test_several_validation_sets_in_one_flag_or_more():
 
 def test_help_shows_both_spellings_of_a_switch(capsys):
     parser = make_parser("")
-    parser.add_argument("--thing", action=flag, default=True, help="does it")
+    parser.add_argument("--thing", action=BooleanFlag, default=True, help="does it")
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     assert "--thing" in (shown := capsys.readouterr().out)
@@ -199,7 +200,7 @@ def test_a_tilde_means_home_in_every_path(parser_of, script, monkeypatch):
     home, names, paths = str(Path("/home/someone/x")), [], []
     for action in parser_of(script)._actions:
         name = action.option_strings[0] if action.option_strings else action.dest
-        if action.nargs == 0 or action.choices or name in TEXTS or isinstance(action, flag):
+        if action.nargs == 0 or action.choices or name in TEXTS or isinstance(action, BooleanFlag):
             continue
         names.append(name)
         kind = action.type or str

@@ -13,7 +13,8 @@ from test_tokenizer import CONTROL, FOLDER, mixed_text, plain_text, tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dataset import ChatEncoder, DataError, parse_chat, render_chat
+from common import UserError
+from dataset import ChatEncoder, parse_chat, render_chat
 from dataset.records import RecordError
 
 encoder = ChatEncoder(tokenizer)
@@ -388,7 +389,7 @@ def test_what_a_tokenizer_must_have(files):
     tokenizer_json, config = files
     without = json.loads(json.dumps(tokenizer_json))
     without["added_tokens"] = [t for t in without["added_tokens"] if t["content"] != "</s>"]
-    with pytest.raises(DataError, match=r"--tokenizer_path: .*</s>"):
+    with pytest.raises(UserError, match=r"--tokenizer_path: .*</s>"):
         ChatEncoder(load((without, {**config, "eos_token": None})))
     for template, reason in [
         (None, "template"),
@@ -398,7 +399,7 @@ def test_what_a_tokenizer_must_have(files):
         ("{% for %}", "fails"),
         (config["chat_template"].replace("an answer may", "one may"), "not the one"),
     ]:
-        with pytest.raises(DataError, match=f"--tokenizer_path: .*{reason}") as error:
+        with pytest.raises(UserError, match=f"--tokenizer_path: .*{reason}") as error:
             ChatEncoder(load((tokenizer_json, {**config, "chat_template": template})))
         assert "\n" not in str(error.value)
 

@@ -7,15 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import (
-    DataError,
-    DPODataset,
-    PairRows,
-    RowBatches,
-    collate_pairs,
-    make_loader,
-    parse_preference,
-)
+from common import UserError
+from dataset import DPODataset, PairRows, RowBatches, collate_pairs, make_loader, parse_preference
 from dataset.records import RecordError
 
 SIDES = ("chosen", "rejected")
@@ -228,7 +221,7 @@ def test_bad_lines_have_a_reason(open_pairs, record, reason):
         parse_preference(json.dumps(record).encode())
     assert str(error.value).startswith(reason)
     good = {"prompt": "Hi", "chosen": "a", "rejected": "b"}
-    with pytest.raises(DataError, match=r"\.jsonl:2: "):
+    with pytest.raises(UserError, match=r"\.jsonl:2: "):
         open_pairs([good, record])
     dataset = open_pairs([good, record, good], skip_bad_lines=True)
     assert len(dataset) == 2
@@ -291,7 +284,7 @@ def test_a_long_prompt_loses_whole_turns_of_both_sides(open_pairs, tokenizer):
             )  # fmt: skip
             assert dataset.counts["dropped_turns"] == 5 - left
             assert dataset.counts["cut_answers"] == 0
-    with pytest.raises(DataError, match="nothing to learn"):
+    with pytest.raises(UserError, match="nothing to learn"):
         open_pairs([record], prompt=10)
 
 

@@ -21,7 +21,7 @@ from test_train_full_sft import chat, write_chats
 from tiny_models import greedy_answer, llama_with_weights_of, random_model, save_tuned
 from transformers import AutoTokenizer
 
-from inference import Talker, TextStream
+from inference import ChatModel, TextStream
 from inference.answers import Question, new_file
 from inference.scoring import compare_answers
 from model import MiniMindLM, apply_lora, save_lora
@@ -338,7 +338,7 @@ def test_a_conversation_with_tools_keeps_them(talk, tmp_path):
 @pytest.mark.parametrize("start", [0, 1])
 def test_tools_are_told_as_the_chat_template_does(tokenizer, start):
     """With a system message and without; what does not fit is left out, but never the tools."""
-    talker = Talker("m", random_model(max_seq_len=1000), tokenizer, chats=True)
+    chat_model = ChatModel("m", random_model(max_seq_len=1000), tokenizer, chats=True)
     messages = [*CALLED[start:], {"role": "user", "content": "And now?"}]
 
     def template(messages):
@@ -346,11 +346,11 @@ def test_tools_are_told_as_the_chat_template_does(tokenizer, start):
             messages, tools=TOOLS, add_generation_prompt=True, return_dict=False
         )
 
-    assert talker.fitting_chat_ids(messages, 0, TOOLS) == template(messages)
+    assert chat_model.fitting_chat_ids(messages, 0, TOOLS) == template(messages)
     short = [*CALLED[start:1], messages[-1]]
     length = len(template(short))
-    talker.model.config.max_seq_len = 2 * length
-    assert talker.fitting_chat_ids(messages, length, TOOLS) == template(short)
+    chat_model.model.config.max_seq_len = 2 * length
+    assert chat_model.fitting_chat_ids(messages, length, TOOLS) == template(short)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")

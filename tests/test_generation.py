@@ -23,7 +23,7 @@ from transformers.generation.logits_process import (
 
 from model import MiniMindLM, TorchDecoder
 from model.decoder import CHUNK, KEPT
-from model.sampling import History, Sampling, choose_tokens, penalise, probabilities
+from model.sampling import History, Sampling, penalise, probabilities, sample
 
 NEVER = -1  # an end token that no row ever writes
 
@@ -349,7 +349,7 @@ def test_autocast_around_it_changes_nothing():
 def test_tokens_are_drawn_as_often_as_the_distribution_says(setting):
     draws = 20_000
     logits = torch.tensor([[2.0, 0.5, 1.5, -1.0, 1.0, -3.0]])
-    tokens = choose_tokens(
+    tokens = sample(
         logits.expand(draws, -1),
         Sampling(do_sample=True, **setting),
         torch.Generator().manual_seed(0),
@@ -364,7 +364,7 @@ def test_tokens_are_drawn_as_often_as_the_distribution_says(setting):
 
 def test_without_do_sample_the_likeliest_token_is_taken():
     logits = torch.randn(5, 300)
-    tokens = choose_tokens(logits, Sampling(temperature=5.0, top_k=9, top_p=0.9))
+    tokens = sample(logits, Sampling(temperature=5.0, top_k=9, top_p=0.9))
     assert torch.equal(tokens, logits.argmax(-1))
 
 

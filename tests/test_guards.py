@@ -14,9 +14,10 @@ from interruptions import FLOAT32
 from test_validation import by_hand, scores
 from transformers import AutoTokenizer
 
+from common import UserError
 from dataset import RowBatches
 from model import LMConfig, MiniMindLM
-from training import UserError, explain_out_of_memory
+from training import explain_out_of_memory
 from training.guards import SpikeWatch
 
 SHAPE = ["--dim", "32", "--n_layers", "2", "--device", "cpu"]

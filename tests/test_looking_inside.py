@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from rounding import LOSS
 from transformers import AutoTokenizer
 
-from dataset import tokenizer_hash
-from model import LMConfig, MiniMindLM
-from training import save_weights
+from model import LMConfig, MiniMindLM, save_weights, tokenizer_hash
 
 CHATS = [
     [("user", "Hi"), ("assistant", "Hello 你好"), ("user", "Bye</s>"), ("assistant", "Ciao")],

@@ -16,8 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import LMConfig, MiniMindLM
-from training import UserError, load_weights, save_weights
+from common import UserError
+from model import LMConfig, MiniMindLM, load_weights, save_weights
 
 SHAPE = ["--dim", "32", "--n_layers", "2", "--device", "cpu", "--max_seq_len", "32"]
 SMALL = LMConfig(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=40, multiple_of=8)

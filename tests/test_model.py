@@ -40,10 +40,10 @@ from model import KVCache, LMConfig, MiniMindLM
 from model.model import (
     Attention,
     RMSNorm,
+    additive_mask,
     apply_rotary_emb,
-    precompute_pos_cis,
     repeat_kv,
-    score_mask,
+    rotary_cos_sin,
 )
 
 # Golden vectors
@@ -160,7 +160,7 @@ def complex_pairs(x: Tensor) -> Tensor:
 
 def test_pos_cis_is_the_complex_exponential_of_position_times_frequency():
     positions = torch.tensor([[0, 1, 7], [100, 2000, 8191]])
-    table = precompute_pos_cis(8, positions, theta=1e6)
+    table = rotary_cos_sin(8, positions, theta=1e6)
     frequencies = torch.tensor([1.0, 1e6 ** (-2 / 8), 1e6 ** (-4 / 8), 1e6 ** (-6 / 8)]).double()
     wanted = torch.exp(1j * positions[..., None] * frequencies)
     assert table.shape == (2, 3, 4, 2)
@@ -168,13 +168,13 @@ def test_pos_cis_is_the_complex_exponential_of_position_times_frequency():
     # fp32 angles are only as exact as their size allows.
     close = torch.finfo(torch.float32).eps * positions.clamp(min=1)[..., None]
     assert ((complex_pairs(table).squeeze(-1) - wanted).abs() <= close).all()
-    assert torch.equal(precompute_pos_cis(8, 5), precompute_pos_cis(8, torch.arange(5)))
+    assert torch.equal(rotary_cos_sin(8, 5), rotary_cos_sin(8, torch.arange(5)))
 
 
 def test_rotary_embedding_multiplies_adjacent_pairs_as_complex_numbers():
     xq, xk = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
     positions = torch.randint(0, 50, (2, 5))
-    table = precompute_pos_cis(8, positions, theta=100.0)
+    table = rotary_cos_sin(8, positions, theta=100.0)
     turns = complex_pairs(table).squeeze(-1)[:, :, None]  # (B, T, 1, head_dim / 2)
     for x, turned in zip((xq, xk), apply_rotary_emb(xq, xk, table), strict=True):
         assert turned.shape == x.shape
@@ -190,8 +190,8 @@ def test_rotary_embedding_makes_products_depend_on_distance_only():
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
     def product(query_position: int, key_position: int) -> float:
-        turned_q, _ = apply_rotary_emb(q, k, precompute_pos_cis(16, torch.tensor([query_position])))
-        _, turned_k = apply_rotary_emb(q, k, precompute_pos_cis(16, torch.tensor([key_position])))
+        turned_q, _ = apply_rotary_emb(q, k, rotary_cos_sin(16, torch.tensor([query_position])))
+        _, turned_k = apply_rotary_emb(q, k, rotary_cos_sin(16, torch.tensor([key_position])))
         return (turned_q * turned_k).sum().item()
 
     close = 105 * torch.finfo(torch.float32).eps * (q.norm() * k.norm()).item()
@@ -224,8 +224,8 @@ def test_both_attention_paths_are_equal_with_gradients(n_kv_heads, masked):
     if masked:
         seen = (torch.rand(2, 1, 9, 9) < 0.5) | torch.eye(9, dtype=torch.bool)
         configs = [config, replace(config, flash_attn=False)]
-        masks = [score_mask(seen, x, each) for each in configs]
-    table = precompute_pos_cis(8, 9)
+        masks = [additive_mask(seen, x, each) for each in configs]
+    table = rotary_cos_sin(8, 9)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     outs = [
         layer(x, table, mask, None)
@@ -271,9 +271,9 @@ def test_dropout_works_in_train_mode_only(flash_attn):
     assert not torch.allclose(model(ids).logits, still, atol=1e-2)
     x = torch.ones(4, 50, 32)
     attention = model.layers[0].attention
-    mask = score_mask(torch.ones(4, 1, 50, 50, dtype=torch.bool).tril(), x, model.config)
+    mask = additive_mask(torch.ones(4, 1, 50, 50, dtype=torch.bool).tril(), x, model.config)
     for seen in (None, mask):
-        dropped = attention(x, precompute_pos_cis(8, 50), seen, None)
+        dropped = attention(x, rotary_cos_sin(8, 50), seen, None)
         # Equal inputs have equal values, and a mean of them changes only where weights are dropped.
         assert (dropped - attention.wo(repeat_rows(attention, x))).abs().max() > 1e-2
 

@@ -16,13 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import LMConfig, MiniMindLM
-from training.arguments import UserError
-from training.distributed import Distributed
-from training.guards import explain_out_of_memory
-from training.memory import _cgroup_limits, device_memory, estimate_memory
-from training.optimizer import make_optimizer
-from training.plan import (
+from common import UserError
+from diagnosis.memory import _cgroup_limits, device_memory, estimate_memory
+from diagnosis.plan import (
     PEAKS,
     cost_line,
     count_parameters,
@@ -34,6 +30,10 @@ from training.plan import (
     plan_run,
     warnings_for,
 )
+from model import LMConfig, MiniMindLM
+from training.distributed import Distributed
+from training.guards import explain_out_of_memory
+from training.optimizer import make_optimizer
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)

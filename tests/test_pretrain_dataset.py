@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from dataset import DataError, PretrainDataset
+from common import UserError
+from dataset import PretrainDataset
 
 BOS, EOS = 1, 2
 
@@ -108,7 +109,7 @@ def test_it_is_indexed_like_a_list(tmp_path, tokenizer):
 def test_line_numbers_count_bad_lines(tmp_path, tokenizer, encode):
     path = tmp_path / "data.jsonl"
     path.write_text('bad\n{"text": "two"}\n\n{"text": "four"}\n', encoding="utf-8")  # one is blank
-    with pytest.raises(DataError, match=r"data\.jsonl:1: "):
+    with pytest.raises(UserError, match=r"data\.jsonl:1: "):
         PretrainDataset(path, tokenizer, 64)
     dataset = PretrainDataset(path, tokenizer, 64, skip_bad_lines=True)
     check_items(dataset, ["two", "four"], [2, 4], encode)
@@ -157,7 +158,7 @@ def test_unusable_tokenizers_and_lengths(tmp_path, tokenizer_dir):
     with pytest.raises(ValueError, match="max_length"):
         PretrainDataset(path, tokenizer, 1)
     tokenizer.bos_token = None
-    with pytest.raises(DataError, match="bos_token"):
+    with pytest.raises(UserError, match="bos_token"):
         PretrainDataset(path, tokenizer, 64)
 
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common import UserError
 from dataset import reader
 from dataset.reader import check_file, read_records
-from dataset.records import DataError
 
 
 def records_of(path):
@@ -105,7 +105,7 @@ def test_an_array_that_cannot_be_read_to_its_end_is_an_error(
     monkeypatch.setattr(reader, "HEAD_BYTES", 5)
     monkeypatch.setattr(reader, "CHUNK_BYTES", chunk)
     path = write(tmp_path / "a.json", text)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         list(read_records(path))
     assert str(error.value).startswith(f"{path}:{line}: ") and reason in str(error.value)
     assert "\n" not in str(error.value)
@@ -116,7 +116,7 @@ def test_a_record_beyond_the_limit_ends_an_array(tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "CHUNK_BYTES", 8)
     monkeypatch.setattr(reader, "HEAD_BYTES", 8)
     path = write(tmp_path / "a.json", json.dumps([{"a": 1}, {"a": "b" * 500}], indent=1))
-    with pytest.raises(DataError, match=r"a\.json:5: longer than 100 bytes"):
+    with pytest.raises(UserError, match=r"a\.json:5: longer than 100 bytes"):
         list(read_records(path))
 
 
@@ -196,7 +196,7 @@ OTHERS = {
 def test_a_file_of_another_kind_is_named_with_what_to_do(tmp_path, content, name, remedy):
     path = write(tmp_path / "data.jsonl", content)
     for read in (check_file, lambda path: list(read_records(path))):
-        with pytest.raises(DataError) as error:
+        with pytest.raises(UserError) as error:
             read(path)
         assert str(error.value).startswith(f"{path}: is ") and "\n" not in str(error.value)
         assert name in str(error.value) and remedy in str(error.value)
@@ -213,7 +213,7 @@ def test_the_invented_files_of_other_kinds(shared_dir):
         "plain.txt": "plain text",
         "text.csv": "table",
     }.items():
-        with pytest.raises(DataError, match=kind):
+        with pytest.raises(UserError, match=kind):
             check_file(folder / name)
 
 
@@ -223,7 +223,7 @@ def test_no_file(tmp_path):
         (tmp_path / "missing.jsonl", "no such file"),
         (tmp_path, "is a folder"),
     ]:
-        with pytest.raises(DataError) as error:
+        with pytest.raises(UserError) as error:
             check_file(path)
         assert str(error.value).startswith(f"{path}: ") and reason in str(error.value)
 

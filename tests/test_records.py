@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common import UserError
 from dataset.records import (
     BadLines,
-    DataError,
     RecordError,
     parse_chat,
     parse_preference,
@@ -92,7 +92,7 @@ def bad_lines(count, total):
 
 
 def refusal(bad, allowed):
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         bad.check("data.jsonl", allowed)
     return str(error.value).splitlines()
 

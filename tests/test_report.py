@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from training import ROOT
-from training.curves import draw_curves, read_metrics
-from training.report import findings, write_report
+from common import ROOT
+from diagnosis.curves import draw_curves, read_metrics
+from diagnosis.findings import findings, write_report
 from training.reporting import write_config
 
 VOCAB = 6400  # ln(6,400) = 8.764

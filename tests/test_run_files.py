@@ -27,11 +27,11 @@ from interruptions import (
 from test_train_full_sft import chats, write_chats
 from tiny_models import random_model, save_tuned
 
+from common import UserError, is_run_name
 from inference import WeightSpec
 from inference.weights import find_adapter, stage_weights
-from model import LMConfig
-from training import Run, UserError, find_processes, lock_run, resolve_weights, run_files
-from training.arguments import is_run_name
+from model import LMConfig, resolve_weights
+from training import Run, find_processes, lock_run, run_files
 
 WHOLE = [
     *SHAPE, "--max_seq_len", 32, "--batch_size", 2, "--epochs", 2, "--learning_rate", 3e-3,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset.sample import FILES, files
+from sample_world import FILES, files
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -179,7 +179,7 @@ def test_a_file_of_another_generator_is_written_anew(tmp_path, monkeypatch):
 ASK = """
 import sys
 from pathlib import Path
-from dataset.sample import files
+from sample_world import files
 
 folder = files.SAMPLE = Path(sys.argv[1])
 write = files.write_sample

@@ -10,8 +10,8 @@ from itertools import pairwise
 
 import pytest
 
-from dataset.sample import FILES, is_right, score_answers
-from dataset.sample.world import VOCABULARY, build_world
+from sample_world import FILES, is_right, score_answers
+from sample_world.world import VOCABULARY, build_world
 
 TRAINING = ("pretrain.jsonl", "sft.jsonl", "dpo.jsonl", "lora.jsonl")
 TESTS = ("test.jsonl", "dpo_test.jsonl", "lora_test.jsonl")

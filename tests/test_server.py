@@ -25,14 +25,14 @@ from openai.types.completion_create_params import CompletionCreateParamsBase as 
 from rounding import LOSS
 from tiny_models import greedy_answer, random_model, save_tuned
 
+from common import UserError
 from inference import WeightSpec
 from inference.api import Limits, create_app
 from inference.api.loading import Loader
-from inference.batcher import Batcher, Closed, Job, QueueFull
+from inference.batcher import Batcher, Closed, GenerationRequest, QueueFull
 from inference.pool import ModelPool
 from model import Sampling, TorchDecoder, apply_lora, save_lora
 from model.decoder import CHUNK
-from training import UserError
 
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -328,15 +328,15 @@ def test_the_end_token_is_a_token_of_a_scored_text(folder, tokenizer_dir, tokeni
     with serving(folder, tokenizer_dir) as (url, pool):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
         score, _, told = evaluate(client, [1, 900, 17], 1)
-        talker = pool.get("pretrain_64").talker
-        talker.tokenizer.eos_token = tokenizer.convert_ids_to_tokens(next_token)
+        chat_model = pool.get("pretrain_64").chat_model
+        chat_model.tokenizer.eos_token = tokenizer.convert_ids_to_tokens(next_token)
         again, _, ended = evaluate(client, [1, 900, 17], 1)
         assert (told.finish_reason, ended.finish_reason) == ("length", "stop")
         assert ended.logprobs.tokens == told.logprobs.tokens and again == score
         ids = tokenizer.apply_chat_template(HI, add_generation_prompt=True, return_dict=False)
         next_token = int(pretrained(folder)(torch.tensor([ids])).logits[0, -1].argmax())
-        talker = pool.get("full_sft_64").talker  # the same weights
-        talker.tokenizer.eos_token = tokenizer.convert_ids_to_tokens(next_token)
+        chat_model = pool.get("full_sft_64").chat_model  # the same weights
+        chat_model.tokenizer.eos_token = tokenizer.convert_ids_to_tokens(next_token)
         answer = ask(client, logprobs=True).choices[0]
         assert (answer.finish_reason, answer.logprobs.content) == ("stop", [])
 
@@ -474,7 +474,7 @@ def test_a_client_that_leaves_frees_its_place(folder, tokenizer_dir, monkeypatch
 
 def collect(ids, events, new=1000, **more):
     """A job whose events go into a list."""
-    return Job(ids, new, Sampling(), None, events.append, **more)
+    return GenerationRequest(ids, new, Sampling(), None, events.append, **more)
 
 
 def test_a_job_that_is_cancelled_takes_no_further_step(folder, tokenizer_dir):
@@ -487,7 +487,7 @@ def test_a_job_that_is_cancelled_takes_no_further_step(folder, tokenizer_dir):
         if len(events) == 5:
             job.cancelled = True
 
-    job = Job([1, 5, 6], 1000, Sampling(), None, emit)
+    job = GenerationRequest([1, 5, 6], 1000, Sampling(), None, emit)
     batcher.submit([job])
     eventually(lambda: events[-1:] == ["cancelled"])
     assert len(events) == 6 and lengths[:5] == [3, 4, 5, 6, 7]
@@ -1062,10 +1062,10 @@ def test_what_cannot_be_read_is_not_offered(folder, tokenizer_dir, tokenizer, tm
     torch.save(torch.ones(1), out / "lora" / "plain.pth")
     pool = open_pool(out, tokenizer_dir)
     assert list(pool.offers()) == ["full_sft_64", "it_64"]
-    assert pool.get("full_sft_64").talker.name == "full_sft_64"
+    assert pool.get("full_sft_64").chat_model.name == "full_sft_64"
     save_tuned(random_model(dim=64), out, tokenizer, "dpo_64")  # newer, and damaged
     (out / "dpo_64.pth").write_bytes(b"")
-    assert pool.get("it_64").talker.name == "full_sft_64+it_64"
+    assert pool.get("it_64").chat_model.name == "full_sft_64+it_64"
     pool.close()
     save_tuned(random_model(1, dim=64), out, tokenizer, "pretrain_64", "pretrain")
     words = open_pool(out, tokenizer_dir, weight=str(out / "pretrain_64.pth"))

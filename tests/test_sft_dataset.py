@@ -15,7 +15,8 @@ from test_chat import as_text, chats, encode_text, expected_ids, template_ids
 from test_tokenizer import CONTROL, plain_text, tokenizer, vocabulary
 from torch.utils.data import DataLoader
 
-from dataset import DataError, PackedRows, PaddedRows, RLAIFDataset, SFTDataset, collate, parse_chat
+from common import UserError
+from dataset import PackedRows, PaddedRows, RLAIFDataset, SFTDataset, collate, parse_chat
 from dataset import lm_dataset as lm_dataset_module
 from dataset.chat import ChatEncoder
 
@@ -131,7 +132,7 @@ def test_samples_are_those_of_the_rules(tmp_path_factory, data):
         items = [keep(copy.deepcopy(chat), max_length, max_turns, counts) for chat in parsed]
         lines = [number for number, item in enumerate(items, 1) if item]
         if not lines:
-            with pytest.raises(DataError, match="nothing to learn"):
+            with pytest.raises(UserError, match="nothing to learn"):
                 SFTDataset(path, tokenizer, max_length, max_turns=max_turns)
             continue
         dataset = SFTDataset(path, tokenizer, max_length, max_turns=max_turns)
@@ -206,7 +207,7 @@ def test_too_long(tmp_path, max_length, kept, length, cut):
 def test_nothing_fits(tmp_path):
     path = write(tmp_path / "data.jsonl", [THREE])
     for max_length in (2, SYSTEM, PROMPT):
-        with pytest.raises(DataError, match=r"data\.jsonl: nothing to learn.*--max_seq_len"):
+        with pytest.raises(UserError, match=r"data\.jsonl: nothing to learn.*--max_seq_len"):
             SFTDataset(path, tokenizer, max_length)
 
 
@@ -281,7 +282,7 @@ def test_weights_of_messages(tmp_path):
     short = SFTDataset(path, tokenizer, EXCHANGE)
     assert [ids_of(short[i]) for i in range(2)] == [exchange_ids("2"), exchange_ids("4")]
     assert short.counts["dropped_turns"] == 2
-    with pytest.raises(DataError, match="nothing to learn"):
+    with pytest.raises(UserError, match="nothing to learn"):
         SFTDataset(write(tmp_path / "none.jsonl", records[1:2]), tokenizer, 1000)
 
 
@@ -344,7 +345,7 @@ def test_all_shapes_in_one_file(tmp_path):
     ]
     lines = [line for pair in zip(good, bad, strict=True) for line in pair]
     path = write(tmp_path / "data.jsonl", lines)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         SFTDataset(path, tokenizer, 64)
     assert str(error.value).splitlines() == [
         f"{path}:2: broken JSON: Expecting property name enclosed in double quotes at column 2",
@@ -522,7 +523,7 @@ def test_split(many):
 def test_a_split_with_nothing_to_learn(tmp_path):
     records = [{"messages": exchange("1", weight=w)} for w in (1, 0, 0, 0)]
     dataset = SFTDataset(write(tmp_path / "data.jsonl", records), tokenizer, 64)
-    with pytest.raises(DataError, match="nothing to learn"):
+    with pytest.raises(UserError, match="nothing to learn"):
         dataset.split(0.5)
 
 
@@ -671,7 +672,7 @@ def test_prompts_that_are_too_long(tmp_path):
         assert dataset[-1]["answer"] == "4" * 10
         assert dataset.counts["dropped_turns"] == (3 - len(kept) if kept else 0)
         assert dataset.counts["left_out"] == (not kept)
-    with pytest.raises(DataError, match="--max_seq_len"):
+    with pytest.raises(UserError, match="--max_seq_len"):
         RLAIFDataset(path, tokenizer, last - 1)
 
 

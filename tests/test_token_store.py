@@ -13,9 +13,10 @@ from test_records import BAD_LINES
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from common import UserError
 from dataset import reader, records, token_store
 from dataset.lm_dataset import TextEncoder
-from dataset.records import DataError, parse_text
+from dataset.records import parse_text
 from dataset.token_store import Encoded, Parsed, TextTokenizer, TokenStore
 
 
@@ -195,7 +196,7 @@ def test_every_kind_of_bad_line_is_reported_with_its_number(tmp_path, batch_byte
         path = tmp_path / f"{name.replace(' ', '_')}.jsonl"
         good = b'{"text": "fine"}\n'
         path.write_bytes(b"\xef\xbb\xbf" + good * 7 + bad + b"\n" + good * 3 + bad)
-        with pytest.raises(DataError) as error:
+        with pytest.raises(UserError) as error:
             TokenStore.open_or_build(path, ByteEncoder(), batch_bytes=batch_bytes)
         report = str(error.value).splitlines()
         assert report[0].startswith(f"{path}:8: ")
@@ -210,10 +211,10 @@ def test_every_kind_of_bad_line_is_reported_with_its_number(tmp_path, batch_byte
 def test_bad_lines_are_remembered_and_can_be_skipped(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"text": "good"}\n' + b"bad\n" * 25)
-    with pytest.raises(DataError) as first:
+    with pytest.raises(UserError) as first:
         TokenStore.open_or_build(path, ByteEncoder())
     before = snapshot(tmp_path)
-    with pytest.raises(DataError) as second:
+    with pytest.raises(UserError) as second:
         TokenStore.open_or_build(path, NoBuild())
     store = TokenStore.open_or_build(path, NoBuild(), skip_bad_lines=True)
     assert snapshot(tmp_path) == before
@@ -227,10 +228,10 @@ def test_bad_lines_are_remembered_and_can_be_skipped(tmp_path):
 def test_a_file_without_a_good_line_is_an_error_even_when_skipping(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"{]\n" * 3)
-    with pytest.raises(DataError, match="not one good line in 3"):
+    with pytest.raises(UserError, match="not one good line in 3"):
         TokenStore.open_or_build(path, ByteEncoder(), skip_bad_lines=True)
     path.write_bytes(b" \n" * 3)
-    with pytest.raises(DataError, match="not one good line in 0"):
+    with pytest.raises(UserError, match="not one good line in 0"):
         TokenStore.open_or_build(path, ByteEncoder())
 
 
@@ -240,7 +241,7 @@ def test_bad_lines_are_skipped_up_to_a_share(tmp_path):
     path.write_bytes(b'{"text": "good"}\n' * 18 + b'{"text": ""}\n\n' * 2)
     for _ in range(2):
         assert len(TokenStore.open_or_build(path, ByteEncoder(), skip_bad_lines=0.1).lines) == 18
-        with pytest.raises(DataError, match="2 of 20 lines are bad") as error:
+        with pytest.raises(UserError, match="2 of 20 lines are bad") as error:
             TokenStore.open_or_build(path, ByteEncoder(), skip_bad_lines=0.09)
         assert [line[:16] for line in str(error.value).replace(f"{path}", "").splitlines()] == [
             ':19: "text" is e',
@@ -324,7 +325,7 @@ SCRIPT = """
 import os, sys, time
 from pathlib import Path
 import numpy as np
-from dataset.records import DataError, parse_text
+from dataset.records import UserError, parse_text
 from dataset.token_store import Encoded, Parsed, TokenStore
 
 path, events, go = map(Path, sys.argv[1:])
@@ -347,7 +348,7 @@ class Waiting:
 
 try:
     store = TokenStore.open_or_build(path, Waiting())
-except DataError as error:
+except UserError as error:
     print(error)
     sys.exit(2)
 print(len(store.lines))
@@ -427,7 +428,7 @@ def test_a_killed_builder_leaves_no_store(data, start, tmp_path):
 
 def test_a_folder_that_cannot_be_written_names_the_flag(data, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="--cache_dir") as error:
+    with pytest.raises(UserError, match="--cache_dir") as error:
         TokenStore.open_or_build(data, ByteEncoder(), cache_dir=tmp_path / "file" / "cache")
     assert "\n" not in str(error.value)
 
@@ -454,7 +455,7 @@ def test_a_file_that_grows_meanwhile_is_an_error(data):
                 file.write('{"text": "late"}\n')
             return super().encode(records)
 
-    with pytest.raises(DataError, match="changed while"):
+    with pytest.raises(UserError, match="changed while"):
         TokenStore.open_or_build(data, Appending(), batch_bytes=1 << 20)
     assert not stores(data.parent)
     assert not leftovers(data.parent)

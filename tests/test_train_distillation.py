@@ -23,9 +23,9 @@ from test_train_full_sft import chat, chats, scores, scores_by_hand, write_chats
 from tiny_models import llama_with_weights_of, random_model
 
 import train_distillation
-from dataset import PackedRows, PaddedRows, SFTDataset, TeacherRows, collate_taught, tokenizer_hash
-from model import LMConfig, MiniMindLM
-from training import Run, save_weights
+from dataset import PackedRows, PaddedRows, SFTDataset, TeacherTopK, collate_with_teacher
+from model import LMConfig, MiniMindLM, save_weights, tokenizer_hash
+from training import Run
 
 NAME = "distill_32"
 ROWS = [*SHAPE, "--max_seq_len", 96]
@@ -224,9 +224,9 @@ def test_what_is_kept_of_a_row_is_what_the_teacher_says_of_its_targets(
         args = train_distillation.parse_args()
     world = train_distillation.find_processes("cpu", ddp=False)
     ask = functools.partial(train_distillation.ask_teacher, model, rows, args, world, torch.float32)
-    taught = TeacherRows(rows, "key", 3, ask)
+    taught = TeacherTopK(rows, "key", 3, ask)
     assert len(taught) == len(rows) > 5
-    batch = collate_taught([taught[i] for i in (4, 0, 2)])
+    batch = collate_with_teacher([taught[i] for i in (4, 0, 2)])
     with torch.no_grad():
         logits = model(
             batch["input_ids"],
@@ -238,10 +238,10 @@ def test_what_is_kept_of_a_row_is_what_the_teacher_says_of_its_targets(
     assert_equal_to_rounding(batch["teacher_logps"], expected.values, sums)
     assert (batch["teacher_ids"] == expected.indices).float().mean() > 0.99
     assert (
-        TeacherRows(rows, "key", 3, lambda: pytest.fail("asked again"))[1].keys()
+        TeacherTopK(rows, "key", 3, lambda: pytest.fail("asked again"))[1].keys()
         == taught[1].keys()
     )
-    assert "teacher_ids" not in collate_taught([])
+    assert "teacher_ids" not in collate_with_teacher([])
 
 
 def test_the_teacher_is_asked_once(distill, teacher, student, data, tokenizer, tmp_path):

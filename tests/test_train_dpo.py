@@ -37,9 +37,9 @@ from trl import DPOConfig, DPOTrainer
 
 import train_dpo
 from dataset import DPODataset, PairRows, collate_pairs
+from diagnosis.findings import read_curves
 from model import LMConfig, MiniMindLM
 from training import Run
-from training.report import read_curves
 
 NAME = "dpo_32"
 ROWS = [*SHAPE, "--max_seq_len", 96]

@@ -20,9 +20,8 @@ from interruptions import (
 from rounding import LOSS, NORM, assert_same_training
 from tiny_models import llama_with_weights_of, randomised
 
-from dataset import tokenizer_hash
-from model import LMConfig, MiniMindLM
-from training import Run, save_weights, summarise
+from model import LMConfig, MiniMindLM, save_weights, tokenizer_hash
+from training import Run, summarise
 
 NAME = "full_sft_32"
 ROWS = [*SHAPE, "--max_seq_len", 96]

@@ -16,7 +16,7 @@ from interruptions import eventually
 from test_server import serving
 from tiny_models import greedy_answer, random_model, save_tuned
 
-from inference.conversations import Talk, TalkStore
+from inference.conversations import Conversation, TalkStore
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -250,9 +250,9 @@ def test_mistakes_are_one_line(run, words):
 
 def test_conversations_are_kept_and_names_reach_no_other_file(tmp_path):
     store = TalkStore(tmp_path / "chats")
-    store.keep(Talk())
+    store.keep(Conversation())
     assert store.list() == [] and not store.folder.exists()
-    talk = Talk(system="Be kind.", messages=[{"role": "user", "content": "你好\n" * 40}])
+    talk = Conversation(system="Be kind.", messages=[{"role": "user", "content": "你好\n" * 40}])
     store.keep(talk)
     for i, text in enumerate(("{", "[]", '{"messages": [1]}', '{"changed": "x"}', '{"system": 1}')):
         (store.folder / f"{i:032}.json").write_text(text, encoding="utf-8")

@@ -8,9 +8,7 @@ from rounding import assert_equal_to_rounding
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from dataset import tokenizer_hash
-from model import LMConfig, MiniMindLM
-from training import save_weights
+from model import LMConfig, MiniMindLM, save_weights, tokenizer_hash
 
 TINY = {
     "dim": 32,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .arguments import UserError
+from common import UserError
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class Distributed:
             except OSError:
                 sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         """Add a tensor up over all processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
-    def agree(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The largest of the processes' numbers. Waits for the others, but for no GPU."""
         if self.world_size == 1:
             return number
@@ -66,7 +66,7 @@ class Distributed:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest)
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every process's value, by rank."""
         if self.world_size == 1:
             return [value]
@@ -74,7 +74,7 @@ class Distributed:
         dist.all_gather_object(values, value)
         return values
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The main process's value, on every process."""
         if self.world_size == 1:
             return value

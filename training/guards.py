@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .arguments import UserError
+from common import UserError
+
 from .distributed import Distributed
 
 LESS_MEMORY = (
@@ -81,6 +82,6 @@ def find_sample(
     own = torch.zeros(2, world.world_size, dtype=torch.int64, device=world.device)
     own[0, world.rank] = len(bad)
     own[1, world.rank] = window[bad[0] if bad else 0]["sample"][0]
-    counts, samples = world.sum(own).tolist()
+    counts, samples = world.all_reduce_sum(own).tolist()
     rank = next((rank for rank, count in enumerate(counts) if count), 0)
     return f"{dataset.store.path}:{dataset.line_number(samples[rank])}"

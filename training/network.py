@@ -3,9 +3,10 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from common import UserError
 from model import LMConfig, MiniMindLM
 
-from .arguments import MOE_DEFAULTS, UserError
+from .arguments import MOE_DEFAULTS
 from .resume import seed_everything
 
 if TYPE_CHECKING:

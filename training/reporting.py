@@ -16,8 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .arguments import ROOT, UserError
-from .checkpoint import write_atomically
+from common import ROOT, UserError, write_atomically
+
 from .distributed import Distributed
 from .resume import json_arguments
 

@@ -14,8 +14,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from .arguments import MOE_DEFAULTS, UserError
-from .checkpoint import check_sums, read_pickle, report_save_errors, write_atomically
+from common import UserError, report_save_errors, write_atomically
+from model.weights import check_sums, read_pickle
+
+from .arguments import MOE_DEFAULTS
 from .guards import SpikeWatch
 
 FORMAT = 1

@@ -12,33 +12,22 @@ from typing import Any, Literal
 
 import torch
 
-from model import MiniMindLM, active_lora
-
-from .arguments import UserError
-from .checkpoint import (
-    SaveError,
+from common import SaveError, UserError, report_save_errors
+from diagnosis.findings import write_report
+from diagnosis.plan import cost_line, count_parameters, flops_per_token
+from model import (
+    MiniMindLM,
+    active_lora,
     load_trained_state,
-    read_state,
-    report_save_errors,
     save_adapter,
     save_weights,
     trained_state,
 )
+from model.weights import read_state
+
 from .distributed import Distributed
-from .plan import (
-    cost_line,
-    count_parameters,
-    flops_per_token,
-)
-from .report import write_report
 from .reporting import Reporter
-from .resume import (
-    Tally,
-    TrainState,
-    get_random_states,
-    json_arguments,
-    save_resume,
-)
+from .resume import Tally, TrainState, get_random_states, json_arguments, save_resume
 from .schedule import get_lr, warmup_steps
 from .signals import StopSignal
 
@@ -293,7 +282,7 @@ class Run:
                 saved = self.world.is_main and self._try(
                     "best", lambda: self._save_weights(self.best_path)
                 )
-                state.best_saved = bool(self.world.agree(int(saved)))
+                state.best_saved = bool(self.world.all_reduce_max(int(saved)))
         else:
             state.evaluations_since_best += 1
         self._check_patience()
@@ -316,7 +305,7 @@ class Run:
         best = self.state.best_saved and self.world.is_main
         state = read_state(self.best_path) if best else None
         network = copy.deepcopy(self.network)
-        load_trained_state(network, self.world.share(state) or trained_state(self.network))
+        load_trained_state(network, self.world.broadcast(state) or trained_state(self.network))
         return network
 
     def note_test(self, scores: dict[str, float] | None) -> None:
@@ -336,7 +325,7 @@ class Run:
 
     def check_signal(self) -> bool:
         """End the run if any process got a signal to stop; whether it ends."""
-        number = self.world.agree(self.stop.number)
+        number = self.world.all_reduce_max(self.stop.number)
         if number:
             self.ending = (
                 f"stopped by {signal.Signals(number).name} at step {self.state.step}; "
@@ -357,7 +346,7 @@ class Run:
         What cannot be saved is said, and kept in `save_errors`; the run goes on.
         """
         self.state.metrics_bytes = self.reporter.sync()
-        random_states = self.world.gather(get_random_states(self.world.device))
+        random_states = self.world.all_gather(get_random_states(self.world.device))
         if self.world.is_main:
             self._try("weights", lambda: self._save_weights(self.path))
             self._try("numbered", self._save_numbered)

@@ -26,7 +26,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from .arguments import UserError
+from common import UserError
+
 from .distributed import Distributed
 
 if os.name == "nt":

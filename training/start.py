@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from model import MiniMindLM
+from common import UserError
+from diagnosis.plan import LearningRates, peak_flops, plan_run
+from model import MiniMindLM, load_trained_state, weights_path
 
-from .arguments import UserError
-from .checkpoint import load_trained_state, weights_path
 from .distributed import Distributed
-from .plan import LearningRates, peak_flops, plan_run
 from .reporting import Reporter, start_wandb, write_config
 from .resume import (
     TrainState,
@@ -102,7 +101,7 @@ def start_run(
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     seed_everything(args.seed + world.rank)  # for dropout, which differs between processes
     rows_per_step = args.batch_size * args.accumulation_steps * world.world_size
-    resume = world.share(resume)
+    resume = world.broadcast(resume)
     if resume is None:
         state = TrainState(run_id=uuid.uuid4().hex, rows_per_step=rows_per_step)
     else:

@@ -16,17 +16,17 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
-from training import UserError
+from common import UserError
+from diagnosis.curves import Metrics
 
 from ..batcher import Batcher, Closed, QueueFull, Token
-from ..pool import ModelPool, Offer, UnknownModel
-from ..talker import Talker
+from ..chat_model import ChatModel
+from ..pool import ModelCard, ModelPool, UnknownModel
 from .choices import Choices, Echo, Piece
 from .errors import ApiError, explain_validation
 from .formats import ChatFormat, CompletionFormat
 from .guard import Guard
 from .loading import Loader
-from .metrics import Metrics
 from .schema import ChatRequest, CompletionRequest
 
 Result = TypeVar("Result")
@@ -114,14 +114,14 @@ def create_app(
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
 
         async def begin(batcher: Batcher) -> tuple[Choices, ChatFormat]:
-            talker = batcher.talker
-            if talker.encoder is None:
+            chat_model = batcher.chat_model
+            if chat_model.encoder is None:
                 message = f"'{request.model}' continues texts; use /v1/completions."
                 raise ApiError(400, message, "model")
             messages = [message.record() for message in request.messages]
-            prompts = [await asyncio.to_thread(talker.chat_ids, messages)]
+            prompts = [await asyncio.to_thread(chat_model.chat_ids, messages)]
             choices = start(batcher, prompts, request, limit, logprobs, limits, "messages")
-            return choices, ChatFormat(talker, request)
+            return choices, ChatFormat(chat_model, request)
 
         choices, form = await with_model(loader, request.model, raw, begin)
         return await respond(raw, request, form, choices, metrics.watch(choices, began))
@@ -135,15 +135,15 @@ def create_app(
             limit = min(DEFAULT_COMPLETION, limits.max_tokens)
 
         async def begin(batcher: Batcher) -> tuple[Choices, CompletionFormat]:
-            talker, given = batcher.talker, request.prompts()
-            prompts = [await asyncio.to_thread(prompt_ids, talker, prompt) for prompt in given]
+            chat_model, given = batcher.chat_model, request.prompts()
+            prompts = [await asyncio.to_thread(prompt_ids, chat_model, prompt) for prompt in given]
             echoes = None
             if request.echo:
-                echoes = [echo_of(talker, prompt) for prompt in given]
+                echoes = [echo_of(chat_model, prompt) for prompt in given]
             choices = start(
                 batcher, prompts, request, limit, request.logprobs, limits, "prompt", echoes
             )
-            return choices, CompletionFormat(talker, request)
+            return choices, CompletionFormat(chat_model, request)
 
         choices, form = await with_model(loader, request.model, raw, begin)
         return await respond(raw, request, form, choices, metrics.watch(choices, began))
@@ -175,7 +175,7 @@ def create_app(
     return app
 
 
-def card(name: str, offer: Offer) -> dict[str, Any]:
+def card(name: str, offer: ModelCard) -> dict[str, Any]:
     """A model's entry in the list."""
     created = int(offer.modified)
     return {"id": name, "object": "model", "created": created, "owned_by": "minimind"}
@@ -236,22 +236,22 @@ async def with_model(
         return choices, form
 
 
-def prompt_ids(talker: Talker, prompt: str | list[int]) -> list[int]:
+def prompt_ids(chat_model: ChatModel, prompt: str | list[int]) -> list[int]:
     """Ids of a prompt. Raises ApiError for those that the model does not have."""
     if isinstance(prompt, str):
-        return talker.text_ids(prompt)
-    size = talker.model.config.vocab_size
+        return chat_model.text_ids(prompt)
+    size = chat_model.model.config.vocab_size
     if max(prompt) >= size:
         message = f"Invalid 'prompt': {max(prompt)} is no token; there are {size}."
         raise ApiError(400, message, "prompt", "invalid_value")
     return prompt
 
 
-def echo_of(talker: Talker, prompt: str | list[int]) -> Echo:
+def echo_of(chat_model: ChatModel, prompt: str | list[int]) -> Echo:
     """What a text begins with that goes on from a prompt."""
     if isinstance(prompt, str):
         return Echo(prompt, 1)  # without the token that begins a document
-    return Echo(talker.tokenizer.backend_tokenizer.decode(prompt, skip_special_tokens=True), 0)
+    return Echo(chat_model.tokenizer.backend_tokenizer.decode(prompt, skip_special_tokens=True), 0)
 
 
 def start(
@@ -271,7 +271,7 @@ def start(
         prompts: ids of each.
         request: what was asked for.
         limit: new tokens of each.
-        logprobs: as of Job.
+        logprobs: as of GenerationRequest.
         limits: of a request.
         param: where the prompts came from.
         echoes: as of Choices.
@@ -280,7 +280,7 @@ def start(
         ApiError: if it asks for too much, or there is no place.
         Closed: if the batcher has ended.
     """
-    room = batcher.talker.context - min(limit, 1)
+    room = batcher.chat_model.context - min(limit, 1)
     longest, most = max(map(len, prompts)), min(limits.max_prompt, room)
     if longest > most:
         message = f"A prompt may have {most} tokens, this one has {longest}."

@@ -7,7 +7,7 @@ from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
-from ..batcher import Batcher, Event, Job, QueueFull, Token
+from ..batcher import Batcher, Event, GenerationRequest, QueueFull, Token
 from ..text import TextStream
 from .schema import Request
 
@@ -40,7 +40,7 @@ class Choices:
         request: how.
         limit: new tokens of each.
         seconds: until they end.
-        logprobs: as of Job.
+        logprobs: as of GenerationRequest.
         echoes: what the texts of each prompt begin with; with `logprobs`, those of its tokens are
             told too. None: the texts begin with what is new.
 
@@ -71,10 +71,10 @@ class Choices:
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._echoes = [echo for echo in echoes or () for _ in range(request.n or 1)]
         self._scores = echoes is not None and logprobs is not None
-        self._end = batcher.talker.tokenizer.eos_token_id
+        self._end = batcher.chat_model.tokenizer.eos_token_id
         deadline = time.monotonic() + seconds
         self._jobs = [
-            Job(
+            GenerationRequest(
                 ids=ids,
                 max_new_tokens=limit,
                 sampling=request.sampling(),
@@ -86,7 +86,7 @@ class Choices:
             )
             for i, ids in enumerate(repeated)
         ]
-        self._texts = [TextStream(batcher.talker.tokenizer, request.stops()) for _ in repeated]
+        self._texts = [TextStream(batcher.chat_model.tokenizer, request.stops()) for _ in repeated]
         batcher.submit(self._jobs)
 
     def _tell(self, index: int, event: Event) -> None:

@@ -10,16 +10,16 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..batcher import Token
-from ..talker import Talker
+from ..chat_model import ChatModel
 from .schema import ChatRequest, CompletionRequest
 
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 LEAST = -9999.0  # OpenAI's logprob of what cannot be
 
 
-def token_text(talker: Talker, token: int) -> tuple[str, list[int]]:
+def token_text(chat_model: ChatModel, token: int) -> tuple[str, list[int]]:
     """A token as text (with � for parts of characters) and as bytes."""
-    name = talker.tokenizer.convert_ids_to_tokens(token)
+    name = chat_model.tokenizer.convert_ids_to_tokens(token)
     if all(character in BYTE_OF for character in name):
         raw = bytes(BYTE_OF[character] for character in name)
         return raw.decode("utf-8", "replace"), list(raw)
@@ -36,12 +36,12 @@ class ChatFormat:
     """/v1/chat/completions.
 
     Args:
-        talker: whose tokens are told.
+        chat_model: whose tokens are told.
         request: what was asked for.
     """
 
-    def __init__(self, talker: Talker, request: ChatRequest):
-        self.talker = talker
+    def __init__(self, chat_model: ChatModel, request: ChatRequest):
+        self.chat_model = chat_model
         self.logprobs = bool(request.logprobs)
         kind = "chat.completion.chunk" if request.stream else "chat.completion"
         self.head = make_head("chatcmpl", kind, request.model)
@@ -67,7 +67,7 @@ class ChatFormat:
     ) -> dict[str, Any]:
         told = None
         if self.logprobs:
-            end = self.talker.tokenizer.eos_token_id  # no part of the message
+            end = self.chat_model.tokenizer.eos_token_id  # no part of the message
             written = [self._token(token) for token in tokens if token.token != end]
             told = {"content": written, "refusal": None}
         return {
@@ -82,7 +82,7 @@ class ChatFormat:
         return {**self._entry(token.token, token.logprob), "top_logprobs": likeliest}
 
     def _entry(self, number: int, logprob: float) -> dict[str, Any]:
-        text, raw = token_text(self.talker, number)
+        text, raw = token_text(self.chat_model, number)
         return {"token": text, "logprob": max(logprob, LEAST), "bytes": raw}
 
 
@@ -90,12 +90,12 @@ class CompletionFormat:
     """/v1/completions.
 
     Args:
-        talker: whose tokens are told.
+        chat_model: whose tokens are told.
         request: what was asked for.
     """
 
-    def __init__(self, talker: Talker, request: CompletionRequest):
-        self.talker = talker
+    def __init__(self, chat_model: ChatModel, request: CompletionRequest):
+        self.chat_model = chat_model
         self.logprobs = request.logprobs is not None
         self.head = make_head("cmpl", "text_completion", request.model)
         self._offsets: dict[int, TextOffsets] = {}  # of each text's tokens
@@ -117,8 +117,8 @@ class CompletionFormat:
 
     def _tokens(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
         if index not in self._offsets:
-            self._offsets[index] = TextOffsets(self.talker.tokenizer)
-        told = [(token, *token_text(self.talker, token.token)) for token in tokens]
+            self._offsets[index] = TextOffsets(self.chat_model.tokenizer)
+        told = [(token, *token_text(self.chat_model, token.token)) for token in tokens]
         return {
             "tokens": [text for _, text, _ in told],
             "token_logprobs": [
@@ -135,7 +135,7 @@ class CompletionFormat:
         told: dict[str, float] = {}
         for number, logprob in [*token.likeliest, (token.token, token.logprob)]:
             # Parts of characters share a text, �: that of the likeliest stays.
-            told.setdefault(token_text(self.talker, number)[0], max(logprob, LEAST))
+            told.setdefault(token_text(self.chat_model, number)[0], max(logprob, LEAST))
         return told
 
 

@@ -1,12 +1,8 @@
 """Weights on disk: a state_dict, and beside it a JSON file that says what it is."""
 
-import argparse
 import json
-import os
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from model import LMConfig, MiniMindLM, load_lora, load_lora_state, lora_state, save_lora
+from common import UserError, is_run_name, report_save_errors, write_atomically
 
-from .arguments import UserError, is_run_name
+from .LMConfig import LMConfig
+from .model import MiniMindLM
+from .model_lora import load_lora, load_lora_state, lora_state, save_lora
 
 
 def weights_path(out_dir: Path, stage: str, config: LMConfig, run_name: str | None = None) -> Path:
@@ -49,54 +47,6 @@ def resolve_weights(flag: str, name: str, out_dir: Path, config: LMConfig) -> Pa
     if path in runs and len(runs) > 1:
         raise UserError(f"{flag} {name}: name one of {', '.join(run.stem for run in runs)}")
     return path
-
-
-def write_atomically(
-    path: Path, write: Callable[[Any], None], previous: Path | None = None
-) -> None:
-    """Call `write` with a binary file that becomes `path` once it is complete and on disk.
-
-    Whatever goes wrong, the file that was there before stays as it was.
-
-    Args:
-        path: the file; its folder is made if need be.
-        write: writes the content.
-        previous: where the file that was there before goes; None: it is replaced.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            path.replace(previous)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # elsewhere a folder cannot be flushed, nor on some network drives
-        folder = os.open(path.parent, os.O_RDONLY)
-        with suppress(OSError):
-            os.fsync(folder)
-        os.close(folder)
-
-
-class SaveError(Exception):
-    """A file that could not be saved, in one line."""
-
-
-@contextmanager
-def report_save_errors(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while `path` is written into a SaveError."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        # torch.save raises a RuntimeError of its own when it has met an OSError.
-        origin = error if isinstance(error, OSError) else error.__context__
-        reason = getattr(origin, "strerror", None) or f"{error}".partition("\n")[0]
-        raise SaveError(f"{path}: cannot be saved ({reason}); what was there is kept") from None
 
 
 def save_weights(
@@ -261,22 +211,11 @@ def load_weights(path: Path, model: nn.Module, tokenizer_hash: str) -> None:
         raise UserError(f"{path}: trained with another tokenizer; --tokenizer_path names it")
     check_sums(path)
     state = read_state(path, of_model=True)
-    difference = _first_difference(path, state, model)
+    difference = first_difference(path, state, model)
     if difference:
         hint = "" if about else "; no .json beside it says its shape"
         raise UserError(f"{path}: weights of another model: {difference}{hint}")
     model.load_state_dict(state)
-
-
-def load_first_weights(args: argparse.Namespace, model: MiniMindLM, tokenizer_hash: str) -> None:
-    """Load the weights that --from_weight names, if any.
-
-    Raises:
-        UserError: as `resolve_weights` and `load_weights`.
-    """
-    if args.from_weight != "none":
-        path = resolve_weights("--from_weight", args.from_weight, args.out_dir, model.config)
-        load_weights(path, model, tokenizer_hash)
 
 
 def load_model(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
@@ -298,33 +237,8 @@ def load_model(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
     return model
 
 
-def check_output(path: Path, model: nn.Module) -> None:
-    """Make sure, before training, that weights and logs can be written.
-
-    Args:
-        path: of the weights; the best go beside it, the logs below its folder.
-        model: whose weights.
-
-    Raises:
-        UserError: if a folder cannot be written, or the weights there are of another shape.
-    """
-    for probe in (path.with_suffix(".probe"), path.parent / "logs" / path.stem / ".probe"):
-        try:
-            write_atomically(probe, lambda file: file.write(b"a byte, as a full disk has none"))
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"--out_dir {probe.parent}: {error.strerror or error}") from None
-    for weights in (path, path.with_name(f"{path.stem}_best.pth")):
-        difference = weights.is_file() and _first_difference(weights, read_state(weights), model)
-        if difference:
-            other = "--lora_name" if lora_state(model) else "--out_dir"
-            raise UserError(
-                f"{weights} holds another model ({difference}): move it, or choose another {other} "
-                "or --run_name"
-            )
-
-
-def _first_difference(path: Path, state: dict[str, torch.Tensor], model: nn.Module) -> str | None:
+def first_difference(path: Path, state: dict[str, torch.Tensor], model: nn.Module) -> str | None:
+    """The first name or shape in which weights in a file differ from the model's; None without."""
     about = read_about(path)
     if about:
         there, here = about["config"], model.config

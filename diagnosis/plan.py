@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common import write_atomically
 from model import LMConfig, MiniMindLM
 from model.model import MOEFeedForward
+from training.distributed import Distributed
+from training.guards import LESS_MEMORY
+from training.schedule import get_lr, warmup_steps
 
-from .checkpoint import write_atomically
-from .distributed import Distributed
-from .guards import LESS_MEMORY
 from .memory import device_memory, estimate_memory
-from .schedule import get_lr, warmup_steps
 
 # Dense peaks in 10¹² FLOP/s from NVIDIA's data sheets and architecture white papers, GPU by name:
 # fp16 and bf16 (tensor cores, sums in fp32), and fp32 as PyTorch computes it unless told otherwise,

@@ -8,9 +8,10 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoint import write_atomically
+from common import write_atomically
+
 from .curves import Metrics, draw_curves, has_number, read_metrics
-from .preference_report import (
+from .preference_findings import (
     accuracy_gap,
     course_of_accuracy,
     course_of_margin,

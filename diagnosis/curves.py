@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import write_atomically
+from common import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from common import UserError
 from dataset import ChatEncoder, render_chat
 from model import Decoder, MiniMindLM, TorchDecoder
-from training import UserError
 
 from .text import TextStream
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Talker:
+class ChatModel:
     """A model with its tokenizer.
 
     Args:
@@ -144,7 +144,7 @@ def make_decoder(model: MiniMindLM, quantize: str | None, rows: int) -> Decoder:
     if model.device.type != "cpu":
         raise UserError(f"--quantize {quantize}: on a CPU only; add --device cpu")
     try:
-        from model.onnx_decoder import OnnxDecoder  # onnxruntime is wanted for this alone
+        from model.onnx_decoder import OnnxDecoder
     except ImportError as error:
         raise UserError(
             f"--quantize {quantize}: needs {error.name}: pip install -r scripts/requirements.txt"

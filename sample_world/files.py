@@ -14,13 +14,19 @@ from typing import Any
 
 from filelock import FileLock
 
-from ..records import DataError
-from ..token_store import POLL_SECONDS
-from .conversations import adapter_records, preference_records, test_records, tuning_records
+from common import ROOT, UserError
+from dataset.token_store import POLL_SECONDS
+
+from .conversations import (
+    adapter_records,
+    preference_records,
+    test_records,
+    tuning_records,
+)
 from .documents import pretraining_texts
 from .world import World, build_world
 
-SAMPLE = Path(__file__).resolve().parent
+SAMPLE = ROOT / "dataset" / "sample"
 SEED = 2024
 PRETRAINING_BYTES = 3_000_000  # of text in pretrain.jsonl, at most
 
@@ -103,7 +109,7 @@ def ensure_sample(path: str | Path) -> Path:
     One process writes it. The others wait, since a file's time of change tells its stores apart:
     under torchrun for the first process of their host, else for the one that holds the lock.
 
-    Raises DataError if it cannot be written.
+    Raises UserError if it cannot be written.
     """
     path = Path(path)
     if path.name not in FILES or path.resolve().parent != SAMPLE:
@@ -120,5 +126,5 @@ def ensure_sample(path: str | Path) -> Path:
             if not _is_current(path, version):
                 write_sample(SAMPLE, names=[path.name])
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     return path

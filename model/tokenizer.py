@@ -1,9 +1,11 @@
-"""The tokenizer of a run."""
+"""Loading a tokenizer, and what identifies one."""
 
+import hashlib
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .arguments import UserError
+from common import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,3 +30,15 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise UserError(f"--tokenizer_path {folder}: it has no bos or no eos token")
     return tokenizer
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """What identifies a tokenizer: the sha256 of its tokenizer.json, but for some parts.
+
+    Settings of lengths are left out, and so is what adds control tokens to a text: nothing here
+    uses it, and versions of transformers differ in it.
+    """
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    for name in ("padding", "truncation", "post_processor"):
+        parts.pop(name)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()

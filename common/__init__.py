@@ -1,0 +1,50 @@
+"""What every part needs: user errors, types of flags, files that are written whole. No torch."""
+
+from .arguments import (
+    ROOT,
+    BooleanFlag,
+    half_open_unit_interval,
+    is_run_name,
+    make_parser,
+    name_or_path,
+    named_path,
+    non_negative_float,
+    non_negative_int,
+    number,
+    open_unit_interval,
+    positive_float,
+    positive_int,
+    positive_unit_interval,
+    run_name,
+    seed,
+    unit_interval,
+    user_path,
+)
+from .errors import UserError, report_user_errors
+from .files import SaveError, report_save_errors, write_atomically
+
+__all__ = [
+    "ROOT",
+    "BooleanFlag",
+    "SaveError",
+    "UserError",
+    "half_open_unit_interval",
+    "is_run_name",
+    "make_parser",
+    "name_or_path",
+    "named_path",
+    "non_negative_float",
+    "non_negative_int",
+    "number",
+    "open_unit_interval",
+    "positive_float",
+    "positive_int",
+    "positive_unit_interval",
+    "report_save_errors",
+    "report_user_errors",
+    "run_name",
+    "seed",
+    "unit_interval",
+    "user_path",
+    "write_atomically",
+]

@@ -1,0 +1,144 @@
+"""Parsers of command lines, and the types that flags have."""
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .errors import exit_with
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class BooleanFlag(argparse.Action):
+    """A switch in every form users write: `--x`, `--no-x`, `--x True`, `--x false`."""
+
+    WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
+        negations = [f"--no-{name.removeprefix('--')}" for name in option_strings]
+        super().__init__([*option_strings, *negations], dest, nargs="?", **kwargs)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | None,
+        option_string: str | None = None,
+    ) -> None:
+        """Set the switch."""
+        negated = option_string is not None and option_string.startswith("--no-")
+        if values is None:
+            value = True
+        elif not negated and values.lower() in self.WORDS:
+            value = self.WORDS[values.lower()]
+        else:
+            takes = "no value" if negated else "true or false"
+            parser.error(f"argument {option_string}: takes {takes}, not {values!r}")
+        setattr(namespace, self.dest, value != negated)
+
+    def format_usage(self) -> str:
+        """The spelling shown in the help text."""
+        return " | ".join(self.option_strings)
+
+
+class StageParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line and which suggests the flag that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Report the message, without the usage text, and leave with exit status 2."""
+        exit_with(message)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Parse; an unknown flag is an error that names the nearest known one."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+            self.error(f"unknown argument {unknown[0]}" + (f"; {near[0]}?" if near else ""))
+        return parsed
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each flag's default, where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def make_parser(description: str) -> StageParser:
+    """A parser that shows defaults and takes flags by their whole names only."""
+    return StageParser(
+        description=description,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False):
+    """An argparse type for numbers within bounds."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+        if not low <= value <= high or value == float("inf") or (open_low and value == low):
+            bounds = f"{'above' if open_low else 'at least'} {low:g}"
+            bounds += "" if high == float("inf") else f" and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
+        return value
+
+    return parse
+
+
+seed = number(int, 0, 2**63 - 1)
+positive_int = number(int, 1)
+non_negative_int = number(int, 0)
+positive_float = number(float, 0, open_low=True)
+non_negative_float = number(float, 0)
+half_open_unit_interval = number(float, 0, 0.999999)
+positive_unit_interval = number(float, 0, 1, open_low=True)
+unit_interval = number(float, 0, 1)
+open_unit_interval = number(float, 0, 0.999999, open_low=True)
+
+
+def user_path(text: str) -> Path:
+    """An argparse type: a path, its `~` expanded, which shells leave as it is in `--flag=~/x`."""
+    with suppress(RuntimeError):  # ~NAME of no user is a file's name, as in a shell
+        return Path(text).expanduser()
+    return Path(text)
+
+
+def name_or_path(text: str) -> str:
+    """An argparse type: a name, or a path as for `user_path`; text either way."""
+    return str(user_path(text)) if text.startswith("~") else text
+
+
+def named_path(text: str) -> tuple[str, Path]:
+    """An argparse type: `name=path`, or a path alone, whose name is that of its file."""
+    name, equals, path = text.partition("=")
+    whole = user_path(text)
+    if equals and name and path and not {"/", "\\"} & set(name) and not whole.exists():
+        return name, user_path(path)
+    return whole.stem, whole
+
+
+def is_run_name(text: str) -> bool:
+    """Whether `text` can end the names of a run's files and be told from all other such ends."""
+    other = r"\d+|moe|best|resume|step\d+"  # as in full_sft_512_moe_best.pth
+    return bool(re.fullmatch(r"[^\W_]([^\W_]|-)*", text) and not re.fullmatch(other, text.lower()))
+
+
+def run_name(text: str) -> str:
+    """An argparse type: a name for a run, as for `is_run_name`."""
+    if not is_run_name(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: letters, digits and - only, not just digits, and none of moe, best, "
+            "resume, stepN, which names of files end in for other reasons"
+        )
+    return text

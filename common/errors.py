@@ -1,0 +1,45 @@
+"""Errors that users can fix, and how a script ends on them."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """Something that the user can mend; its text names the flag or the file, a line for each.
+
+    Under torchrun rank 0 prints it, `every_rank` what may happen on one process only.
+    """
+
+    def __init__(self, text: str, *, every_rank: bool = False):
+        super().__init__(text)
+        self.every_rank = every_rank
+
+
+@contextmanager
+def report_user_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """End with exit status 2 and the error's text, no traceback, on UserError and `kinds`.
+
+    Ctrl-C ends with 130. What is printed inside may be any text.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see interrupt.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")  # Windows consoles may differ
+    try:
+        yield
+    except (UserError, *kinds) as error:
+        exit_with(str(error), every_rank=getattr(error, "every_rank", False))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def exit_with(message: str, *, every_rank: bool = False) -> NoReturn:
+    """Print the message on stderr (rank 0 only, or every rank) and leave with exit status 2."""
+    if every_rank or os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
