@@ -7,7 +7,6 @@ from .packing import PackedRows, PaddedRows, RowBatches, collate, make_loader
 from .preference import DPODataset, PairRows, collate_pairs
 from .reader import check_file, read_records
 from .records import (
-    FEW_BAD_LINES,
     BadLines,
     Conversation,
     DataError,
@@ -21,7 +20,6 @@ from .teacher import TeacherRows, collate_taught
 from .token_store import tokenizer_hash
 
 __all__ = [
-    "FEW_BAD_LINES",
     "BadLines",
     "ChatEncoder",
     "Conversation",

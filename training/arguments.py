@@ -11,11 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dataset import FEW_BAD_LINES
-
 from .schedule import DECAYS
 
 ROOT = Path(__file__).resolve().parent.parent
+FEW_BAD_LINES = 0.1  # the share that --skip_bad_lines allows without a number
 
 # What shapes a mixture of experts, and the weight of its auxiliary loss: LMConfig's names.
 MOE_DEFAULTS = {
