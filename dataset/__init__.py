@@ -7,7 +7,6 @@ from .packing import PackedRows, PaddedRows, RowBatches, collate, make_loader
 from .preference import DPODataset, PairRows, collate_pairs
 from .reader import check_file, read_records
 from .records import (
-    FEW_BAD_LINES,
     BadLines,
     Conversation,
     RecordError,
@@ -19,7 +18,6 @@ from .records import (
 from .teacher import TeacherTopK, collate_with_teacher
 
 __all__ = [
-    "FEW_BAD_LINES",
     "BadLines",
     "ChatEncoder",
     "Conversation",

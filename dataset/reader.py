@@ -117,15 +117,14 @@ def _read_array(path: Path) -> Iterator[Record]:
                     continue
             if position == len(buffer) or token[0] == b'"':  # the next token is not read yet
                 chunk = file.read(max(CHUNK_BYTES, len(buffer) - start))
-                reason = (
-                    ""
-                    if chunk
-                    else "the array does not end after this; truncated, or a bracket is missing"
-                )
+                at = f"{path}:{_first_line(buffer[start:], line)}"
+                if not chunk:
+                    raise UserError(
+                        f"{at}: the array does not end after this; truncated, or a bracket is "
+                        "missing"
+                    )
                 if len(buffer) - start > MAX_LINE_BYTES:
-                    reason = f"longer than {MAX_LINE_BYTES:,} bytes"
-                if reason:
-                    raise UserError(f"{path}:{_first_line(buffer[start:], line)}: {reason}")
+                    raise UserError(f"{at}: longer than {MAX_LINE_BYTES:,} bytes")
                 buffer, position, start = buffer[start:] + chunk, position - start, 0
                 continue
             position += 1

@@ -15,7 +15,6 @@ from common import UserError
 
 MAX_LINE_BYTES = 1 << 30
 SHOWN_BAD_LINES = 10
-FEW_BAD_LINES = 0.1  # the share up to which --skip_bad_lines needs no number
 MAX_WEIGHT = 1e6  # what is above is a mistake, and may not fit a float32
 
 _BOM = "\ufeff"
@@ -74,9 +73,7 @@ class BadLines:
         if share <= skip_bad_lines:
             return
         last = f"{path}: {self.count:,} of {self.total:,} lines are bad"
-        if share <= FEW_BAD_LINES and not skip_bad_lines:
-            last += "; --skip_bad_lines goes on without them"
-        elif share <= 0.5:
+        if share <= 0.5:
             last += f"; --skip_bad_lines {math.ceil(100 * share) / 100} goes on without them"
         else:
             last += ", most of the file"

@@ -35,7 +35,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from common import UserError
-from model.tokenizer import tokenizer_hash
+from model import tokenizer_hash
 
 from .reader import check_file, read_records
 from .records import BadLines, RecordError

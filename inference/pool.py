@@ -202,7 +202,7 @@ class ModelPool:
                 "%s: its files have changed and cannot be loaded; it goes on as it was: %s",
                 name,
                 error,
-                exc_info=not isinstance(error, UserError | OSError),
+                exc_info=not isinstance(error, UserError),
             )
             model = replace(old, refused=versions)
         with self._lock:
@@ -213,9 +213,12 @@ class ModelPool:
         return model
 
     def _read(self, offer: ModelCard) -> LoadedModel:
-        """Load a model. Raises UserError or OSError."""
+        """Load a model. Raises UserError."""
         versions = self._versions(offer)  # first: a change from here on is seen at the next request
-        offer = replace(offer, modified=modified(offer.path))
+        try:
+            offer = replace(offer, modified=modified(offer.path))
+        except OSError as error:
+            raise UserError(f"{offer.path}: {error.strerror}") from None
         flag = "lora_name" if offer.is_adapter else "weight"
         spec = replace(self.spec, **{flag: str(offer.path)})
         chat_model = load_chat_model(spec, self.device, self.quantize, self.rows + 1)

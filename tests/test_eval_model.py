@@ -406,6 +406,11 @@ def test_a_file_of_questions_is_answered_as_each_alone(run, chat_dir, tmp_path):
     for answer, prompt in ((answers[0], "Hi"), (answers[2], "你好"), (answers[3], "Say\nit")):
         alone = run(*words, "--prompt", prompt, script="eval_model.py").stdout
         assert alone == answer["answer"] + "\n"
+    array = tmp_path / "questions.json"
+    array.write_text(json.dumps(lines, indent=2), encoding="utf-8")
+    same = ["--input_file", array, "--output_file", tmp_path / "same.jsonl"]
+    run(*words, *same, script="eval_model.py")
+    assert (tmp_path / "same.jsonl").read_bytes() == out.read_bytes()
     line = '{"prompt": "Hi", "note": "\\ud83d"}\n'  # half a character, as it may stand in JSON
     path.write_text(line, encoding="utf-8")
     half = ["--input_file", path, "--output_file", tmp_path / "half.jsonl"]

@@ -172,6 +172,7 @@ def test_pos_cis_is_the_complex_exponential_of_position_times_frequency():
 
 
 def test_rotary_embedding_multiplies_adjacent_pairs_as_complex_numbers():
+    torch.manual_seed(0)
     xq, xk = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
     positions = torch.randint(0, 50, (2, 5))
     table = rotary_cos_sin(8, positions, theta=100.0)
@@ -187,6 +188,7 @@ def test_rotary_embedding_multiplies_adjacent_pairs_as_complex_numbers():
 
 
 def test_rotary_embedding_makes_products_depend_on_distance_only():
+    torch.manual_seed(0)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
     def product(query_position: int, key_position: int) -> float:
@@ -194,7 +196,7 @@ def test_rotary_embedding_makes_products_depend_on_distance_only():
         _, turned_k = apply_rotary_emb(q, k, rotary_cos_sin(16, torch.tensor([key_position])))
         return (turned_q * turned_k).sum().item()
 
-    close = 105 * torch.finfo(torch.float32).eps * (q.norm() * k.norm()).item()
+    close = rounding(3 * 16) * (q.norm() * k.norm()).item()  # two rotations, one product
     assert product(9, 4) == pytest.approx(product(105, 100), abs=close)
     assert product(7, 7) == pytest.approx((q * k).sum().item(), abs=close)
     assert product(9, 4) != pytest.approx(product(4, 9), abs=1e-2)

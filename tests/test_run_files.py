@@ -251,7 +251,9 @@ def test_a_finished_run_makes_way_for_the_next(run, data, finished, out):
     others = [f"{NAME}_fast.pth", f"{NAME}0.pth", f"{NAME}_moe.pth", "full_sft_32.pth", "notes.txt"]
     for name in others:
         (out / name).write_bytes(b"mine")
-    first = kept(finished)
+    older = out / f"{NAME}_resume.old.pth"  # which earlier versions left
+    older.write_bytes(b"older")
+    first = {**kept(finished), older.relative_to(out): b"older"}
     words = [*WHOLE, "--data_path", data, "--out_dir", out, "--seed", 1]
     done = run(*words)
     (folder,) = moved(out)

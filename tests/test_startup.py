@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [
     str(path.relative_to(ROOT))
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")])
-    if "import interrupt" in path.read_text(encoding="utf-8")
+    if "import common.interrupt" in path.read_text(encoding="utf-8")
 ]
 HELP = """
 import contextlib, io, runpy, sys

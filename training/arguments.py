@@ -22,9 +22,10 @@ from common import (
     unit_interval,
     user_path,
 )
-from dataset import FEW_BAD_LINES
 
 from .schedule import DECAYS
+
+FEW_BAD_LINES = 0.1  # the share that --skip_bad_lines allows without a number
 
 # What shapes a mixture of experts, and the weight of its auxiliary loss: LMConfig's names.
 MOE_DEFAULTS = {

@@ -6,8 +6,8 @@ from pathlib import Path
 from torch import nn
 
 from common import UserError, write_atomically
-from model import MiniMindLM, lora_state
-from model.weights import first_difference, load_weights, read_state, resolve_weights
+from model import MiniMindLM, load_weights, lora_state, resolve_weights
+from model.weights import first_difference, read_state
 
 
 def load_first_weights(args: argparse.Namespace, model: MiniMindLM, tokenizer_hash: str) -> None:
