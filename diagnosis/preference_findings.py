@@ -72,7 +72,7 @@ def course_of_margin(lines: Metrics) -> tuple[bool, str] | None:
         return None
     third = max(1, len(margins) // 3)
     sums = [0.0, *accumulate(margins)]
-    means = [(b - a) / third for a, b in zip(sums, sums[third:], strict=False)]
+    means = [(sums[i + third] - sums[i]) / third for i in range(len(margins) - third + 1)]
     low, high = means[0], means[-1]
     here = f"from a margin of {low:.3f} in the first third of the run to {high:.3f} in the last"
     if len(margins) < 3:
