@@ -51,7 +51,7 @@ def test_ctrl_c_during_imports_shows_no_traceback(tmp_path, script):
         [sys.executable, ROOT / script],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
         preexec_fn=heed_ctrl_c,
     ) as process:
         assert process.stdout.readline() == b"importing\n"
