@@ -25,6 +25,7 @@ from common import (
     ROOT,
     BooleanFlag,
     UserError,
+    add_skip_bad_lines,
     make_parser,
     name_or_path,
     non_negative_float,
@@ -42,7 +43,7 @@ from inference import ChatModel, WeightSpec, load_chat_model
 from inference.answers import answer_file
 from inference.conversations import Conversation
 from inference.scoring import score
-from training import add_skip_bad_lines, find_processes
+from training import find_processes
 
 # What /set can change, and how it is read: the flags of the same names.
 SETTINGS: dict[str, Callable[[str], Any]] = {

@@ -17,8 +17,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from common import (
     UserError,
@@ -50,47 +49,45 @@ from model import (
     LMConfig,
     MiniMindLM,
     load_model,
-    load_tokenizer,
     resolve_weights,
+    token_losses,
     tokenizer_hash,
     weights_hash,
-    weights_path,
 )
 from sample_world import SAMPLE, ensure_sample
 from training import (
+    CHAT_IDENTITY,
     Distributed,
     Run,
+    Setup,
+    Splits,
+    Stage,
+    StepTotals,
     StopSignal,
     add_chat_arguments,
     add_stage_arguments,
-    autocast_dtype,
     check_context,
-    check_identity,
+    check_resume,
     check_stage_arguments,
+    count_targets,
     explain_out_of_memory,
-    find_processes,
     find_resume,
-    find_sample,
-    get_random_states,
-    init_model,
+    get_lr,
+    load_first_weights,
     lock_run,
     make_optimizer,
     open_process_group,
-    run_identity,
-    set_random_states,
+    open_splits,
+    prepare,
+    rows_with_text,
     start_run,
-    summarise,
 )
-from training.weights import check_output, load_first_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-STAGE = "distill"
 # (parameters up to, lowest, highest): learning rates outside make a warning.
 LEARNING_RATES = ((1e7, 1e-5, 3e-3), (6e7, 1e-5, 5e-4), (math.inf, 5e-6, 1e-4))
-
-Rows = PackedRows | PaddedRows | TeacherTopK
 
 
 def parse_args() -> argparse.Namespace:
@@ -135,18 +132,13 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def open_rows(
-    args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[Rows, dict[str, Rows], Rows | None]:
-    """The rows to train on, to validate on (by name) and to test on.
+def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> Splits:
+    """The rows to train on, to validate on and to test on.
 
-    Scores are means over tokens, whatever --loss_weighting says, so that they can be compared.
-
-    Raises:
-        UserError: naming what is wrong with a file.
+    Scores are means over tokens, whatever --loss_weighting is, so that they can be compared.
     """
 
-    def open_chats(path: Path, loss_weighting: str) -> SFTDataset:
+    def open_file(path: Path, scored: bool) -> SFTDataset:
         return SFTDataset(
             ensure_sample(path),
             tokenizer,
@@ -154,21 +146,13 @@ def open_rows(
             cache_dir=args.cache_dir,
             skip_bad_lines=args.skip_bad_lines,
             max_turns=args.max_turns,
-            loss_weighting=loss_weighting,
+            loss_weighting="token" if scored else args.loss_weighting,
         )
 
-    def rows(dataset: SFTDataset) -> Rows:
+    def make_rows(dataset: SFTDataset) -> PackedRows | PaddedRows:
         return PackedRows(dataset, args.max_seq_len) if args.packing else PaddedRows(dataset)
 
-    # The smaller files first: what is wrong with them shows sooner.
-    test = rows(open_chats(args.test_data_path, "token")) if args.test_data_path else None
-    val = {name: rows(open_chats(path, "token")) for name, path in args.val_data_path}
-    dataset = open_chats(args.data_path, args.loss_weighting)
-    if args.val_ratio is not None:
-        _, held_out = open_chats(args.data_path, "token").split(args.val_ratio)
-        dataset, _ = dataset.split(args.val_ratio)
-        val = {"held out": rows(held_out)}
-    return rows(dataset), val, test
+    return open_splits(args, open_file, make_rows)
 
 
 def target_logits(
@@ -266,7 +250,7 @@ def open_teacher(
 @torch.no_grad()
 def ask_teacher(
     teacher: nn.Module,
-    rows: Rows,
+    rows: PackedRows | PaddedRows,
     args: argparse.Namespace,
     world: Distributed,
     dtype: torch.dtype,
@@ -288,276 +272,126 @@ def ask_teacher(
     world.log(f"teacher: asked about {len(rows):,} rows in {time.perf_counter() - started:.1f} s")
 
 
-def batches(run: Run, rows: Rows, **order: Any) -> DataLoader:
-    """This process's micro-batches; `order` says which, as for `RowBatches`."""
-    args, world = run.args, run.world
-    return make_loader(
-        rows,
-        args.batch_size,
-        seed=args.seed,
-        rank=world.rank,
-        world_size=world.world_size,
-        collate_fn=collate_with_teacher,
-        num_workers=args.num_workers,
-        on_cuda=world.device.type == "cuda",
-        **order,
-    )
+def score(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What validation sums over the data: by its own answers, without the teacher."""
+    losses, *_ = token_losses(model, batch)
+    return {"loss": losses, "targets": batch["loss_mask"]}
 
 
 def train_epoch(
-    run: Run, model: nn.Module, teacher: nn.Module | None, rows: Rows, val: dict[str, Rows]
+    run: Run,
+    model: nn.Module,
+    teacher: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
 ) -> None:
-    """Go through what is left of the epoch, or until the run ends.
+    """Take the steps that are left of the epoch, or until the run ends.
 
-    The loss of a step is the mean over all target tokens of its window, of every micro-batch and
-    every process, weighted by the loss mask. So the window is read first, its targets are counted
-    everywhere, and each micro-batch adds its own share of the gradient. The auxiliary loss is a
-    mean over rows alike.
-
-    Args:
-        run: the run.
-        model: what is called, DDP wrapper included.
-        teacher: in eval mode; None if the rows hold what it says.
-        rows: what to train on.
-        val: what to evaluate on, by name.
+    The loss of a step is the mean over all target tokens of its accumulation, of every micro-batch
+    and every process, weighted by the loss mask: so they are counted everywhere first, and each
+    micro-batch adds its share of the gradient. The auxiliary loss is a mean over rows alike.
     """
-    args, world, state = run.args, run.world, run.state
-    optimizer, scaler = run.optimizer, run.scaler
-    epoch, several = state.epoch, world.world_size > 1
-    micro_batches = iter(batches(run, rows, epoch=epoch, start=state.row, shuffle=True))
+    world = run.world
     model.train()
-    started = time.perf_counter()
-    while window := [world.to_device(b) for b in islice(micro_batches, args.accumulation_steps)]:
-        random_states = get_random_states(world.device) if several else None
-        masks = [b["loss_mask"] for b in window]
-        text_rows = [b["attention_mask"].any(1).sum() for b in window]  # the others are padding
-        counts = (sum(m.sum() for m in masks), sum((m > 0).sum() for m in masks), sum(text_rows))
-        targets, tokens, n_rows = world.all_reduce_sum(torch.stack(counts)).tolist()
-        lr = run.learning_rate()
+    for batches in run.accumulations(model):
+        weights, tokens, rows = count_targets(batches, world)
+        lr = get_lr(*run.schedule)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = group["initial_lr"] * lr / run.args.learning_rate
 
-        losses, aux_losses, loads, parts = [], [], [], []  # of each micro-batch
-        for i, batch in enumerate(window):
-            # The processes agree before each batch: a long window must not keep them.
-            if several and run.check_signal():
-                optimizer.zero_grad(set_to_none=True)  # the open window is dropped
-                set_random_states(random_states, world.device)
-                return
-            # DDP averages over processes, and exchanges gradients with the window's last batch.
-            exchange = not several or i == len(window) - 1
-            with nullcontext() if exchange else model.no_sync():
+        totals = StepTotals(world)
+        for i, batch in enumerate(batches):
+            # DDP averages gradients over processes, once for all micro-batches of a step.
+            sync_gradients = not world.is_distributed or i == len(batches) - 1
+            with nullcontext() if sync_gradients else model.no_sync():
                 with run.autocast:
-                    token_loss, watched, aux_loss, load = student_losses(
-                        model, teacher, batch, args
+                    losses, figures, aux_loss, expert_load = student_losses(
+                        model, teacher, batch, run.args
                     )
-                aux_loss = aux_loss * text_rows[i] / n_rows
-                loss = (token_loss.sum() / targets + aux_loss) * world.world_size
-                scaler.scale(loss).backward()
-            losses.append(token_loss.detach().sum())
-            aux_losses.append(aux_loss.detach())
-            loads.append(load)
-            parts.append(torch.stack(list(watched.values())))
+                aux_loss = aux_loss * rows_with_text(batch) / rows
+                loss = losses.sum() / weights + aux_loss
+                scaler.scale(loss * world.world_size).backward()
+            totals.add(losses, aux_loss, expert_load, **figures)
 
-        sums = torch.stack((sum(losses), sum(aux_losses), *sum(parts))).to(world.sum_dtype)
-        loss_sum, aux_sum, *part_sums = world.all_reduce_sum(sums).tolist()
+        sums = totals.add_up()
         scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
-        if math.isfinite(loss_sum + aux_sum + grad_norm):
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), run.args.grad_clip).item()
+        if math.isfinite(sums["loss"] + sums["aux_loss"] + grad_norm):
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-
         run.add_step(
-            tokens=tokens,
-            targets=targets,
-            loss=loss_sum,
-            aux_loss=aux_sum,
-            grad_norm=grad_norm,
-            expert_load=world.all_reduce_sum(sum(loads)).tolist()
-            if run.network.config.use_moe
-            else [],
-            seconds=time.perf_counter() - started,
-            find_sample=partial(find_sample, world, rows.dataset, window, torch.stack(losses)),
-            **dict(zip(watched, part_sums, strict=True)),
+            batches, totals, sums, targets=weights, tokens=tokens, lr=lr, grad_norm=grad_norm
         )
-        run.log_if_due(epoch, lr)
-        validate_if_due(run, model, val)
-        if not run.going_on or run.check_signal():
-            return
-        run.save_if_due()
-        model.train()
-        started = time.perf_counter()
-
-
-@torch.no_grad()
-def evaluate(
-    run: Run, model: nn.Module, sets: dict[str, Rows], prefix: str
-) -> dict[str, float] | None:
-    """Score the model on data sets, each on its own if there are several, and on all together.
-
-    Without the teacher: by the data's own answers, as every other stage.
-
-    Args:
-        run: the run.
-        model: what is called.
-        sets: the data sets by name.
-        prefix: "val" or "test", which the names of the scores begin with.
-
-    Returns:
-        As `summarise`; None if a signal to stop came.
-    """
-    world = run.world
-    model.eval()
-    sums = {}
-    for name, rows in sets.items():
-        total = torch.zeros(2, dtype=world.sum_dtype, device=world.device)
-        for batch in batches(run, rows):
-            if run.check_signal():
-                return None
-            batch = world.to_device(batch)
-            with run.autocast:
-                where, ids, weights = find_targets(batch)
-                logits, *_ = target_logits(model, batch, where)
-                losses = F.cross_entropy(logits, ids, reduction="none") * weights
-            total += torch.stack([x.sum(dtype=total.dtype) for x in (losses, weights)])
-        sums[name] = (*world.all_reduce_sum(total).tolist(), rows.dataset.text_bytes)
-    return summarise(sums, prefix)
-
-
-def validate_if_due(run: Run, model: nn.Module, val: dict[str, Rows]) -> None:
-    """Evaluate after the steps that ask for it, each once, and draw the consequences."""
-    if val and run.due(run.args.eval_interval) and run.state.evaluated_at != run.state.step:
-        run.note_validation(evaluate(run, model, val, "val"))
 
 
 def train(
-    args: argparse.Namespace,
-    world: Distributed,
-    dtype: torch.dtype,
-    tokenizer: "PreTrainedTokenizerBase",
-    network: MiniMindLM,
+    setup: Setup,
     teacher: MiniMindLM | None,
-    data: tuple[Rows, dict[str, Rows], Rows | None],
+    data: Splits,
     resume: dict[str, Any] | None,
-    notes: list[str],
-    frozen: dict[str, str],
-) -> Run | None:
-    """Set up what a run needs, go through the epochs, test, save, report.
-
-    Args:
-        args: the flags.
-        world: this process.
-        dtype: of matrix products.
-        tokenizer: of the data.
-        network: the student, bare and on the CPU.
-        teacher: in eval mode; None if the rows hold what it says.
-        data: the rows to train on, to validate on (by name) and to test on.
-        resume: the content of a resume file, or None for a new run; the main process's counts.
-        notes: what to tell the user first.
-        frozen: what identifies the teacher, by its flag.
-
-    Returns:
-        The run as it ended; None if there was nothing to do.
-    """
-    rows, val, test = data
-    network.to(world.device)
+    stop: StopSignal,
+) -> int:
+    """Go through the epochs, test, save and report; the exit status."""
+    args, world = setup.args, setup.world
+    raw_model = setup.raw_model.to(world.device)
     if teacher is not None:
         teacher.to(world.device)
     optimizer = make_optimizer(
-        network, args.learning_rate, args.weight_decay, (args.beta1, args.beta2)
+        raw_model,
+        args.learning_rate,
+        args.weight_decay,
+        (args.beta1, args.beta2),
+        args.lr_scale,
+        args.weight_decay_for,
     )
-    with StopSignal() as stop:
-        run = start_run(
-            args,
-            world,
-            dtype,
-            stage=STAGE,
-            network=network,
-            tokenizer_hash=tokenizer_hash(tokenizer),
-            optimizer=optimizer,
-            stop=stop,
-            rows=rows,
-            val=val,
-            test=test,
-            resume=resume,
-            notes=notes,
-            learning_rates=LEARNING_RATES,
-            frozen=frozen,
-        )
-        if run is None:
-            return None
-        model = torch.compile(network) if args.compile else network
-        if args.compile and teacher is not None:
-            teacher = torch.compile(teacher)
-        if world.world_size > 1:
-            on_cuda = world.device.type == "cuda"
-            model = DistributedDataParallel(model, [world.device.index] if on_cuda else None)
-
-        validate_if_due(run, model, val)  # first of the starting weights
-        while run.going_on:
-            train_epoch(run, model, teacher, rows, val)
-        if test is not None and run.test_due:
-            run.save()  # the test may take its time
-            run.note_test(evaluate(run, run.best_network(), {"": test}, "test"))
-        run.save()
-        run.report()
-    return run
+    scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
+    run = start_run(setup, data, resume, stop, optimizer, scaler, score)
+    if run is None:
+        return 0
+    model = torch.compile(raw_model) if args.compile else raw_model
+    if args.compile and teacher is not None:
+        teacher = torch.compile(teacher)
+    if world.is_distributed:
+        model = DistributedDataParallel(model, world.device_ids)
+    run.validate_if_due(model)  # first of the starting weights
+    while run.going_on:
+        train_epoch(run, model, teacher, optimizer, scaler)
+    return run.finish()
 
 
 def main() -> int:
-    """Check what can be checked at once, then open the data, then train.
-
-    Returns:
-        The exit status: 130 or 143 if a signal stopped the run, else 0.
-
-    Raises:
-        UserError: for what the user can mend, a last save that failed included.
-    """
+    """Check what can be checked at once, then open the data, then train; the exit status."""
     args = parse_args()
-    world = find_processes(args.device, args.ddp)
-    dtype = autocast_dtype(args.dtype, world)
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    network = init_model(args, tokenizer)
-    teacher = open_teacher(args, network.config, tokenizer)
-    frozen = {"--teacher_weight": weights_hash(teacher)}
+    identity = ("alpha", "temperature", "cache_teacher", *CHAT_IDENTITY)
+    setup = prepare(args, Stage("distill", LEARNING_RATES, identity, collate_with_teacher))
+    teacher = open_teacher(args, setup.raw_model.config, setup.tokenizer)
+    setup.frozen["--teacher_weight"] = weights_hash(teacher)
     size = sum(p.numel() for p in teacher.parameters())
-    told = f"teacher {args.teacher_weight}: {size / 1e6:.2f} M parameters"
-    if args.cache_teacher and args.cache_teacher > len(tokenizer):
-        raise UserError(f"--cache_teacher {args.cache_teacher}: there are {len(tokenizer)} tokens")
-    if not args.cache_teacher:
-        told += (
-            f"; {4 * size / 1e9:.2f} GB of them, and its logits, come on top of the memory below"
+    note = f"teacher {args.teacher_weight}: {size / 1e6:.2f} M parameters"
+    if args.cache_teacher and args.cache_teacher > len(setup.tokenizer):
+        raise UserError(
+            f"--cache_teacher {args.cache_teacher}: there are {len(setup.tokenizer)} tokens"
         )
-    path = weights_path(args.out_dir, STAGE, network.config, args.run_name)
-    with lock_run(path, world, args.dry_run):
-        resume, notes = None, []
-        if world.is_main:  # it gives the others their weights
-            resume, notes = find_resume(path, STAGE, args)
-            if resume is None:
-                check_output(path, network)
-                load_first_weights(args, network, tokenizer_hash(tokenizer))
-        data = open_rows(args, tokenizer)
-        if resume is not None:
-            check_identity(
-                path, resume, run_identity(args, data[0], tokenizer_hash(tokenizer), frozen)
-            )
-            check_output(path, network)
+    if not args.cache_teacher:
+        note += f"; {4 * size / 1e9:.2f} GB, and its logits, come on top of the memory below"
+    setup.notes.append(note)
+    with lock_run(setup.path, setup.world, args.dry_run):
+        resume = find_resume(setup)
+        if resume is None:
+            load_first_weights(setup)
+        data = open_data(args, setup.tokenizer)
+        check_resume(setup, resume, data.train)
         if args.cache_teacher and not args.dry_run:
             # Before the processes connect: the others wait for a file, which no time-out ends.
-            asked = f"{frozen['--teacher_weight'][:16]}_{args.temperature:g}_{dtype}"
-            rows, *others = data
-            ask = partial(ask_teacher, teacher, rows, args, world, dtype)
-            rows = TeacherTopK(rows, asked.replace("torch.", ""), args.cache_teacher, ask)
-            data, teacher, ask = (rows, *others), None, None
-        notes = [told, *notes]
-        with open_process_group(world):
-            run = train(
-                args, world, dtype, tokenizer, network, teacher, data, resume, notes, frozen
-            )
-        return run.end() if run is not None else 0
+            key = f"{setup.frozen['--teacher_weight'][:16]}_{args.temperature:g}_{setup.dtype}"
+            ask = partial(ask_teacher, teacher, data.train, args, setup.world, setup.dtype)
+            rows = TeacherTopK(data.train, key.replace("torch.", ""), args.cache_teacher, ask)
+            data, teacher, ask = replace(data, train=rows), None, None
+        with open_process_group(setup.world), StopSignal() as stop:
+            return train(setup, teacher, data, resume, stop)
 
 
 if __name__ == "__main__":
-    with report_user_errors(UserError), explain_out_of_memory():
+    with report_user_errors(), explain_out_of_memory():
         sys.exit(main())

@@ -18,8 +18,6 @@ import math
 import sys
 import time
 from contextlib import nullcontext
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from common import (
     UserError,
@@ -37,37 +34,34 @@ from common import (
     positive_int,
     report_user_errors,
 )
-from dataset import DPODataset, PairRows, collate_pairs, make_loader
-from model import MiniMindLM, load_tokenizer, tokenizer_hash, weights_hash, weights_path
+from dataset import DPODataset, PairRows, collate_pairs
+from model import weights_hash
 from sample_world import SAMPLE, ensure_sample
 from training import (
-    Distributed,
     Run,
+    Setup,
+    Splits,
+    Stage,
+    StepTotals,
     StopSignal,
     add_stage_arguments,
-    autocast_dtype,
-    average,
-    check_identity,
+    check_resume,
     check_stage_arguments,
     explain_out_of_memory,
-    find_processes,
     find_resume,
-    find_sample,
-    get_random_states,
-    init_model,
+    get_lr,
+    load_first_weights,
     lock_run,
     make_optimizer,
     open_process_group,
-    run_identity,
-    set_random_states,
+    open_splits,
+    prepare,
     start_run,
 )
-from training.weights import check_output, load_first_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-STAGE = "dpo"
 # (parameters up to, lowest, highest): learning rates outside make a warning.
 LEARNING_RATES = ((1e7, 1e-6, 5e-4), (6e7, 5e-7, 1e-4), (math.inf, 1e-7, 2e-5))
 TIE = 1e-6  # of the log-probabilities: what fp32 makes of the same reply in another batch
@@ -100,7 +94,7 @@ def parse_args() -> argparse.Namespace:
     pairs.add_argument(
         "--beta",
         type=positive_float,
-        help="how dear it is to leave the reference; default: "
+        help="strength of the KL penalty; default: "
         + ", ".join(f"{beta:g} for {name}" for name, beta in BETA.items()),
     )
     pairs.add_argument(
@@ -157,16 +151,10 @@ def set_lengths(args: argparse.Namespace) -> None:
         )
 
 
-def open_rows(
-    args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[PairRows, dict[str, PairRows], PairRows | None]:
-    """The pairs to train on, to validate on (by name) and to test on.
+def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> Splits:
+    """The pairs to train on, to validate on and to test on."""
 
-    Raises:
-        UserError: naming what is wrong with a file.
-    """
-
-    def open_pairs(path: Path) -> DPODataset:
+    def open_file(path: Path, scored: bool) -> DPODataset:
         return DPODataset(
             ensure_sample(path),
             tokenizer,
@@ -176,14 +164,7 @@ def open_rows(
             skip_bad_lines=args.skip_bad_lines,
         )
 
-    # The smaller files first: what is wrong with them shows sooner.
-    test = PairRows(open_pairs(args.test_data_path)) if args.test_data_path else None
-    val = {name: PairRows(open_pairs(path)) for name, path in args.val_data_path}
-    dataset = open_pairs(args.data_path)
-    if args.val_ratio is not None:
-        dataset, held_out = dataset.split(args.val_ratio)
-        val = {"held out": PairRows(held_out)}
-    return PairRows(dataset), val, test
+    return open_splits(args, open_file, PairRows)
 
 
 def reply_logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -258,148 +239,65 @@ def preference_losses(
 def pair_losses(
     model: nn.Module, batch: dict[str, Tensor], args: argparse.Namespace
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
-    """The loss of every pair, (B,) fp32, 0 for one that is padding, and sums of what to watch.
+    """The loss of every pair and its figures, (B,) fp32 each, 0 for a pair that is padding.
 
     Also the auxiliary loss and the load of each expert, as `reply_logps`.
     """
-    logps, aux_loss, load = reply_logps(model, batch)
+    logps, aux_loss, expert_load = reply_logps(model, batch)
     lengths = batch["loss_mask"].sum(1)
     losses, figures = preference_losses(
         logps, batch["reference"], lengths, args.loss_type, args.beta, args.label_smoothing
     )
-    real = batch["sample"] >= 0
-    sums = {name: (values * real).sum() for name, values in figures.items()}
-    return losses * real, sums, aux_loss, load
+    real = is_real(batch)
+    figures = {name: values * real for name, values in figures.items()}
+    return losses * real, figures, aux_loss, expert_load
 
 
-def batches(run: Run, rows: PairRows, **order: Any) -> DataLoader:
-    """This process's micro-batches; `order` says which, as for `RowBatches`."""
-    args, world = run.args, run.world
-    return make_loader(
-        rows,
-        args.batch_size,
-        seed=args.seed,
-        rank=world.rank,
-        world_size=world.world_size,
-        lengths=rows.lengths,
-        collate_fn=collate_pairs,
-        num_workers=args.num_workers,
-        on_cuda=world.device.type == "cuda",
-        **order,
-    )
+def is_real(batch: dict[str, Tensor]) -> Tensor:
+    """Which pairs of a batch are not padding: (B,) bool."""
+    return batch["sample"] >= 0
 
 
-def train_epoch(run: Run, model: nn.Module, rows: PairRows, val: dict[str, PairRows]) -> None:
-    """Go through what is left of the epoch, or until the run ends.
+def train_epoch(
+    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> None:
+    """Take the steps that are left of the epoch, or until the run ends.
 
-    The loss of a step is the mean over all pairs of its window, of every micro-batch and every
-    process. So the window is read first, its pairs are counted everywhere, and each micro-batch
-    adds its own share of the gradient. The auxiliary loss is a mean over replies alike.
-
-    Args:
-        run: the run.
-        model: what is called, DDP wrapper included.
-        rows: what to train on.
-        val: what to evaluate on, by name.
+    The loss of a step is the mean over all pairs of its accumulation, of every micro-batch and
+    every process: so they are counted everywhere first, and each micro-batch adds its share of the
+    gradient. The auxiliary loss is a mean over pairs alike.
     """
-    args, world, state = run.args, run.world, run.state
-    optimizer, scaler = run.optimizer, run.scaler
-    epoch, several = state.epoch, world.world_size > 1
-    micro_batches = iter(batches(run, rows, epoch=epoch, start=state.row, shuffle=True))
+    world = run.world
     model.train()
-    started = time.perf_counter()
-    while window := [world.to_device(b) for b in islice(micro_batches, args.accumulation_steps)]:
-        random_states = get_random_states(world.device) if several else None
-        real = [b["sample"] >= 0 for b in window]  # the others are padding
-        counts = (sum(r.sum() for r in real), sum(b["loss_mask"].sum() for b in window))
-        n_pairs, tokens = world.all_reduce_sum(torch.stack(counts)).tolist()
-        lr = run.learning_rate()
+    for batches in run.accumulations(model):
+        counts = [torch.stack((is_real(b).sum(), b["loss_mask"].sum())) for b in batches]
+        pairs, tokens = world.all_reduce_sum(sum(counts)).tolist()
+        lr = get_lr(*run.schedule)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = group["initial_lr"] * lr / run.args.learning_rate
 
-        losses, aux_losses, loads, figures = [], [], [], []  # of each micro-batch
-        for i, batch in enumerate(window):
-            # The processes agree before each batch: a long window must not keep them.
-            if several and run.check_signal():
-                optimizer.zero_grad(set_to_none=True)  # the open window is dropped
-                set_random_states(random_states, world.device)
-                return
-            # DDP averages over processes, and exchanges gradients with the window's last batch.
-            exchange = not several or i == len(window) - 1
-            with nullcontext() if exchange else model.no_sync():
+        totals = StepTotals(world)
+        for i, batch in enumerate(batches):
+            # DDP averages gradients over processes, once for all micro-batches of a step.
+            sync_gradients = not world.is_distributed or i == len(batches) - 1
+            with nullcontext() if sync_gradients else model.no_sync():
                 with run.autocast:
-                    pair_loss, watched, aux_loss, load = pair_losses(model, batch, args)
-                aux_loss = aux_loss * real[i].sum() / n_pairs
-                loss = (pair_loss.sum() / n_pairs + aux_loss) * world.world_size
-                scaler.scale(loss).backward()
-            losses.append(pair_loss.detach().sum())
-            aux_losses.append(aux_loss.detach())
-            loads.append(load)
-            figures.append(torch.stack(list(watched.values())))
+                    losses, figures, aux_loss, expert_load = pair_losses(model, batch, run.args)
+                aux_loss = aux_loss * is_real(batch).sum() / pairs
+                loss = losses.sum() / pairs + aux_loss
+                scaler.scale(loss * world.world_size).backward()
+            totals.add(losses, aux_loss, expert_load, **figures)
 
-        sums = torch.stack((sum(losses), sum(aux_losses), *sum(figures))).to(world.sum_dtype)
-        loss_sum, aux_sum, *figure_sums = world.all_reduce_sum(sums).tolist()
+        sums = totals.add_up()
         scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
-        if math.isfinite(loss_sum + aux_sum + grad_norm):
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), run.args.grad_clip).item()
+        if math.isfinite(sums["loss"] + sums["aux_loss"] + grad_norm):
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-
         run.add_step(
-            tokens=tokens,
-            targets=n_pairs,
-            loss=loss_sum,
-            aux_loss=aux_sum,
-            grad_norm=grad_norm,
-            expert_load=world.all_reduce_sum(sum(loads)).tolist()
-            if run.network.config.use_moe
-            else [],
-            seconds=time.perf_counter() - started,
-            find_sample=partial(find_sample, world, rows.dataset, window, torch.stack(losses)),
-            **dict(zip(watched, figure_sums, strict=True)),
+            batches, totals, sums, targets=pairs, tokens=tokens, lr=lr, grad_norm=grad_norm
         )
-        run.log_if_due(epoch, lr)
-        validate_if_due(run, model, val)
-        if not run.going_on or run.check_signal():
-            return
-        run.save_if_due()
-        model.train()
-        started = time.perf_counter()
-
-
-@torch.no_grad()
-def evaluate(
-    run: Run, model: nn.Module, sets: dict[str, PairRows], prefix: str
-) -> dict[str, float] | None:
-    """Score the model on data sets, each on its own if there are several, and on all together.
-
-    Args:
-        run: the run.
-        model: what is called.
-        sets: the data sets by name.
-        prefix: "val" or "test", which the names of the scores begin with.
-
-    Returns:
-        The mean loss of a pair and those of `preference_losses`' figures; None if a signal to stop
-        came.
-    """
-    world = run.world
-    model.eval()
-    sums = {}
-    for name, rows in sets.items():
-        total: dict[str, Tensor] = {}
-        for batch in batches(run, rows):
-            if run.check_signal():
-                return None
-            batch = world.to_device(batch)
-            with run.autocast:
-                losses, watched, *_ = pair_losses(model, batch, run.args)
-            for figure, value in {"loss": losses.sum(), **watched}.items():
-                total[figure] = total.get(figure, 0) + value.to(world.sum_dtype)
-        values = world.all_reduce_sum(torch.stack(list(total.values()))).tolist()
-        sums[name] = {**dict(zip(total, values, strict=True)), "pairs": len(rows)}
-    return average(sums, "pairs", prefix)
 
 
 @torch.no_grad()
@@ -412,153 +310,95 @@ def score_reference(run: Run, reference: nn.Module, key: str, rows: PairRows) ->
     world, started = run.world, time.perf_counter()
     reference.eval()
     scores = torch.zeros(len(rows), 2, dtype=world.sum_dtype, device=world.device)
-    for batch in batches(run, rows):
+    for batch in run.loader(rows):
         if run.check_signal():
             return False
         batch = world.to_device(batch)
         with run.autocast:
             logps, *_ = reply_logps(reference, batch)
-        real = batch["sample"] >= 0
+        real = is_real(batch)
         scores[batch["sample"][real]] = logps.view(2, -1).T[real].to(scores.dtype)
     rows.keep_reference(key, world.all_reduce_sum(scores).cpu().numpy())
     seconds = time.perf_counter() - started
-    run.reporter.say(
+    run.record.say(
         f"reference on {rows.dataset.store.path}: {len(rows):,} pairs in {seconds:.1f} s "
         f"({len(rows) / seconds:.0f} pairs/s), kept beside the data"
     )
     return True
 
 
-def validate_if_due(run: Run, model: nn.Module, val: dict[str, PairRows]) -> None:
-    """Evaluate after the steps that ask for it, each once, and draw the consequences."""
-    if val and run.due(run.args.eval_interval) and run.state.evaluated_at != run.state.step:
-        run.note_validation(evaluate(run, model, val, "val"))
+def train(setup: Setup, data: Splits, resume: dict[str, Any] | None, stop: StopSignal) -> int:
+    """Go through the epochs, test, save and report; the exit status."""
+    args, world = setup.args, setup.world
+    setup.frozen = world.broadcast(setup.frozen)
+    key = f"{setup.frozen['--from_weight'][:16]}_{setup.dtype}".replace("torch.", "")
 
+    def is_unscored(rows: PairRows) -> bool:  # on any process: all score together
+        return bool(world.all_reduce_max(int(not rows.use_reference(key))))
 
-def train(
-    args: argparse.Namespace,
-    world: Distributed,
-    dtype: torch.dtype,
-    tokenizer: "PreTrainedTokenizerBase",
-    network: MiniMindLM,
-    data: tuple[PairRows, dict[str, PairRows], PairRows | None],
-    resume: dict[str, Any] | None,
-    notes: list[str],
-    frozen: dict[str, str],
-) -> Run | None:
-    """Set up what a run needs, go through the epochs, test, save, report.
-
-    Args:
-        args: the flags.
-        world: this process.
-        dtype: of matrix products.
-        tokenizer: of the data.
-        network: the reference's weights, bare and on the CPU.
-        data: the pairs to train on, to validate on (by name) and to test on.
-        resume: the content of a resume file, or None for a new run; the main process's counts.
-        notes: what to tell the user first.
-        frozen: what identifies the reference, by its flag; the main process's counts.
-
-    Returns:
-        The run as it ended; None if there was nothing to do.
-    """
-    rows, val, test = data
-    frozen = world.broadcast(frozen)
-    key = f"{frozen['--from_weight'][:16]}_{dtype}".replace("torch.", "")
-
-    def unscored(part: PairRows) -> bool:
-        return bool(
-            world.all_reduce_max(int(not part.use_reference(key)))
-        )  # anywhere: all score together
-
-    missing = [p for p in (rows, *val.values(), test) if p is not None and unscored(p)]
+    unscored = [
+        rows
+        for rows in (data.train, *data.val.values(), data.test)
+        if rows is not None and is_unscored(rows)
+    ]
     reference = None
-    if missing:
+    if unscored:
         # Before a resume file takes its place, and for no longer than there is something to score.
-        reference = copy.deepcopy(network)
+        reference = copy.deepcopy(setup.raw_model)
         reference.load_state_dict(world.broadcast(reference.state_dict()))
         reference.to(world.device)
-    network.to(world.device)
+    raw_model = setup.raw_model.to(world.device)
     optimizer = make_optimizer(
-        network, args.learning_rate, args.weight_decay, (args.beta1, args.beta2)
+        raw_model,
+        args.learning_rate,
+        args.weight_decay,
+        (args.beta1, args.beta2),
+        args.lr_scale,
+        args.weight_decay_for,
     )
-    with StopSignal() as stop:
-        run = start_run(
-            args,
-            world,
-            dtype,
-            stage=STAGE,
-            network=network,
-            tokenizer_hash=tokenizer_hash(tokenizer),
-            optimizer=optimizer,
-            stop=stop,
-            rows=rows,
-            val=val,
-            test=test,
-            resume=resume,
-            notes=notes,
-            learning_rates=LEARNING_RATES,
-            frozen=frozen,
-            sequences=2,
-        )
-        if run is None:
-            return None
-        # Asked again: two parts may be of one file.
-        scored = all(
-            score_reference(run, reference, key, part) for part in missing if unscored(part)
-        )
-        del reference
-        model = torch.compile(network) if args.compile else network
-        if world.world_size > 1:
-            on_cuda = world.device.type == "cuda"
-            model = DistributedDataParallel(model, [world.device.index] if on_cuda else None)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
 
-        if scored:
-            validate_if_due(run, model, val)  # first of the starting weights
-        while run.going_on:
-            train_epoch(run, model, rows, val)
-        if test is not None and run.test_due:
-            run.save()  # the test may take its time
-            run.note_test(evaluate(run, run.best_network(), {"": test}, "test"))
-        run.save()
-        run.report()
-    return run
+    def score(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        losses, figures, *_ = pair_losses(model, batch, args)
+        return {"loss": losses, **figures, "targets": is_real(batch)}
+
+    run = start_run(setup, data, resume, stop, optimizer, scaler, score)
+    if run is None:
+        return 0
+    # Asked again: two parts may be of one file.
+    scored = all(
+        score_reference(run, reference, key, rows) for rows in unscored if is_unscored(rows)
+    )
+    del reference
+    model = torch.compile(raw_model) if args.compile else raw_model
+    if world.is_distributed:
+        model = DistributedDataParallel(model, world.device_ids)
+    if scored:
+        run.validate_if_due(model)  # first of the starting weights
+    while run.going_on:
+        train_epoch(run, model, optimizer, scaler)
+    return run.finish()
 
 
 def main() -> int:
-    """Check what can be checked at once, then open the data, then train.
-
-    Returns:
-        The exit status: 130 or 143 if a signal stopped the run, else 0.
-
-    Raises:
-        UserError: for what the user can mend, a last save that failed included.
-    """
+    """Check what can be checked at once, then open the data, then train; the exit status."""
     args = parse_args()
-    world = find_processes(args.device, args.ddp)
-    dtype = autocast_dtype(args.dtype, world)
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    network = init_model(args, tokenizer)
-    path = weights_path(args.out_dir, STAGE, network.config, args.run_name)
-    with lock_run(path, world, args.dry_run):
-        resume, notes, frozen = None, [], {}
-        if world.is_main:  # it gives the others their weights
-            load_first_weights(args, network, tokenizer_hash(tokenizer))
-            frozen = {"--from_weight": weights_hash(network)}
-            resume, notes = find_resume(path, STAGE, args)
-            if resume is None:
-                check_output(path, network)
-        data = open_rows(args, tokenizer)
-        if resume is not None:
-            check_identity(
-                path, resume, run_identity(args, data[0], tokenizer_hash(tokenizer), frozen)
-            )
-            check_output(path, network)
-        with open_process_group(world):
-            run = train(args, world, dtype, tokenizer, network, data, resume, notes, frozen)
-        return run.end() if run is not None else 0
+    lengths = ("max_prompt_length", "max_completion_length")
+    identity = (*lengths, "loss_type", "beta", "label_smoothing")
+    stage = Stage(
+        "dpo", LEARNING_RATES, identity, collate_pairs, sequences_per_row=2, scores_text=False
+    )
+    setup = prepare(args, stage)
+    with lock_run(setup.path, setup.world, args.dry_run):
+        load_first_weights(setup)
+        setup.frozen["--from_weight"] = weights_hash(setup.raw_model)
+        resume = find_resume(setup)
+        data = open_data(args, setup.tokenizer)
+        check_resume(setup, resume, data.train)
+        with open_process_group(setup.world), StopSignal() as stop:
+            return train(setup, data, resume, stop)
 
 
 if __name__ == "__main__":
-    with report_user_errors(UserError), explain_out_of_memory():
+    with report_user_errors(), explain_out_of_memory():
         sys.exit(main())

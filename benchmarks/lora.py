@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 from train_throughput import make_step
 
-from model import LMConfig, MiniMindLM, apply_lora, save_lora, save_weights
-from train_lora import token_losses
+from model import LMConfig, MiniMindLM, apply_lora, save_lora, save_weights, token_losses
 from training import autocast_dtype, find_processes, make_optimizer
 from training.run import peak_memory
 

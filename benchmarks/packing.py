@@ -18,9 +18,8 @@ from train_throughput import make_step
 from common import ROOT, user_path
 from dataset import PackedRows, PaddedRows, SFTDataset, collate
 from dataset.packing import pad_row
-from model import LMConfig, MiniMindLM, load_tokenizer
+from model import LMConfig, MiniMindLM, load_tokenizer, token_losses
 from sample_world import SAMPLE, ensure_sample
-from train_full_sft import token_losses
 from training import autocast_dtype, find_processes
 
 WARM_UP = 2  # rounds

@@ -3,6 +3,7 @@
 from .arguments import (
     ROOT,
     BooleanFlag,
+    add_skip_bad_lines,
     half_open_unit_interval,
     is_run_name,
     make_parser,
@@ -28,6 +29,7 @@ __all__ = [
     "BooleanFlag",
     "SaveError",
     "UserError",
+    "add_skip_bad_lines",
     "half_open_unit_interval",
     "is_run_name",
     "make_parser",

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from .errors import exit_with
 
 ROOT = Path(__file__).resolve().parent.parent
+FEW_BAD_LINES = 0.1  # the share that --skip_bad_lines allows without a number
 
 
 class BooleanFlag(argparse.Action):
@@ -142,3 +143,31 @@ def run_name(text: str) -> str:
             "resume, stepN, which names of files end in for other reasons"
         )
     return text
+
+
+def share_of_bad_lines(text: str) -> float:
+    """An argparse type: a share, or true and false as a `flag` takes them."""
+    if text not in ("0", "1") and text.lower() in BooleanFlag.WORDS:
+        return FEW_BAD_LINES if BooleanFlag.WORDS[text.lower()] else 0.0
+    return unit_interval(text)
+
+
+def add_skip_bad_lines(parser: argparse._ActionsContainer) -> None:
+    """Add `--skip_bad_lines [SHARE]`: the share of bad lines of a file that may be left out."""
+    parser.add_argument(
+        "--skip_bad_lines",
+        type=share_of_bad_lines,
+        nargs="?",
+        const=FEW_BAD_LINES,
+        default=0.0,
+        metavar="SHARE",
+        help="go on without lines that have errors, if at most this share has; "
+        f"{FEW_BAD_LINES} if no number",
+    )
+    parser.add_argument(
+        "--no-skip_bad_lines",
+        dest="skip_bad_lines",
+        action="store_const",
+        const=0.0,
+        help=argparse.SUPPRESS,
+    )

@@ -554,18 +554,12 @@ def write_report(
     folder: Path,
     *,
     ending: str,
-    vocab_size: int,
-    from_scratch: bool,
-    n_routed_experts: int = 0,
 ) -> str:
     """Write report.md and, where matplotlib is installed, curves.png into a run's folder.
 
     Args:
         folder: holds the run's metrics.jsonl and, as a rule, config.json.
         ending: how the run ended, such as "finished" or "stopped by SIGTERM at step 120 of 500".
-        vocab_size: as for `findings`, like the next two.
-        from_scratch: the run began with untrained weights.
-        n_routed_experts: of a layer; 0 for a dense model.
 
     Returns:
         A line that says where the report is and how much stands out in it.
@@ -575,7 +569,11 @@ def write_report(
         ValueError: if metrics.jsonl or config.json is damaged.
     """
     metrics = read_metrics(folder / "metrics.jsonl")
-    readings = read_curves(metrics, vocab_size, from_scratch, n_routed_experts)
+    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = about["config"]
+    n_routed_experts = config["n_routed_experts"] if config["use_moe"] else 0
+    from_scratch = about["arguments"]["from_weight"] == "none"
+    readings = read_curves(metrics, config["vocab_size"], from_scratch, n_routed_experts)
     alarms = [reading.text for reading in readings if reading.alarm]
     fine = [reading.text for reading in readings if not reading.alarm]
     try:

@@ -6,16 +6,15 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from common import write_atomically
+from common.units import short_number
 from model import LMConfig, MiniMindLM
 from model.model import MOEFeedForward
-from training.distributed import Distributed
-from training.guards import LESS_MEMORY
-from training.schedule import get_lr, warmup_steps
 
 from .memory import device_memory, estimate_memory
 
@@ -105,10 +104,22 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return 1e12 * (single if dtype == torch.float32 else half)
 
 
+def peak_tokens_per_second(
+    model: MiniMindLM, row_length: int, device: torch.device, dtype: torch.dtype
+) -> float | None:
+    """Tokens a second of training at a GPU's peak; None where that is not known."""
+    peak = peak_flops(device, dtype)
+    if peak is None:
+        return None
+    _, active = count_parameters(model)
+    _, frozen = count_parameters(model, frozen_only=True)
+    return peak / flops_per_token(model.config, active, row_length, frozen)
+
+
 def plan_run(
     args: argparse.Namespace,
     network: MiniMindLM,
-    world: Distributed,
+    world: Any,
     *,
     tokens_per_epoch: int,
     total_steps: int,
@@ -133,6 +144,8 @@ def plan_run(
         dtype=dtype,
         sequences=sequences,
     )
+    from training.schedule import get_lr, warmup_steps
+
     warmup = warmup_steps(args.warmup_iters, args.warmup_ratio, total_steps)
     if world.is_main:
         # That of the run whose record this is stays as it is.
@@ -168,7 +181,7 @@ def plan_run(
 def plan_lines(
     args: argparse.Namespace,
     network: MiniMindLM,
-    world: Distributed,
+    world: Any,
     *,
     tokens_per_epoch: int,
     total_steps: int,
@@ -199,15 +212,15 @@ def plan_lines(
         needed += " in each process"
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
     kind = "parameter" if active == total else "active parameter"
-    only_active = "" if active == total else f", {_short(active)} active for each token"
-    trained = f", {_short(total - frozen)} of them trained" if frozen else ""
+    only_active = "" if active == total else f", {short_number(active)} active for each token"
+    trained = f", {short_number(total - frozen)} of them trained" if frozen else ""
     less_if_frozen = ", 4 for frozen ones" if frozen else ""
-    epochs = f"{args.epochs} × {_short(tokens_per_epoch)} = " if args.epochs > 1 else ""
+    epochs = f"{args.epochs} × {short_number(tokens_per_epoch)} = " if args.epochs > 1 else ""
     # https://arxiv.org/abs/2203.15556 (20 tokens), https://arxiv.org/abs/2001.08361 (6ND)
     return [
-        f"parameters: {_short(total)}{only_active}{trained}",
-        f"tokens: {epochs}{_short(tokens)}, or {_short(tokens / active)} per {kind} "
-        "(20 make the most of the compute)",
+        f"parameters: {short_number(total)}{only_active}{trained}",
+        f"tokens: {epochs}{short_number(tokens)}, or {short_number(tokens / active)} per {kind} "
+        "(compute-optimal is about 20: Chinchilla)",
         f"steps: {total_steps:,}, each of {rows:,} rows of {args.max_seq_len:,} (batch "
         f"{args.batch_size} × accumulation {args.accumulation_steps} × processes "
         f"{world.world_size})",
@@ -250,6 +263,8 @@ def memory_warnings(memory: dict[str, float], available: float) -> list[str]:
     if needed <= available:
         return []
     model = needed - memory["activations"] - memory["logits"]
+    from training.guards import LESS_MEMORY
+
     remedies = LESS_MEMORY
     if model > available:
         remedies = "no batch is small enough: a smaller --dim or fewer --n_layers"
@@ -280,7 +295,7 @@ def warnings_for(
     """
     found = []
     low, high = next((low, high) for most, low, high in learning_rates if parameters <= most)
-    lr, size, advice = args.learning_rate, _short(parameters), f"try {low:g} to {high:g}"
+    lr, size, advice = args.learning_rate, short_number(parameters), f"try {low:g} to {high:g}"
     if lr > high:
         found.append(
             f"--learning_rate {lr:g} is high for {size} parameters, which may diverge: {advice}"
@@ -320,8 +335,8 @@ def warnings_for(
     tokens = rows_per_step * args.max_seq_len
     if tokens > 1e6:
         found.append(
-            f"{_short(tokens)} tokens for each update ({rows_per_step:,} rows) make few, hardly "
-            "better ones: lower --batch_size or --accumulation_steps"
+            f"{short_number(tokens)} tokens for each update ({rows_per_step:,} rows) make few, "
+            "hardly better ones: lower --batch_size or --accumulation_steps"
         )
     if args.weight_decay > 0.1:
         found.append(
@@ -361,24 +376,6 @@ def warnings_for(
     return found
 
 
-def cost_line(seconds_per_step: float, steps_left: int, gpu_price: float | None, gpus: int) -> str:
-    """How long the rest of a run takes and, with a price, what it costs.
-
-    Args:
-        seconds_per_step: as measured so far.
-        steps_left: optimizer steps.
-        gpu_price: of one GPU for an hour, in any currency, or None.
-        gpus: how many are paid for.
-    """
-    seconds = seconds_per_step * steps_left
-    line = f"about {_duration(seconds)} to go"
-    if gpu_price is None:
-        return line
-    cost = seconds / 3600 * gpus * gpu_price
-    several = f" × {gpus}" if gpus > 1 else ""
-    return f"{line}; at {gpu_price:.2f} per GPU-hour{several}: {cost:,.2f}"
-
-
 def draw_lr_curve(path: Path, rate: Callable[[int], float], total_steps: int) -> None:
     """Draw the learning rate over the optimizer steps to a PNG file.
 
@@ -402,23 +399,3 @@ def draw_lr_curve(path: Path, rate: Callable[[int], float], total_steps: int) ->
     axes.ticklabel_format(axis="y", scilimits=(-2, 2))
     axes.grid(alpha=0.3)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=100))
-
-
-def _short(number: float) -> str:
-    """25,829,888 → 25.83 M."""
-    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if number >= size:
-            return f"{number / size:.2f}{unit}"
-    return f"{number:.3g}"
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    hours = round(minutes / 60)
-    return f"{hours // 24} days {hours % 24} h"

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 
 from common import UserError
 from dataset import PaddedRows, PretrainDataset, SFTDataset, collate, dataset_kind
-from model import Decoder, TorchDecoder
-from training import summarise
+from model import Decoder, TorchDecoder, mean_scores
 
 from .answers import Question, new_file, read_questions, write_answers
 from .chat_model import ChatModel
@@ -86,7 +85,9 @@ def print_loss(chat_model: ChatModel, dataset: PretrainDataset | SFTDataset, pat
     quantized = not isinstance(chat_model.decoder, TorchDecoder)
     if quantized:
         nats, targets = stepwise_loss(chat_model.decoder, dataset)
-    figures = summarise({"": (nats, targets, dataset.text_bytes)}, "score")
+    figures = mean_scores(
+        {"": {"loss": nats, "targets": targets, "text_bytes": dataset.text_bytes}}, "score"
+    )
     print(f"{targets:,.0f} target tokens of {len(dataset):,} samples in {path}")
     told = f"loss {nats / targets:.4f} nats per token"
     told += f", perplexity {figures['score_perplexity']:.2f}"

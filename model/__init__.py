@@ -3,6 +3,7 @@
 from .decoder import Decoder, TorchDecoder
 from .generation import KVCache
 from .LMConfig import LMConfig
+from .loss import mean_scores, token_losses
 from .model import MiniMindLM
 from .model_lora import (
     LoRA,
@@ -54,12 +55,14 @@ __all__ = [
     "load_trained_state",
     "load_weights",
     "lora_state",
+    "mean_scores",
     "merge_lora",
     "read_about",
     "resolve_weights",
     "save_adapter",
     "save_lora",
     "save_weights",
+    "token_losses",
     "tokenizer_hash",
     "trained_state",
     "unmerge_lora",

@@ -20,7 +20,8 @@ from common import ROOT, UserError, make_parser, named_path, report_user_errors,
 from dataset import ChatEncoder, check_file, render_chat
 from model import LMConfig, MiniMindLM, load_adapter, load_model, load_tokenizer, tokenizer_hash
 from sample_world import SAMPLE, Score, ensure_sample, is_right, score_answers
-from training import find_processes, seed_everything
+from training import find_processes
+from training.random_states import seed_everything
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

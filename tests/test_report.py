@@ -16,7 +16,7 @@ import pytest
 from common import ROOT
 from diagnosis.curves import draw_curves, read_metrics
 from diagnosis.findings import findings, write_report
-from training.reporting import write_config
+from training.record import write_config
 
 VOCAB = 6400  # ln(6,400) = 8.764
 LN_VOCAB = 8.764

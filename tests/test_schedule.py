@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from training import get_lr, warmup_steps
+from training.schedule import get_lr, warmup_steps
 
 
 @pytest.mark.parametrize(

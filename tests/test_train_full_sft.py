@@ -20,8 +20,8 @@ from interruptions import (
 from rounding import LOSS, NORM, assert_same_training
 from tiny_models import llama_with_weights_of, randomised
 
-from model import LMConfig, MiniMindLM, save_weights, tokenizer_hash
-from training import Run, summarise
+from model import LMConfig, MiniMindLM, mean_scores, save_weights, tokenizer_hash
+from training import Run
 
 NAME = "full_sft_32"
 ROWS = [*SHAPE, "--max_seq_len", 96]
@@ -385,8 +385,9 @@ def test_empty_answers_are_not_scored(tune, pretrained, tokenizer, data, tmp_pat
 
 def test_answers_without_text_have_no_bits_per_byte():
     """Of an answer that is cut after `<think>`, that token is learnt."""
-    sums = {"cut": (2.0, 1.0, 0.0), "whole": (6.0, 3.0, 4.0)}
-    figures = summarise(sums, "val")
+    cut = {"loss": 2.0, "targets": 1.0, "text_bytes": 0.0}
+    whole = {"loss": 6.0, "targets": 3.0, "text_bytes": 4.0}
+    figures = mean_scores({"cut": cut, "whole": whole}, "val")
     assert figures["val_loss/cut"] == figures["val_loss/whole"] == 2
     assert "val_bits_per_byte/cut" not in figures
     assert figures["val_bits_per_byte/whole"] == pytest.approx(1.5 / math.log(2))

@@ -1,57 +1,54 @@
 """What stage scripts share; the training steps themselves are in the scripts."""
 
-from .arguments import (
-    add_chat_arguments,
-    add_skip_bad_lines,
-    add_stage_arguments,
-    check_stage_arguments,
-)
+from .arguments import CHAT_IDENTITY, add_chat_arguments, add_stage_arguments, check_stage_arguments
 from .distributed import Distributed, autocast_dtype, find_processes, open_process_group
-from .guards import explain_out_of_memory, find_sample
-from .network import check_context, init_model
+from .guards import explain_out_of_memory
 from .optimizer import make_optimizer
-from .resume import (
-    check_identity,
-    find_resume,
-    get_random_states,
-    seed_everything,
-    set_random_states,
-)
-from .run import Run, average, summarise
+from .run import Run, StepTotals, count_targets, rows_with_text
 from .run_files import lock_run
-from .schedule import get_lr, warmup_steps
+from .schedule import get_lr
+from .setup import (
+    Setup,
+    Splits,
+    Stage,
+    check_context,
+    check_output,
+    check_resume,
+    find_resume,
+    load_first_weights,
+    open_splits,
+    prepare,
+)
 from .signals import StopSignal
-from .start import run_identity, start_run
-from .weights import check_output, load_first_weights
+from .start import start_run
 
 __all__ = [
+    "CHAT_IDENTITY",
     "Distributed",
     "Run",
+    "Setup",
+    "Splits",
+    "Stage",
+    "StepTotals",
     "StopSignal",
     "add_chat_arguments",
-    "add_skip_bad_lines",
     "add_stage_arguments",
     "autocast_dtype",
-    "average",
     "check_context",
-    "check_identity",
     "check_output",
+    "check_resume",
     "check_stage_arguments",
+    "count_targets",
     "explain_out_of_memory",
     "find_processes",
     "find_resume",
-    "find_sample",
     "get_lr",
-    "get_random_states",
-    "init_model",
     "load_first_weights",
     "lock_run",
     "make_optimizer",
     "open_process_group",
-    "run_identity",
-    "seed_everything",
-    "set_random_states",
+    "open_splits",
+    "prepare",
+    "rows_with_text",
     "start_run",
-    "summarise",
-    "warmup_steps",
 ]

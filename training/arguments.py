@@ -1,6 +1,7 @@
 """Command-line flags that mean the same in every stage."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from common import (
     ROOT,
     BooleanFlag,
     UserError,
+    add_skip_bad_lines,
     half_open_unit_interval,
     name_or_path,
     named_path,
@@ -19,13 +21,10 @@ from common import (
     positive_int,
     run_name,
     seed,
-    unit_interval,
     user_path,
 )
 
 from .schedule import DECAYS
-
-FEW_BAD_LINES = 0.1  # the share that --skip_bad_lines allows without a number
 
 # What shapes a mixture of experts, and the weight of its auxiliary loss: LMConfig's names.
 MOE_DEFAULTS = {
@@ -36,32 +35,16 @@ MOE_DEFAULTS = {
 }
 
 
-def share_of_bad_lines(text: str) -> float:
-    """An argparse type: a share, or true and false as a `flag` takes them."""
-    if text not in ("0", "1") and text.lower() in BooleanFlag.WORDS:
-        return FEW_BAD_LINES if BooleanFlag.WORDS[text.lower()] else 0.0
-    return unit_interval(text)
-
-
-def add_skip_bad_lines(parser: argparse._ActionsContainer) -> None:
-    """Add `--skip_bad_lines [SHARE]`: the share of bad lines of a file that may be left out."""
-    parser.add_argument(
-        "--skip_bad_lines",
-        type=share_of_bad_lines,
-        nargs="?",
-        const=FEW_BAD_LINES,
-        default=0.0,
-        metavar="SHARE",
-        help="go on without lines that have errors, if at most this share has; "
-        f"{FEW_BAD_LINES} if no number",
-    )
-    parser.add_argument(
-        "--no-skip_bad_lines",
-        dest="skip_bad_lines",
-        action="store_const",
-        const=0.0,
-        help=argparse.SUPPRESS,
-    )
+def pattern_and_number(text: str) -> tuple[str, float]:
+    """An argparse type: `pattern=number`, a regular expression and a number of at least 0."""
+    pattern, _, number_text = text.rpartition("=")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{pattern!r}: {error}") from None
+    if not pattern:
+        raise argparse.ArgumentTypeError(f"{text!r}: PATTERN=NUMBER")
+    return pattern, non_negative_float(number_text)
 
 
 def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
@@ -167,6 +150,22 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
     )
     loop.add_argument("--lr_decay", choices=DECAYS, default="cosine", help="after the warm-up")
     loop.add_argument("--weight_decay", type=non_negative_float, default=defaults["weight_decay"])
+    loop.add_argument(
+        "--lr_scale",
+        type=pattern_and_number,
+        nargs="+",
+        default=[],
+        metavar="PATTERN=FACTOR",
+        help="multiply the learning rate of parameters whose name the pattern matches",
+    )
+    loop.add_argument(
+        "--weight_decay_for",
+        type=pattern_and_number,
+        nargs="+",
+        default=[],
+        metavar="PATTERN=DECAY",
+        help="weight decay of parameters whose name the pattern matches",
+    )
     loop.add_argument("--beta1", type=half_open_unit_interval, default=0.9)
     loop.add_argument("--beta2", type=half_open_unit_interval, default=0.95)
     loop.add_argument(
@@ -266,6 +265,9 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
     )
     output.add_argument("--use_wandb", action=BooleanFlag, default=False)
     output.add_argument("--wandb_project", default="MiniMind")
+
+
+CHAT_IDENTITY = ("max_turns", "loss_weighting")  # flags below that a resumed run keeps
 
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:

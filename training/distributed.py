@@ -35,6 +35,16 @@ class Distributed:
         return self.rank == 0
 
     @property
+    def is_distributed(self) -> bool:
+        """Whether there are other processes."""
+        return self.world_size > 1
+
+    @property
+    def device_ids(self) -> list[int] | None:
+        """What DistributedDataParallel asks for: the number of the GPU, None on a CPU."""
+        return [self.device.index] if self.device.type == "cuda" else None
+
+    @property
     def sum_dtype(self) -> torch.dtype:
         """What long sums are kept in: float64, which mps does not have."""
         return torch.float32 if self.device.type == "mps" else torch.float64
@@ -54,13 +64,13 @@ class Distributed:
 
     def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         """Add a tensor up over all processes, in place."""
-        if self.world_size > 1:
+        if self.is_distributed:
             dist.all_reduce(values)
         return values
 
     def all_reduce_max(self, number: int) -> int:
         """The largest of the processes' numbers. Waits for the others, but for no GPU."""
-        if self.world_size == 1:
+        if not self.is_distributed:
             return number
         largest = torch.tensor(number)  # on the CPU, which open_process_group gives gloo
         dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -68,7 +78,7 @@ class Distributed:
 
     def all_gather(self, value: Any) -> list[Any]:
         """Every process's value, by rank."""
-        if self.world_size == 1:
+        if not self.is_distributed:
             return [value]
         values = [None] * self.world_size
         dist.all_gather_object(values, value)
@@ -76,7 +86,7 @@ class Distributed:
 
     def broadcast(self, value: Any) -> Any:
         """The main process's value, on every process."""
-        if self.world_size == 1:
+        if not self.is_distributed:
             return value
         values = [value]
         dist.broadcast_object_list(values)
@@ -141,7 +151,7 @@ def open_process_group(world: Distributed) -> Iterator[None]:
     would time out in their first collective. Models that DDP wraps belong to functions called
     inside it, so that they are gone when it ends.
     """
-    if world.world_size == 1:
+    if not world.is_distributed:
         yield
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo")

@@ -66,7 +66,7 @@ def explain_out_of_memory() -> Iterator[None]:
 
 
 def find_sample(
-    world: Distributed, dataset: Any, window: list[dict[str, torch.Tensor]], losses: torch.Tensor
+    world: Distributed, dataset: Any, batches: list[dict[str, torch.Tensor]], losses: torch.Tensor
 ) -> str:
     """`file:line` of the first sample of the first batch whose loss is not finite.
 
@@ -75,13 +75,13 @@ def find_sample(
     Args:
         world: this process.
         dataset: what the rows were made of; it has a `store` and `line_number`.
-        window: this process's batches.
-        losses: (len(window),) the loss of each.
+        batches: this process's micro-batches of the step.
+        losses: (len(batches),) the loss of each.
     """
     bad = (~losses.isfinite()).nonzero().flatten().tolist()
     own = torch.zeros(2, world.world_size, dtype=torch.int64, device=world.device)
     own[0, world.rank] = len(bad)
-    own[1, world.rank] = window[bad[0] if bad else 0]["sample"][0]
+    own[1, world.rank] = batches[bad[0] if bad else 0]["sample"][0]
     counts, samples = world.all_reduce_sum(own).tolist()
     rank = next((rank for rank, count in enumerate(counts) if count), 0)
     return f"{dataset.store.path}:{dataset.line_number(samples[rank])}"

@@ -5,13 +5,10 @@
 
 import argparse
 import math
-import random
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from common import UserError, report_save_errors, write_atomically
@@ -47,6 +44,48 @@ class Tally:
     seconds: float = 0.0
     figures: dict[str, float] = field(default_factory=dict)
     expert_load: list[list[float]] = field(default_factory=list)
+
+    def add(
+        self,
+        sums: dict[str, float],
+        targets: float,
+        tokens: float,
+        grad_norm: float,
+        expert_load: list[list[float]],
+    ) -> None:
+        """Add a step whose figures are finite; arguments as for `Run.add_step`."""
+        self.good += 1
+        self.tokens += tokens
+        self.targets += targets
+        self.grad_norm += grad_norm
+        self.loss += sums["loss"]
+        self.aux_loss += sums["aux_loss"]
+        for name, value in sums.items():
+            if name not in ("loss", "aux_loss"):
+                self.figures[name] = self.figures.get(name, 0.0) + value
+        if expert_load:
+            before = self.expert_load or [[0.0] * len(layer) for layer in expert_load]
+            self.expert_load = [
+                [x + y for x, y in zip(old, new, strict=True)]
+                for old, new in zip(before, expert_load, strict=True)
+            ]
+
+    def means(self, lr: float) -> dict[str, float]:
+        """The line of figures, by their names in metrics.jsonl."""
+        figures: dict[str, float] = {}
+        if self.good:
+            figures["loss"] = self.loss / self.targets
+            figures |= {name: value / self.targets for name, value in self.figures.items()}
+        figures["lr"] = lr
+        if self.good:
+            figures["grad_norm"] = self.grad_norm / self.good
+        figures["tokens_per_second"] = round(self.tokens / self.seconds)
+        if any(self.expert_load):
+            shares = [n / sum(layer) for layer in self.expert_load for n in layer]
+            figures["aux_loss"] = self.aux_loss / self.good
+            figures["expert_load_min"] = round(min(shares), 4)
+            figures["expert_load_max"] = round(max(shares), 4)
+        return figures
 
 
 @dataclass
@@ -187,42 +226,6 @@ def read_resume(weights: Path) -> tuple[dict[str, Any] | None, list[str]]:
     return None, notes
 
 
-def find_resume(
-    weights: Path, stage: str, args: argparse.Namespace
-) -> tuple[dict[str, Any] | None, list[str]]:
-    """What a run that is about to start goes on from, None if it starts anew, and what to say.
-
-    Args:
-        weights: path of the run's weights.
-        stage: name in the files.
-        args: the flags.
-
-    Raises:
-        UserError: for --resume where only another --dim or --use_moe has something to resume.
-    """
-    newest, _ = resume_paths(weights)
-    contents, notes = read_resume(weights)
-    if not args.resume:
-        if contents is None or contents["state"].epoch >= contents["arguments"]["epochs"]:
-            return None, []
-        return None, [
-            f"{newest} holds an unfinished run, at step {contents['state'].step}: --resume goes on "
-            f"with it; this new run {'deletes' if args.overwrite else 'moves'} it"
-        ]
-    if contents is not None:
-        return contents, [*notes, f"--resume: going on after step {contents['state'].step}"]
-    end = rf"{f'_{args.run_name}' if args.run_name else ''}_resume\.pth"
-    name = re.compile(rf"{re.escape(stage)}_\d+(_moe)?{end}")
-    others = {path for path in weights.parent.glob("*_resume.pth") if name.fullmatch(path.name)}
-    others -= {newest}
-    if others and not notes:
-        raise UserError(
-            f"--resume: nothing of this --dim and --use_moe, but {min(others)}; without --resume "
-            "a new run starts"
-        )
-    return None, [*notes, f"--resume: nothing to go on from in {weights.parent}: a new run starts"]
-
-
 def check_identity(weights: Path, resume: dict[str, Any], own: dict[str, Any]) -> None:
     """Make sure that a run can be continued with the flags of this one.
 
@@ -238,9 +241,9 @@ def check_identity(weights: Path, resume: dict[str, Any], own: dict[str, Any]) -
     # Older files have fewer flags in the identity, and there, after the hash of the data's content,
     # what is used of it.
     arguments = {f"--{name}": value for name, value in resume["arguments"].items()}
-    heads, experts = {"n_heads": 8, "n_kv_heads": 2}, MOE_DEFAULTS
-    then = {f"--{name}": value for name, value in {**heads, **experts}.items()}
-    stored = {**then, **arguments, **resume["identity"]}
+    older = {"n_heads": 8, "n_kv_heads": 2, **MOE_DEFAULTS, "lr_scale": [], "weight_decay_for": []}
+    older = {f"--{name}": value for name, value in older.items()}
+    stored = {**older, **arguments, **resume["identity"]}
     stored["--data_path"] = stored["--data_path"].split()[0]
     same_tokenizer = stored["--tokenizer_path"] == own["--tokenizer_path"]
     lines = []
@@ -280,37 +283,3 @@ def json_arguments(args: argparse.Namespace) -> dict[str, Any]:
         return value if isinstance(value, (bool, int, float, type(None))) else str(value)
 
     return {name: plain(value) for name, value in vars(args).items()}
-
-
-def seed_everything(seed: int) -> None:
-    """Start all random generators of this process: Python's, NumPy's, PyTorch's on all devices."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def get_random_states(device: torch.device) -> dict[str, Any]:
-    """The states of this process's random generators."""
-    _, keys, position, has_gauss, gauss = np.random.get_state()
-    states = {
-        "python": random.getstate(),
-        "numpy": (keys.tolist(), position, has_gauss, gauss),
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        states["device"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        states["device"] = torch.mps.get_rng_state()
-    return states
-
-
-def set_random_states(states: dict[str, Any], device: torch.device) -> None:
-    """Put the random generators where `get_random_states` found them."""
-    random.setstate(states["python"])
-    keys, position, has_gauss, gauss = states["numpy"]
-    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(states["torch"])
-    if "device" in states and device.type == "cuda":
-        torch.cuda.set_rng_state(states["device"], device)
-    elif "device" in states and device.type == "mps":
-        torch.mps.set_rng_state(states["device"])

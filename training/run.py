@@ -1,93 +1,124 @@
-"""The bookkeeping of a run: its position, its figures, its best score, its files."""
+"""A run in progress: where it stands, and what happens around its optimizer steps."""
 
 import argparse
 import copy
 import math
 import platform
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from itertools import islice
 
 import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from common import SaveError, UserError, report_save_errors
-from diagnosis.findings import write_report
-from diagnosis.plan import cost_line, count_parameters, flops_per_token
-from model import (
-    MiniMindLM,
-    active_lora,
-    load_trained_state,
-    save_adapter,
-    save_weights,
-    trained_state,
-)
-from model.weights import read_state
+from common import UserError
+from dataset import make_loader
+from diagnosis import write_report
+from model import load_trained_state
 
 from .distributed import Distributed
-from .reporting import Reporter
-from .resume import Tally, TrainState, get_random_states, json_arguments, save_resume
-from .schedule import get_lr, warmup_steps
+from .guards import find_sample
+from .record import Record
+from .resume import Tally, TrainState
+from .saving import Saver
+from .schedule import warmup_steps
+from .setup import Rows, Setup, Splits, Stage
 from .signals import StopSignal
+from .validation import Batch, Score, evaluate
 
 STEPS_BEFORE_ESTIMATE = 5
 
 
-@dataclass
-class Run:
-    """What a stage's loop, its evaluations and its saves share.
+class StepTotals:
+    """Sums over the micro-batches of an optimizer step, without gradients.
 
-    Attributes:
-        args: the stage's flags.
-        world: this process.
-        stage: name in the weights' file.
-        path: of the weights.
-        network: the bare model, without wrappers.
-        tokenizer_hash: of the tokenizer in use.
-        optimizer, scaler, autocast: as the loop uses them.
-        state: where the run stands.
-        reporter: says so.
-        stop: whether a signal came.
-        n_rows: rows of an epoch.
-        identity: what may not change when the run is resumed, by flag.
-        saved_as: which file holds this run's last save, as for `save_resume`.
-        peak_flops: of this process's GPU, or None.
-        ending: why the run stops before its last step; None while it goes on.
-        exit_status: what the process ends with, then.
-        save_errors: why the last try to save something failed, by what it is.
+    Args:
+        world: this process; `add_up` adds over all of them.
     """
 
-    args: argparse.Namespace
-    world: Distributed
-    stage: str
-    path: Path
-    network: MiniMindLM
-    tokenizer_hash: str
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    autocast: torch.autocast
+    def __init__(self, world: Distributed):
+        self.world = world
+        self.losses: list[Tensor] = []  # of each micro-batch
+        self.figures: list[dict[str, Tensor]] = []
+        self.expert_load: Tensor | None = None
+
+    def add(
+        self, losses: Tensor, aux_loss: Tensor, expert_load: Tensor | None, **figures: Tensor
+    ) -> None:
+        """Count a micro-batch: sums of its losses and figures, its share of the auxiliary loss."""
+        sums = {"loss": losses.sum(), "aux_loss": aux_loss, **figures}
+        self.losses.append(sums["loss"].detach())
+        self.figures.append({name: value.detach() for name, value in sums.items()})
+        if expert_load is not None:
+            self.expert_load = (
+                expert_load if self.expert_load is None else self.expert_load + expert_load
+            )
+
+    def add_up(self) -> dict[str, float]:
+        """The sums over all micro-batches of all processes, by name."""
+        sums = torch.stack([torch.stack(list(each.values())) for each in self.figures]).sum(0)
+        totals = self.world.all_reduce_sum(sums.to(self.world.sum_dtype)).tolist()
+        return dict(zip(self.figures[0], totals, strict=True))
+
+
+@dataclass
+class Run:
+    """What a stage's loop calls by name.
+
+    Attributes:
+        setup: what the run began with.
+        data: the rows to train on, to validate on and to test on.
+        state: where the run stands.
+        saver: writes its files.
+        record: reports to screen, log, metrics and wandb.
+        stop: whether a signal came.
+        score: of a batch, for validation and test.
+        peak_tokens_per_second: of all processes, were every operation at their GPUs' peak; or None.
+        ending: why the run stops before its last step; None while it goes on.
+        exit_status: what the process ends with, then.
+    """
+
+    setup: Setup
+    data: Splits
     state: TrainState
-    reporter: Reporter
+    saver: Saver
+    record: Record
     stop: StopSignal
-    n_rows: int
-    identity: dict[str, Any]
-    saved_as: Literal["newest", "previous"]
-    peak_flops: float | None
+    score: Score
+    peak_tokens_per_second: float | None = None
     ending: str | None = None
     exit_status: int = 0
-    save_errors: dict[str, str] = field(default_factory=dict)
     first_step: int = field(init=False)
-    flops_per_token: float = field(init=False)
+    step_began: float = field(init=False, default=0.0)
+    lr: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         self.first_step = self.state.step
         self._check_patience()  # which may have run out before
-        _, active = count_parameters(self.network)
-        _, frozen = count_parameters(self.network, frozen_only=True)
-        self.flops_per_token = flops_per_token(
-            self.network.config, active, self.args.max_seq_len, frozen
-        )
+
+    @property
+    def args(self) -> argparse.Namespace:
+        """The flags."""
+        return self.setup.args
+
+    @property
+    def world(self) -> Distributed:
+        """This process."""
+        return self.setup.world
+
+    @property
+    def stage(self) -> Stage:
+        """What is special about the stage."""
+        return self.setup.stage
+
+    @property
+    def autocast(self) -> torch.autocast:
+        """The context in which the model computes."""
+        dtype = self.setup.dtype
+        return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
 
     @property
     def complete(self) -> bool:
@@ -100,125 +131,136 @@ class Run:
         return not self.complete and self.ending is None
 
     @property
-    def rows_per_step(self) -> int:
-        """Rows that all processes together take in a step."""
-        return self.args.batch_size * self.args.accumulation_steps * self.world.world_size
+    def epoch(self) -> int:
+        """The epoch of the last step."""
+        return max(0, self.state.epoch - (self.state.row == 0))
 
     @property
-    def keeps_best(self) -> bool:
-        """Whether the best weights are kept, as …_best.pth."""
-        args = self.args
-        return bool(args.save_best or args.early_stopping_patience or args.test_data_path)
+    def schedule(self) -> tuple[float, int, float, float, float, str]:
+        """The next step as `get_lr` takes it: its place, the run's steps, and the flags.
 
-    @property
-    def best_path(self) -> Path:
-        """Where the best weights are."""
-        return self.path.with_name(f"{self.path.stem}_best.pth")
-
-    def learning_rate(self) -> float:
-        """The rate of the next step.
-
-        It follows the rows seen, counted in steps of the size that the run began with: so it stays
-        on one curve when the batch or the number of processes changes on the way.
+        The place follows the rows seen, counted in steps of the size that the run began with: so
+        the rate stays on one curve when the batch or the number of processes changes on the way.
         """
         args, state = self.args, self.state
-        per_epoch = math.ceil(self.n_rows / state.rows_per_step)
+        per_epoch = math.ceil(len(self.data.train) / state.rows_per_step)
         total = args.epochs * per_epoch
-        return get_lr(
-            state.epoch * per_epoch + state.row / state.rows_per_step,
-            total,
-            args.learning_rate,
-            warmup_steps(args.warmup_iters, args.warmup_ratio, total),
-            args.min_lr,
-            args.lr_decay,
-        )
+        step = state.epoch * per_epoch + state.row / state.rows_per_step
+        warmup = warmup_steps(args.warmup_iters, args.warmup_ratio, total)
+        return step, total, args.learning_rate, warmup, args.min_lr, args.lr_decay
 
     def due(self, interval: int) -> bool:
         """Whether something that happens every `interval` steps, and at the end, happens now."""
         return self.state.step % interval == 0 or self.complete
 
+    def loader(
+        self, rows: Rows, epoch: int = 0, start: int = 0, shuffle: bool = False
+    ) -> DataLoader:
+        """This process's micro-batches of rows; arguments as for `RowBatches`."""
+        return make_loader(
+            rows,
+            self.args.batch_size,
+            seed=self.args.seed,
+            epoch=epoch,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+            start=start,
+            shuffle=shuffle,
+            lengths=getattr(rows, "lengths", None),  # pairs of like length share a batch
+            collate_fn=self.stage.collate,
+            num_workers=self.args.num_workers,
+            on_cuda=self.world.device.type == "cuda",
+        )
+
+    def accumulations(self, model: nn.Module) -> Iterator[list[Batch]]:
+        """The micro-batches of each optimizer step that is left of the epoch, on the device.
+
+        After each step what is due happens: a line of figures, validation, saving. A signal to stop
+        lets the step finish.
+
+        Args:
+            model: what validation calls.
+        """
+        state, n = self.state, self.args.accumulation_steps
+        loader = self.loader(self.data.train, state.epoch, state.row, shuffle=True)
+        micro_batches, started = iter(loader), time.perf_counter()
+        while batches := [self.world.to_device(b) for b in islice(micro_batches, n)]:
+            self.step_began = started
+            yield batches
+            self.log_if_due()
+            self.validate_if_due(model)
+            if not self.going_on or self.check_signal():
+                return
+            self.save_if_due()
+            started = time.perf_counter()
+
     def add_step(
         self,
-        tokens: float,
+        batches: Sequence[Batch],
+        totals: StepTotals,
+        sums: dict[str, float],
+        *,
         targets: float,
-        loss: float,
-        aux_loss: float,
+        tokens: float,
+        lr: float,
         grad_norm: float,
-        expert_load: list[list[float]],
-        seconds: float,
-        find_sample: Callable[[], str],
-        **figures: float,
     ) -> None:
         """Count a finished step, one whose update was skipped if a figure is not finite.
 
         Args:
+            batches: this process's micro-batches.
+            totals: of them.
+            sums: as `totals.add_up()` gave them: `loss`, `aux_loss`, further figures of the stage.
+            targets: what the loss is a mean over: the sum of target tokens' weights in the loss
+                mask, or the number of pairs.
             tokens: target tokens of all processes.
-            targets: what the loss is a mean over: the sum of their weights in the loss mask, or
-                the number of pairs.
-            loss: summed over these.
-            aux_loss: of the step.
+            lr: the learning rate.
             grad_norm: before clipping.
-            expert_load: (layers, experts) choices of all tokens, or empty.
-            seconds: that it took.
-            find_sample: gives `file:line` of its first sample, or of the first that was not finite;
-                called on every process or on none.
-            figures: further ones of the stage, summed as the loss is.
         """
         state, tally = self.state, self.state.tally
-        state.row += self.rows_per_step
-        if state.row >= self.n_rows:
+        state.row += self.args.batch_size * self.args.accumulation_steps * self.world.world_size
+        if state.row >= len(self.data.train):
             state.epoch, state.row = state.epoch + 1, 0
         state.step += 1
+        seconds = time.perf_counter() - self.step_began
         state.seconds += seconds
-        tally.steps += 1
         tally.seconds += seconds
-        self.reporter.advance(state.step)
+        tally.steps += 1
+        self.lr = lr
+        self.record.advance(state.step)
         if state.step - self.first_step == STEPS_BEFORE_ESTIMATE and not self.complete:
-            seconds_per_step = self.reporter.seconds_per_step(state.step)
-            self.reporter.say(
-                cost_line(
-                    seconds_per_step,
-                    self.reporter.total_steps - state.step,
-                    self.args.gpu_price,
-                    self.world.world_size,
-                )
-            )
-        if not math.isfinite(loss + aux_loss + grad_norm):
-            self._skip(loss + aux_loss, grad_norm, find_sample())
+            self.record.estimate(state.step, self.args.gpu_price)
+        load = totals.expert_load
+        if load is not None:
+            load = self.world.all_reduce_sum(load).tolist()
+
+        def sample() -> str:
+            dataset = self.data.train.dataset
+            return find_sample(self.world, dataset, batches, torch.stack(totals.losses))
+
+        if not math.isfinite(sums["loss"] + sums["aux_loss"] + grad_norm):
+            self._skip(sums["loss"] + sums["aux_loss"], grad_norm, sample())
             return
         state.bad_in_row = 0
         state.tokens += round(tokens)
         state.tested = False
-        tally.good += 1
-        tally.tokens += tokens
-        tally.targets += targets
-        tally.loss += loss
-        tally.aux_loss += aux_loss
-        tally.grad_norm += grad_norm
-        for name, value in figures.items():
-            tally.figures[name] = tally.figures.get(name, 0.0) + value
-        if expert_load:
-            before = tally.expert_load or [[0.0] * len(layer) for layer in expert_load]
-            tally.expert_load = [
-                [x + y for x, y in zip(old, new, strict=True)]
-                for old, new in zip(before, expert_load, strict=True)
-            ]
-        usual = state.spike_watch.mean
-        if state.spike_watch.is_spike(loss / targets):
+        tally.add(sums, targets, tokens, grad_norm, load or [])
+        mean, loss = state.spike_watch.mean, sums["loss"] / targets
+        if state.spike_watch.is_spike(loss):
             state.spikes += 1
-            self.reporter.say(
-                f"step {state.step}: loss {loss / targets:.3f} leaps out of about {usual:.3f}, "
-                f"first sample {find_sample()}"
+            self.record.say(
+                f"step {state.step}: loss spike: {loss:.3f}, running mean {mean:.3f}, first sample "
+                f"{sample()}"
             )
 
     def _skip(self, loss: float, grad_norm: float, where: str) -> None:
-        state = self.state
+        state, scaler = self.state, self.saver.scaler
         state.skipped += 1
         state.bad_in_row += 1
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"
-        if math.isfinite(loss) and self.scaler.is_enabled():
-            what += f" at loss scale {self.scaler.get_scale():g}, which float16 lowers by itself"
-        self.reporter.say(f"step {state.step}: {what}; update skipped; {where}")
+        if math.isfinite(loss) and scaler.is_enabled():
+            what += f" at loss scale {scaler.get_scale():g}, which float16 lowers by itself"
+        self.record.say(f"step {state.step}: {what}; update skipped; {where}")
         if state.bad_in_row >= self.args.max_bad_steps:
             self.ending = (
                 f"stopped: {state.bad_in_row} steps in a row (--max_bad_steps) whose loss or "
@@ -228,61 +270,38 @@ class Run:
             self.exit_status = 2
             state.bad_in_row = 0
 
-    def log_if_due(self, epoch: int, lr: float) -> None:
-        """Report the steps since the last report.
-
-        Args:
-            epoch: of the step that is finished.
-            lr: its learning rate.
-        """
+    def log_if_due(self) -> None:
+        """Report the steps since the last report."""
         state, tally = self.state, self.state.tally
         if not tally.steps or (not self.due(self.args.log_interval) and self.ending is None):
             return
-        figures: dict[str, float] = {}
-        if tally.good:
-            figures["loss"] = tally.loss / tally.targets
-            figures |= {name: value / tally.targets for name, value in tally.figures.items()}
-        figures["lr"] = lr
-        if tally.good:
-            figures["grad_norm"] = tally.grad_norm / tally.good
-        figures["tokens_per_second"] = round(tally.tokens / tally.seconds)
-        figures["skipped"] = state.skipped
-        figures["spikes"] = state.spikes
-        if any(tally.expert_load):
-            shares = [n / sum(layer) for layer in tally.expert_load for n in layer]
-            figures["aux_loss"] = tally.aux_loss / tally.good
-            figures["expert_load_min"] = round(min(shares), 4)
-            figures["expert_load_max"] = round(max(shares), 4)
-        if self.peak_flops:
-            speed = tally.tokens / tally.seconds * self.flops_per_token
-            figures["mfu"] = round(speed / self.peak_flops / self.world.world_size, 4)
+        figures = tally.means(self.lr)
+        figures["skipped"], figures["spikes"] = state.skipped, state.spikes
+        if self.peak_tokens_per_second:
+            figures["mfu"] = round(figures["tokens_per_second"] / self.peak_tokens_per_second, 4)
         memory = peak_memory(self.world.device)
         if memory is not None:
             figures["memory_gb"] = round(memory / 1e9, 3)
-        self.reporter.log(state.step, state.tokens, state.seconds, epoch, **figures)
+        self.record.log(state, self.epoch, **figures)
         state.tally = Tally()
 
-    def note_validation(self, scores: dict[str, float] | None) -> None:
-        """Report an evaluation, keep the best weights, stop early if that was asked for.
-
-        Args:
-            scores: as `summarise` or `average`; None if a signal broke it off.
-        """
+    def validate_if_due(self, model: nn.Module) -> None:
+        """Evaluate after the steps that ask for it, each once, and draw the consequences."""
+        val, state = self.data.val, self.state
+        if not val or not self.due(self.args.eval_interval) or state.evaluated_at == state.step:
+            return
+        scores = evaluate(self, model, val, self.score, "val")
         if scores is None:
             return
-        state, args = self.state, self.args
-        self._log_scores(scores)
+        args = self.args
+        self.record.log_scores(state, self.epoch, **scores)
         state.evaluated_at = state.step
-        patience = args.early_stopping_patience
-        min_delta = args.early_stopping_min_delta if patience else 0.0
+        min_delta = args.early_stopping_min_delta if args.early_stopping_patience else 0.0
         if scores["val_loss"] < state.best_loss - min_delta:
             state.best_loss, state.best_step = scores["val_loss"], state.step
             state.evaluations_since_best = 0
-            if self.keeps_best:
-                saved = self.world.is_main and self._try(
-                    "best", lambda: self._save_weights(self.best_path)
-                )
-                state.best_saved = bool(self.world.all_reduce_max(int(saved)))
+            if args.save_best or args.early_stopping_patience or args.test_data_path:
+                state.best_saved = self.saver.save_best(state)
         else:
             state.evaluations_since_best += 1
         self._check_patience()
@@ -294,34 +313,6 @@ class Run:
                 f"stopped early: {state.evaluations_since_best} evaluations "
                 f"(--early_stopping_patience) without progress since step {state.best_step}"
             )
-
-    @property
-    def test_due(self) -> bool:
-        """Whether the test data should be scored now."""
-        return self.exit_status == 0 and not self.state.tested
-
-    def best_network(self) -> MiniMindLM:
-        """A model with the best weights, or the last ones where nothing was validated."""
-        best = self.state.best_saved and self.world.is_main
-        state = read_state(self.best_path) if best else None
-        network = copy.deepcopy(self.network)
-        load_trained_state(network, self.world.broadcast(state) or trained_state(self.network))
-        return network
-
-    def note_test(self, scores: dict[str, float] | None) -> None:
-        """Report the scores of the test data.
-
-        Args:
-            scores: as `summarise` or `average`; None if a signal broke it off.
-        """
-        if scores is not None:
-            self._log_scores(scores)
-            self.state.tested = True
-
-    def _log_scores(self, scores: dict[str, float]) -> None:
-        state = self.state
-        epoch = max(0, state.epoch - (state.row == 0))  # that of the step before
-        self.reporter.log_scores(state.step, state.tokens, state.seconds, epoch, **scores)
 
     def check_signal(self) -> bool:
         """End the run if any process got a signal to stop; whether it ends."""
@@ -341,100 +332,55 @@ class Run:
             self.save()
 
     def save(self) -> None:
-        """Write the weights, numbered ones where they are due, and the resume file.
+        """Write the weights, numbered ones where they are due, and the resume file."""
+        args, state = self.args, self.state
+        state.metrics_bytes = self.record.sync()
+        numbered = ""
+        if args.keep_every is not None and state.step % args.keep_every == 0:
+            numbered = "for good"
+        elif args.save_total_limit and self.due(args.save_interval):
+            numbered = "for now"
+        self.saver.save(state, numbered)
 
-        What cannot be saved is said, and kept in `save_errors`; the run goes on.
-        """
-        self.state.metrics_bytes = self.reporter.sync()
-        random_states = self.world.all_gather(get_random_states(self.world.device))
-        if self.world.is_main:
-            self._try("weights", lambda: self._save_weights(self.path))
-            self._try("numbered", self._save_numbered)
-            self._try("resume", lambda: self._save_resume(random_states))
+    def finish(self) -> int:
+        """Score the test data, save, write the report, and say how the run ended.
 
-    def report(self) -> None:
-        """Write report.md and its curves, without which the run is no less finished; close up."""
-        config = self.network.config
-        if self.ending is not None:
-            self.reporter.say(self.ending)
-        if self.world.is_main:
-            try:
-                line = write_report(
-                    self.path.parent / "logs" / self.path.stem,
-                    ending=self.ending or "finished",
-                    vocab_size=config.vocab_size,
-                    from_scratch=self.args.from_weight == "none",
-                    n_routed_experts=config.n_routed_experts if config.use_moe else 0,
-                )
-            except Exception as error:  # the run itself is done and saved
-                line = f"no report: {error}"
-            self.reporter.say(line)
-        self.reporter.close()
-
-    def end(self) -> int:
-        """Say how the run ended; its exit status.
+        Returns:
+            The exit status: 130 or 143 if a signal stopped the run, else 0.
 
         Raises:
             UserError: if the last save failed, or the run could not go on.
         """
-        if self.save_errors:
-            raise UserError(f"the last save failed: {next(iter(self.save_errors.values()))}")
+        if self.data.test is not None and self.exit_status == 0 and not self.state.tested:
+            self.save()  # the test may take its time
+            self._test(self.data.test)
+        self.save()
+        if self.ending is not None:
+            self.record.say(self.ending)
+        if self.world.is_main:
+            try:
+                line = write_report(self.record.folder, ending=self.ending or "finished")
+            except Exception as error:  # the run itself is done and saved
+                line = f"no report: {error}"
+            self.record.say(line)
+        self.record.close()
+        if self.saver.errors:
+            raise UserError(f"the last save failed: {next(iter(self.saver.errors.values()))}")
         if self.exit_status == 2:
             raise UserError(self.ending)
-        self.world.log(f"saved {self.path}")
+        self.world.log(f"saved {self.setup.path}")
         return self.exit_status
 
-    def _try(self, what: str, save: Callable[[], None]) -> bool:
-        try:
-            save()
-        except SaveError as error:
-            self.save_errors[what] = str(error)
-            self.reporter.say(f"step {self.state.step}: {error}; going on")
-            return False
-        self.save_errors.pop(what, None)
-        return True
-
-    def _save_weights(self, path: Path) -> None:
-        dtype = getattr(torch, self.args.save_dtype)
-        if active_lora(self.network):
-            save_adapter(path, self.network, dtype, self.identity["--from_weight"])
-            return
-        save_weights(
-            path, self.network, self.network.config, self.stage, self.tokenizer_hash, dtype
-        )
-
-    def _save_numbered(self) -> None:
-        args, state = self.args, self.state
-        for_good = args.keep_every is not None and state.step % args.keep_every == 0
-        if not for_good and not (args.save_total_limit and self.due(args.save_interval)):
-            return
-        self._save_weights(self._numbered(state.step))
-        if for_good or state.step in state.numbered:
-            return
-        state.numbered.append(state.step)
-        while args.save_total_limit and len(state.numbered) > args.save_total_limit:
-            path = self._numbered(state.numbered[0])
-            with report_save_errors(path):
-                path.unlink(missing_ok=True)
-                path.with_suffix(".json").unlink(missing_ok=True)
-            state.numbered.pop(0)
-
-    def _numbered(self, step: int) -> Path:
-        return self.path.with_name(f"{self.path.stem}_step{step}.pth")
-
-    def _save_resume(self, random_states: list[dict[str, Any]]) -> None:
-        save_resume(
-            self.path,
-            self.state,
-            json_arguments(self.args),
-            self.identity,
-            trained_state(self.network),
-            self.optimizer.state_dict(),
-            self.scaler.state_dict(),
-            random_states,
-            saved_as=self.saved_as,
-        )
-        self.saved_as = "newest"
+    def _test(self, rows: Rows) -> None:
+        """Score the best weights, or where nothing was validated the last ones."""
+        model = self.setup.raw_model
+        if self.state.best_saved:
+            model = copy.deepcopy(model)
+            load_trained_state(model, self.saver.best_state())
+        scores = evaluate(self, model, {"": rows}, self.score, "test")
+        if scores is not None:
+            self.record.log_scores(self.state, self.epoch, **scores)
+            self.state.tested = True
 
 
 def peak_memory(device: torch.device) -> float | None:
@@ -451,49 +397,20 @@ def peak_memory(device: torch.device) -> float | None:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
-def average(sums: dict[str, dict[str, float]], count: str, prefix: str) -> dict[str, float]:
-    """Means over a data set from its sums.
+def count_targets(batches: Sequence[Batch], world: Distributed) -> tuple[float, float, float]:
+    """What a step over all processes learns from: weights of its targets, targets, rows with text.
 
     Args:
-        sums: by the name of the set: figures summed over its items, and how many these are.
-        count: the figure that is their number.
-        prefix: "val" or "test", which the names of the means begin with.
-
-    Returns:
-        The mean of each figure, of all sets together, and of each as `…/name` if there are several.
+        batches: this process's micro-batches: loss_mask and attention_mask (B, T).
+        world: this process.
     """
-    named = {f"/{name}": values for name, values in sums.items()} if len(sums) > 1 else {}
-    figures = next(iter(sums.values()))
-    together = {figure: sum(values[figure] for values in sums.values()) for figure in figures}
-    return {
-        f"{prefix}_{figure}{name}": value / values[count]
-        for name, values in {"": together, **named}.items()
-        for figure, value in values.items()
-        if figure != count
-    }
+    masks = [batch["loss_mask"] for batch in batches]
+    rows = [rows_with_text(batch) for batch in batches]  # the others are padding
+    counts = (sum(m.sum() for m in masks), sum((m > 0).sum() for m in masks), sum(rows))
+    weights, targets, n_rows = world.all_reduce_sum(torch.stack(counts)).tolist()
+    return weights, targets, n_rows
 
 
-def summarise(sums: dict[str, tuple[float, float, int]], prefix: str) -> dict[str, float]:
-    """Scores of a data set from its sums.
-
-    Args:
-        sums: by the name of the set: loss summed over target tokens in nats, target tokens, and
-            UTF-8 bytes of the text.
-        prefix: "val" or "test", which the names of the scores begin with.
-
-    Returns:
-        Mean loss of a target token in nats, perplexity, and bits per byte: the bits that the model
-        needs for the whole text, `</s>` included, by its bytes. Unlike the other two, that can be
-        compared between tokenizers; where there is no text, as in empty answers, it is left out.
-        Of all sets together, and of each as `…/name` if there are several.
-    """
-    named = {f"/{name}": values for name, values in sums.items()} if len(sums) > 1 else {}
-    together = tuple(map(sum, zip(*sums.values(), strict=True)))
-    scores = {}
-    for name, (nats, tokens, text_bytes) in {"": together, **named}.items():
-        loss = nats / tokens
-        scores[f"{prefix}_loss{name}"] = loss
-        scores[f"{prefix}_perplexity{name}"] = math.exp(loss) if loss < 700 else math.inf
-        if text_bytes:
-            scores[f"{prefix}_bits_per_byte{name}"] = nats / math.log(2) / text_bytes
-    return scores
+def rows_with_text(batch: Batch) -> Tensor:
+    """How many rows of a batch are not padding: a scalar int64."""
+    return batch["attention_mask"].any(1).sum()

@@ -17,9 +17,10 @@ from typing import Any
 from tqdm import tqdm
 
 from common import ROOT, UserError, write_atomically
+from common.units import format_duration
 
 from .distributed import Distributed
-from .resume import json_arguments
+from .resume import TrainState, json_arguments
 
 BAR_FORMAT = "{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 
@@ -46,8 +47,8 @@ def start_wandb(args: argparse.Namespace, name: str, run_id: str | None) -> Any:
         raise UserError(f"--use_wandb: {error}; WANDB_MODE=offline needs no account") from None
 
 
-def write_config(path: Path, args: argparse.Namespace, run_id: str) -> None:
-    """Keep what the run was started with: arguments, versions, commit.
+def write_config(path: Path, args: argparse.Namespace, run_id: str, **about: Any) -> None:
+    """Keep what the run was started with: arguments, model, versions, commit.
 
     Raises:
         OSError: if the file cannot be written.
@@ -58,6 +59,7 @@ def write_config(path: Path, args: argparse.Namespace, run_id: str) -> None:
         "launcher": _launcher(),
         "command": sys.argv,
         "arguments": json_arguments(args),
+        **about,
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in packages},
         "commit": _commit(),
@@ -138,7 +140,7 @@ class LineFile:
                 print(f"{self.path}: cannot be written ({error.strerror})", file=sys.stderr)
 
 
-class Reporter:
+class Record:
     """Shows progress on a terminal, prints plain lines elsewhere, and keeps log and figures.
 
     Only the main process reports.
@@ -162,6 +164,7 @@ class Reporter:
         wandb_run: Any = None,
     ):
         self.world = world
+        self.folder = folder
         self.total_steps = total_steps
         self.wandb_run = wandb_run
         self.first_step = step
@@ -184,16 +187,26 @@ class Reporter:
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
 
-    def log(self, step: int, tokens: int, seconds: float, epoch: int, **figures: float) -> None:
+    def estimate(self, step: int, gpu_price: float | None) -> None:
+        """Report how long the rest of the run takes, and what it costs."""
+        seconds = self.seconds_per_step(step) * (self.total_steps - step)
+        line = f"about {format_duration(seconds)} to go"
+        if gpu_price is not None:
+            gpus = self.world.world_size
+            cost = seconds / 3600 * gpus * gpu_price
+            several = f" × {gpus}" if gpus > 1 else ""
+            line += f"; at {gpu_price:.2f} per GPU-hour{several}: {cost:,.2f}"
+        self.say(line)
+
+    def log(self, state: TrainState, epoch: int, **figures: float) -> None:
         """Report training steps: to the screen, the files and wandb.
 
         Args:
-            step: optimizer steps taken.
-            tokens: target tokens so far.
-            seconds: spent in steps so far.
-            epoch: from 0.
+            state: where the run stands.
+            epoch: of the last step, from 0.
             figures: by name.
         """
+        step = state.step
         shown = "  ".join(f"{name} {_format(value)}" for name, value in figures.items() if value)
         if self.bar is not None:
             names = ("loss", "lr", "tokens_per_second")
@@ -204,15 +217,13 @@ class Reporter:
         else:
             left = self.seconds_per_step(step) * (self.total_steps - step)
             self.say(f"step {step}/{self.total_steps}  {shown}  left {_duration(left)}")
-        self._record(step, tokens, seconds, epoch, figures)
+        self._write(state, epoch, figures)
 
-    def log_scores(
-        self, step: int, tokens: int, seconds: float, epoch: int, **scores: float
-    ) -> None:
+    def log_scores(self, state: TrainState, epoch: int, **scores: float) -> None:
         """Report an evaluation, on a line of its own."""
         shown = "  ".join(f"{name} {_format(value)}" for name, value in scores.items())
-        self.say(f"step {step}/{self.total_steps}  {shown}")
-        self._record(step, tokens, seconds, epoch, scores)
+        self.say(f"step {state.step}/{self.total_steps}  {shown}")
+        self._write(state, epoch, scores)
 
     def seconds_per_step(self, step: int) -> float:
         """Wall-clock seconds of a step since this process began, evaluations and saves included."""
@@ -241,15 +252,15 @@ class Reporter:
         if self.wandb_run is not None:
             self.wandb_run.finish()
 
-    def _record(
-        self, step: int, tokens: int, seconds: float, epoch: int, figures: dict[str, float]
-    ) -> None:
-        about = {"step": step, "epoch": epoch, "tokens": tokens, "seconds": round(seconds, 3)}
+    def _write(self, state: TrainState, epoch: int, figures: dict[str, float]) -> None:
+        about = {"step": state.step, "epoch": epoch, "tokens": state.tokens}
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         if self.metrics is not None:
-            self.metrics.add(json.dumps(about | finite, allow_nan=False) + "\n")
+            line = about | {"seconds": round(state.seconds, 3)} | finite
+            self.metrics.add(json.dumps(line, allow_nan=False) + "\n")
         if self.wandb_run is not None:
-            self.wandb_run.log({"epoch": epoch, "tokens": tokens} | finite, step=step)
+            del about["step"]
+            self.wandb_run.log(about | finite, step=state.step)
 
     def _write_log(self, message: str) -> None:
         if self.log_file is not None:

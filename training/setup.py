@@ -1,0 +1,270 @@
+"""What a stage begins with: processes, tokenizer, model, data, and the run to go on with."""
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from common import UserError, write_atomically
+from dataset import PackedRows, PaddedRows, PairRows, TeacherTopK, collate
+from dataset.lm_dataset import StoredDataset
+from model import (
+    LMConfig,
+    MiniMindLM,
+    load_tokenizer,
+    load_weights,
+    lora_state,
+    resolve_weights,
+    tokenizer_hash,
+    weights_path,
+)
+from model.weights import first_difference, read_state
+
+from .arguments import MOE_DEFAULTS
+from .distributed import Distributed, autocast_dtype, find_processes
+from .random_states import seed_everything
+from .resume import check_identity, json_arguments, read_resume, resume_paths
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Rows = PackedRows | PaddedRows | PairRows | TeacherTopK
+# Of each size (parameters up to): the lowest and the highest learning rate without a warning.
+LearningRates = tuple[tuple[float, float, float], ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the shared code needs to know of a stage.
+
+    Attributes:
+        name: begins the names of its files.
+        learning_rates: rates outside make a warning in the plan.
+        identity: the stage's own flags that may not change when a run is resumed.
+        collate: makes a batch of rows.
+        sequences_per_row: 2 for pairs.
+        scores_text: whether perplexity and bits per byte are scores, too.
+    """
+
+    name: str
+    learning_rates: LearningRates
+    identity: tuple[str, ...] = ()
+    collate: Callable[[Sequence[Any]], dict[str, Tensor]] = collate
+    sequences_per_row: int = 1
+    scores_text: bool = True
+
+
+@dataclass
+class Setup:
+    """What a stage begins with.
+
+    Attributes:
+        raw_model: the model without wrappers.
+        path: file that the weights are written to.
+        frozen: by flag, hashes of weights that the run needs and does not train; the main
+            process's count.
+        notes: lines that the run reports first.
+    """
+
+    args: argparse.Namespace
+    stage: Stage
+    world: Distributed
+    dtype: torch.dtype
+    tokenizer: "PreTrainedTokenizerBase"
+    raw_model: MiniMindLM
+    path: Path
+    frozen: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """Identifies the tokenizer."""
+        return tokenizer_hash(self.tokenizer)
+
+    def identity(self, rows: Rows) -> dict[str, Any]:
+        """By flag, what may not change when a run on these rows is resumed."""
+        shape = ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe")
+        experts = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok")
+        data = ("max_seq_len", "packing", "val_ratio", "seed", "lr_scale", "weight_decay_for")
+        flags = (*shape, *(experts if self.args.use_moe else ()), *data, *self.stage.identity)
+        values = json_arguments(self.args)
+        return {f"--{name}": values[name] for name in flags if name in values} | {
+            "--tokenizer_path": self.tokenizer_hash,
+            "--data_path": rows.dataset.store.content,  # what is used of it follows from the flags
+            **self.frozen,
+        }
+
+
+def prepare(args: argparse.Namespace, stage: Stage) -> Setup:
+    """Find the processes, load the tokenizer and build the model, the same on every process.
+
+    Raises:
+        UserError: for a device, a precision, a tokenizer or a shape that cannot be had.
+    """
+    world = find_processes(args.device, args.ddp)
+    dtype = autocast_dtype(args.dtype, world)
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    seed_everything(args.seed)
+    experts = {name: getattr(args, name) for name in MOE_DEFAULTS} if args.use_moe else {}
+    try:
+        config = LMConfig(
+            dim=args.dim,
+            n_layers=args.n_layers,
+            n_heads=args.n_heads,
+            n_kv_heads=args.n_kv_heads,
+            vocab_size=len(tokenizer),
+            dropout=args.dropout,
+            flash_attn=args.flash_attn,
+            use_moe=args.use_moe,
+            **experts,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    except ValueError as error:
+        names = ("dim", "n_layers", "n_heads", "n_kv_heads", *experts)
+        flags = " ".join(f"--{name} {getattr(args, name)}" for name in names)
+        raise UserError(f"{flags}: {error}") from None
+    check_context(args.max_seq_len, config)
+    raw_model = MiniMindLM(config)
+    raw_model.gradient_checkpointing = args.gradient_checkpointing
+    path = weights_path(args.out_dir, stage.name, config, args.run_name)
+    return Setup(args, stage, world, dtype, tokenizer, raw_model, path)
+
+
+def check_context(max_seq_len: int, config: LMConfig) -> None:
+    """Raise UserError if rows of `max_seq_len` positions do not fit into the model's context."""
+    if max_seq_len > config.max_seq_len:
+        raise UserError(
+            f"--max_seq_len {max_seq_len} is above the model's context of {config.max_seq_len}"
+        )
+
+
+def load_first_weights(setup: Setup) -> None:
+    """Load the weights that --from_weight names, if any, on the main process.
+
+    Raises:
+        UserError: as `resolve_weights` and `load_weights`.
+    """
+    args = setup.args
+    if args.from_weight != "none" and setup.world.is_main:
+        config = setup.raw_model.config
+        path = resolve_weights("--from_weight", args.from_weight, args.out_dir, config)
+        load_weights(path, setup.raw_model, setup.tokenizer_hash)
+
+
+def find_resume(setup: Setup) -> dict[str, Any] | None:
+    """The resume file's content that the run goes on from; None for a new run.
+
+    On other processes than the main one None, too: they get it from there.
+
+    Raises:
+        UserError: for --resume where only another --dim or --use_moe has something to resume, or a
+            new run whose files cannot be written.
+    """
+    if not setup.world.is_main:
+        return None
+    args, path = setup.args, setup.path
+    newest, _ = resume_paths(path)
+    resume, notes = read_resume(path)
+    if args.resume and resume is not None:
+        setup.notes += [*notes, f"--resume: going on after step {resume['state'].step}"]
+        return resume
+    if args.resume:
+        end = rf"{f'_{args.run_name}' if args.run_name else ''}_resume\.pth"
+        name = re.compile(rf"{re.escape(Path(setup.stage.name).name)}_\d+(_moe)?{end}")
+        others = {other for other in path.parent.glob("*_resume.pth") if name.fullmatch(other.name)}
+        others -= {newest}
+        if others and not notes:
+            raise UserError(
+                f"--resume: nothing of this --dim and --use_moe, but {min(others)}; without "
+                "--resume a new run starts"
+            )
+        nothing = f"--resume: nothing to go on from in {path.parent}: a new run starts"
+        setup.notes += [*notes, nothing]
+    elif resume is not None and resume["state"].epoch < resume["arguments"]["epochs"]:
+        setup.notes.append(
+            f"{newest} holds an unfinished run, at step {resume['state'].step}: --resume goes on "
+            f"with it; this new run {'deletes' if args.overwrite else 'moves'} it"
+        )
+    check_output(path, setup.raw_model)
+    return None
+
+
+def check_resume(setup: Setup, resume: dict[str, Any] | None, rows: Rows) -> None:
+    """Make sure that a run can go on with these flags and rows; nothing for a new run.
+
+    Raises:
+        UserError: naming every flag that differs, or what cannot be written.
+    """
+    if resume is not None:
+        check_identity(setup.path, resume, setup.identity(rows))
+        check_output(setup.path, setup.raw_model)
+
+
+def check_output(path: Path, raw_model: MiniMindLM) -> None:
+    """Make sure, before training, that weights and logs can be written.
+
+    Args:
+        path: file of the weights; the best go beside it, the logs below its folder.
+        raw_model: model without wrappers.
+
+    Raises:
+        UserError: if a folder cannot be written, or the weights there are of another shape.
+    """
+    for probe in (path.with_suffix(".probe"), path.parent / "logs" / path.stem / ".probe"):
+        try:
+            write_atomically(probe, lambda file: file.write(b"a byte, as a full disk has none"))
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"--out_dir {probe.parent}: {error.strerror or error}") from None
+    for weights in (path, path.with_name(f"{path.stem}_best.pth")):
+        if not weights.is_file():
+            continue
+        difference = first_difference(weights, read_state(weights), raw_model)
+        if difference:
+            other = "--lora_name" if lora_state(raw_model) else "--out_dir"
+            raise UserError(
+                f"{weights} holds another model ({difference}): move it, or choose another {other} "
+                "or --run_name"
+            )
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows to train on, to validate on (by name) and to test on."""
+
+    train: Rows
+    val: dict[str, Rows]
+    test: Rows | None
+
+
+def open_splits(
+    args: argparse.Namespace,
+    open_file: Callable[[Path, bool], StoredDataset],
+    make_rows: Callable[[StoredDataset], Rows],
+) -> Splits:
+    """Open the data that the flags name, the smaller files first: their errors show sooner.
+
+    Args:
+        args: the flags.
+        open_file: gives the data set of a file; its second argument is True where the data set is
+            scored and not learnt from.
+        make_rows: packs or pads a data set.
+
+    Raises:
+        UserError: naming what is wrong with a file.
+    """
+    test = make_rows(open_file(args.test_data_path, True)) if args.test_data_path else None
+    val = {name: make_rows(open_file(path, True)) for name, path in args.val_data_path}
+    train = open_file(args.data_path, False)
+    if args.val_ratio is not None:
+        _, held_out = open_file(args.data_path, True).split(args.val_ratio)
+        train, _ = train.split(args.val_ratio)
+        val = {"held out": make_rows(held_out)}
+    return Splits(make_rows(train), val, test)
