@@ -171,7 +171,7 @@ runpy.run_path("train_pretrain.py", run_name="__main__")
 
 
 def stop_processes(root, words, out, number, batches, step):
-    """Go on in `out` with two processes, and stop them within the window after a step."""
+    """Go on in `out` with two processes, and stop them within the accumulation of a step."""
     script = out.with_name("stopping.py")
     script.write_text(STOPPING, encoding="utf-8")
     words = [int(number), batches, *words, "--out_dir", out]
@@ -183,7 +183,7 @@ def stop_processes(root, words, out, number, batches, step):
 
 
 @posix
-def test_processes_drop_the_open_window(run, root, many, tmp_path, tokenizer_dir):
+def test_processes_finish_the_step(run, root, many, tmp_path, tokenizer_dir):
     """One process takes a step, then two take two, at once or stopped between; then one the rest.
 
     No row is taken twice or left out, and the learning rate falls by rows.
@@ -202,9 +202,9 @@ def test_processes_drop_the_open_window(run, root, many, tmp_path, tokenizer_dir
         run(*words, "--out_dir", out, "--batch_size", 30, code=143)
     stopped = shutil.copytree(out, tmp_path / "stopped")
     together = [*words, "--batch_size", 1, "--accumulation_steps", 30]
-    stop_processes(root, together, out, signal.SIGINT, 63, 3)
-    stop_processes(root, together, stopped, signal.SIGTERM, 35, 2)
-    stop_processes(root, together, stopped, signal.SIGTERM, 35, 3)
+    stop_processes(root, together, out, signal.SIGINT, 33, 3)
+    stop_processes(root, together, stopped, signal.SIGTERM, 5, 2)
+    stop_processes(root, together, stopped, signal.SIGTERM, 5, 3)
     assert_same(result(stopped), result(out))
 
     run(*words, "--out_dir", out, "--batch_size", 70)

@@ -25,7 +25,7 @@ from tiny_models import llama_with_weights_of, random_model
 import train_distillation
 from dataset import PackedRows, PaddedRows, SFTDataset, TeacherTopK, collate_with_teacher
 from model import LMConfig, MiniMindLM, save_weights, tokenizer_hash
-from training import Run
+from training import Run, find_processes
 
 NAME = "distill_32"
 ROWS = [*SHAPE, "--max_seq_len", 96]
@@ -222,7 +222,7 @@ def test_what_is_kept_of_a_row_is_what_the_teacher_says_of_its_targets(
         words = ["--teacher_weight", str(teacher), "--cache_teacher", "3", "--batch_size", "2"]
         patches.setattr(sys, "argv", ["train_distillation.py", *words, "--max_seq_len", "96"])
         args = train_distillation.parse_args()
-    world = train_distillation.find_processes("cpu", ddp=False)
+    world = find_processes("cpu", ddp=False)
     ask = functools.partial(train_distillation.ask_teacher, model, rows, args, world, torch.float32)
     taught = TeacherTopK(rows, "key", 3, ask)
     assert len(taught) == len(rows) > 5

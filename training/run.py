@@ -48,10 +48,10 @@ class StepTotals:
     def add(
         self, losses: Tensor, aux_loss: Tensor, expert_load: Tensor | None, **figures: Tensor
     ) -> None:
-        """Count a micro-batch: sums of its losses and figures, its share of the auxiliary loss."""
-        sums = {"loss": losses.sum(), "aux_loss": aux_loss, **figures}
-        self.losses.append(sums["loss"].detach())
-        self.figures.append({name: value.detach() for name, value in sums.items()})
+        """Count a micro-batch: its losses, its share of the auxiliary loss, its figures."""
+        values = {"loss": losses, "aux_loss": aux_loss, **figures}
+        self.figures.append({name: value.detach().sum() for name, value in values.items()})
+        self.losses.append(self.figures[-1]["loss"])
         if expert_load is not None:
             self.expert_load = (
                 expert_load if self.expert_load is None else self.expert_load + expert_load

@@ -1,0 +1,112 @@
+"""A stage as somebody might add it: next-token prediction that keeps the logits small (z-loss)."""
+
+import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
+
+import math
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import make_parser, report_user_errors
+from dataset import PackedRows, PretrainDataset
+from training import (
+    Run,
+    Stage,
+    StepTotals,
+    StopSignal,
+    add_stage_arguments,
+    check_resume,
+    check_stage_arguments,
+    count_targets,
+    find_resume,
+    get_lr,
+    lock_run,
+    make_optimizer,
+    open_process_group,
+    open_splits,
+    prepare,
+    start_run,
+)
+
+
+def z_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Cross-entropy plus 1e-4 · log² of the softmax's denominator (PaLM), weighted: (B, T)."""
+    logits = model(batch["input_ids"], position_ids=batch["position_ids"]).logits.float()
+    losses = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none")
+    return (losses.view_as(batch["loss_mask"]) + 1e-4 * logits.logsumexp(-1) ** 2) * batch[
+        "loss_mask"
+    ]
+
+
+def score(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What validation sums over the data."""
+    return {"loss": z_losses(model, batch), "targets": batch["loss_mask"]}
+
+
+def train_epoch(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Take the steps that are left of the epoch."""
+    model.train()
+    for batches in run.accumulations(model):
+        weights, tokens, _ = count_targets(batches, run.world)
+        lr = get_lr(*run.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        totals = StepTotals(run.world)
+        for batch in batches:
+            losses = z_losses(model, batch)
+            (losses.sum() / weights).backward()
+            totals.add(losses, torch.zeros(()), None)
+        sums = totals.add_up()
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), run.args.grad_clip).item()
+        if math.isfinite(sums["loss"] + grad_norm):
+            optimizer.step()
+        optimizer.zero_grad()
+        run.add_step(
+            batches, totals, sums, targets=weights, tokens=tokens, lr=lr, grad_norm=grad_norm
+        )
+
+
+def main() -> int:
+    """What every stage does around its step."""
+    parser = make_parser("A toy.")
+    add_stage_arguments(
+        parser,
+        data_path=None,
+        from_weight="none",
+        learning_rate=3e-3,
+        weight_decay=0.1,
+        epochs=2,
+        batch_size=2,
+        grad_clip=1.0,
+        max_seq_len=32,
+    )
+    args = parser.parse_args()
+    check_stage_arguments(args)
+    setup = prepare(args, Stage("toy", ((math.inf, 0, 1),)))
+    with lock_run(setup.path, setup.world, args.dry_run):
+        resume = find_resume(setup)
+        data = open_splits(
+            args,
+            lambda path, scored: PretrainDataset(path, setup.tokenizer, 33),
+            lambda dataset: PackedRows(dataset, 32),
+        )
+        check_resume(setup, resume, data.train)
+        with open_process_group(setup.world), StopSignal() as stop:
+            model = setup.raw_model.to(setup.world.device)
+            betas = (args.beta1, args.beta2)
+            optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, betas)
+            scaler = torch.amp.GradScaler(setup.world.device.type, enabled=False)
+            run = start_run(setup, data, resume, stop, optimizer, scaler, score)
+            if run is None:
+                return 0
+            run.validate_if_due(model)
+            while run.going_on:
+                train_epoch(run, model, optimizer)
+            return run.finish()
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        sys.exit(main())
