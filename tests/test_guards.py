@@ -334,7 +334,7 @@ def test_a_garbled_text_is_a_spike_that_is_named(run, tmp_path):
         *SHAPE, "--data_path", data, "--out_dir", tmp_path, "--max_seq_len", 32, "--no-packing",
         "--batch_size", 1, "--learning_rate", 1e-2, "--log_interval", 20,
     )  # fmt: skip
-    found = re.findall(r"^step (\d+): .*leaps.* (\S+)$", done.stdout, re.MULTILINE)
+    found = re.findall(r"^step (\d+): loss spike: .* (\S+)$", done.stdout, re.MULTILINE)
     assert found == [("61", f"{data}:{order[60] + 1}")]
     assert [m["spikes"] for m in metrics(tmp_path)] == [0, 0, 0, 1]
 

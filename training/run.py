@@ -13,8 +13,7 @@ from typing import Any, Literal
 import torch
 
 from common import SaveError, UserError, report_save_errors
-from diagnosis.findings import write_report
-from diagnosis.plan import cost_line, count_parameters, flops_per_token
+from diagnosis.report import write_report
 from model import (
     MiniMindLM,
     active_lora,
@@ -26,7 +25,7 @@ from model import (
 from model.weights import read_state
 
 from .distributed import Distributed
-from .reporting import Reporter
+from .reporting import Reporter, add_ending, cost_line
 from .resume import Tally, TrainState, get_random_states, json_arguments, save_resume
 from .schedule import get_lr, warmup_steps
 from .signals import StopSignal
@@ -52,7 +51,7 @@ class Run:
         n_rows: rows of an epoch.
         identity: what may not change when the run is resumed, by flag.
         saved_as: which file holds this run's last save, as for `save_resume`.
-        peak_flops: of this process's GPU, or None.
+        peak_tokens_per_second: speed of all processes at an MFU of 100 %, or None.
         ending: why the run stops before its last step; None while it goes on.
         exit_status: what the process ends with, then.
         save_errors: why the last try to save something failed, by what it is.
@@ -73,21 +72,15 @@ class Run:
     n_rows: int
     identity: dict[str, Any]
     saved_as: Literal["newest", "previous"]
-    peak_flops: float | None
+    peak_tokens_per_second: float | None
     ending: str | None = None
     exit_status: int = 0
     save_errors: dict[str, str] = field(default_factory=dict)
     first_step: int = field(init=False)
-    flops_per_token: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.first_step = self.state.step
         self._check_patience()  # which may have run out before
-        _, active = count_parameters(self.network)
-        _, frozen = count_parameters(self.network, frozen_only=True)
-        self.flops_per_token = flops_per_token(
-            self.network.config, active, self.args.max_seq_len, frozen
-        )
 
     @property
     def complete(self) -> bool:
@@ -207,7 +200,7 @@ class Run:
         if state.spike_watch.is_spike(loss / targets):
             state.spikes += 1
             self.reporter.say(
-                f"step {state.step}: loss {loss / targets:.3f} leaps out of about {usual:.3f}, "
+                f"step {state.step}: loss spike: {loss / targets:.3f}, running mean {usual:.3f}, "
                 f"first sample {find_sample()}"
             )
 
@@ -253,9 +246,9 @@ class Run:
             figures["aux_loss"] = tally.aux_loss / tally.good
             figures["expert_load_min"] = round(min(shares), 4)
             figures["expert_load_max"] = round(max(shares), 4)
-        if self.peak_flops:
-            speed = tally.tokens / tally.seconds * self.flops_per_token
-            figures["mfu"] = round(speed / self.peak_flops / self.world.world_size, 4)
+        if self.peak_tokens_per_second:
+            speed = tally.tokens / tally.seconds
+            figures["mfu"] = round(speed / self.peak_tokens_per_second, 4)
         memory = peak_memory(self.world.device)
         if memory is not None:
             figures["memory_gb"] = round(memory / 1e9, 3)
@@ -354,18 +347,13 @@ class Run:
 
     def report(self) -> None:
         """Write report.md and its curves, without which the run is no less finished; close up."""
-        config = self.network.config
         if self.ending is not None:
             self.reporter.say(self.ending)
         if self.world.is_main:
             try:
-                line = write_report(
-                    self.path.parent / "logs" / self.path.stem,
-                    ending=self.ending or "finished",
-                    vocab_size=config.vocab_size,
-                    from_scratch=self.args.from_weight == "none",
-                    n_routed_experts=config.n_routed_experts if config.use_moe else 0,
-                )
+                folder = self.path.parent / "logs" / self.path.stem
+                add_ending(folder / "config.json", self.ending or "finished")
+                line = write_report(folder)
             except Exception as error:  # the run itself is done and saved
                 line = f"no report: {error}"
             self.reporter.say(line)

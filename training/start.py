@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from common import UserError
-from diagnosis.plan import LearningRates, peak_flops, plan_run
+from diagnosis.plan import LearningRates, Plan
 from model import MiniMindLM, load_trained_state, weights_path
 
 from .distributed import Distributed
@@ -24,6 +24,7 @@ from .resume import (
 )
 from .run import Run
 from .run_files import check_lock, make_way
+from .schedule import get_lr, warmup_steps
 from .signals import StopSignal
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -90,7 +91,7 @@ def start_run(
         rows, val, test: what to train on, to validate on (by name), and to test on or None.
         resume: the content of a resume file, or None for a new run; the main process's counts.
         notes: what to tell the user first.
-        learning_rates: as for `warnings_for`.
+        learning_rates: as for `Plan`.
         frozen: as for `run_identity`.
         sequences: that a row stands for.
 
@@ -130,22 +131,31 @@ def start_run(
             notes = notes + make_way(path, args.out_dir, args.overwrite)
     folder = path.parent / "logs" / path.stem
     total_steps = state.step + steps_left(state, len(rows), rows_per_step, args.epochs)
+    warmup = warmup_steps(args.warmup_iters, args.warmup_ratio, total_steps)
+    plan = Plan(
+        args,
+        network,
+        world.device,
+        dtype,
+        world.world_size,
+        tokens_per_epoch=rows.dataset.n_tokens,
+        total_steps=total_steps,
+        warmup=warmup,
+        learning_rates=learning_rates,
+        sequences=sequences,
+    )
+
+    def lr_at(step: int) -> float:
+        return get_lr(step, total_steps, args.learning_rate, warmup, args.min_lr, args.lr_decay)
+
+    # A dry run leaves the picture of the run whose record this is as it is.
+    picture = folder / ("lr.dry_run.png" if args.dry_run else "lr.png")
     notes = [
         *notes,
         *describe_rows("training", rows),
         *(note for data in val.values() for note in describe_rows("validation", data)),
         *(describe_rows("test", test) if test is not None else ()),
-        *plan_run(
-            args,
-            network,
-            world,
-            tokens_per_epoch=rows.dataset.n_tokens,
-            total_steps=total_steps,
-            dtype=dtype,
-            learning_rates=learning_rates,
-            folder=folder,
-            sequences=sequences,
-        ),
+        *plan.describe(lr_at, picture if world.is_main else None),
     ]
     if args.dry_run:
         world.log("\n".join(notes))
@@ -154,7 +164,7 @@ def start_run(
     try:
         reporter = Reporter(world, folder, total_steps, state.step, cut_to, wandb_run)
         if world.is_main:
-            write_config(folder / "config.json", args, state.run_id)
+            write_config(folder / "config.json", args, state.run_id, network.config.vocab_size)
     except OSError as error:
         raise UserError(f"--out_dir {folder}: {error.strerror or error}") from None
     for note in notes:
@@ -175,7 +185,7 @@ def start_run(
         n_rows=len(rows),
         identity=run_identity(args, rows, tokenizer_hash, frozen),
         saved_as="newest" if resume is None else resume["saved_as"],
-        peak_flops=peak_flops(world.device, dtype),
+        peak_tokens_per_second=plan.peak_tokens_per_second(),
     )
 
 
