@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from model import LMConfig, MiniMindLM
+from model import MiniMindLM
 from model.model import MOEFeedForward
 
 # Dense peaks in 10¹² FLOP/s from NVIDIA's data sheets and architecture white papers, GPU by name:
@@ -69,7 +69,7 @@ def count_parameters(model: MiniMindLM) -> ParameterCounts:
     return ParameterCounts(total, active, trained, active_trained)
 
 
-def flops_per_token(config: LMConfig, counts: ParameterCounts, row_length: int) -> int:
+def flops_per_token(model: MiniMindLM, row_length: int) -> int:
     """Floating-point operations of training, forward and backward, by PaLM's count.
 
     6 for each active parameter (4 for a frozen one, whose own gradient is not computed) and
@@ -77,7 +77,8 @@ def flops_per_token(config: LMConfig, counts: ParameterCounts, row_length: int) 
     every query with every key of its row, as the convention has it, causal or not. What gradient
     checkpointing computes twice counts once.
     """
-    attention = 12 * config.n_layers * config.dim * row_length
+    counts = count_parameters(model)
+    attention = 12 * model.config.n_layers * model.config.dim * row_length
     return 4 * counts.active + 2 * counts.active_trained + attention
 
 

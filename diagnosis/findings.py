@@ -103,8 +103,7 @@ def _validation(lines: Metrics, evaluations: Metrics) -> Finding | None:
         return Finding(
             f"Over-fitting: the validation loss rose from {low:.3f} at step {best['step']:,} to "
             f"{end:.3f}, while the training loss fell from {then:.3f} to {now:.3f}. Use the best "
-            "weights (--save_best, --early_stopping_patience); for better ones try fewer --epochs, "
-            "more data or some --dropout."
+            "weights (--save_best), or try fewer --epochs, more data or some --dropout."
         )
     if rose(low, end, LARGE_RISE):
         return Finding(
@@ -143,16 +142,11 @@ def _skipped_updates(metrics: Metrics) -> Finding | None:
     if not skipped:
         return Finding("No update was skipped.", stands_out=False)
     most = skipped > MOST_SKIPPED * steps
-    advice = (
-        "The model has hardly trained. Try --dtype bfloat16 or float32, a smaller --learning_rate "
-        "or a longer warm-up."
-        if most
-        else "With --dtype float16 a few at the start are usual, while the loss scale is being "
-        "found; otherwise try --dtype bfloat16 or a smaller --learning_rate."
-    )
     return Finding(
         f"{skipped:,} of {steps:,} updates were skipped{', most of the run' if most else ''}, "
-        f"because loss or gradient was not finite; training_log.txt names the texts. {advice}",
+        "because loss or gradient was not finite; training_log.txt names the texts. A few at the "
+        "start are usual with --dtype float16; otherwise try --dtype bfloat16 or float32, a "
+        "smaller --learning_rate or a longer warm-up.",
         harmful=most,
     )
 
@@ -174,15 +168,9 @@ def _expert_load(lines: Metrics, n_routed_experts: int) -> Finding | None:
     loads = column(lines, "expert_load_min")
     if not loads or not n_routed_experts:
         return None
-    late = statistics.fmean(last_third(loads))  # the start may be uneven
-    here = (
-        f"the least used expert gets {late:.1%} of its layer's tokens; "
-        f"an even load is {1 / n_routed_experts:.1%}."
-    )
-    if late >= STARVED / n_routed_experts:
+    late, even = statistics.fmean(last_third(loads)), 1 / n_routed_experts  # uneven at first
+    here = f"the least used expert gets {late:.1%} of its layer's tokens (even load: {even:.1%})."
+    if late >= STARVED * even:
         return Finding(here.capitalize(), stands_out=False)
-    name = "Dead expert" if late < DEAD / n_routed_experts else "Starved expert"
-    return Finding(
-        f"{name}: {here} Its weights are hardly trained: try a larger --aux_loss_alpha or fewer "
-        "experts."
-    )
+    name = "Dead expert" if late < DEAD * even else "Starved expert"
+    return Finding(f"{name}: {here} Try a larger --aux_loss_alpha or fewer experts.")

@@ -93,9 +93,8 @@ def _first_loss(line: dict[str, float], vocab_size: int) -> Finding:
     start = f"the ln({vocab_size:,}) = {uniform:.2f} of an untrained model"
     if loss > uniform + FIRST_LOSS_MARGIN:
         return Finding(
-            f"{here}, far above {start}: the model is confident and wrong. Check the "
-            "initialisation; if the loss rose in the first steps, try a smaller --learning_rate or "
-            "a longer warm-up."
+            f"{here}, far above {start}. Check the initialisation; if the loss rose in the first "
+            "steps, try a smaller --learning_rate or a longer warm-up."
         )
     limit = uniform - FIRST_LOSS_MARGIN if steps == 1 else FIRST_LINE_SHARE * uniform
     if steps <= FIRST_LINE_STEPS and loss < limit:
@@ -173,8 +172,8 @@ def _course(lines: Metrics, losses: list[float]) -> Finding | None:
     change = at_end if fall > 0 else "the loss did not fall over the last third of the run"
     return Finding(
         f"Plateau: {change}, with the learning rate still at {share:.0%} of its peak. Let it decay "
-        "now (a shorter run, or another --lr_decay), or try another --learning_rate; if neither "
-        "helps, the size of the model or the data may be the limit."
+        "now (a shorter run, or another --lr_decay), or try another --learning_rate; else the size "
+        "of the model or the data may be the limit."
     )
 
 
@@ -217,13 +216,9 @@ def _epoch_borders(lines: Metrics, losses: list[float]) -> Finding | None:
     if 2 * len(jumps) < judged:
         return Finding("The loss does not jump between epochs.", stands_out=False)
     jump = statistics.median(jumps)
-    cause = (
-        "the model has memorised the texts. Watch the validation loss, and try fewer --epochs or "
-        "more data."
-        if jump < 0
-        else "an epoch begins with harder texts than it ends with, so their order is not random. "
-        "Shuffle the data."
-    )
+    cause = "an epoch begins with harder texts than it ends with. Shuffle the data."
+    if jump < 0:
+        cause = "the model memorises texts. Watch the validation loss; try fewer --epochs."
     return Finding(f"Sawtooth: where an epoch ends, the loss jumps by {jump:+.0%}: {cause}")
 
 
@@ -239,8 +234,8 @@ def _gap(lines: Metrics, evaluations: Metrics) -> Finding | None:
         return Finding(f"{both}.", stands_out=False)
     return Finding(
         f"{both}, a gap of {validation / training - 1:.0%}. If it grew during the run, the model "
-        "memorises its texts: more data, fewer --epochs, some --dropout. If it was there from the "
-        "start, the validation text is of another kind than the training text."
+        "memorises its texts: try more data, fewer --epochs or some --dropout. If it was there "
+        "from the start, the validation text is of another kind than the training text."
     )
 
 
@@ -255,9 +250,8 @@ def _test_gap(metrics: Metrics, evaluations: Metrics) -> Finding | None:
         return Finding(both, stands_out=False)
     return Finding(
         f"The test loss is {test:.3f}, far above the best validation loss of {validation:.3f}: the "
-        "test text is of another kind than the validation text, or the validation set is so small "
-        "that the best weights are best by chance. Trust the test, and validate on more text of "
-        "its kind."
+        "validation text is of another kind, or so short that the best weights are best by chance. "
+        "Trust the test, and validate on more text of its kind."
     )
 
 

@@ -64,14 +64,14 @@ class Plan:
             picture: PNG file that the learning rate is drawn into; None for no picture.
         """
         lines = self.size()
-        if picture is not None:
-            try:
+        try:
+            if picture is not None:
                 draw_lr_curve(picture, lr_at, self.total_steps)
                 lines.append(f"learning rate: drawn in {picture}")
-            except ImportError:
-                lines.append("learning rate: pip install -r scripts/requirements.txt to draw it")
-            except OSError as error:
-                lines.append(f"learning rate: not drawn ({error})")
+        except ImportError:
+            lines.append("learning rate: pip install -r scripts/requirements.txt to draw it")
+        except OSError as error:
+            lines.append(f"learning rate: not drawn ({error})")
         return lines + [f"warning: {warning}" for warning in self.warnings()]
 
     def size(self) -> list[str]:
@@ -109,23 +109,20 @@ class Plan:
 
     def warnings(self) -> list[str]:
         """A line for each setting that is known to hurt, and for too little memory."""
-        warnings = list(
-            setting_warnings(
-                self.args,
-                count_parameters(self.model).total,
-                self.total_steps,
-                self.warmup,
-                self.rows_per_step,
-                self.learning_rates,
-            )
+        warnings = setting_warnings(
+            self.args,
+            count_parameters(self.model).total,
+            self.total_steps,
+            self.warmup,
+            self.rows_per_step,
+            self.learning_rates,
         )
         available = device_memory(self.device)
-        if available is not None:
-            # Each process has a GPU of its own; those of a host share its RAM.
-            on_gpu = self.device.type == "cuda"
-            sharing = 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            warnings += memory_warnings(self.memory(), available / sharing)
-        return warnings
+        if available is None:
+            return list(warnings)
+        if self.device.type != "cuda":  # the processes of a host share its RAM
+            available /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return [*warnings, *memory_warnings(self.memory(), available)]
 
     def memory(self) -> dict[str, float]:
         """Bytes of this process's training step, as `estimate_memory`."""
@@ -143,18 +140,11 @@ class Plan:
         peak = peak_flops(self.device, self.dtype)
         if peak is None:
             return None
-        counts = count_parameters(self.model)
-        flops = flops_per_token(self.model.config, counts, self.args.max_seq_len)
-        return self.world_size * peak / flops
+        return self.world_size * peak / flops_per_token(self.model, self.args.max_seq_len)
 
 
 def memory_warnings(memory: dict[str, float], available: float) -> list[str]:
-    """A line if a training step takes more memory than there is, with what helps.
-
-    Args:
-        memory: bytes, as of `estimate_memory`.
-        available: bytes for this process.
-    """
+    """A line if a training step takes more bytes than are available to this process."""
     needed = sum(memory.values())
     if needed <= available:
         return []
@@ -206,8 +196,8 @@ def setting_warnings(
             )
     if total_steps < FEW_STEPS:
         yield (
-            f"fewer than {FEW_STEPS} steps ({total_steps:,}) teach little: a smaller --batch_size "
-            "or --accumulation_steps, more --epochs or more data give more"
+            f"fewer than {FEW_STEPS} steps ({total_steps:,}) teach little: lower --batch_size or "
+            "--accumulation_steps, or take more --epochs or more data"
         )
     head = args.dim // args.n_heads
     if head < SMALL_HEAD:
@@ -231,10 +221,8 @@ def setting_warnings(
     if args.dropout > 0.3:
         yield f"--dropout {args.dropout:g} drops too much: try 0.1, or 0 for a single epoch"
     if args.beta2 > 0.999:
-        yield (
-            f"--beta2 {args.beta2:g} averages over {1 / (1 - args.beta2):,.0f} steps and adapts "
-            "slowly when gradients grow: try 0.95"
-        )
+        span = 1 / (1 - args.beta2)
+        yield f"--beta2 {args.beta2:g} averages over {span:,.0f} steps, which is slow: try 0.95"
     if args.grad_clip > 10:
         yield f"--grad_clip {args.grad_clip:g} lets a bad batch ruin the run: try 1"
     patience = args.early_stopping_patience
@@ -244,10 +232,7 @@ def setting_warnings(
             "a validation set, with --early_stopping_patience 3"
         )
     if patience and patience < 2:
-        yield (
-            f"--early_stopping_patience {patience} stops at the first evaluation that is no "
-            "better, as one by chance may be: try 3"
-        )
+        yield f"--early_stopping_patience {patience} stops at one bad evaluation by chance: try 3"
     # The first evaluation is always progress, and the one at the end has nothing left to stop.
     elif patience and (total_steps - 1) // args.eval_interval <= patience:
         yield (

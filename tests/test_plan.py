@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import UserError
-from diagnosis.compute import PEAKS, ParameterCounts, count_parameters, flops_per_token, peak_flops
+from diagnosis.compute import PEAKS, count_parameters, flops_per_token, peak_flops
 from diagnosis.curves import draw_lr_curve
 from diagnosis.memory import _cgroup_limits, device_memory, estimate_memory
 from diagnosis.plan import Plan, memory_warnings, setting_warnings
@@ -69,9 +69,7 @@ def test_flops_are_those_of_the_matrix_products():
     with FlopCounterMode(display=False) as counter:
         model(ids).logits.sum().backward()
     norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
-    matrices = count_parameters(model).total - norms
-    counts = ParameterCounts(*4 * [matrices])
-    expected = flops_per_token(model.config, counts, row_length=32)
+    expected = flops_per_token(model, row_length=32) - 6 * norms
     assert counter.get_total_flops() == ids.numel() * expected
 
 
