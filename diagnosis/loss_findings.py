@@ -172,7 +172,7 @@ def _course(lines: Metrics, losses: list[float]) -> Finding | None:
     change = at_end if fall > 0 else "the loss did not fall over the last third of the run"
     return Finding(
         f"Plateau: {change}, with the learning rate still at {share:.0%} of its peak. Let it decay "
-        "now (a shorter run, or another --lr_decay), or try another --learning_rate; else the size "
+        "now (a shorter run, or another --lr_decay) or try another --learning_rate; else the size "
         "of the model or the data may be the limit."
     )
 
@@ -195,15 +195,14 @@ def _epoch_borders(lines: Metrics, losses: list[float]) -> Finding | None:
     """Compare the change at each border with the changes within the two epochs beside it."""
     epochs = [line.get("epoch") for line in lines]
     borders = [i for i in range(1, len(lines)) if epochs[i] != epochs[i - 1]]
-    edges = [0, *borders, len(lines)]
     jumps, judged = [], 0
-    for start, border, end in zip(edges, edges[1:], edges[2:], strict=False):
+    for (start, border), (_, end) in pairwise(pairwise([0, *borders, len(lines)])):
         side = max(BORDER_LINES, min(border - start, end - border) // 8)
         if min(border - start, end - border) < 2 * side:
             continue
         judged += 1
         means = moving_mean(losses[start:end], side)
-        changes = [after / before - 1 for before, after in zip(means, means[side:], strict=False)]
+        changes = [means[i + side] / means[i] - 1 for i in range(len(means) - side)]
         at_border = border - side - start
         within = [c for i, c in enumerate(changes) if abs(i - at_border) >= side]
         usual = statistics.median(within)

@@ -19,7 +19,7 @@ from .metrics import (
     moving_mean,
 )
 
-# From so many lines on each third has four, whose scatter says what is clear.
+# From so many lines on each third has four, whose scatter shows what is clear.
 MIN_LINES = 12
 # Between two thirds of a run, a difference of so many standard errors is no accident.
 CLEAR = 3.0

@@ -54,7 +54,7 @@ def write_report(folder: Path) -> str:
         folder: the run's folder, such as out/logs/pretrain_512.
 
     Returns:
-        A line that says where the report is and how much stands out in it.
+        A line with the path of the report and the number of things that stand out.
 
     Raises:
         OSError: if a file cannot be read or written; what was there before is kept.
@@ -155,7 +155,7 @@ def _key_figures(metrics: Metrics) -> list[tuple[str, str]]:
 
 
 def _picture(folder: Path, metrics: Metrics) -> str:
-    """Draw the curves; the Markdown that shows them, or says what is missing."""
+    """Draw the curves; returns the Markdown that shows them, or how to install what is missing."""
     try:
         draw_curves({folder.name: metrics}, folder / "curves.png")
     except ImportError:

@@ -4,8 +4,6 @@ python scripts/report_run.py out/logs/pretrain_512
 python scripts/report_run.py out/logs/pretrain_512 [another run …] --out curves.png
 """
 
-import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
-
 from pathlib import Path
 
 from common import UserError, make_parser, report_user_errors, user_path

@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step, against reality and calculations by hand."""
+"""The plan of a run, against reality and calculations by hand."""
 
 import argparse
 import math
@@ -472,7 +472,7 @@ def test_limits_of_control_groups(groups, files, limits, tmp_path):
     assert _cgroup_limits(tmp_path) == limits
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="as Linux tells it")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_memory_of_this_machine():
     psutil = pytest.importorskip("psutil")
     there = device_memory(CPU)

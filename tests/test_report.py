@@ -54,7 +54,7 @@ def cosine(n):
 def late(fall, n=30):
     """A loss that is down at 4 after two thirds of the run and falls evenly by `fall` after that.
 
-    The straight line's fall is told as a share of its mean.
+    The straight line's fall is a share of its mean.
     """
     early = [8 - 4 * i / (2 * n // 3) for i in range(2 * n // 3)]
     third = n // 3
@@ -153,7 +153,7 @@ CASES = {
         [{"step": 100, "tokens": 9, "loss": 8.7}, evaluation(100, 7.9)],
         [{"step": 100, "tokens": 9, "loss": 8.7}, evaluation(100, 7.8)],
     ),
-    "nothing learnt, too short to say": (
+    "nothing learnt, too short to judge": (
         "Nothing was learnt",
         training_lines([8.8, 8.75] * 6),
         training_lines([8.8, 8.75] * 5 + [8.8]),
