@@ -21,15 +21,19 @@ from .arguments import (
     unit_interval,
     user_path,
 )
-from .errors import UserError, report_user_errors
+from .errors import LESS_MEMORY, UserError, report_user_errors
 from .files import SaveError, report_save_errors, write_atomically
+from .units import format_duration, format_number
 
 __all__ = [
+    "LESS_MEMORY",
     "ROOT",
     "BooleanFlag",
     "SaveError",
     "UserError",
     "add_skip_bad_lines",
+    "format_duration",
+    "format_number",
     "half_open_unit_interval",
     "is_run_name",
     "make_parser",

@@ -8,6 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+LESS_MEMORY = (
+    "what helps, in this order: a smaller --batch_size; with more --accumulation_steps the updates "
+    "stay the same; --gradient_checkpointing; a shorter --max_seq_len"
+)
+
 
 class UserError(Exception):
     """Something that the user can mend; its text names the flag or the file, a line for each.

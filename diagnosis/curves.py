@@ -1,48 +1,25 @@
-"""A run's figures over its tokens: read metrics.jsonl, draw the curves of one or several runs."""
+"""Pictures of a run: its figures over its tokens, alone or with other runs, and its rate."""
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import write_atomically
 
+from .metrics import Metrics, column, having
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 UNITS = {1e9: "billion ", 1e6: "million ", 1e3: "thousand ", 1: ""}
-# Runs whose bits per byte stand in another ratio to their nats per token than this share apart
-# differ in tokenizer or text, so that their nats cannot be compared.
+# Runs whose ratio of bits per byte to nats per token differs by more than this share differ in
+# tokenizer or text, so that their nats cannot be compared.
 SAME_RATIO = 1e-3
 # A peak so many times above the 95th percentile (and the first loss) would flatten all the rest.
 PEAK = 1.5
-
-Metrics = list[dict[str, Any]]
-
-
-def read_metrics(path: Path) -> Metrics:
-    """The lines of a metrics.jsonl, without a last one that was cut off when its run was killed.
-
-    Raises:
-        OSError: if the file cannot be read.
-        ValueError: names the line, as file:line, that is not a JSON object.
-    """
-    *lines, rest = path.read_bytes().split(b"\n")
-    metrics = []
-    for number, line in enumerate([*lines, rest], start=1):
-        is_rest = number > len(lines)  # only a killed run leaves a line without its end
-        if is_rest and not line:
-            break
-        try:
-            figures = json.loads(line.decode("utf-8"))
-        except ValueError:
-            figures = None
-        if isinstance(figures, dict):
-            metrics.append(figures)
-        elif not is_rest:
-            raise ValueError(f"{path}:{number}: not a JSON object")
-    return metrics
+LR_POINTS = 2000
 
 
 def draw_curves(runs: Mapping[str, Metrics], path: Path) -> None:
@@ -62,29 +39,26 @@ def draw_curves(runs: Mapping[str, Metrics], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    curves = {
-        name: [m for m in metrics if has_number(m, "tokens")] for name, metrics in runs.items()
-    }
-    most = max((m["tokens"] for metrics in curves.values() for m in metrics), default=1)
+    curves = {name: having(metrics, "tokens") for name, metrics in runs.items()}
+    every = [line for metrics in curves.values() for line in metrics]
+    most = max((line["tokens"] for line in every), default=1)
     scale = next(size for size in UNITS if most >= size or size == 1)
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True)
     loss, validation, lr, grad_norm = panels.flat
 
-    pairs = any(has_number(m, "margin") for metrics in curves.values() for m in metrics)
-    unit = "per pair" if pairs else "nats per token"
+    unit = "per pair" if having(every, "margin") else "nats per token"
     _draw(loss, curves, "loss", scale)
     loss.set_title(f"training loss ({unit})")
     _cut_peaks(loss, curves)
     _draw_validation(validation, curves, scale, unit)
     _draw(lr, curves, "lr", scale)
     lr.set_title("learning rate")
-    lr.set_ylim(bottom=0)
-    lr.ticklabel_format(axis="y", scilimits=(-2, 2))
+    _fit_rates(lr)
     _draw(grad_norm, curves, "grad_norm", scale)
     grad_norm.set_title("gradient norm")
-    norms = [norm for line in grad_norm.lines for norm in line.get_ydata() if norm > 0]
+    norms = [norm for norm in column(every, "grad_norm") if norm > 0]
     if norms and max(norms) > 10 * min(norms):
         grad_norm.set_yscale("log")
         grad_norm.yaxis.set_major_formatter("{x:g}")
@@ -100,13 +74,40 @@ def draw_curves(runs: Mapping[str, Metrics], path: Path) -> None:
         figure.legend(
             handles, map(_label, runs), loc="outside lower center", ncols=min(4, len(runs))
         )
+    _save(figure, path)
+
+
+def draw_lr_curve(path: Path, lr_at: Callable[[int], float], total_steps: int) -> None:
+    """Draw the learning rate over the optimizer steps into a PNG.
+
+    Args:
+        path: the PNG file.
+        lr_at: gives the learning rate of a step.
+        total_steps: steps of the run.
+
+    Raises:
+        ImportError: without matplotlib.
+        OSError: if the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    steps = range(0, total_steps, math.ceil(total_steps / LR_POINTS) or 1)
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, [lr_at(step) for step in steps])
+    axes.set(xlabel="step", ylabel="learning rate")
+    axes.grid(alpha=0.3)
+    _fit_rates(axes)
+    _save(figure, path)
+
+
+def _fit_rates(axes: "Axes") -> None:
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", scilimits=(-2, 2))
+
+
+def _save(figure: "Figure", path: Path) -> None:
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=100))
-
-
-def has_number(figures: dict[str, Any], name: str) -> bool:
-    """Whether a line holds a figure of that name; one that was not finite is null there."""
-    value = figures.get(name)
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _style(index: int) -> dict[str, str]:
@@ -123,46 +124,41 @@ def _draw(
     axes: "Axes", curves: Mapping[str, Metrics], name: str, scale: float, **look: Any
 ) -> None:
     for i, metrics in enumerate(curves.values()):
-        points = [(m["tokens"] / scale, m[name]) for m in metrics if has_number(m, name)]
+        points = [(line["tokens"] / scale, line[name]) for line in having(metrics, name)]
         if points:
             marker = "." if len(points) < 30 else None
             axes.plot(*zip(*points, strict=True), **({"marker": marker} | _style(i) | look))
 
 
 def _cut_peaks(axes: "Axes", curves: Mapping[str, Metrics]) -> None:
-    """Leave the tops of rare high peaks outside the panel, and say so in its title."""
-    losses = [[m["loss"] for m in metrics if has_number(m, "loss")] for metrics in curves.values()]
-    every = sorted(value for run in losses for value in run)
-    if not every:
+    """Leave the tops of rare high peaks outside the panel, and note it in its title."""
+    runs = [column(metrics, "loss") for metrics in curves.values()]
+    losses = sorted(loss for run in runs for loss in run)
+    if not losses:
         return
-    usual = max(every[int(0.95 * (len(every) - 1))], *(run[0] for run in losses if run))
-    if every[-1] > PEAK * usual:
-        low, top = every[0], PEAK * usual
+    low, highest = losses[0], losses[-1]
+    top = PEAK * max(losses[int(0.95 * (len(losses) - 1))], *(run[0] for run in runs if run))
+    if highest > top:
         axes.set_ylim(low - 0.05 * (top - low), top)
-        axes.set_title(f"{axes.get_title()}, peaks up to {every[-1]:.4g}")
+        axes.set_title(f"{axes.get_title()}, peaks up to {highest:.4g}")
 
 
 def _draw_validation(axes: "Axes", curves: Mapping[str, Metrics], scale: float, unit: str) -> None:
-    evaluations = [m for metrics in curves.values() for m in metrics if has_number(m, "val_loss")]
-    ratios = [
-        m["val_bits_per_byte"] / m["val_loss"]
-        for m in evaluations
-        if has_number(m, "val_bits_per_byte") and m["val_bits_per_byte"] > 0
-    ]
+    evaluations = [line for metrics in curves.values() for line in having(metrics, "val_loss")]
+    with_bits = [m for m in having(evaluations, "val_bits_per_byte") if m["val_bits_per_byte"] > 0]
+    ratios = [m["val_bits_per_byte"] / m["val_loss"] for m in with_bits]
+    name, title = "val_loss", f"validation loss ({unit})"
     if ratios and max(ratios) - min(ratios) > SAME_RATIO * max(ratios):
         name, title = "val_bits_per_byte", "validation loss (bits per byte)"
-    else:
-        name, title = "val_loss", f"validation loss ({unit})"
     axes.set_title(title)
     _draw(axes, curves, name, scale, label=_label("all together"))
-    if len(curves) == 1:
-        parts = sorted({key for m in evaluations for key in m if key.startswith(f"{name}/")})
+    parts = sorted({key for m in evaluations for key in m if key.startswith(f"{name}/")})
+    if len(curves) == 1 and parts:
         for i, part in enumerate(parts, start=1):
             look = _style(i) | {"linewidth": 0.8, "markersize": 3}
             look["label"] = _label(part.removeprefix(f"{name}/"))
             _draw(axes, curves, part, scale, **look)
-        if parts:
-            axes.legend(fontsize="small")
+        axes.legend(fontsize="small")
     if name == "val_loss" and ratios:
         ratio = ratios[0]
         right = axes.secondary_yaxis("right", functions=(lambda y: y * ratio, lambda y: y / ratio))

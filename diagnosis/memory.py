@@ -1,18 +1,18 @@
-"""What memory a training step takes, counted before it is run, and what memory there is."""
+"""The memory that a training step takes, estimated before it is run, and the memory there is."""
 
 import os
 from pathlib import Path
 
 import torch
 
-from model import LMConfig
+from model import LMConfig, MiniMindLM
+
+from .compute import count_parameters
 
 
 def estimate_memory(
-    config: LMConfig,
-    parameters: int,
+    model: MiniMindLM,
     *,
-    trained: int | None = None,
     rows: int,
     row_length: int,
     dtype: torch.dtype,
@@ -21,25 +21,23 @@ def estimate_memory(
 ) -> dict[str, float]:
     """Bytes that training takes in one process, by what they are for.
 
-    The sum is needed from the second micro-batch of an accumulation window on, when the gradients
-    and the activations are there together; without accumulation, up to the gradients less. These
-    are live tensors: an allocator may hold more (on a CPU, up to twice as much), as do the device's
-    own context and DDP. What `--compile` saves is not counted either.
+    The sum is needed from the second micro-batch of an accumulation on, when the gradients and the
+    activations are there together; without accumulation, up to the gradients less. These are live
+    tensors: an allocator may hold more (on a CPU, up to twice as much), as do the device's own
+    context and DDP. What `--compile` saves is not counted either.
 
     Args:
-        config: shape of the model.
-        parameters: their number.
-        trained: how many of them are; None: all.
-        rows: rows of a micro-batch.
+        model: the bare model. Weights, gradients and moments are fp32.
+        rows: sequences of a micro-batch.
         row_length: positions of a row.
-        dtype: of autocast; float32 for none. Weights, gradients and moments are always fp32.
+        dtype: dtype of autocast; float32 for none.
         gradient_checkpointing: whether layers keep their input only and are computed again.
         device: what it runs on.
 
     Returns:
         "weights", "gradients", "optimizer", "activations" and "logits".
     """
-    trained = parameters if trained is None else trained
+    config, counts = model.config, count_parameters(model)
     autocast = dtype != torch.float32
     tokens = rows * row_length
     # Three fp32 matrices (tokens, vocab) as backward begins: the log-probabilities, their gradient,
@@ -58,16 +56,16 @@ def estimate_memory(
     ends = _norm_bytes(config, device) + width * config.dim + masks * width * row_length
     return {
         # The copy that autocast makes of each matrix lasts until it has been used in backward.
-        "weights": parameters * (4 + (2 if autocast else 0)),
-        "gradients": trained * 4,
-        "optimizer": trained * 2 * 4,  # AdamW's two moments
+        "weights": counts.total * (4 + (2 if autocast else 0)),
+        "gradients": counts.trained * 4,
+        "optimizer": counts.trained * 2 * 4,  # AdamW's two moments
         "activations": tokens * (layers + ends),
         "logits": tokens * logits,
     }
 
 
 def _norm_bytes(config: LMConfig, device: torch.device) -> int:
-    """What a norm keeps of a token: its fp32 input and, where it is not fused, that normalised."""
+    """What a norm keeps of a token: its fp32 input and, where it is not fused, its output."""
     return (2 if device.type == "cpu" else 1) * 4 * config.dim
 
 
@@ -91,7 +89,7 @@ def _layer_bytes(config: LMConfig, row_length: int, autocast: bool, device: torc
         kept += width * (2 * config.n_kv_heads * config.head_dim + dim)
     else:
         # k and v repeated for each query head; of each query and key the softmax in fp32, and the
-        # weights that multiply v if they are another tensor. PyTorch's own way out, where no fused
+        # weights that multiply v if they are another tensor. PyTorch's fallback, where no fused
         # kernel has dropout, computes all of them in fp32.
         product = 4 if config.flash_attn else width
         weights = product if autocast or noise else 0
@@ -113,8 +111,8 @@ def _layer_bytes(config: LMConfig, row_length: int, autocast: bool, device: torc
 def device_memory(device: torch.device) -> float | None:
     """Bytes that a device can give to the processes of this host; None where it is not known.
 
-    Of a GPU all its memory. Of a CPU what RAM is available now, or the limit that a container or a
-    batch system sets, if that is less.
+    For a GPU all its memory; for a CPU the RAM that is available now, or the limit that a container
+    or a batch system sets, if that is less.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
@@ -124,7 +122,7 @@ def device_memory(device: torch.device) -> float | None:
 
 
 def _available_ram() -> list[int]:
-    """Bytes in a list; empty where the system does not say."""
+    """The bytes of RAM that are available, in a list; empty where that is not known."""
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):

@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step, against reality and calculations by hand."""
+"""The plan of a run, against reality and calculations by hand."""
 
 import argparse
 import math
@@ -17,23 +17,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import UserError
+from diagnosis.compute import PEAKS, count_parameters, flops_per_token, peak_flops
+from diagnosis.curves import draw_lr_curve
 from diagnosis.memory import _cgroup_limits, device_memory, estimate_memory
-from diagnosis.plan import (
-    PEAKS,
-    cost_line,
-    count_parameters,
-    draw_lr_curve,
-    flops_per_token,
-    memory_warnings,
-    peak_flops,
-    plan_lines,
-    plan_run,
-    warnings_for,
-)
+from diagnosis.plan import Plan, memory_warnings, setting_warnings
 from model import LMConfig, MiniMindLM
-from training.distributed import Distributed
 from training.guards import explain_out_of_memory
 from training.optimizer import make_optimizer
+from training.record import cost_line
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -55,15 +46,20 @@ def network(**fields) -> MiniMindLM:
 def test_published_sizes_have_the_parameters_that_the_readme_says(size, total, active):
     with torch.device("meta"):
         counts = count_parameters(MiniMindLM(LMConfig.from_size(size)))
-    assert [round(n / 1e6, 2) for n in counts] == [total, active]
+    assert [round(n / 1e6, 2) for n in counts] == [total, active, total, active]
 
 
 def test_only_experts_that_a_token_does_not_visit_are_inactive():
     fields = {"n_routed_experts": 5, "num_experts_per_tok": 1, "n_shared_experts": 2}
     model = network(use_moe=True, hidden_dim=96, **fields)
-    total, active = count_parameters(model)
-    assert total == sum(p.numel() for p in model.parameters())
-    assert total - active == 3 * 4 * (3 * 64 * 96)  # layers · idle experts · three matrices
+    idle = 3 * 4 * (3 * 64 * 96)  # layers · idle experts · three matrices
+    total, active, trained, active_trained = count_parameters(model)
+    assert total == trained == sum(p.numel() for p in model.parameters())
+    assert total - active == trained - active_trained == idle
+    for parameter in (model.norm.weight, model.layers[0].feed_forward.experts[0].w1.weight):
+        parameter.requires_grad_(False)
+    frozen = count_parameters(model)
+    assert frozen[:2] == (total, active) and frozen.trained == total - 64 - 64 * 96
 
 
 def test_flops_are_those_of_the_matrix_products():
@@ -73,9 +69,7 @@ def test_flops_are_those_of_the_matrix_products():
     with FlopCounterMode(display=False) as counter:
         model(ids).logits.sum().backward()
     norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
-    total, active = count_parameters(model)
-    assert active == total
-    expected = flops_per_token(model.config, total - norms, row_length=32)
+    expected = flops_per_token(model, row_length=32) - 6 * norms
     assert counter.get_total_flops() == ids.numel() * expected
 
 
@@ -189,10 +183,7 @@ def saved_tensors(model: MiniMindLM, rows: dict[str, Tensor], dtype: torch.dtype
 def estimate(model: MiniMindLM, rows: dict[str, Tensor], dtype: torch.dtype, **kwargs):
     n_rows, length = rows["input_ids"].shape
     kwargs = {"gradient_checkpointing": False, "device": CPU, **kwargs}
-    total, _ = count_parameters(model)
-    return estimate_memory(
-        model.config, total, rows=n_rows, row_length=length, dtype=dtype, **kwargs
-    )
+    return estimate_memory(model, rows=n_rows, row_length=length, dtype=dtype, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -330,18 +321,12 @@ def flags(**changed) -> argparse.Namespace:
 def test_the_plan_of_a_dense_model():
     model = network()
     total = sum(p.numel() for p in model.parameters())
-    lines = plan_lines(
-        flags(batch_size=4, max_seq_len=64),
-        model,
-        Distributed(0, 1, CPU),
-        tokens_per_epoch=10 * total,
-        total_steps=1234,
-        dtype=torch.float32,
-    )
+    args = flags(batch_size=4, max_seq_len=64)
+    lines = Plan(args, model, CPU, torch.float32, 1, 10 * total, 1234, 37, RATES).size()
     memory = estimate(model, training_rows(4, 64, packed=True), torch.float32)
     assert len(lines) <= 8
     assert lines[0] == f"parameters: {total / 1e3:.2f} k"
-    assert lines[1].startswith(f"tokens: {total / 1e5:.2f} M, or 10 per parameter (")
+    assert lines[1].startswith(f"tokens: {total / 1e5:.2f} M, or 10 per parameter; ")
     assert lines[2].startswith("steps: 1,234, each of 4 rows of 64 (")
     assert lines[3].startswith(f"compute: {6 * total * 10 * total:.3g} FLOPs")
     assert lines[4].startswith(f"memory: about {sum(memory.values()) / 1e9:.2f} GB (weights ")
@@ -353,14 +338,9 @@ def test_the_plan_of_a_mixture_of_experts_on_several_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     with torch.device("meta"):
         model = MiniMindLM(LMConfig.from_size("moe"))
-    lines = plan_lines(
-        flags(epochs=2, batch_size=16, accumulation_steps=4),
-        model,
-        Distributed(0, 2, CUDA),
-        tokens_per_epoch=1_839_000_000 // 2,
-        total_steps=14_033,
-        dtype=torch.bfloat16,
-    )
+    args = flags(epochs=2, batch_size=16, accumulation_steps=4)
+    plan = Plan(args, model, CUDA, torch.bfloat16, 2, 919_500_000, 14_033, 421, RATES)
+    lines = plan.size()
     assert lines[0] == "parameters: 145.03 M, 91.95 M active for each token"
     assert lines[1].startswith("tokens: 2 × 919.50 M = 1.84 B, or 20 per active parameter")
     assert "each of 128 rows of 512 (batch 16 × accumulation 4 × processes 2)" in lines[2]
@@ -375,14 +355,8 @@ RATES = ((1e7, 1e-4, 5e-3), (6e7, 1e-4, 2e-3), (math.inf, 5e-5, 1e-3))
 
 def warnings(parameters: float = 26e6, total_steps: int = 479, warmup: int = 14, **changed):
     args = flags(**changed)
-    return warnings_for(
-        args,
-        learning_rates=RATES,
-        parameters=parameters,
-        total_steps=total_steps,
-        warmup=warmup,
-        rows_per_step=args.batch_size * args.accumulation_steps,
-    )
+    rows_per_step = args.batch_size * args.accumulation_steps
+    return list(setting_warnings(args, parameters, total_steps, warmup, rows_per_step, RATES))
 
 
 @pytest.mark.parametrize(
@@ -464,15 +438,13 @@ def test_the_plan_compares_with_the_memory_of_the_device(
 ):
     """3 GB of RAM are enough for one process, and not for four that share it."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr("training.plan.device_memory", lambda device: there)
+    monkeypatch.setattr("diagnosis.plan.device_memory", lambda device: there)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     with torch.device("meta"):
         model = MiniMindLM(LMConfig.from_size("small"))
-    args = flags(min_lr=1e-4, lr_decay="cosine", dry_run=True)
-    lines = plan_run(
-        args, model, Distributed(0, processes, CPU), tokens_per_epoch=10**7, total_steps=479,
-        dtype=torch.float32, learning_rates=RATES, folder=tmp_path,
-    )  # fmt: skip
+    plan = Plan(flags(), model, CPU, torch.float32, processes, 10**7, 479, 14, RATES)
+    lines = plan.describe(lambda step: 1e-3, tmp_path / "lr.png")
+    assert "learning rate: pip install -r scripts/requirements.txt to draw it" in lines
     (needed,) = re.findall(r"memory: about ([\d.]+) GB", "\n".join(lines))
     assert 0.75 < float(needed) < 3
     found = [line for line in lines if line.startswith("warning: ")]
@@ -500,7 +472,7 @@ def test_limits_of_control_groups(groups, files, limits, tmp_path):
     assert _cgroup_limits(tmp_path) == limits
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="as Linux tells it")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_memory_of_this_machine():
     psutil = pytest.importorskip("psutil")
     there = device_memory(CPU)
@@ -520,11 +492,11 @@ def test_several_warnings():
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ((3.2, 1500, 2.0, 1), "about 1 h 20 min to go; at 2.00 per GPU-hour: 2.67"),
-        ((3.2, 1500, 2.0, 4), "about 1 h 20 min to go; at 2.00 per GPU-hour × 4: 10.67"),
-        ((0.5, 80, None, 1), "about 40 s to go"),
-        ((0.5, 1200, None, 8), "about 10 min to go"),
-        ((3.6, 80_000, 0.9, 100), "about 3 days 8 h to go; at 0.90 per GPU-hour × 100: 7,200.00"),
+        ((3.2, 1500, 2.0, 1), "about 1:20:00 to go; at 2.00 per GPU-hour: 2.67"),
+        ((3.2, 1500, 2.0, 4), "about 1:20:00 to go; at 2.00 per GPU-hour × 4: 10.67"),
+        ((0.5, 80, None, 1), "about 0:00:40 to go"),
+        ((0.5, 1200, None, 8), "about 0:10:00 to go"),
+        ((3.6, 80_000, 0.9, 100), "about 80:00:00 to go; at 0.90 per GPU-hour × 100: 7,200.00"),
     ],
 )
 def test_cost_line(arguments, line):

@@ -9,14 +9,13 @@ import shlex
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from common import ROOT
-from diagnosis.curves import draw_curves, read_metrics
-from diagnosis.findings import findings, write_report
-from training.record import write_config
+from diagnosis.curves import draw_curves
+from diagnosis.metrics import read_metrics
+from diagnosis.report import find_all, write_report
+from training.record import add_ending, write_config
 
 VOCAB = 6400  # ln(6,400) = 8.764
 LN_VOCAB = 8.764
@@ -55,7 +54,7 @@ def cosine(n):
 def late(fall, n=30):
     """A loss that is down at 4 after two thirds of the run and falls evenly by `fall` after that.
 
-    The straight line's fall is told as a share of its mean.
+    The straight line's fall is a share of its mean.
     """
     early = [8 - 4 * i / (2 * n // 3) for i in range(2 * n // 3)]
     third = n // 3
@@ -154,7 +153,7 @@ CASES = {
         [{"step": 100, "tokens": 9, "loss": 8.7}, evaluation(100, 7.9)],
         [{"step": 100, "tokens": 9, "loss": 8.7}, evaluation(100, 7.8)],
     ),
-    "nothing learnt, too short to say": (
+    "nothing learnt, too short to judge": (
         "Nothing was learnt",
         training_lines([8.8, 8.75] * 6),
         training_lines([8.8, 8.75] * 5 + [8.8]),
@@ -271,12 +270,18 @@ CASES = {
 }
 
 
+def findings(metrics, vocab_size=None, n_routed_experts=0):
+    """The texts of what stands out."""
+    found = find_all(metrics, vocab_size, n_routed_experts)
+    return [finding.text for finding in found if finding.stands_out]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_what_stands_out_is_found_and_what_nearly_does_is_not(case):
     words, shown, near_miss = CASES[case]
-    found = findings(shown, VOCAB, from_scratch=True, n_routed_experts=4)
+    found = findings(shown, VOCAB, n_routed_experts=4)
     assert sum(words in text for text in found) == 1, found
-    nearly = findings(near_miss, VOCAB, from_scratch=True, n_routed_experts=4)
+    nearly = findings(near_miss, VOCAB, n_routed_experts=4)
     assert not any(words in text for text in nearly), nearly
 
 
@@ -306,12 +311,11 @@ PRETRAINED_BADLY = [
          "skipped", "not finite"],
 )  # fmt: skip
 def test_what_did_harm_comes_first(tmp_path, no_picture, metrics, from_scratch, words):
-    first, *others = findings(metrics, VOCAB, from_scratch)
+    first, *others = findings(metrics, VOCAB if from_scratch else None)
     assert all(word in first for word in words), first
     assert not any(all(word in other for word in words) for other in others)
     folder = write_metrics(tmp_path, metrics)
-    write_report(folder, ending="finished", vocab_size=VOCAB, from_scratch=from_scratch)
-    text = (folder / "report.md").read_text(encoding="utf-8")
+    text = report(folder, from_weight="none" if from_scratch else "pretrain")[1]
     assert section(text, "What stands out").splitlines()[0] == f"- {first}"
 
 
@@ -320,20 +324,20 @@ def test_tuning_that_helps_a_little_or_much_has_no_finding():
         lines = training_lines([2.0 + (end - 2.0) * i / 5 for i in range(6)])
         metrics = [*lines, evaluation(0, 2.0), evaluation(60, end)]
         metrics += [evaluation(60, end + 0.002)] if end < 1 else []  # next to nothing
-        assert findings(metrics, VOCAB, from_scratch=False) == []
+        assert findings(metrics) == []
 
 
 def test_few_lines_of_small_batches_scatter_without_a_finding():
     for seed in range(200):
         dice = random.Random(seed)
         lines = training_lines([2.0 * dice.gauss(1, 0.04) for _ in range(dice.choice([2, 5, 11]))])
-        assert findings(lines, VOCAB, from_scratch=False) == [], seed
+        assert findings(lines) == [], seed
 
 
 def test_in_a_healthy_run_nothing_stands_out():
-    assert findings(HEALTHY, VOCAB, from_scratch=True) == []
+    assert findings(HEALTHY, VOCAB) == []
     balanced = [line | {"expert_load_min": 0.2, "expert_load_max": 0.3} for line in HEALTHY]
-    assert findings(balanced, VOCAB, from_scratch=True, n_routed_experts=4) == []
+    assert findings(balanced, VOCAB, n_routed_experts=4) == []
 
 
 def test_scatter_alone_is_no_finding():
@@ -343,25 +347,25 @@ def test_scatter_alone_is_no_finding():
         losses = [loss * dice.gauss(1, 0.01) for loss in learning(n)]
         epoch = [2 * i // n for i in range(n)]
         lines = training_lines(losses, epoch=epoch, lr=cosine(n))
-        assert findings(lines, VOCAB, from_scratch=True) == [], (seed, n)
+        assert findings(lines, VOCAB) == [], (seed, n)
 
 
 def test_continued_training_is_not_held_against_an_untrained_model():
     lines = training_lines([9.8, *learning(59, first=3.4, end=2.8)])
-    assert not any("first loss" in text for text in findings(lines, VOCAB, from_scratch=False))
-    assert any("first loss" in text for text in findings(lines, VOCAB, from_scratch=True))
+    assert not any("first loss" in text for text in findings(lines))
+    assert any("first loss" in text for text in findings(lines, VOCAB))
 
 
 @pytest.mark.parametrize("metrics", [[], [{"test_loss": 3.0}], [evaluation(10, 5.0)]])
 def test_metrics_without_training_lines_say_nothing(metrics):
-    assert findings(metrics, VOCAB, from_scratch=True, n_routed_experts=4) == []
+    assert findings(metrics, VOCAB, n_routed_experts=4) == []
 
 
 def test_figures_that_were_not_finite_are_passed_over():
     lines = training_lines(learning())
     lines[30] |= {"loss": None, "grad_norm": None, "skipped": 10}
     lines[31:] = [line | {"skipped": 10} for line in lines[31:]]
-    found = findings(lines, VOCAB, from_scratch=True)
+    found = findings(lines, VOCAB)
     assert len(found) == 1 and found[0].startswith("10 of 600 updates were skipped")
 
 
@@ -418,7 +422,7 @@ def no_picture(monkeypatch):
     def absent(*args):
         raise ImportError
 
-    monkeypatch.setattr("training.report.draw_curves", absent)
+    monkeypatch.setattr("diagnosis.report.draw_curves", absent)
 
 
 def points(line):
@@ -501,9 +505,14 @@ def test_a_picture_that_cannot_be_written_leaves_the_older_one(tmp_path, monkeyp
     ]
 
 
-def report(folder, ending="finished", **more):
-    """Write the report and hand on the line that is printed and the report's text."""
-    line = write_report(folder, ending=ending, vocab_size=VOCAB, from_scratch=True, **more)
+def report(folder, ending="finished", from_weight="none"):
+    """Write the report of a run; the line that is printed, and the report's text."""
+    config = folder / "config.json"
+    if not config.exists():
+        flags = {"from_weight": from_weight}
+        contents = {"arguments": flags, "vocab_size": VOCAB, "ending": ending}
+        config.write_text(json.dumps(contents), encoding="utf-8")
+    line = write_report(folder)
     return line, (folder / "report.md").read_bytes().decode("utf-8")
 
 
@@ -540,7 +549,8 @@ def test_the_report_of_a_healthy_run(tmp_path):
         "test": "3.2000, perplexity 24.53, bits per byte 1.6000",
     }
     assert "](curves.png)" in text and png_size(folder / "curves.png") == (1000, 700)
-    assert {file.name for file in folder.iterdir()} == {"metrics.jsonl", "report.md", "curves.png"}
+    names = {"config.json", "metrics.jsonl", "report.md", "curves.png"}
+    assert {file.name for file in folder.iterdir()} == names
 
 
 def test_the_report_of_a_run_that_went_wrong(tmp_path, no_picture):
@@ -550,7 +560,7 @@ def test_the_report_of_a_run_that_went_wrong(tmp_path, no_picture):
     line, text = report(folder, "stopped by SIGTERM at step 400 of 500; --resume continues it")
     assert line == f"{folder / 'report.md'}: 3 things stand out"
     assert "Ended: stopped by SIGTERM at step 400 of 500; --resume continues it." in text
-    found = findings(metrics, VOCAB, from_scratch=True)
+    found = findings(metrics, VOCAB)
     assert section(text, "What stands out").splitlines() == [f"- {finding}" for finding in found]
     assert rows(text)["best validation"].endswith("(step 200)")
     assert rows(text)["last validation"].startswith("4.6000, perplexity 99.48")
@@ -614,8 +624,12 @@ def test_the_report_tells_the_command_as_a_shell_takes_it(
     monkeypatch.setattr(sys, "argv", ["train_pretrain.py", *AWKWARD])
     write_metrics(tmp_path, HEALTHY)
     arguments = argparse.Namespace(batch_size=32, dtype="bfloat16", min_lr=1e-4)
-    write_config(tmp_path / "config.json", arguments, "run")
+    write_config(tmp_path / "config.json", arguments, "run", VOCAB)
     text = report(tmp_path)[1]
+    assert "Ended: not known; " in text
+    add_ending(tmp_path / "config.json", "stopped early")
+    text = report(tmp_path)[1]
+    assert "Ended: stopped early." in text
     assert "\nWith python 3." in text and "--batch_size" not in text
     assert shlex.split(started(text)) == [*launcher, "train_pretrain.py", *AWKWARD]
     if os.name == "posix":
@@ -632,29 +646,29 @@ def test_without_matplotlib_the_report_says_how_to_get_its_plots(tmp_path, monke
             patch.delitem(sys.modules, name)
         patch.setitem(sys.modules, "matplotlib", None)
         curves = section(report(folder)[1], "Curves")
-        done = run(folder, "--out", tmp_path / "x.png", script="scripts/plot_run.py", code=2)
+        done = run(folder, "--out", tmp_path / "x.png", script="scripts/report_run.py", code=2)
     assert "pip install -r scripts/requirements.txt" in done.stderr
     assert done.stderr.count("\n") == 1
     assert "pip install -r scripts/requirements.txt\n" in curves and "](curves.png)" not in curves
-    assert {file.name for file in folder.iterdir()} == {"metrics.jsonl", "report.md"}
+    assert {file.name for file in folder.iterdir()} == {"config.json", "metrics.jsonl", "report.md"}
 
     pytest.importorskip("matplotlib")
     python, script, *words = shlex.split(curves.splitlines()[-2])
     assert python == "python"
-    run(*words, script=script)
+    assert run(*words, script=script).stdout == f"{folder / 'report.md'}: nothing stands out\n"
     assert png_size(folder / "curves.png") == (1000, 700)
 
 
-def test_plot_run_overlays_runs(tmp_path, run, figures):
+def test_runs_are_drawn_together(tmp_path, run, figures):
     for parent, end in (("a", 3), ("b", 4), ("c", 5)):
         name = "pretrain_512" if parent != "c" else "pretrain_64"
         write_metrics(tmp_path / parent / name, training_lines(learning(end=end)))
     folders = [tmp_path / "a" / "pretrain_512", tmp_path / "b" / "pretrain_512"]
     folders.append(tmp_path / "c" / "pretrain_64")
     out = tmp_path / "new folder" / "curves.png"
-    done = run(*folders, "--out", out, script="scripts/plot_run.py")
+    done = run(*folders, "--out", out, script="scripts/report_run.py")
     assert done.stdout == f"{out}\n" and out.is_file()
-    run(*folders[1:], "--out", out, script="scripts/plot_run.py")
+    run(*folders[1:], "--out", out, script="scripts/report_run.py")
     ends = [points(line)[-1] for line in figures[0].axes[0].lines[:3]]
     assert ends == [(60, pytest.approx(end)) for end in (3, 4, 5)]
     shown = [
@@ -663,13 +677,14 @@ def test_plot_run_overlays_runs(tmp_path, run, figures):
     assert shown == [[folder.as_posix() for folder in folders], ["pretrain_512", "pretrain_64"]]
 
 
-def test_plot_run_finds_the_project_by_itself(tmp_path, run, monkeypatch):
-    others = [folder for folder in sys.path if Path(folder).resolve() != ROOT]
-    monkeypatch.setattr(sys, "path", others)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "training"]:
-        monkeypatch.delitem(sys.modules, name)
-    done = run(tmp_path / "nowhere", "--out", "x.png", script="scripts/plot_run.py", code=2)
-    assert "nowhere" in done.stderr
+def test_a_folder_of_an_older_release_has_a_report(tmp_path, no_picture):
+    """Its config.json lacks what is newer than the release; or there is none."""
+    folder = write_metrics(tmp_path / "run", training_lines([12.0, *learning(40)]))
+    for config in (None, {"arguments": {"from_weight": "none"}}):
+        if config is not None:
+            (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        assert write_report(folder).endswith("nothing stands out")
+        assert "## How it was started" not in (folder / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -683,7 +698,7 @@ def test_plot_run_finds_the_project_by_itself(tmp_path, run, monkeypatch):
         ("good", "damaged/metrics.jsonl/x.png", "--out damaged/metrics.jsonl/x.png", ""),
     ],
 )
-def test_plot_run_tells_mistakes_in_one_line(tmp_path, run, run_name, out, place, reason):
+def test_report_run_names_mistakes_in_one_line(tmp_path, run, run_name, out, place, reason):
     pytest.importorskip("matplotlib")
     for name, contents in {
         "damaged": "{\n",
@@ -695,8 +710,8 @@ def test_plot_run_tells_mistakes_in_one_line(tmp_path, run, run_name, out, place
     (tmp_path / "folder.png").mkdir()
     before = sorted(tmp_path.rglob("*"))
     words = [tmp_path / run_name, "--out", tmp_path / out]
-    done = run(*words, script="scripts/plot_run.py", code=2)
+    done = run(*words, script="scripts/report_run.py", code=2)
     flag, path = ("--out ", place[6:]) if place.startswith("--out ") else ("", place)
-    assert done.stderr.startswith(f"plot_run.py: error: {flag}{tmp_path / path}: {reason}")
+    assert done.stderr.startswith(f"report_run.py: error: {flag}{tmp_path / path}: {reason}")
     assert done.stderr.count("\n") == 1 and done.stdout == ""
     assert sorted(tmp_path.rglob("*")) == before

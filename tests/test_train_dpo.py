@@ -37,7 +37,7 @@ from trl import DPOConfig, DPOTrainer
 
 import train_dpo
 from dataset import DPODataset, PairRows, collate_pairs
-from diagnosis.findings import read_curves
+from diagnosis.report import find_all
 from model import LMConfig, MiniMindLM
 from training import Run
 
@@ -548,9 +548,9 @@ GROWING = [0.02 * i + NOISE[i] for i in range(30)]
     ],
 )
 def test_the_report_reads_the_curves(metrics, alarm, text):
-    readings = read_curves(metrics, 6400, False)
-    found = [reading for reading in readings if reading.text.startswith(text)]
-    assert [reading.alarm for reading in found] == [alarm]
+    findings = find_all(metrics)
+    found = [finding for finding in findings if finding.text.startswith(text)]
+    assert [finding.stands_out for finding in found] == [alarm]
 
 
 @pytest.mark.parametrize(
@@ -572,9 +572,9 @@ def test_the_report_reads_the_curves(metrics, alarm, text):
 )
 def test_few_lines_are_read_too(margins, alarm, text):
     for interval in (1, 10, 100):
-        readings = read_curves(lines_of(margins, interval), 6400, False)
-        (found,) = (reading for reading in readings if reading.text.startswith("The log-odds"))
-        assert found.text.startswith(f"The log-odds {text}") and found.alarm is alarm
+        findings = find_all(lines_of(margins, interval))
+        (found,) = (finding for finding in findings if finding.text.startswith("The log-odds"))
+        assert found.text.startswith(f"The log-odds {text}") and found.stands_out is alarm
 
 
 def test_batches_that_scatter_are_no_finding():
@@ -591,28 +591,28 @@ def test_batches_that_scatter_are_no_finding():
         for line, loss in zip(metrics, losses, strict=True):
             line["loss"] = loss
         metrics[0]["loss"] = math.log(2)
-        found = [reading.text for reading in read_curves(metrics, 6400, False) if reading.alarm]
+        found = [finding.text for finding in find_all(metrics) if finding.stands_out]
         assert found == [], seed
 
 
 def test_pairs_that_end_worse_than_they_began_come_first():
     rising = {"loss": 0.9}
     worse = [evaluation(0, 0.5) | {"val_loss": 0.693}, evaluation(30, 0.5) | {"val_loss": 0.8}]
-    first, *others = read_curves([*lines_of(NOISE[:30]), *worse], 6400, False)
-    assert first.alarm and "0.800" in first.text and "0.693" in first.text
-    assert any(reading.text.startswith("The log-odds stall") for reading in others)
+    first, *others = find_all([*lines_of(NOISE[:30]), *worse])
+    assert first.stands_out and "0.800" in first.text and "0.693" in first.text
+    assert any(finding.text.startswith("The log-odds stall") for finding in others)
     metrics = lines_of(NOISE[:29], **rising)
     metrics.insert(0, {**metrics[0], "step": 0, "loss": 0.693})
-    first, *_ = read_curves(metrics, 6400, False)
+    first, *_ = find_all(metrics)
     assert first.text.startswith("The loss rose from 0.693 up to step 0 to 0.900")
 
 
 @pytest.mark.parametrize(("share", "alarm"), [(0.81, False), (0.79, True)])
 def test_a_test_far_below_validation(share, alarm):
     metrics = [*lines_of(GROWING), evaluation(0, 0.5), evaluation(30, 0.9) | {"val_loss": 0.5}]
-    readings = read_curves([*metrics, {"test_loss": 0.5, "test_accuracy": share}], 6400, False)
-    (found,) = (reading for reading in readings if "test accuracy" in reading.text)
-    assert found.alarm is alarm and f"{share:.1%}, that of validation 90.0%" in found.text
+    findings = find_all([*metrics, {"test_loss": 0.5, "test_accuracy": share}])
+    (found,) = (finding for finding in findings if "test accuracy" in finding.text)
+    assert found.stands_out is alarm and f"{share:.1%}, that of validation 90.0%" in found.text
 
 
 def test_a_run_of_thirty_steps_has_its_log_odds_read(prefer, tuned, data, tmp_path):

@@ -454,7 +454,7 @@ def test_the_record_of_a_run(run, tmp_path, root, monkeypatch):
     assert config["arguments"]["learning_rate"] == 0.004
     assert config["arguments"]["data_path"] == str(data)
     assert config["versions"]["torch"] == torch.__version__
-    assert "commit" in config
+    assert "commit" in config and config["vocab_size"] == 6400 and config["ending"] == "finished"
     for name in ("curves.png", "lr.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG\r\n")
     report = (folder / "report.md").read_text(encoding="utf-8")
@@ -546,6 +546,6 @@ def test_the_cost_of_what_is_left(run, tmp_path):
         "--gpu_price", 3600,
     )  # fmt: skip
     found = re.search(
-        r"about (\d+) s to go; at 3600\.00 per GPU-hour: ([\d.]+)$", done.stdout, re.M
+        r"about 0:00:(\d+) to go; at 3600\.00 per GPU-hour: ([\d.]+)$", done.stdout, re.M
     )
     assert round(float(found[2])) == int(found[1])

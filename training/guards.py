@@ -8,20 +8,16 @@ from typing import Any
 
 import torch
 
-from common import UserError
+from common import LESS_MEMORY, UserError
 
 from .distributed import Distributed
 
-LESS_MEMORY = (
-    "what helps, in this order: a smaller --batch_size; with more --accumulation_steps the updates "
-    "stay the same; --gradient_checkpointing; a shorter --max_seq_len"
-)
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
 
 @dataclass
 class SpikeWatch:
-    """Tells the loss of a step that leaps out of those before it.
+    """Recognises a loss that is far above those of the steps before it.
 
     It keeps a running mean and variance, in which a step's weight halves every 14 steps, and calls
     a spike what lies more than `DEVIATIONS` standard deviations above the mean.

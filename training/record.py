@@ -16,8 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common import ROOT, UserError, write_atomically
-from common.units import format_duration
+from common import ROOT, UserError, format_duration, write_atomically
 
 from .distributed import Distributed
 from .resume import TrainState, json_arguments
@@ -47,8 +46,8 @@ def start_wandb(args: argparse.Namespace, name: str, run_id: str | None) -> Any:
         raise UserError(f"--use_wandb: {error}; WANDB_MODE=offline needs no account") from None
 
 
-def write_config(path: Path, args: argparse.Namespace, run_id: str, **about: Any) -> None:
-    """Keep what the run was started with: arguments, model, versions, commit.
+def write_config(path: Path, args: argparse.Namespace, run_id: str, vocab_size: int) -> None:
+    """Keep what the run was started with, which `diagnosis.report` reads.
 
     Raises:
         OSError: if the file cannot be written.
@@ -59,11 +58,24 @@ def write_config(path: Path, args: argparse.Namespace, run_id: str, **about: Any
         "launcher": _launcher(),
         "command": sys.argv,
         "arguments": json_arguments(args),
-        **about,
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in packages},
         "commit": _commit(),
+        "vocab_size": vocab_size,
     }
+    _write_json(path, contents)
+
+
+def add_ending(path: Path, ending: str) -> None:
+    """Add to the file of `write_config` how the run ended.
+
+    Raises:
+        OSError: if the file cannot be read or written.
+    """
+    _write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"ending": ending})
+
+
+def _write_json(path: Path, contents: dict[str, Any]) -> None:
     text = json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode("utf-8")))
 
@@ -189,14 +201,8 @@ class Record:
 
     def estimate(self, step: int, gpu_price: float | None) -> None:
         """Report how long the rest of the run takes, and what it costs."""
-        seconds = self.seconds_per_step(step) * (self.total_steps - step)
-        line = f"about {format_duration(seconds)} to go"
-        if gpu_price is not None:
-            gpus = self.world.world_size
-            cost = seconds / 3600 * gpus * gpu_price
-            several = f" × {gpus}" if gpus > 1 else ""
-            line += f"; at {gpu_price:.2f} per GPU-hour{several}: {cost:,.2f}"
-        self.say(line)
+        left = self.total_steps - step
+        self.say(cost_line(self.seconds_per_step(step), left, gpu_price, self.world.world_size))
 
     def log(self, state: TrainState, epoch: int, **figures: float) -> None:
         """Report training steps: to the screen, the files and wandb.
@@ -216,7 +222,7 @@ class Record:
             self._write_log(f"step {step}/{self.total_steps}  {shown}")
         else:
             left = self.seconds_per_step(step) * (self.total_steps - step)
-            self.say(f"step {step}/{self.total_steps}  {shown}  left {_duration(left)}")
+            self.say(f"step {step}/{self.total_steps}  {shown}  left {format_duration(left)}")
         self._write(state, epoch, figures)
 
     def log_scores(self, state: TrainState, epoch: int, **scores: float) -> None:
@@ -274,7 +280,19 @@ def _format(value: float) -> str:
     return f"{value:.4f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2e}"
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
+def cost_line(seconds_per_step: float, steps_left: int, gpu_price: float | None, gpus: int) -> str:
+    """How long the rest of a run takes and, with a price, what it costs.
+
+    Args:
+        seconds_per_step: as measured so far.
+        steps_left: optimizer steps.
+        gpu_price: price of one GPU for an hour, in any currency, or None.
+        gpus: number of GPUs that are paid for.
+    """
+    seconds = seconds_per_step * steps_left
+    line = f"about {format_duration(seconds)} to go"
+    if gpu_price is None:
+        return line
+    cost = seconds / 3600 * gpus * gpu_price
+    times = f" × {gpus}" if gpus > 1 else ""
+    return f"{line}; at {gpu_price:.2f} per GPU-hour{times}: {cost:,.2f}"

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader
 
 from common import UserError
 from dataset import make_loader
-from diagnosis import write_report
+from diagnosis.report import write_report
 from model import load_trained_state
 
 from .distributed import Distributed
 from .guards import find_sample
-from .record import Record
+from .record import Record, add_ending
 from .resume import Tally, TrainState
 from .saving import Saver
 from .schedule import warmup_steps
@@ -359,7 +359,8 @@ class Run:
             self.record.say(self.ending)
         if self.world.is_main:
             try:
-                line = write_report(self.record.folder, ending=self.ending or "finished")
+                add_ending(self.record.folder / "config.json", self.ending or "finished")
+                line = write_report(self.record.folder)
             except Exception as error:  # the run itself is done and saved
                 line = f"no report: {error}"
             self.record.say(line)

@@ -13,6 +13,7 @@ from torch import Tensor
 from common import UserError, write_atomically
 from dataset import PackedRows, PaddedRows, PairRows, TeacherTopK, collate
 from dataset.lm_dataset import StoredDataset
+from diagnosis.plan import LearningRates
 from model import (
     LMConfig,
     MiniMindLM,
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Rows = PackedRows | PaddedRows | PairRows | TeacherTopK
-# Of each size (parameters up to): the lowest and the highest learning rate without a warning.
-LearningRates = tuple[tuple[float, float, float], ...]
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,12 @@
 
 import math
 import uuid
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from common import UserError
-from diagnosis import peak_tokens_per_second, plan_run
+from diagnosis.plan import Plan
 
 from .random_states import seed_everything, set_random_states
 from .record import Record, start_wandb, write_config
@@ -16,6 +15,7 @@ from .resume import TrainState, changed_arguments, json_arguments
 from .run import Run
 from .run_files import check_lock, make_way
 from .saving import Saver, load_resume
+from .schedule import get_lr, warmup_steps
 from .setup import Rows, Setup, Splits
 from .signals import StopSignal
 from .validation import Score
@@ -74,22 +74,31 @@ def start_run(
             notes = notes + make_way(path, args.out_dir, args.overwrite)
     folder = path.parent / "logs" / path.stem
     total_steps = state.step + steps_left(state, len(data.train), rows_per_step, args.epochs)
+    warmup = warmup_steps(args.warmup_iters, args.warmup_ratio, total_steps)
+    plan = Plan(
+        args,
+        raw_model,
+        world.device,
+        setup.dtype,
+        world.world_size,
+        tokens_per_epoch=data.train.dataset.n_tokens,
+        total_steps=total_steps,
+        warmup=warmup,
+        learning_rates=setup.stage.learning_rates,
+        sequences=setup.stage.sequences_per_row,
+    )
+
+    def lr_at(step: int) -> float:
+        return get_lr(step, total_steps, args.learning_rate, warmup, args.min_lr, args.lr_decay)
+
+    # A dry run leaves the picture of the run whose record this is as it is.
+    picture = folder / ("lr.dry_run.png" if args.dry_run else "lr.png")
     notes = [
         *notes,
         *describe_rows("training", data.train),
         *(note for rows in data.val.values() for note in describe_rows("validation", rows)),
         *(describe_rows("test", data.test) if data.test is not None else ()),
-        *plan_run(
-            args,
-            raw_model,
-            world,
-            tokens_per_epoch=data.train.dataset.n_tokens,
-            total_steps=total_steps,
-            dtype=setup.dtype,
-            learning_rates=setup.stage.learning_rates,
-            folder=folder,
-            sequences=setup.stage.sequences_per_row,
-        ),
+        *plan.describe(lr_at, picture if world.is_main else None),
     ]
     if args.dry_run:
         world.log("\n".join(notes))
@@ -98,17 +107,15 @@ def start_run(
     try:
         record = Record(world, folder, total_steps, state.step, cut_to, wandb_run)
         if world.is_main:
-            about = {"stage": setup.stage.name, "config": asdict(raw_model.config)}
-            write_config(folder / "config.json", args, state.run_id, **about)
+            vocab_size = raw_model.config.vocab_size
+            write_config(folder / "config.json", args, state.run_id, vocab_size)
     except OSError as error:
         raise UserError(f"--out_dir {folder}: {error.strerror or error}") from None
     for note in notes:
         record.say(note)
     saved_as = "newest" if resume is None else resume["saved_as"]
     saver = Saver(setup, setup.identity(data.train), optimizer, scaler, record.say, saved_as)
-    peak = peak_tokens_per_second(raw_model, args.max_seq_len, world.device, setup.dtype)
-    peak = None if peak is None else peak * world.world_size
-    return Run(setup, data, state, saver, record, stop, score, peak)
+    return Run(setup, data, state, saver, record, stop, score, plan.peak_tokens_per_second())
 
 
 def describe_rows(use: str, rows: Rows) -> list[str]:

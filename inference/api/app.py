@@ -17,7 +17,6 @@ from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
 from common import UserError
-from diagnosis.curves import Metrics
 
 from ..batcher import Batcher, Closed, QueueFull, Token
 from ..chat_model import ChatModel
@@ -27,6 +26,7 @@ from .errors import ApiError, explain_validation
 from .formats import ChatFormat, CompletionFormat
 from .guard import Guard
 from .loading import Loader
+from .metrics import Metrics
 from .schema import ChatRequest, CompletionRequest
 
 Result = TypeVar("Result")

@@ -1,0 +1,195 @@
+"""The report of a run: its key figures, what its curves show, and a picture of them."""
+
+import json
+import shlex
+import statistics
+from pathlib import Path
+from typing import Any
+
+from common import format_duration, write_atomically
+
+from .curves import draw_curves
+from .findings import Finding, general_findings
+from .loss_findings import MIN_LINES, loss_findings
+from .metrics import Metrics, best_evaluation, column, has_number, having, read_metrics
+from .preference_findings import preference_findings
+
+FULL_LINE = 40  # characters of a command after which a flag begins a new line
+
+
+def find_all(
+    metrics: Metrics, vocab_size: int | None = None, n_routed_experts: int = 0
+) -> list[Finding]:
+    """Everything that the metrics show, good or bad, what did harm first.
+
+    What a run is too short for is left out.
+
+    Args:
+        metrics: lines of metrics.jsonl.
+        vocab_size: an untrained model's loss is about its logarithm; None for a run that began
+            with trained weights.
+        n_routed_experts: routed experts of a layer; 0 for a dense model.
+    """
+    if having(having(metrics, "loss"), "margin"):
+        own = preference_findings(metrics)
+    else:
+        own = loss_findings(metrics, vocab_size)
+    found = [*general_findings(metrics, n_routed_experts), *own]
+    return sorted(filter(None, found), key=lambda finding: not finding.harmful)
+
+
+def write_report(folder: Path) -> str:
+    """Write report.md and, where matplotlib is installed, curves.png into a run's folder.
+
+    The run may be finished or not. Besides metrics.jsonl the folder holds config.json, of which
+    these keys are read; each may be missing, as in a folder of an older release:
+        command, launcher: the words of the script's command, and those in front of them.
+        versions, commit: of packages by name, and of the code.
+        arguments: by name, the flags; read are from_weight, use_moe and n_routed_experts.
+        vocab_size: of the tokenizer.
+        ending: how the run ended, such as "finished" or "stopped by SIGTERM at step 120"; added
+            when it has ended.
+
+    Args:
+        folder: the run's folder, such as out/logs/pretrain_512.
+
+    Returns:
+        A line with the path of the report and the number of things that stand out.
+
+    Raises:
+        OSError: if a file cannot be read or written; what was there before is kept.
+        ValueError: if metrics.jsonl or config.json is damaged.
+    """
+    metrics = read_metrics(folder / "metrics.jsonl")
+    config = _read_config(folder / "config.json")
+    flags = config.get("arguments", {})
+    from_scratch = flags.get("from_weight") == "none"
+    n_routed_experts = flags.get("n_routed_experts", 0) if flags.get("use_moe") else 0
+    vocab_size = config.get("vocab_size") if from_scratch else None
+    found = find_all(metrics, vocab_size, n_routed_experts)
+    outstanding = [finding.text for finding in found if finding.stands_out]
+    fine = [finding.text for finding in found if not finding.stands_out]
+    n_lines = len(having(metrics, "loss"))
+    short = ""
+    if n_lines < MIN_LINES and not having(metrics, "margin"):
+        short = (
+            f"\n\nThe course of the loss is judged from {MIN_LINES} training lines on; this run "
+            f"has {n_lines}. A smaller --log_interval gives more."
+        )
+    text = f"""# {folder.name}
+
+Ended: {config.get("ending", "not known; the run is going on, or was killed")}.
+
+{_table(_key_figures(metrics))}
+
+## What stands out
+
+{_bullets(outstanding) or "Nothing stands out."}{short}
+
+## What is as it should be
+
+{_bullets(fine) or "Nothing could be judged."}
+
+## Curves
+
+{_picture(folder, metrics)}
+{_by_validation_set(metrics)}{_start(config)}"""
+    path = folder / "report.md"
+    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+    count = {0: "nothing stands out", 1: "one thing stands out"}
+    return f"{path}: {count.get(len(outstanding), f'{len(outstanding)} things stand out')}"
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _bullets(texts: list[str]) -> str:
+    return "\n".join(f"- {text}" for text in texts)
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    """A Markdown table whose first row is its head."""
+    head, *body = [" | ".join(cell.replace("|", r"\|") for cell in row) for row in rows]
+    return "\n".join(f"| {line} |" for line in (head, "--- | ---", *body))
+
+
+def _scores(line: dict[str, Any], kind: str, name: str = "") -> str:
+    """The scores of a line, as far as it holds them."""
+    texts = {
+        "loss": "{:.4f}",
+        "perplexity": "perplexity {:,.2f}",
+        "bits_per_byte": "bits per byte {:.4f}",
+        "accuracy": "accuracy {:.1%}",
+        "margin": "margin {:.3f}",
+    }
+    values = {text: f"{kind}_{score}{name}" for score, text in texts.items()}
+    return ", ".join(
+        text.format(line[key]) for text, key in values.items() if has_number(line, key)
+    )
+
+
+def _key_figures(metrics: Metrics) -> list[tuple[str, str]]:
+    rows = [("", "")]
+    lines, evaluations = having(metrics, "loss"), having(metrics, "val_loss")
+    if lines:
+        first, last = lines[0], lines[-1]
+        rows.append(("optimizer steps", f"{last['step']:,}"))
+        rows.append(("target tokens", f"{last['tokens']:,}"))
+        rows.append(("training time", format_duration(last["seconds"])))
+        if last["seconds"]:
+            rows.append(("tokens per second", f"{last['tokens'] / last['seconds']:,.0f}"))
+        rows.append(("first loss", f"{first['loss']:.4f} (up to step {first['step']:,})"))
+        rows.append(("last loss", f"{last['loss']:.4f}"))
+        if mfu := column(lines, "mfu"):
+            rows.append(("MFU", f"{statistics.median(mfu):.1%}"))
+        if memory := column(lines, "memory_gb"):
+            rows.append(("memory", f"{max(memory):.2f} GB"))
+    if evaluations:
+        best, last = best_evaluation(evaluations), evaluations[-1]
+        rows.append(("best validation", f"{_scores(best, 'val')} (step {best['step']:,})"))
+        if last is not best:
+            rows.append(("last validation", f"{_scores(last, 'val')} (step {last['step']:,})"))
+    rows += [("test", _scores(line, "test")) for line in having(metrics, "test_loss")]
+    return rows
+
+
+def _picture(folder: Path, metrics: Metrics) -> str:
+    """Draw the curves; returns the Markdown that shows them, or how to install what is missing."""
+    try:
+        draw_curves({folder.name: metrics}, folder / "curves.png")
+    except ImportError:
+        command = shlex.join(["python", "scripts/report_run.py", folder.as_posix()])
+        return (
+            "Drawing them needs matplotlib, which is not installed:\n\n"
+            f"```bash\npip install -r scripts/requirements.txt\n{command}\n```"
+        )
+    return "![loss, validation loss, learning rate and gradient norm](curves.png)"
+
+
+def _by_validation_set(metrics: Metrics) -> str:
+    """A table of the validation sets at the best evaluation; nothing if there is only one set."""
+    evaluations = having(metrics, "val_loss")
+    best = best_evaluation(evaluations) if evaluations else {}
+    names = [key.removeprefix("val_loss") for key in best if key.startswith("val_loss/")]
+    if not names:
+        return ""
+    rows = [("validation set", f"at step {best['step']:,}")]
+    rows += [(name.removeprefix("/"), _scores(best, "val", name)) for name in names]
+    return f"\n## By validation set\n\n{_table(rows)}\n"
+
+
+def _start(config: dict[str, Any]) -> str:
+    """The command that started the run, and the versions it ran with."""
+    if "command" not in config:
+        return ""
+    versions = ", ".join(" ".join(item) for item in config.get("versions", {}).items())
+    command = ""
+    for word in [*config.get("launcher", ["python"]), *config["command"]]:
+        if word.startswith("--") and len(command.rpartition("\n")[2]) > FULL_LINE:
+            command += "\\\n    "
+        command += f"{shlex.quote(word)} "
+    return (
+        f"\n## How it was started\n\nWith {versions}; commit {config.get('commit') or 'unknown'}."
+        f"\n\n```bash\n{command.rstrip()}\n```\n"
+    )

@@ -1,0 +1,66 @@
+"""Write the report of runs, finished or not, or draw the curves of several into one PNG.
+
+python scripts/report_run.py out/logs/pretrain_512
+python scripts/report_run.py out/logs/pretrain_512 [another run …] --out curves.png
+"""
+
+from pathlib import Path
+
+from common import UserError, make_parser, report_user_errors, user_path
+from diagnosis.curves import draw_curves
+from diagnosis.metrics import having, read_metrics
+from diagnosis.report import write_report
+
+
+def main() -> None:
+    """Report on the runs one by one, or draw them together."""
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("runs", type=user_path, nargs="+", help="folders that hold a metrics.jsonl")
+    parser.add_argument(
+        "--out",
+        type=user_path,
+        help="PNG file to draw the curves of all runs into, instead of report.md and curves.png in "
+        "the folder of each",
+    )
+    args = parser.parse_args()
+    try:
+        if args.out is None:
+            for run in args.runs:
+                print(write_report(run))
+        else:
+            draw_together(args.runs, args.out)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from None
+
+
+def draw_together(folders: list[Path], out: Path) -> None:
+    """Draw the curves of runs, one over the other.
+
+    Raises:
+        UserError: if there is nothing to draw, no matplotlib, or `out` cannot be written.
+        OSError, ValueError: as `read_metrics`.
+    """
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: must end in .png")
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):  # as pretrain_512 of two --out_dir
+        names = [folder.as_posix() for folder in folders]
+    runs = {}
+    for name, folder in zip(names, folders, strict=True):
+        runs[name] = read_metrics(folder / "metrics.jsonl")
+        if not having(runs[name], "loss"):
+            raise UserError(f"{folder / 'metrics.jsonl'}: holds no training line yet")
+    try:
+        draw_curves(runs, out)
+    except ImportError:
+        raise UserError("needs matplotlib: pip install -r scripts/requirements.txt") from None
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror or error}") from None
+    print(out)
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        main()
