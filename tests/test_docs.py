@@ -135,7 +135,7 @@ def test_a_readme_is_read_in_one_sitting(name):
     assert first < OWN_DATA_LINE
 
 
-@pytest.mark.parametrize("name", ["quickstart", "training", "serving"])
+@pytest.mark.parametrize("name", ["training", "serving"])
 def test_both_languages_have_the_same_parts(name):
     """The same headings, code blocks and tables, in number and order of levels."""
 
