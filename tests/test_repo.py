@@ -261,10 +261,10 @@ def test_imports_point_one_way(sources):
         ("model/model.py", "from .dataset import x", True),
         ("model/deep/layer.py", "from ..model import x", True),
         ("model/deep/layer.py", "from ...training import x", False),
-        ("dataset/chat.py", "def f():\n    from model import MiniMindLM", False),
+        ("dataset/chat.py", "def f():\n    from diagnosis import plan", False),
         ("dataset/chat.py", "import training.schedule as s", False),
         ("training/checkpoint.py", "from model import LMConfig", True),
-        ("training/checkpoint.py", "from dataset import packing", False),
+        ("training/checkpoint.py", "from inference import packing", False),
         ("training/checkpoint.py", "import train_pretrain", False),
         ("train_new.py", "from dataset import packing\nimport model, training", True),
         ("train_new.py", "from scripts import serve", False),
@@ -296,6 +296,7 @@ def run_test_command(project: Path, before: str = "pass") -> subprocess.Complete
     """Run the copied test command in a fresh interpreter, after the statement `before`."""
     script = str(project / "scripts" / "test.py")
     code = f"import runpy, sys; {before}; sys.argv = [{script!r}]; "
+    code += f"sys.path.insert(0, {str(project / 'scripts')!r}); "
     code += f"runpy.run_path({script!r}, run_name='__main__')"
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8"
