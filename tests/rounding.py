@@ -20,7 +20,8 @@ def rounding(sums: int, dtype: torch.dtype = torch.float32) -> float:
     that the errors of n additions grow as u · √n, not as u · n (Higham and Mary, "A new approach
     to probabilistic rounding error analysis", 2019). An error that is uniform in ±u has a standard
     deviation of u / √3, and the difference of two sums with n of them each has √(2n / 3) · u. The
-    tolerance, 4u · √n, is almost five of these, and so many the largest of a million numbers has.
+    tolerance, 4u · √n, is almost five of these deviations, which is about as far as the largest of
+    a million normal numbers lies.
 
     Args:
         sums: how many additions a number has behind it, one after the other: the lengths of the
@@ -43,9 +44,8 @@ def assert_equal_to_rounding(actual: Tensor, expected: Tensor, sums: int, name: 
     """
     assert actual.shape == expected.shape, f"{name}: {actual.shape}, not {expected.shape}"
     coarser = max(actual.dtype, expected.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    wide = torch.complex128 if expected.is_complex() else torch.float64
-    expected = expected.detach().to(wide)
-    errors = (actual.detach().to(wide) - expected).abs()
+    expected = expected.detach().double()
+    errors = (actual.detach().double() - expected).abs()
     for kind, size in (("largest", Tensor.max), ("root mean square", root_mean_square)):
         error = size(errors).item()
         explained = rounding(sums, coarser) * size(expected.abs()).item()

@@ -120,9 +120,8 @@ def test_merged_weights_equal_peft():
     merge_lora(model)
     expected = twin.merge_and_unload().state_dict()
     for name, tensor in as_llama(base_state(model), model.config).items():
-        assert_equal_to_rounding(
-            tensor, expected[name], sums=8 + 2, name=name
-        )  # B · A, scaled, added
+        # B · A of rank 8, scaled, and added to the weight.
+        assert_equal_to_rounding(tensor, expected[name], sums=8 + 2, name=name)
 
 
 # What a new adapter is
