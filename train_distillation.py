@@ -50,7 +50,6 @@ from model import (
     MiniMindLM,
     load_model,
     resolve_weights,
-    token_losses,
     tokenizer_hash,
     weights_hash,
 )
@@ -80,6 +79,7 @@ from training import (
     open_splits,
     prepare,
     rows_with_text,
+    score_tokens,
     start_run,
 )
 
@@ -272,12 +272,6 @@ def ask_teacher(
     world.log(f"teacher: asked about {len(rows):,} rows in {time.perf_counter() - started:.1f} s")
 
 
-def score(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What validation sums over the data: by its own answers, without the teacher."""
-    losses, *_ = token_losses(model, batch)
-    return {"loss": losses, "targets": batch["loss_mask"]}
-
-
 def train_epoch(
     run: Run,
     model: nn.Module,
@@ -337,16 +331,9 @@ def train(
     raw_model = setup.raw_model.to(world.device)
     if teacher is not None:
         teacher.to(world.device)
-    optimizer = make_optimizer(
-        raw_model,
-        args.learning_rate,
-        args.weight_decay,
-        (args.beta1, args.beta2),
-        args.lr_scale,
-        args.weight_decay_for,
-    )
+    optimizer = make_optimizer(raw_model, args)
     scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
-    run = start_run(setup, data, resume, stop, optimizer, scaler, score)
+    run = start_run(setup, data, resume, stop, optimizer, scaler, score_tokens)
     if run is None:
         return 0
     model = torch.compile(raw_model) if args.compile else raw_model

@@ -348,14 +348,7 @@ def train(setup: Setup, data: Splits, resume: dict[str, Any] | None, stop: StopS
         reference.load_state_dict(world.broadcast(reference.state_dict()))
         reference.to(world.device)
     raw_model = setup.raw_model.to(world.device)
-    optimizer = make_optimizer(
-        raw_model,
-        args.learning_rate,
-        args.weight_decay,
-        (args.beta1, args.beta2),
-        args.lr_scale,
-        args.weight_decay_for,
-    )
+    optimizer = make_optimizer(raw_model, args)
     scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
 
     def score(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import make_parser, report_user_errors
@@ -48,6 +48,7 @@ from training import (
     open_splits,
     prepare,
     rows_with_text,
+    score_tokens,
     start_run,
 )
 
@@ -101,12 +102,6 @@ def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") ->
     return open_splits(args, open_file, make_rows)
 
 
-def score(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What validation sums over the data: losses and the weights of their targets."""
-    losses, *_ = token_losses(model, batch)
-    return {"loss": losses, "targets": batch["loss_mask"]}
-
-
 def train_epoch(
     run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> None:
@@ -152,16 +147,9 @@ def train(setup: Setup, data: Splits, resume: dict[str, Any] | None, stop: StopS
     """Go through the epochs, test, save and report; the exit status."""
     args, world = setup.args, setup.world
     raw_model = setup.raw_model.to(world.device)
-    optimizer = make_optimizer(
-        raw_model,
-        args.learning_rate,
-        args.weight_decay,
-        (args.beta1, args.beta2),
-        args.lr_scale,
-        args.weight_decay_for,
-    )
+    optimizer = make_optimizer(raw_model, args)
     scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
-    run = start_run(setup, data, resume, stop, optimizer, scaler, score)
+    run = start_run(setup, data, resume, stop, optimizer, scaler, score_tokens)
     if run is None:
         return 0
     model = torch.compile(raw_model) if args.compile else raw_model

@@ -67,7 +67,7 @@ def loss_of(device: torch.device) -> Callable[[nn.Module, dict[str, Tensor]], Te
 def measure_memory(args: argparse.Namespace, kind: str, device: torch.device) -> dict[str, float]:
     """What steps of one kind hold at most, in this process."""
     model, mean_loss = build(args, kind, device), loss_of(device)
-    optimizer = make_optimizer(model, 1e-4, 0.0, (0.9, 0.95))
+    optimizer = make_optimizer(model, optimizer_flags(1e-4, 0.0))
     batch = random_batch(args, device)
     before = peak_memory(device)
     for _ in range(3):

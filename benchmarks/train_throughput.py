@@ -93,7 +93,7 @@ def peer_loss(model: nn.Module, ids: Tensor) -> Tensor:
 
 def make_step(model: nn.Module, loss_of: Callable, compiled: bool) -> Callable[[Tensor], None]:
     """A function that takes one optimizer step on a batch of ids."""
-    optimizer = make_optimizer(model, 5e-4, 0.1, (0.9, 0.95))
+    optimizer = make_optimizer(model, optimizer_flags(5e-4, 0.1))
     called = torch.compile(model) if compiled else model
 
     def step(ids: Tensor) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from common import ROOT, BooleanFlag
+from common import ROOT, BooleanFlag, make_parser
 
 MARKERS = re.compile(
     r"(<!-- flags: (\S+?)(?: beyond (\S+))? -->\n).*?(<!-- end of flags -->)", re.DOTALL
@@ -119,6 +119,7 @@ def fill_tables(path: Path) -> str:
 
 def main() -> None:
     """Rewrite the files whose tables are out of date."""
+    make_parser("Write the tables of flags in docs/ from the scripts' parsers.").parse_args()
     for path in sorted((ROOT / "docs").glob("*.md")):
         text = fill_tables(path)
         if text != path.read_text(encoding="utf-8"):

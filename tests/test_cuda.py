@@ -8,7 +8,7 @@ import pytest
 import torch
 from interruptions import assert_same, killed, learning, read_metrics
 from test_train_full_sft import chats, write_chats
-from tiny_models import both_kinds, random_ids, random_model, save_tuned, tiny
+from tiny_models import both_kinds, optimizer_flags, random_ids, random_model, save_tuned, tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import MiniMindLM
@@ -138,7 +138,7 @@ def test_attention_never_falls_back_to_the_slow_kernel(use_moe):
 
 
 def test_the_optimizer_is_fused():
-    optimizer = make_optimizer(tiny().cuda(), 1e-3, 0.1, (0.9, 0.95))
+    optimizer = make_optimizer(tiny().cuda(), optimizer_flags(1e-3, 0.1))
     assert all(group["fused"] for group in optimizer.param_groups)
 
 

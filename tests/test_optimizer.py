@@ -1,6 +1,9 @@
+import pytest
 import torch
 from rounding import assert_equal_to_rounding
+from tiny_models import optimizer_flags, tiny
 
+from common import UserError
 from model import LMConfig, MiniMindLM
 from training import make_optimizer
 
@@ -10,7 +13,7 @@ def test_decay_falls_on_matrices_only():
     config = LMConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=64, use_moe=True)
     model = MiniMindLM(config)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = make_optimizer(model, lr=0.1, weight_decay=0.5, betas=(0.9, 0.95))
+    optimizer = make_optimizer(model, optimizer_flags(0.1, 0.5))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -22,7 +25,7 @@ def test_decay_falls_on_matrices_only():
 
 def test_the_tied_embedding_is_optimised_once():
     model = MiniMindLM(LMConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=64))
-    optimizer = make_optimizer(model, 0.1, 0.1, (0.9, 0.95))
+    optimizer = make_optimizer(model, optimizer_flags(0.1, 0.1))
     listed = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(listed) == sorted({id(p) for p in model.parameters()})
 
@@ -30,6 +33,30 @@ def test_the_tied_embedding_is_optimised_once():
 def test_frozen_parameters_are_left_out():
     model = MiniMindLM(LMConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=64))
     model.tok_embeddings.weight.requires_grad_(False)
-    optimizer = make_optimizer(model, 0.1, 0.1, (0.9, 0.95))
+    optimizer = make_optimizer(model, optimizer_flags(0.1, 0.1))
     listed = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert id(model.tok_embeddings.weight) not in listed
+
+
+def test_rates_and_decays_by_name():
+    """With zero gradients the update is the decay alone: weight · (1 − lr · decay)."""
+    model = tiny()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    patterns = {"lr_scale": [("tok_emb", 0.5), ("w[qk]", 2.0), ("wq", 7.0)]}
+    patterns["weight_decay_for"] = [("tok_emb", 0.3), ("wo", 0.0)]
+    optimizer = make_optimizer(model, optimizer_flags(0.1, 0.5, **patterns))
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        lr = 0.1 * (0.5 if "tok_emb" in name else 2.0 if "wq" in name or "wk" in name else 1.0)
+        decay = 0.3 if "tok_emb" in name else 0.0 if "norm" in name or "wo" in name else 0.5
+        assert_equal_to_rounding(parameter, before[name] * (1 - lr * decay), sums=2, name=name)
+
+
+@pytest.mark.parametrize("flag", ["lr_scale", "weight_decay_for"])
+def test_a_pattern_without_a_parameter_is_refused(flag):
+    with pytest.raises(UserError, match=f"--{flag} atention"):
+        make_optimizer(tiny(), optimizer_flags(0.1, 0.1, **{flag: [("atention", 1.0)]}))

@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import optimizer_flags
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -259,7 +260,7 @@ class LiveBytes(TorchDispatchMode):
 def test_the_sum_is_the_peak_of_a_step(fields, checkpointing, dtype):
     model, rows = network(**fields), training_rows(3, 64, packed=True)
     model.gradient_checkpointing = checkpointing
-    optimizer = make_optimizer(model, 1e-3, 0.1, (0.9, 0.95))
+    optimizer = make_optimizer(model, optimizer_flags(1e-3, 0.1))
 
     def step(rows: dict[str, Tensor]) -> None:
         for _ in range(2):

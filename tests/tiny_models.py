@@ -1,5 +1,6 @@
 """Small models, and the same weights in transformers' layout, for several test files."""
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,9 @@ def llama_with_weights_of(model: MiniMindLM) -> LlamaForCausalLM:
     weights = as_llama(model.state_dict(), config)
     llama.load_state_dict({**weights, "lm_head.weight": weights["model.embed_tokens.weight"]})
     return llama.eval()
+
+
+def optimizer_flags(lr: float, weight_decay: float, **more) -> argparse.Namespace:
+    """Flags as `make_optimizer` reads them."""
+    flags = {"learning_rate": lr, "weight_decay": weight_decay, "beta1": 0.9, "beta2": 0.95}
+    return argparse.Namespace(**{**flags, "lr_scale": [], "weight_decay_for": [], **more})

@@ -95,8 +95,7 @@ def main() -> int:
         check_resume(setup, resume, data.train)
         with open_process_group(setup.world), StopSignal() as stop:
             model = setup.raw_model.to(setup.world.device)
-            betas = (args.beta1, args.beta2)
-            optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, betas)
+            optimizer = make_optimizer(model, args)
             scaler = torch.amp.GradScaler(setup.world.device.type, enabled=False)
             run = start_run(setup, data, resume, stop, optimizer, scaler, score)
             if run is None:

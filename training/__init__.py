@@ -21,6 +21,7 @@ from .setup import (
 )
 from .signals import StopSignal
 from .start import start_run
+from .validation import score_tokens
 
 __all__ = [
     "CHAT_IDENTITY",
@@ -50,5 +51,6 @@ __all__ = [
     "open_splits",
     "prepare",
     "rows_with_text",
+    "score_tokens",
     "start_run",
 ]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from model import mean_scores
+from model import mean_scores, token_losses
 
 from .setup import Rows
 
@@ -53,3 +53,9 @@ def evaluate(
             sums[name]["text_bytes"] = rows.dataset.text_bytes
     model.train(was_training)
     return mean_scores(sums, prefix)
+
+
+def score_tokens(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """A `Score`: the loss of each token, weighted by the loss mask."""
+    losses, *_ = token_losses(model, batch)
+    return {"loss": losses, "targets": batch["loss_mask"]}
