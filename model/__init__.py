@@ -1,7 +1,8 @@
 """The network: its configuration, its layers and how it generates."""
 
 from .decoder import Decoder, TorchDecoder
-from .generation import KVCache
+from .generation import Continuation, SamplingLoop
+from .kv_cache import KVCache
 from .LMConfig import LMConfig
 from .model import MiniMindLM
 from .model_lora import (
@@ -35,12 +36,14 @@ from .weights import (
 )
 
 __all__ = [
+    "Continuation",
     "Decoder",
     "KVCache",
     "LMConfig",
     "LoRA",
     "MiniMindLM",
     "Sampling",
+    "SamplingLoop",
     "TorchDecoder",
     "active_lora",
     "adapters",

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .generation import GenerationMixin, KVCache
+from .generation import GenerationMixin
+from .kv_cache import KVCache
 from .LMConfig import LMConfig
 from .rotary import apply_rotary_emb, rotary_cos_sin
 
@@ -263,7 +264,7 @@ class MiniMindOutput(NamedTuple):
     expert_load: Tensor | None = None
 
 
-class MiniMindLM(GenerationMixin, nn.Module):
+class MiniMindLM(GenerationMixin):
     """A decoder-only language model whose output layer is its embedding.
 
     Attributes:

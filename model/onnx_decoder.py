@@ -7,7 +7,7 @@ norms, the routing of experts, attention and its cache stay in fp32.
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,10 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from .decoder import Decoder, applied_weight
+from .model import MiniMindLM
 from .rotary import rotary_cos_sin
-
-if TYPE_CHECKING:
-    from .model import MiniMindLM
 
 BLOCK = 32  # inputs of a weight that share a scale
 # Operators that are not ONNX's own: ONNX Runtime's, which are made for language models.
@@ -42,7 +40,7 @@ class OnnxDecoder(Decoder):
         ValueError: if the heads have a size that ONNX Runtime's attention does not take.
     """
 
-    def __init__(self, model: "MiniMindLM", rows: int = 1, bits: int = 8):
+    def __init__(self, model: MiniMindLM, rows: int = 1, bits: int = 8):
         super().__init__(rows, model.config.max_seq_len, torch.device("cpu"))
         self.config = model.config
         if self.config.head_dim % 16:
@@ -203,7 +201,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(torch.uint8), scales.flatten()
 
 
-def build_graph(model: "MiniMindLM", bits: int) -> onnx.ModelProto:
+def build_graph(model: MiniMindLM, bits: int) -> onnx.ModelProto:
     """The model as an ONNX graph for rows that continue what their caches hold.
 
     Inputs: `ids` (rows, T) int64; `last` (rows,) int32, the slot of the last one; `total` (1,)
