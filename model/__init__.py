@@ -1,4 +1,4 @@
-"""The network: its configuration, its layers and how it generates."""
+"""The network: its configuration, its layers, how it generates, and its files."""
 
 from .decoder import Decoder, TorchDecoder
 from .generation import Continuation, SamplingLoop
@@ -6,16 +6,11 @@ from .kv_cache import KVCache
 from .LMConfig import LMConfig
 from .model import MiniMindLM
 from .model_lora import (
-    LoRA,
     active_lora,
     adapters,
     apply_lora,
-    base_state,
-    load_lora,
-    load_lora_state,
     lora_state,
     merge_lora,
-    save_lora,
     unmerge_lora,
     use_lora,
     weights_hash,
@@ -23,13 +18,13 @@ from .model_lora import (
 from .sampling import Sampling
 from .tokenizer import load_tokenizer, tokenizer_hash
 from .weights import (
-    load_adapter,
+    load_lora,
     load_model,
     load_trained_state,
     load_weights,
     read_about,
     resolve_weights,
-    save_adapter,
+    save_lora,
     save_weights,
     trained_state,
     weights_path,
@@ -40,7 +35,6 @@ __all__ = [
     "Decoder",
     "KVCache",
     "LMConfig",
-    "LoRA",
     "MiniMindLM",
     "Sampling",
     "SamplingLoop",
@@ -48,10 +42,7 @@ __all__ = [
     "active_lora",
     "adapters",
     "apply_lora",
-    "base_state",
-    "load_adapter",
     "load_lora",
-    "load_lora_state",
     "load_model",
     "load_tokenizer",
     "load_trained_state",
@@ -60,7 +51,6 @@ __all__ = [
     "merge_lora",
     "read_about",
     "resolve_weights",
-    "save_adapter",
     "save_lora",
     "save_weights",
     "tokenizer_hash",

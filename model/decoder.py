@@ -213,7 +213,7 @@ class TorchDecoder(Decoder):
     """A decoder of PyTorch operations, on the model's device and in its dtype.
 
     Making one takes a part of a second, since most weights are copied: code that generates often
-    keeps it. After a change of weights or of the adapter in use, another must be made.
+    keeps it. After a change of weights or of the active adapter, another must be made.
 
     Args:
         model: a MiniMindLM (whose file imports this one). Dropout is off, whatever its mode.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ class Continuation:
 
     Attributes:
         ids: the prompt.
-        max_new_tokens: upper limit of new tokens, at least 1.
+        max_new_tokens: upper limit of new tokens.
         sampling: how tokens are chosen.
         generator: source of randomness. None: PyTorch's own.
         end_tokens: tokens of which each ends the text.
@@ -104,6 +105,8 @@ def continue_all(decoder: Decoder, rows: Sequence[Continuation]) -> Iterator[Non
     Yields:
         None, each time that every unfinished row has got a token.
     """
+    if rows[0].max_new_tokens == 0:
+        return
     loop = SamplingLoop(decoder)
     logits = torch.stack([decoder.prefill(i, row.ids) for i, row in enumerate(rows)])
     loop.active.extend(rows)
@@ -178,7 +181,7 @@ class GenerationMixin(nn.Module):
         prompts = [row[mask] for row, mask in zip(input_ids, attention_mask.bool(), strict=True)]
         prompts = [prompt for prompt in prompts for _ in range(num_return_sequences)]
         rows = self._continuations(
-            prompts, max_new_tokens, Sampling(**sampling), generator, seed, eos_token_id, stop
+            prompts, max_new_tokens, eos_token_id, stop, generator, seed, **sampling
         )
         if decoder is None:
             decoder = TorchDecoder(self, len(rows))
@@ -187,7 +190,7 @@ class GenerationMixin(nn.Module):
         pad = (self.config.pad_token_id or 0) if pad_token_id is None else pad_token_id
 
         def new_tokens() -> Iterator[Tensor]:
-            for step, _ in enumerate(continue_all(decoder, rows) if max_new_tokens else ()):
+            for step, _ in enumerate(continue_all(decoder, rows)):
                 tokens = [r.new_tokens[step] if step < len(r.new_tokens) else pad for r in rows]
                 yield torch.tensor(tokens, device=input_ids.device)
 
@@ -200,21 +203,16 @@ class GenerationMixin(nn.Module):
         self,
         prompts: Sequence[Tensor],
         batch_size: int = 64,
-        max_new_tokens: int = 20,
-        *,
-        eos_token_id: int | list[int] | None = None,
-        stop: Sequence[Sequence[int]] = (),
-        generator: torch.Generator | None = None,
-        seed: int | None = None,
         decoder: Decoder | None = None,
-        **sampling: float | None,
+        **options: Any,
     ) -> list[Tensor]:
         """Continue prompts of different lengths, several at a time, those of like length together.
 
         Args:
             prompts: (T,) int64 each, T at least 1.
             batch_size: the most rows at a time.
-            max_new_tokens, eos_token_id, stop, generator, seed, decoder, sampling: see `generate`.
+            decoder: see `generate`.
+            options: max_new_tokens, eos_token_id, stop, generator, seed and sampling of `generate`.
 
         Returns:
             The new tokens of each prompt, each as long as it is, without the end token; a stop
@@ -223,13 +221,11 @@ class GenerationMixin(nn.Module):
         Raises:
             ValueError: as `generate`.
         """
-        rows = self._continuations(
-            prompts, max_new_tokens, Sampling(**sampling), generator, seed, eos_token_id, stop
-        )
+        rows = self._continuations(prompts, **options)
         if decoder is None:
             decoder = TorchDecoder(self, max(1, min(batch_size, len(rows))))
         batch_size = min(batch_size, len(decoder.tokens))
-        by_length = sorted(rows, key=lambda row: len(row.ids)) if max_new_tokens else []
+        by_length = sorted(rows, key=lambda row: len(row.ids))
         for start in range(0, len(by_length), batch_size):
             for _ in continue_all(decoder, by_length[start : start + batch_size]):
                 pass
@@ -238,14 +234,15 @@ class GenerationMixin(nn.Module):
     def _continuations(
         self,
         prompts: Sequence[Tensor],
-        max_new_tokens: int,
-        sampling: Sampling,
-        generator: torch.Generator | None,
-        seed: int | None,
-        eos_token_id: int | list[int] | None,
-        stop: Sequence[Sequence[int]],
+        max_new_tokens: int = 20,
+        eos_token_id: int | list[int] | None = None,
+        stop: Sequence[Sequence[int]] = (),
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        **sampling: float | None,
     ) -> list[Continuation]:
         """Check the arguments of `generate` and make a Continuation of each prompt."""
+        settings = Sampling(**sampling)
         if not all(map(len, prompts)):
             raise ValueError("the prompt is empty: give at least one token")
         longest, context = max(map(len, prompts), default=0), self.config.max_seq_len
@@ -266,6 +263,6 @@ class GenerationMixin(nn.Module):
         ends = frozenset([ends] if isinstance(ends, int) else ends or ())
         stop = [list(sequence) for sequence in stop]
         return [
-            Continuation(prompt.tolist(), max_new_tokens, sampling, generator, ends, stop)
+            Continuation(prompt.tolist(), max_new_tokens, settings, generator, ends, stop)
             for prompt in prompts
         ]
