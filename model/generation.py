@@ -88,14 +88,12 @@ class SamplingLoop:
         for row, token in zip(rows, tokens, strict=True):
             row.append(token, self.decoder.max_seq_len)
 
-    def remove(self, index: int) -> Continuation:
+    def remove(self, index: int) -> None:
         """Take a row out of the loop; the last one takes its place."""
         last = self.active.pop()
         self.decoder.move(len(self.active), index)
-        if index == len(self.active):
-            return last
-        removed, self.active[index] = self.active[index], last
-        return removed
+        if index < len(self.active):
+            self.active[index] = last
 
 
 @torch.no_grad()
