@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from common import SaveError, report_save_errors
-from model import active_lora, load_trained_state, save_adapter, save_weights, trained_state
+from model import active_lora, load_trained_state, save_lora, save_weights, trained_state
 from model.weights import read_state
 
 from .random_states import get_random_states
@@ -86,7 +86,7 @@ class Saver:
         setup = self.setup
         dtype = getattr(torch, setup.args.save_dtype)
         if active_lora(setup.raw_model):
-            save_adapter(path, setup.raw_model, dtype, setup.frozen["--from_weight"])
+            save_lora(setup.raw_model, path, dtype, setup.frozen["--from_weight"])
         else:
             config = setup.raw_model.config
             save_weights(

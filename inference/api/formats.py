@@ -78,8 +78,8 @@ class ChatFormat:
         }
 
     def _token(self, token: Token) -> dict[str, Any]:
-        likeliest = [self._entry(number, logprob) for number, logprob in token.likeliest]
-        return {**self._entry(token.token, token.logprob), "top_logprobs": likeliest}
+        top = [self._entry(number, logprob) for number, logprob in token.top_logprobs]
+        return {**self._entry(token.token, token.logprob), "top_logprobs": top}
 
     def _entry(self, number: int, logprob: float) -> dict[str, Any]:
         text, raw = token_text(self.chat_model, number)
@@ -133,7 +133,7 @@ class CompletionFormat:
         if token.logprob is None:
             return None
         told: dict[str, float] = {}
-        for number, logprob in [*token.likeliest, (token.token, token.logprob)]:
+        for number, logprob in [*token.top_logprobs, (token.token, token.logprob)]:
             # Parts of characters share a text, �: that of the likeliest stays.
             told.setdefault(token_text(self.chat_model, number)[0], max(logprob, LEAST))
         return told
