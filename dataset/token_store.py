@@ -99,10 +99,12 @@ class Encoder(Protocol):
 
 
 class TokenStore:
-    """The documents of one data file as token ids on disk, in the arrays described above.
+    """The documents of one data file as token ids on disk.
 
     Attributes:
         path: the file.
+        arrays: the arrays that this module's docstring describes, by name.
+        ids, offsets, lines: three of these.
         bad_lines: the lines that gave no document.
         content: identifies the documents, wherever the file lies: a sha256 of their ids.
     """
@@ -110,8 +112,13 @@ class TokenStore:
     def __init__(self, path: Path, files: ArrayFolder) -> None:
         self.path = path
         self._files = files
-        self.content: str = files.meta["content"]
+        self.arrays = files.arrays
+        self.ids, self.offsets, self.lines = (self.arrays[n] for n in ("ids", "offsets", "lines"))
         self.bad_lines = BadLines(**files.meta["bad_lines"])
+        self.content: str = files.meta["content"]
+
+    def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path, ArrayFolder]]:
+        return TokenStore, (self.path, self._files)
 
     @classmethod
     def open_or_build(
@@ -149,26 +156,6 @@ class TokenStore:
         if len(store.lines) == 0:
             raise UserError(f"{path}: not one good line in {store.bad_lines.total:,}")
         return store
-
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        """All arrays of the store by name."""
-        return self._files.arrays
-
-    @property
-    def ids(self) -> np.ndarray:
-        """Ids of all documents in file order."""
-        return self.arrays["ids"]
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """(documents + 1,) where each document starts in `ids`, and the end."""
-        return self.arrays["offsets"]
-
-    @property
-    def lines(self) -> np.ndarray:
-        """(documents,) the line of each, from 1."""
-        return self.arrays["lines"]
 
     def read(self, first: int, stop: int) -> Encoded:
         """The documents from `first` up to `stop`, as the encoder gave them."""
