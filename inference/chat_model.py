@@ -3,11 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from common import UserError
-from dataset import ChatEncoder, render_chat
+from dataset import ChatEncoder, fit_prompt, render_chat
 from model import Decoder, MiniMindLM, TorchDecoder
 
 from .text import TextStream
@@ -79,22 +78,10 @@ class ChatModel:
         Raises:
             RecordError: if it needs a control token that the tokenizer lacks.
         """
-        first = int(messages[0]["role"] == "system")
-        pieces = [render_chat([message]) for message in messages]
-        if tools:  # they stand in the system message, or make one
-            pieces[:first], first = [render_chat(messages[:first], tools)], 1
-        pieces.append(render_chat([], add_generation_prompt=True))
-        encoded = self.encoder.encode([self.encoder.check_control(piece) for piece in pieces])
-        parts = np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])
-        shift = len(pieces) - 1 - len(messages)  # a system message more, where tools made one
-        starts = [i + shift for i, m in enumerate(messages) if m["role"] == "user"]
-        starts = [i for i in starts if i > first]
+        pieces = render_chat(messages, tools, add_generation_prompt=True)
+        prompt = self.encoder.encode([self.encoder.check_control(pieces)])
         most = self.context - min(room, self.context // 2)
-        for start in [first, *starts]:
-            ids = np.concatenate([*parts[:first], *parts[start:]]).tolist()
-            if len(ids) <= most:
-                break
-        return ids
+        return fit_prompt(prompt, most).tolist()
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of the beginning of a document."""
