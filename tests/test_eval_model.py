@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from inference import ChatModel, TextStream
 from inference.answers import Question, new_file
-from inference.scoring import compare_answers
+from inference.scoring import compare_answers, rouge_scorer
 from model import MiniMindLM, apply_lora, save_lora
 
 
@@ -596,7 +596,7 @@ def test_work_that_fails_leaves_no_output(tmp_path):
 def test_scores_of_answers_by_hand(capsys, wanted, given, bleu, rouge):
     """BLEU and ROUGE-L worked out, chrF as sacrebleu scores answers against references."""
     questions = [Question({}, [1], "?", text) for text in wanted]
-    compare_answers(questions, given, None)
+    compare_answers(questions, given, rouge_scorer())
     chrf = sacrebleu.corpus_chrf(given, [wanted]).score
     said = capsys.readouterr().out
     assert f"BLEU {bleu:.1f}, chrF {chrf:.1f}, ROUGE-L {rouge:.1f}" in said
