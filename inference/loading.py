@@ -17,7 +17,7 @@ from common import UserError
 from model import (
     LMConfig,
     MiniMindLM,
-    load_adapter,
+    load_lora,
     load_model,
     load_tokenizer,
     read_about,
@@ -243,7 +243,7 @@ def load_chat_model(
         model = load_model(path, shape, hash_)
     name, chats = path.stem, not is_pretrained(path)
     if adapter is not None:
-        load_adapter(adapter, model)
+        load_lora(model, adapter)
         name, chats = f"{name}+{adapter.stem}", True  # adapters are trained on conversations
     return ChatModel(name, model.to(device).eval(), tokenizer, chats, quantize, rows)
 

@@ -18,7 +18,7 @@ import torch
 
 from common import ROOT, UserError, make_parser, named_path, report_user_errors, user_path
 from dataset import ChatEncoder, check_file, render_chat
-from model import LMConfig, MiniMindLM, load_adapter, load_model, load_tokenizer, tokenizer_hash
+from model import LMConfig, MiniMindLM, load_lora, load_model, load_tokenizer, tokenizer_hash
 from sample_world import SAMPLE, Score, ensure_sample, is_right, score_answers
 from training import find_processes, seed_everything
 
@@ -103,13 +103,13 @@ def load(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
     """The model in a .pth file, or in `base.pth+adapter.pth`; arguments as for `load_model`.
 
     Raises:
-        UserError: as `load_model` and `load_adapter`.
+        UserError: as `load_model` and `load_lora`.
     """
     base, plus, adapter = str(path).partition(".pth+")
     if not plus or path.is_file():
         return load_model(path, shape, tokenizer_hash)
     model = load_model(Path(f"{base}.pth"), shape, tokenizer_hash)
-    load_adapter(user_path(adapter), model)
+    load_lora(model, user_path(adapter))
     return model
 
 

@@ -30,7 +30,7 @@ from inference import WeightSpec
 from inference.api import Limits, create_app
 from inference.batcher import Batcher, Closed, GenerationRequest, QueueFull
 from inference.pool import ModelPool
-from model import Sampling, TorchDecoder, apply_lora, save_lora
+from model import Sampling, SamplingLoop, TorchDecoder, apply_lora, save_lora
 from model.decoder import CHUNK
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -472,8 +472,8 @@ def test_a_client_that_leaves_frees_its_place(folder, tokenizer_dir, monkeypatch
 
 
 def collect(ids, events, new=1000, **more):
-    """A job whose events go into a list."""
-    return GenerationRequest(ids, new, Sampling(), None, events.append, **more)
+    """A greedy job whose events go into a list."""
+    return GenerationRequest(ids, new, **{"sampling": Sampling(), "emit": events.append, **more})
 
 
 def test_a_job_that_is_cancelled_takes_no_further_step(folder, tokenizer_dir):
@@ -486,7 +486,7 @@ def test_a_job_that_is_cancelled_takes_no_further_step(folder, tokenizer_dir):
         if len(events) == 5:
             job.cancelled = True
 
-    job = GenerationRequest([1, 5, 6], 1000, Sampling(), None, emit)
+    job = GenerationRequest([1, 5, 6], 1000, Sampling(), emit=emit)
     batcher.submit([job])
     eventually(lambda: events[-1:] == ["cancelled"])
     assert len(events) == 6 and lengths[:5] == [3, 4, 5, 6, 7]
@@ -499,23 +499,22 @@ def test_one_text_that_fails_leaves_the_others_alone(folder, tokenizer_dir, monk
     alone, others, broken, bad_choice = [], [], [], []
     batcher.submit([collect([1, 5, 6], alone, 200)])
     eventually(lambda: alone[-1:] == ["length"])
-    extend, choose = TorchDecoder._extend, Batcher._take
+    extend, sample = TorchDecoder._extend, SamplingLoop.sample
 
     def failing_extend(decoder, row, chunk, logits_to_keep):
         if 7 in chunk:
             raise MemoryError("no room")
         return extend(decoder, row, chunk, logits_to_keep)
 
-    def failing_take(self, job, *args):
-        if job.written == 3 and len(job.ids) == 2:
+    def failing_sample(loop, rows, logits):
+        if any(len(row.new_tokens) == 3 and len(row.ids) == 2 for row in rows):
             raise RuntimeError("no choice")
-        return choose(self, job, *args)
+        sample(loop, rows, logits)
 
     monkeypatch.setattr(TorchDecoder, "_extend", failing_extend)
-    monkeypatch.setattr(Batcher, "_take", failing_take)
-    batcher.submit(
-        [collect([1, 5, 6], others, 200), collect([1, 7], broken), collect([1, 9], bad_choice)]
-    )
+    monkeypatch.setattr(SamplingLoop, "sample", failing_sample)
+    drawn = collect([1, 9], bad_choice, sampling=Sampling(do_sample=True))
+    batcher.submit([collect([1, 5, 6], others, 200), collect([1, 7], broken), drawn])
     eventually(lambda: others[-1:] == ["length"])
     assert [type(event) for event in broken] == [MemoryError]
     assert type(bad_choice[-1]) is RuntimeError and len(bad_choice) == 4

@@ -79,7 +79,7 @@ class ChatFormat:
         }
 
     def _logprob(self, token: Token) -> dict[str, Any]:
-        top = [self._entry(id_, logprob) for id_, logprob in token.likeliest]
+        top = [self._entry(id_, logprob) for id_, logprob in token.top_logprobs]
         return {**self._entry(token.token, token.logprob), "top_logprobs": top}
 
     def _entry(self, id_: int, logprob: float) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class CompletionFormat:
         if token.logprob is None:
             return None
         top: dict[str, float] = {}
-        for id_, logprob in [*token.likeliest, (token.token, token.logprob)]:
+        for id_, logprob in [*token.top_logprobs, (token.token, token.logprob)]:
             # Parts of characters share a text, �: that of the likeliest stays.
             top.setdefault(self._text(id_), max(logprob, MIN_LOGPROB))
         return top
