@@ -214,9 +214,7 @@ class Chat:
             past = past[self.talk.last_exchanges(self.history_cnt) :]
         messages = Conversation(self.talk.system, messages=[*past, question]).prompt()
         try:
-            return self.chat_model.fitting_chat_ids(
-                messages, self.settings["max_new_tokens"], tools
-            )
+            return self.chat_model.chat_ids(messages, tools, self.settings["max_new_tokens"])
         except RecordError as error:  # of a conversation that was loaded
             raise UserError(f"the conversation is not usable: {error}") from None
 

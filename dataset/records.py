@@ -105,6 +105,19 @@ class Conversation(NamedTuple):
     tools: list[dict[str, Any]]
 
 
+def record_text(line: bytes) -> str:
+    """All text of a record of any kind, its parts joined by newlines. Raises RecordError.
+
+    Of a preference pair that is the chosen side; tools and calls are left out.
+    """
+    names = _parse_object(line).keys()
+    if "text" in names:
+        return parse_text(line)
+    messages = parse_preference(line).chosen if "chosen" in names else parse_chat(line).messages
+    parts = [message.get(name) for message in messages for name in ("reasoning_content", "content")]
+    return _check_text("\n".join(part for part in parts if part), "its text")
+
+
 class Preference(NamedTuple):
     """Two continuations of one prompt, of which the first is preferred.
 

@@ -55,7 +55,7 @@ class LocalModels:
             if chat_model.encoder is None:
                 ids = chat_model.text_ids(messages[-1]["content"])
             else:
-                ids = chat_model.fitting_chat_ids(messages, settings.max_tokens)
+                ids = chat_model.chat_ids(messages, room=settings.max_tokens)
             if len(ids) >= chat_model.context:
                 raise ValueError(f"{len(ids)} tokens leave no room in {chat_model.context}")
             request = GenerationRequest(

@@ -3,11 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from common import UserError
-from dataset import ChatEncoder, render_chat
+from dataset import ChatEncoder, fit_prompt, render_chat
 from model import Decoder, MiniMindLM, TorchDecoder
 
 from .text import TextStream
@@ -57,48 +56,28 @@ class ChatModel:
         return [self.tokenizer.bos_token_id, *ids["input_ids"]]
 
     def chat_ids(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        room: int | None = None,
     ) -> list[int]:
         """Ids of a conversation, up to where the assistant's next answer begins.
+
+        Args:
+            messages: the conversation.
+            tools: JSON schemas.
+            room: tokens to leave for the answer, at most half of the context. If they are not left,
+                the oldest exchanges are dropped; the system message, the tools and the last
+                exchange stay. None drops nothing.
 
         Raises:
             RecordError: if it needs a control token that the tokenizer lacks.
         """
         pieces = render_chat(messages, tools, add_generation_prompt=True)
-        return self.encoder.encode([self.encoder.check_control(pieces)]).ids.tolist()
-
-    def fitting_chat_ids(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        room: int,
-        tools: Sequence[Mapping[str, Any]] = (),
-    ) -> list[int]:
-        """Ids of a conversation as `chat_ids`, without the oldest exchanges if it is too long.
-
-        Args:
-            messages: the conversation. A system message always stays, and so does all from the
-                user's last message on.
-            room: tokens to leave for the answer, at most half of the context.
-            tools: JSON schemas, which always stay.
-
-        Raises:
-            RecordError: if it needs a control token that the tokenizer lacks.
-        """
-        n_first = int(messages[0]["role"] == "system")
-        first, others = messages[:n_first], messages[n_first:]
-        pieces = [
-            render_chat(first, tools),
-            *(render_chat([message]) for message in others),
-            render_chat([], add_generation_prompt=True),
-        ]
-        encoded = self.encoder.encode([self.encoder.check_control(piece) for piece in pieces])
-        system, *parts = np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])
-        users = [i for i, message in enumerate(others) if message["role"] == "user" and i > 0]
-        for start in [0, *users]:
-            ids = np.concatenate([system, *parts[start:]]).tolist()
-            if len(ids) <= self.context - min(room, self.context // 2):
-                break
-        return ids
+        prompt = self.encoder.encode([self.encoder.check_control(pieces)])
+        if room is None:
+            return prompt.ids.tolist()
+        return fit_prompt(prompt, self.context - min(room, self.context // 2)).tolist()
 
     def stream(
         self, ids: Sequence[int], generator: torch.Generator, **options: Any

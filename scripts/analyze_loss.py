@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from train_tokenizer import language
 
 from common import (
     ROOT,
@@ -31,7 +30,7 @@ from common import (
     report_user_errors,
     user_path,
 )
-from dataset import ChatEncoder, PaddedRows, PretrainDataset, SFTDataset, collate, open_dataset
+from dataset import PaddedRows, PretrainDataset, SFTDataset, collate, dataset_kind, language
 from model import LMConfig, MiniMindLM, load_model, load_tokenizer, tokenizer_hash
 from sample_world import ensure_sample
 from training import Distributed, check_context, find_processes
@@ -81,22 +80,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def roles_of(ids: list[int], encoder: ChatEncoder | None) -> list[str]:
-    """The role of each id: that of the message it is in, or `TEXT` in plain text."""
-    if encoder is None:
-        return [TEXT] * len(ids)
-    roles, role = [], TEXT
-    for i, id_ in enumerate(ids):
-        if id_ == encoder.start:
-            role = next(
-                name
-                for name, head in encoder.headers.items()
-                if ids[i + 1 : i + 1 + len(head)] == list(head)
-            )
-        roles.append(role)
-    return roles
-
-
 @torch.no_grad()
 def score_samples(
     model: MiniMindLM,
@@ -116,7 +99,6 @@ def score_samples(
         batch_size: samples at a time.
         max_samples: the first so many, or None for all.
     """
-    encoder = ChatEncoder(tokenizer) if isinstance(dataset, SFTDataset) else None
     lengths = dataset.lengths(0, max_samples)
     order = np.argsort(lengths, kind="stable").tolist()
     rows = PaddedRows(dataset)
@@ -134,11 +116,13 @@ def score_samples(
         for row, index in enumerate(chosen):
             length = int(lengths[index])
             ids = [batch["input_ids"][row, 0].item(), *batch["targets"][row, :length].tolist()]
+            is_chat = isinstance(dataset, SFTDataset)
+            roles = dataset.roles(index) if is_chat else [TEXT] * len(ids)
             yield Sample(
                 index,
                 tokenizer.decode(ids, skip_special_tokens=False),
                 losses[row, :length].cpu().numpy(),
-                np.array(roles_of(ids, encoder)[1:]),
+                np.array(roles[1:]),
                 (batch["loss_mask"][row, :length] > 0).cpu().numpy(),
             )
 
@@ -263,8 +247,9 @@ def main() -> None:
     shape = LMConfig(vocab_size=len(tokenizer))
     model = load_model(args.weights, shape, tokenizer_hash(tokenizer)).to(world.device).eval()
     check_context(args.max_seq_len, model.config)
-    dataset = open_dataset(
-        ensure_sample(args.data_path),
+    path = ensure_sample(args.data_path)
+    dataset = dataset_kind(path)(
+        path,
         tokenizer,
         args.max_seq_len + 1,
         cache_dir=args.cache_dir,

@@ -346,11 +346,11 @@ def test_tools_are_told_as_the_chat_template_does(tokenizer, start):
             messages, tools=TOOLS, add_generation_prompt=True, return_dict=False
         )
 
-    assert chat_model.fitting_chat_ids(messages, 0, TOOLS) == template(messages)
+    assert chat_model.chat_ids(messages, TOOLS, 0) == template(messages)
     short = [*CALLED[start:1], messages[-1]]
     length = len(template(short))
     chat_model.model.config.max_seq_len = 2 * length
-    assert chat_model.fitting_chat_ids(messages, length, TOOLS) == template(short)
+    assert chat_model.chat_ids(messages, TOOLS, length) == template(short)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
