@@ -191,16 +191,7 @@ async def load(request: Request, name: str) -> Batcher:
 def check_limits(
     batcher: Batcher, prompts: Sequence[Prompt], n: int, max_tokens: int, limits: Limits, param: str
 ) -> None:
-    """Raise ApiError if a request asks for too much.
-
-    Args:
-        batcher: generates the choices.
-        prompts: the prompts.
-        n: choices for each prompt.
-        max_tokens: new tokens of each choice.
-        limits: what is allowed.
-        param: the parameter that the prompts come from.
-    """
+    """Raise ApiError if a request for `n` choices of each prompt is more than is allowed."""
     longest = max(len(prompt.ids) for prompt in prompts)
     allowed = min(limits.max_prompt, batcher.chat_model.context - min(max_tokens, 1))
     if longest > allowed:
@@ -217,13 +208,7 @@ def check_limits(
 async def stream_events(
     choices: Choices, format_: Format, include_usage: bool
 ) -> AsyncIterator[str]:
-    """Stream choices as server-sent events.
-
-    Args:
-        choices: the choices.
-        format_: makes their objects.
-        include_usage: whether to end with the request's tokens.
-    """
+    """Stream choices as server-sent events, with a last one for the usage if it is included."""
 
     def event(objects: list[dict[str, Any]], usage: dict[str, int] | None = None) -> str:
         body = {**format_.head, "choices": objects}

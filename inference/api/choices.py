@@ -17,29 +17,16 @@ SEED_STEP = 0x9E3779B97F4A7C15
 
 @dataclass
 class Prompt:
-    """A prompt.
-
-    Attributes:
-        ids: its ids.
-        echo: text to begin the choice with, or None.
-        echo_start: number of first ids that are not in that text.
-    """
+    """A prompt as ids; and as text for choices to begin with, without its first `n_hidden` ids."""
 
     ids: list[int]
     echo: str | None = None
-    echo_start: int = 0
+    n_hidden: int = 0
 
 
 @dataclass
 class Chunk:
-    """A part of a choice, or all of it.
-
-    Attributes:
-        index: number of the choice.
-        text: text to add.
-        tokens: tokens to add; their text may come in a later chunk.
-        finish_reason: "stop" or "length" at the end of the choice.
-    """
+    """A part of choice `index`, or all of it; the text of its tokens may come in a later chunk."""
 
     index: int
     text: str = ""
@@ -60,7 +47,7 @@ class Choices:
     Attributes:
         prompt_tokens: tokens of all prompts, each counted once.
         completion_tokens: new tokens so far.
-        first_token_time: `time.perf_counter()` at the first new token, or the end without one.
+        first_token_time: `time.perf_counter()` at the first new token.
 
     Raises:
         QueueFull, Closed: see `Batcher.submit`.
@@ -122,59 +109,49 @@ class Choices:
         """Stream the chunks of all choices. However this ends, their generation ends with it.
 
         Raises:
-            QueueFull: if none of them began before its time was over, or one of them did not if
-                the prompts are scored, since there is no part of a score.
+            QueueFull: if the time is over before a token is generated, or before all prompts are
+                scored.
             Exception: an error of one of them.
         """
         running = set(range(len(self)))
         unscored = set(running) if self._scores_prompts else set()
-        late: dict[int, QueueFull] = {}  # by the choices that did not begin
         try:
-            if not self._scores_prompts:
-                for index, prompt in enumerate(self._prompts):
-                    if prompt.echo is not None:
-                        yield Chunk(index, prompt.echo)
+            for index, prompt in enumerate(self._prompts):
+                if prompt.echo is not None and not self._scores_prompts:
+                    yield Chunk(index, prompt.echo)
             while running:
                 index, event = await self._events.get()
                 if index not in running:
                     continue
-                if self.first_token_time is None and isinstance(event, Token | str):
-                    self.first_token_time = time.perf_counter()
-                if isinstance(event, Token):
-                    yield self._token_chunk(index, event)
-                    if self._texts[index].stopped:
+                text = self._texts[index]
+                if isinstance(event, list):
+                    unscored.remove(index)
+                    yield self._scored_prompt(index, event)
+                elif isinstance(event, Token):
+                    self.first_token_time = self.first_token_time or time.perf_counter()
+                    self.completion_tokens += event.token != self._eos
+                    yield Chunk(index, text.add(event.token), [event])
+                    if text.stopped:
                         self._requests[index].cancelled = True
                         running.remove(index)
                         yield Chunk(index, finish_reason="stop")
-                elif isinstance(event, list):
-                    unscored.remove(index)
-                    yield self._prompt_chunk(index, event)
-                elif isinstance(event, str):
-                    if index in unscored:  # its time is over
-                        raise QueueFull(1.0)
+                elif isinstance(event, str) and index not in unscored:
                     running.remove(index)
-                    yield Chunk(index, self._texts[index].finish(), finish_reason=event)
-                elif isinstance(event, QueueFull) and not self._scores_prompts:
+                    yield Chunk(index, text.finish(), finish_reason=event)
+                elif isinstance(event, QueueFull) and self.completion_tokens and not unscored:
                     running.remove(index)
-                    late[index] = event
+                    yield Chunk(index, finish_reason="length")
                 else:
-                    raise event
-            if len(late) == len(self):
-                raise late[0]
-            for index in late:
-                yield Chunk(index, finish_reason="length")
+                    raise event if isinstance(event, Exception) else QueueFull(1.0)
         finally:
             for request in self._requests:
                 request.cancelled = True
 
-    def _token_chunk(self, index: int, token: Token) -> Chunk:
-        self.completion_tokens += token.token != self._eos
-        return Chunk(index, self._texts[index].add(token.token), [token])
-
-    def _prompt_chunk(self, index: int, tokens: list[Token]) -> Chunk:
+    def _scored_prompt(self, index: int, tokens: list[Token]) -> Chunk:
         prompt = self._prompts[index]
-        tokens = tokens[prompt.echo_start :]
-        tokens[:1] = [Token(token.token) for token in tokens[:1]]  # the text has none before it
+        tokens = tokens[prompt.n_hidden :]
+        if tokens:
+            tokens[0] = Token(tokens[0].token)  # unscored: in the text it has none before it
         return Chunk(index, prompt.echo, tokens)
 
     async def collect(self) -> list[Chunk]:

@@ -1,8 +1,8 @@
 """The two kinds of completion: how their prompts become ids, and their choices JSON."""
 
-import codecs
 import time
 import uuid
+from collections import defaultdict
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -102,7 +102,7 @@ class CompletionFormat:
         self.chat_model = chat_model
         self.request = request
         self.head = make_head("cmpl", "text_completion", request.model)
-        self._offsets: dict[int, TextOffsets] = {}  # by the index of the choice
+        self._bytes: dict[int, bytes] = defaultdict(bytes)  # of each choice's text so far
 
     def prompts(self) -> list[Prompt]:
         """The prompts. Raises ApiError for ids that the model does not have."""
@@ -140,18 +140,26 @@ class CompletionFormat:
     choice = delta
 
     def _logprobs(self, chunk: Chunk) -> dict[str, Any]:
-        tokenizer, tokens = self.chat_model.tokenizer, chunk.tokens
-        if chunk.index not in self._offsets:
-            self._offsets[chunk.index] = TextOffsets(tokenizer)
-        offsets, texts = self._offsets[chunk.index], [self._text(t.token) for t in tokens]
         return {
-            "tokens": texts,
+            "tokens": [self._text(token.token) for token in chunk.tokens],
             "token_logprobs": [
-                None if t.logprob is None else max(t.logprob, MIN_LOGPROB) for t in tokens
+                None if token.logprob is None else max(token.logprob, MIN_LOGPROB)
+                for token in chunk.tokens
             ],
-            "top_logprobs": [self._top_logprobs(token) for token in tokens],
-            "text_offset": [offsets.add(token.token) for token in tokens],
+            "top_logprobs": [self._top_logprobs(token) for token in chunk.tokens],
+            "text_offset": [self._offset(chunk.index, token.token) for token in chunk.tokens],
         }
+
+    def _offset(self, index: int, id_: int) -> int:
+        """Where a choice's next token begins in its text, in characters."""
+        text = self._bytes[index].decode("utf-8", "replace")
+        decode = self.chat_model.tokenizer.backend_tokenizer.decode
+        if not decode([id_], skip_special_tokens=True):  # a control token, in no text
+            return len(text)
+        raw = token_bytes(self.chat_model.tokenizer, id_)
+        self._bytes[index] += raw
+        # A token that continues a character begins where the character does.
+        return len(text) - (raw[0] & 0xC0 == 0x80 and text.endswith("�"))
 
     def _text(self, id_: int) -> str:
         return token_bytes(self.chat_model.tokenizer, id_).decode("utf-8", "replace")
@@ -165,28 +173,6 @@ class CompletionFormat:
             # Parts of characters share a text, �: that of the likeliest stays.
             top.setdefault(self._text(id_), max(logprob, MIN_LOGPROB))
         return top
-
-
-class TextOffsets:
-    """Where the tokens of a text begin in it, in characters."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._characters = 0  # that are complete
-
-    def add(self, id_: int) -> int:
-        """Where the next token begins; one that continues a character, where that begins."""
-        added = self._tokenizer.added_tokens_decoder.get(id_)
-        if added is not None and added.special:  # no text contains it
-            return self._characters
-        raw = token_bytes(self._tokenizer, id_)
-        continues_character = bool(raw) and raw[0] & 0xC0 == 0x80
-        if not continues_character:  # an incomplete one before it becomes a �
-            self._characters += len(self._decoder.decode(b"", final=True))
-        start = self._characters
-        self._characters += len(self._decoder.decode(raw))
-        return start
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, id_: int) -> bytes:

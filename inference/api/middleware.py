@@ -4,8 +4,9 @@ import asyncio
 import hmac
 import json
 import time
+from dataclasses import dataclass
 from datetime import datetime
-from typing import TextIO
+from typing import Any, TextIO
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -15,35 +16,27 @@ from .metrics import Metrics
 LOGGED = 100  # characters of a path or a model's name
 
 
+@dataclass
 class RequestMiddleware:
-    """An ASGI middleware that checks and counts requests.
+    """An ASGI middleware that checks requests and notes what became of them.
 
-    It answers HEAD as GET; the server leaves out the body.
+    It passes HEAD on as GET: the server leaves out the body.
 
     Args:
         app: the application.
         api_key: key that clients must send, or None.
         max_bytes: the largest body.
         max_seconds: the longest time that a body may take to arrive.
-        metrics: gets the figures of each request.
+        metrics: count each request.
         log: gets a line for each request, or None.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        api_key: str | None,
-        max_bytes: int,
-        max_seconds: float,
-        metrics: Metrics,
-        log: TextIO | None,
-    ):
-        self.app = app
-        self.api_key = api_key
-        self.max_bytes = max_bytes
-        self.max_seconds = max_seconds
-        self.metrics = metrics
-        self.log = log
+    app: ASGIApp
+    api_key: str | None
+    max_bytes: int
+    max_seconds: float
+    metrics: Metrics
+    log: TextIO | None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -51,7 +44,7 @@ class RequestMiddleware:
             await self.app(scope, receive, send)
             return
         start, status = time.perf_counter(), None
-        state = scope.setdefault("state", {})  # the route notes `model` and `choices`
+        state = scope.setdefault("state", {})  # in which the route notes `model` and `choices`
 
         async def send_and_note(message: Message) -> None:
             nonlocal status
@@ -70,20 +63,10 @@ class RequestMiddleware:
                 await ApiError(500, "The server failed.").response()(scope, receive, send_and_note)
             raise
         finally:
-            choices = state.get("choices")
-            self.metrics.observe(scope["path"], status, start, choices)
+            if status is not None:
+                self.metrics.observe(scope["path"], status, start, state.get("choices"))
             if self.log is not None:
-                now = datetime.now().astimezone().isoformat(timespec="milliseconds")
-                used = ("-", "-")
-                if choices is not None:
-                    used = (choices.prompt_tokens, choices.completion_tokens)
-                print(
-                    f"{now} {scope['method']} {printable(scope['path'])} {status or '-'} "
-                    f"model={printable(state.get('model', ''))} prompt_tokens={used[0]} "
-                    f"completion_tokens={used[1]} seconds={time.perf_counter() - start:.3f}",
-                    file=self.log,
-                    flush=True,
-                )
+                print(log_line(scope, status, start, state), file=self.log, flush=True)
 
     def check_key(self, scope: Scope) -> None:
         """Raise ApiError unless the request has the key, if one is needed."""
@@ -103,22 +86,34 @@ class RequestMiddleware:
 
         async def receive_limited() -> Message:
             nonlocal size, is_complete
-            if is_complete:  # the next message is that the client has left
+            if is_complete:  # what follows is that the client leaves
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), deadline - time.monotonic())
             except asyncio.TimeoutError:  # an alias of TimeoutError from Python 3.11 on
-                raise ApiError(
-                    408, f"A request may take {self.max_seconds:g} s to arrive."
-                ) from None
+                reason = f"A request may take {self.max_seconds:g} s to arrive."
+                raise ApiError(408, reason) from None
             size += len(message.get("body", b""))
             is_complete = not message.get("more_body", False)
             if size > self.max_bytes:
-                message = f"A request may have {self.max_bytes} bytes."
-                raise ApiError(413, message, code="request_too_large")
+                reason = f"A request may have {self.max_bytes} bytes."
+                raise ApiError(413, reason, code="request_too_large")
             return message
 
         return receive_limited
+
+
+def log_line(scope: Scope, status: int | None, start: float, state: dict[str, Any]) -> str:
+    """The log's line for a request, without any of its texts."""
+    now = datetime.now().astimezone().isoformat(timespec="milliseconds")
+    choices = state.get("choices")
+    return (
+        f"{now} {scope['method']} {printable(scope['path'])} {status or '-'} "
+        f"model={printable(state.get('model', ''))} "
+        f"prompt_tokens={choices.prompt_tokens if choices else '-'} "
+        f"completion_tokens={choices.completion_tokens if choices else '-'} "
+        f"seconds={time.perf_counter() - start:.3f}"
+    )
 
 
 def printable(text: str) -> str:
