@@ -75,7 +75,7 @@ def test_a_text_beyond_the_context_is_refused_and_the_next_one_taken(evaluate):
         (["--weight", "pretrain", "--dim", "48"], "pretrain_48.pth"),
         (["--weight", "full_sft", "--dim", "32"], "full_sft_32.pth"),
         (["--dim", "100"], "--dim"),
-        (["--prompt", "a", "--score", "b"], "--prompt and --score"),
+        (["--prompt", "a", "--score", "b"], "--score: not allowed with argument --prompt"),
         (["--input_file", "a"], "--output_file"),
         (["--output_file", "a"], "--output_file"),
         (["--input_file", "nowhere.jsonl", "--output_file", "a"], "nowhere.jsonl"),
