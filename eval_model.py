@@ -6,8 +6,8 @@
     python eval_model.py --input_file questions.jsonl --output_file answers.jsonl
     python eval_model.py --score held_out.jsonl
 
-Weights of the stage "pretrain" continue what is typed; all others answer it, and remember what was
-said before.
+Weights of the stage "pretrain" continue what is typed; all others answer it as part of a
+conversation.
 """
 
 import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
@@ -15,14 +15,14 @@ import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from common import (
-    ROOT,
     BooleanFlag,
     UserError,
     add_skip_bad_lines,
@@ -39,26 +39,30 @@ from common import (
     user_path,
 )
 from dataset import RecordError, parse_chat, read_records
-from inference import ChatModel, WeightSpec, load_chat_model
-from inference.answers import answer_file
+from inference import ChatModel, WeightSpec, add_model_arguments, load_chat_model
+from inference.answers import answer_file, read_questions
 from inference.conversations import Conversation
 from inference.scoring import score
-from training import find_processes
+from model import choose_device
 
-# What /set can change, and how it is read: the flags of the same names.
-SETTINGS: dict[str, Callable[[str], Any]] = {
-    "max_new_tokens": positive_int,
-    "temperature": non_negative_float,
-    "top_k": non_negative_int,
-    "top_p": positive_unit_interval,
-    "min_p": unit_interval,
-    "repetition_penalty": positive_float,
+# Flags that /set changes too: type, default, help.
+SETTINGS: dict[str, tuple[Callable[[str], Any], float, str]] = {
+    "max_new_tokens": (positive_int, 512, "of an answer"),
+    "temperature": (non_negative_float, 0.8, "0: greedy"),
+    "top_k": (non_negative_int, 0, "likeliest tokens to draw from; 0: all"),
+    "top_p": (
+        positive_unit_interval,
+        0.9,
+        "draw from the likeliest tokens that reach this probability together",
+    ),
+    "min_p": (unit_interval, 0.0, "drop tokens below this share of the likeliest one's"),
+    "repetition_penalty": (positive_float, 1.0, "above 1: of tokens that occurred before"),
 }
 HELP = '''\
 /help                    this text
-/reset                   forget the conversation
-/system TEXT             tell the model this first; without TEXT nothing
-/undo                    take the last question and its answer back
+/reset                   begin a new conversation
+/system TEXT             set the system message; without TEXT there is none
+/undo                    remove the last question and its answer
 /save FILE, /load FILE   the conversation, as one line of training data
 /set                     show the settings
 /set temperature 0.7     change one
@@ -70,89 +74,50 @@ Ctrl-C                   stops an answer'''
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser("Talk to a trained MiniMind, or score it.")
-    which = parser.add_argument_group("model")
-    which.add_argument(
-        "--weight",
-        type=name_or_path,
-        help="a stage's or a run's name, a .pth file or a folder in transformers' format; default: "
-        "the newest chat weights in --out_dir, else the newest pretrained ones",
+    models = parser.add_argument_group("model")
+    add_model_arguments(
+        models,
+        "a stage's or a run's name, a .pth file or a folder in transformers' format; default: the "
+        "newest chat weights in --out_dir, else the newest pretrained ones",
     )
-    which.add_argument(
-        "--lora_name",
-        type=name_or_path,
-        help="an adapter's name, or its .pth file: use it as well",
+    models.add_argument(
+        "--lora_name", type=name_or_path, help="an adapter's name, or its .pth file: use it as well"
     )
-    which.add_argument("--out_dir", type=user_path, default=Path("out"), help="where weights are")
-    which.add_argument(
+    models.add_argument(
         "--dim", type=positive_int, help="of the weights; 512 for those without a .json"
     )
-    which.add_argument("--n_layers", type=positive_int, help="of the weights; likewise 8")
-    which.add_argument(
+    models.add_argument("--n_layers", type=positive_int, help="of the weights; likewise 8")
+    models.add_argument(
         "--use_moe", action=BooleanFlag, help="whether they are a mixture of experts"
     )
-    which.add_argument(
-        "--quantize", choices=("int8",), help="weights of 8 bits: faster on a CPU, nearly as good"
-    )
-    which.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
-    which.add_argument(
-        "--tokenizer_path",
-        type=user_path,
-        default=ROOT / "model" / "minimind_tokenizer",
-        help="folder",
-    )
     writing = parser.add_argument_group("writing")
-    writing.add_argument("--max_new_tokens", type=positive_int, default=512, help="of an answer")
-    writing.add_argument(
-        "--temperature", type=non_negative_float, default=0.8, help="0 takes the likeliest token"
-    )
-    writing.add_argument(
-        "--top_k", type=non_negative_int, default=0, help="likeliest tokens; 0: all"
-    )
-    writing.add_argument(
-        "--top_p",
-        type=positive_unit_interval,
-        default=0.9,
-        help="draw among the likeliest tokens that reach this probability together",
-    )
-    writing.add_argument(
-        "--min_p",
-        type=unit_interval,
-        default=0.0,
-        help="drop tokens below this share of the likeliest's",
-    )
-    writing.add_argument(
-        "--repetition_penalty",
-        type=positive_float,
-        default=1.0,
-        help="above 1: of what was said before",
-    )
+    for name, (kind, default, help_) in SETTINGS.items():
+        writing.add_argument(f"--{name}", type=kind, default=default, help=help_)
     writing.add_argument("--seed", type=seed, help="default: another text every time")
-    writing.add_argument("--system", help="what the model is told first")
+    writing.add_argument("--system", help="system message")
     writing.add_argument(
         "--history_cnt",
         type=non_negative_int,
-        help="exchanges that it remembers; default: as many as fit",
+        help="exchanges that stay in the prompt; default: as many as fit",
     )
     instead = parser.add_argument_group("instead of a conversation")
-    instead.add_argument("--prompt", help="answer or continue this text and end")
-    instead.add_argument(
+    one = instead.add_mutually_exclusive_group()
+    one.add_argument("--prompt", help="answer or continue this text and end")
+    one.add_argument(
         "--input_file",
         type=user_path,
         help='answer every line: {"prompt"}, conversations, {"text"}',
     )
-    instead.add_argument("--output_file", type=user_path, help="where the answers, or scores, go")
-    instead.add_argument(
+    one.add_argument(
         "--score", type=user_path, metavar="DATA", help="score the model on texts or conversations"
     )
+    instead.add_argument("--output_file", type=user_path, help="where the answers, or scores, go")
     instead.add_argument("--batch_size", type=positive_int, default=16, help="lines at a time")
     add_skip_bad_lines(instead)
     args = parser.parse_args()
     for name in ("prompt", "system"):
         if (text := getattr(args, name)) is not None:  # a command line may hold stray bytes
             setattr(args, name, text.encode("utf-8", "replace").decode("utf-8"))
-    chosen = [f"--{n}" for n in ("prompt", "input_file", "score") if getattr(args, n) is not None]
-    if len(chosen) > 1:
-        raise UserError(f"{' and '.join(chosen)}: give one of them")
     if args.input_file is not None and args.output_file is None:
         raise UserError("--input_file needs --output_file")
     if args.output_file is not None and args.input_file is None and args.score is None:
@@ -160,43 +125,36 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def sampling_options(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings as `MiniMindLM.generate` takes them: temperature 0 is greedy."""
+def generation_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as options of `MiniMindLM.generate`: temperature 0 is greedy."""
     options = {name: settings[name] for name in SETTINGS}
-    options["do_sample"] = options["temperature"] > 0
-    return options
+    return {**options, "do_sample": options["temperature"] > 0}
 
 
+@dataclass
 class Chat:
     """A conversation in a terminal.
 
-    Args:
-        chat_model: who answers.
+    Attributes:
+        chat_model: the model that answers.
         settings: values by the names of SETTINGS.
         generator: source of randomness.
-        system: what the model is told first, or None.
-        history_cnt: how many exchanges it remembers; None for as many as fit.
+        conversation: what was said so far.
+        history_cnt: how many exchanges stay in the prompt; None for as many as fit.
     """
 
-    def __init__(
-        self,
-        chat_model: ChatModel,
-        settings: dict[str, Any],
-        generator: torch.Generator,
-        system: str | None,
-        history_cnt: int | None,
-    ):
-        self.chat_model = chat_model
-        self.settings = settings
-        self.generator = generator
-        self.history_cnt = history_cnt
-        self.talk = Conversation(system=system or "")
+    chat_model: ChatModel
+    settings: dict[str, Any]
+    generator: torch.Generator
+    conversation: Conversation
+    history_cnt: int | None = None
 
     def respond(self, text: str) -> None:
-        """Print what the model says to a text, as it comes; Ctrl-C ends the answer.
+        """Print the model's answer to a text as it is generated; Ctrl-C ends it.
 
         Raises:
-            UserError: if the text leaves no room in the context, and as `prompt_ids`.
+            UserError: if the text leaves no room in the context, or needs control tokens that the
+                tokenizer lacks.
         """
         question = {"role": "user", "content": text}
         if self.chat_model.encoder is None:
@@ -204,10 +162,9 @@ class Chat:
             ids = self.chat_model.text_ids(text)
         else:
             ids = self.prompt_ids(question)
-        answer = ""
-        pieces = self.chat_model.stream(ids, self.generator, **sampling_options(self.settings))
+        answer, options = "", generation_options(self.settings)
         try:
-            for piece in pieces:
+            for piece in self.chat_model.stream(ids, self.generator, **options):
                 answer += piece
                 print(piece, end="", flush=True)
         except ValueError as error:
@@ -216,41 +173,32 @@ class Chat:
             print(" …", end="")
         print()
         if self.chat_model.encoder is not None:
-            self.talk.messages += [question, {"role": "assistant", "content": answer}]
+            self.conversation.messages += [question, {"role": "assistant", "content": answer}]
 
     def prompt_ids(self, question: dict[str, Any]) -> list[int]:
-        """The conversation with a new question, as far as it is remembered and fits.
-
-        Raises:
-            UserError: if it needs control tokens that the tokenizer lacks.
-        """
-        past, tools = self.talk.messages, self.talk.tools
+        """Ids of the conversation with a new question, without old exchanges that do not fit."""
+        past = self.conversation.messages
         if self.history_cnt is not None:
-            past = past[self.talk.last_exchanges(self.history_cnt) :]
-        messages = Conversation(self.talk.system, messages=[*past, question]).prompt()
+            past = past[self.conversation.last_exchanges(self.history_cnt) :]
+        messages = replace(self.conversation, messages=[*past, question]).prompt()
+        room = self.settings["max_new_tokens"]
         try:
-            return self.chat_model.fitting_chat_ids(
-                messages, self.settings["max_new_tokens"], tools
-            )
+            return self.chat_model.chat_ids(messages, self.conversation.tools, room)
         except RecordError as error:  # of a conversation that was loaded
             raise UserError(f"the conversation is not usable: {error}") from None
 
-    def command(self, line: str) -> None:
-        """Carry out a line that begins with a slash.
-
-        Raises:
-            UserError: if it is no command, or cannot be carried out.
-        """
+    def run_command(self, line: str) -> None:
+        """Run a line that begins with a slash. Raises UserError if that is not possible."""
         name, _, rest = line[1:].partition(" ")
         rest = rest.strip()
         if name == "help":
             print(HELP)
         elif name == "reset":
-            self.talk = Conversation(self.talk.system)
+            self.conversation = Conversation(self.conversation.system)
             print("a new conversation")
         elif name == "system":
-            self.talk.system = rest
-            print(f"told first: {rest or 'nothing'}")
+            self.conversation.system = rest
+            print(f"system message: {rest or 'none'}")
         elif name == "undo":
             self.undo()
         elif name in ("save", "load") and not rest:
@@ -265,12 +213,12 @@ class Chat:
             raise UserError(f"/{name}: no such command; /help lists them")
 
     def undo(self) -> None:
-        """Take the last question and what followed it back."""
-        if not self.talk.messages:
-            raise UserError("/undo: nothing was said yet")
-        question = self.talk.messages[self.talk.last_exchanges(1)]["content"]
-        self.talk.undo()
-        print(f"taken back: {question}")
+        """Remove the last question and what follows it."""
+        if not self.conversation.messages:
+            raise UserError("/undo: the conversation is empty")
+        question = self.conversation.messages[self.conversation.last_exchanges(1)]["content"]
+        self.conversation.undo()
+        print(f"removed: {question}")
 
     def set(self, name: str = "", value: str = "", *more: str) -> None:
         """Change a setting, or show all."""
@@ -279,8 +227,9 @@ class Chat:
             return
         if name not in SETTINGS or not value or more:
             raise UserError(f"/set takes a value for one of {', '.join(SETTINGS)}")
+        parse, *_ = SETTINGS[name]
         try:
-            self.settings[name] = SETTINGS[name](value)
+            self.settings[name] = parse(value)
         except argparse.ArgumentTypeError as error:
             raise UserError(f"/set {name}: {error}") from None
 
@@ -288,13 +237,13 @@ class Chat:
         """Write the conversation as a line of training data; an older file is kept."""
         try:
             with path.open("x", encoding="utf-8") as file:
-                file.write(self.talk.training_line())
+                file.write(self.conversation.training_line())
         except OSError as error:
             raise UserError(f"/save {path}: {error.strerror}") from None
         print(f"saved {path}")
 
     def load(self, path: Path) -> None:
-        """Go on with a saved conversation, or another one that a file begins with."""
+        """Continue the first conversation in a file."""
         try:
             number, line = next(read_records(path), (1, b""))
             messages, tools = parse_chat(line)
@@ -305,7 +254,7 @@ class Chat:
         if messages[-1]["role"] != "assistant":
             raise UserError(f"/load {path}:{number}: it does not end with an answer")
         system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
-        self.talk = Conversation(system, messages=messages, tools=tools)
+        self.conversation = Conversation(system, messages=messages, tools=tools)
         print(f"{len(messages)} messages")
 
 
@@ -344,7 +293,7 @@ def converse(chat: Chat) -> None:
     for text in typed_texts():
         try:
             if text.startswith("/") and chat_model.encoder is not None:
-                chat.command(text)
+                chat.run_command(text)
             else:
                 chat.respond(text)
         except UserError as error:
@@ -354,45 +303,33 @@ def converse(chat: Chat) -> None:
 def main() -> None:
     """Answer one text, a file of them, or what is typed; or score the model."""
     args = parse_args()
-    device = find_processes(args.device, ddp=False).device
-    spec = WeightSpec(
-        args.out_dir,
-        args.tokenizer_path,
-        weight=args.weight,
-        lora_name=args.lora_name,
-        dim=args.dim,
-        n_layers=args.n_layers,
-        use_moe=args.use_moe,
-    )
-    several = args.input_file is not None or args.score is not None
-    chat_model = load_chat_model(spec, device, args.quantize, args.batch_size if several else 1)
+    device = choose_device(args.device)
+    shape = {name: getattr(args, name) for name in ("dim", "n_layers", "use_moe")}
+    spec = WeightSpec(args.out_dir, args.tokenizer_path, args.weight, args.lora_name, **shape)
+    reads_file = args.input_file is not None or args.score is not None
+    chat_model = load_chat_model(spec, device, args.quantize, args.batch_size if reads_file else 1)
     generator = torch.Generator(device)
     if args.seed is None:
         generator.seed()
     else:
         generator.manual_seed(args.seed)
-    settings = {name: getattr(args, name) for name in SETTINGS}
     if args.score is not None:
         score(chat_model, args.score, args.output_file, args.max_new_tokens, args.skip_bad_lines)
-    elif args.input_file is not None:
-        options = sampling_options(settings)
-        answer_file(
-            chat_model,
-            args.input_file,
-            args.output_file,
-            args.system,
-            generator,
-            options,
-            args.skip_bad_lines,
-        )
+        return
+    if args.input_file is not None:
+        questions = read_questions(chat_model, args.input_file, args.system, args.skip_bad_lines)
+        options = {**generation_options(vars(args)), "generator": generator}
+        answer_file(chat_model, questions, args.output_file, options)
+        return
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    conversation = Conversation(system=args.system or "")
+    chat = Chat(chat_model, settings, generator, conversation, args.history_cnt)
+    if args.prompt is not None:
+        chat.respond(args.prompt)
     else:
-        chat = Chat(chat_model, settings, generator, args.system, args.history_cnt)
-        if args.prompt is not None:
-            chat.respond(args.prompt)
-        else:
-            converse(chat)
+        converse(chat)
 
 
 if __name__ == "__main__":
-    with report_user_errors(UserError):
+    with report_user_errors():
         main()

@@ -1,6 +1,7 @@
 """The network: its configuration, its layers, how it generates, and its files."""
 
 from .decoder import Decoder, TorchDecoder
+from .device import choose_device
 from .generation import Continuation, SamplingLoop
 from .kv_cache import KVCache
 from .LMConfig import LMConfig
@@ -43,6 +44,7 @@ __all__ = [
     "active_lora",
     "adapters",
     "apply_lora",
+    "choose_device",
     "load_lora",
     "load_model",
     "load_tokenizer",

@@ -6,7 +6,7 @@ from pathlib import Path
 import streamlit as st
 
 from inference.backends import Backend, Settings
-from inference.conversations import Conversation, TalkStore
+from inference.conversations import Conversation, ConversationStore
 
 TEXTS = {
     "English": {
@@ -66,114 +66,6 @@ def open_backend(_make: Callable[[], Backend]) -> Backend:
     return _make()
 
 
-def current_talk(store: TalkStore) -> Conversation:
-    """The conversation that the page's address names, or a new one."""
-    if "talk" not in st.session_state:
-        st.session_state.talk = store.get(st.query_params.get("chat", "")) or Conversation()
-    return st.session_state.talk
-
-
-def show(talk: Conversation) -> None:
-    """Turn to a conversation."""
-    st.session_state.talk = talk
-    st.session_state.pop("partial", None)
-    st.session_state.pop("failed", None)
-    st.query_params["chat"] = talk.id
-
-
-def keep_partial(store: TalkStore) -> None:
-    """Make what was written of an answer, before it was broken off, the answer.
-
-    Where nothing was written the question is taken back, as conversations are of whole exchanges.
-    """
-    talk: Conversation = st.session_state.talk
-    if not st.session_state.pop("answering", False):
-        return
-    if answer := st.session_state.pop("partial", ""):
-        talk.messages.append({"role": "assistant", "content": answer})
-        store.keep(talk)
-    else:
-        take_back(store)
-
-
-def take_back(store: TalkStore) -> None:
-    """Forget the last message."""
-    talk: Conversation = st.session_state.talk
-    talk.messages.pop()
-    store.keep(talk)
-
-
-def undo(store: TalkStore) -> None:
-    """Forget the last exchange."""
-    talk: Conversation = st.session_state.talk
-    talk.undo()
-    store.keep(talk)
-
-
-def sidebar(
-    backend: Backend, store: TalkStore, talk: Conversation
-) -> tuple[dict[str, str], Settings]:
-    """Everything beside the conversation: texts in the chosen language, and the settings."""
-    with st.sidebar:
-        names = list(TEXTS)
-        chinese = (st.context.locale or "").startswith("zh")
-        language = st.segmented_control(
-            "Language", names, default=names[chinese], label_visibility="collapsed"
-        )
-        texts = TEXTS[language or names[chinese]]
-        if st.button(texts["new"], icon=":material/add:", use_container_width=True):
-            keep_partial(store)
-            show(Conversation(system=talk.system, model=talk.model))
-            st.rerun()
-        try:
-            models = list_models(backend)
-        except Exception as error:  # of any kind: a server that does not answer, say
-            st.error(f"{texts['failed']}: {error}")
-            models = []
-        else:
-            if not models:
-                st.info(texts["none"])
-        if models:
-            chosen = models.index(talk.model) if talk.model in models else 0
-            talk.model = st.selectbox(texts["model"], models, index=chosen)
-        if st.button(texts["reload"], type="tertiary", icon=":material/refresh:"):
-            list_models.clear()
-            model_chats.clear()
-            st.rerun()
-        talk.system = st.text_area(texts["system"], talk.system, height=80, key=f"s{talk.id}")
-        with st.expander(texts["settings"]):
-            settings = Settings(
-                # Their keys keep what is set when the language changes.
-                temperature=st.slider(texts["temperature"], 0.0, 2.0, 0.8, 0.05, key="temperature"),
-                top_p=st.slider(texts["top_p"], 0.05, 1.0, 0.9, 0.05, key="top_p"),
-                max_tokens=st.slider(texts["max_tokens"], 16, 2048, 512, 16, key="max_tokens"),
-                repetition_penalty=st.slider(
-                    texts["repetition_penalty"], 1.0, 2.0, 1.0, 0.05, key="repetition_penalty"
-                ),
-                seed=st.number_input(texts["seed"], 0, value=None, step=1, key="seed"),
-            )
-        if talk.messages:
-            st.download_button(
-                texts["json"], talk.training_line(), f"{talk.id}.jsonl", use_container_width=True
-            )
-            st.download_button(
-                texts["markdown"], talk.markdown(), f"{talk.id}.md", use_container_width=True
-            )
-            if st.button(texts["delete"], use_container_width=True):
-                store.delete(talk)
-                st.session_state.pop("answering", None)
-                show(Conversation(model=talk.model))
-                st.rerun()
-        st.subheader(texts["chats"])
-        for other in store.list():
-            kind = "primary" if other.id == talk.id else "tertiary"
-            if st.button(other.title or texts["empty"], key=other.id, type=kind):
-                keep_partial(store)
-                show(other)
-                st.rerun()
-    return texts, settings
-
-
 @st.cache_data(ttl=30, show_spinner=False)
 def list_models(_backend: Backend) -> list[str]:
     """The models, asked for at most twice a minute."""
@@ -182,24 +74,154 @@ def list_models(_backend: Backend) -> list[str]:
 
 @st.cache_data(ttl=30, show_spinner=False)
 def model_chats(_backend: Backend, model: str) -> bool:
-    """Whether a model answers conversations, likewise."""
+    """Whether a model answers conversations, asked for at most twice a minute."""
     return _backend.chats(model)
+
+
+def current_chat(store: ConversationStore) -> Conversation:
+    """The conversation that the page's address names, or a new one."""
+    if "chat" not in st.session_state:
+        st.session_state.chat = store.get(st.query_params.get("chat", "")) or Conversation()
+    return st.session_state.chat
+
+
+def show(chat: Conversation) -> None:
+    """Turn to a conversation."""
+    st.session_state.chat = chat
+    st.session_state.pop("partial", None)
+    st.session_state.pop("failed", None)
+    st.query_params["chat"] = chat.id
+
+
+def save_partial(store: ConversationStore) -> None:
+    """Save what was generated of an answer before it was stopped.
+
+    If there is nothing, the question is removed: a conversation consists of whole exchanges.
+    """
+    chat: Conversation = st.session_state.chat
+    if not st.session_state.pop("answering", False):
+        return
+    if answer := st.session_state.pop("partial", ""):
+        chat.messages.append({"role": "assistant", "content": answer})
+        store.save(chat)
+    else:
+        remove_last(store)
+
+
+def remove_last(store: ConversationStore) -> None:
+    """Remove the last message."""
+    chat: Conversation = st.session_state.chat
+    chat.messages.pop()
+    store.save(chat)
+
+
+def undo(store: ConversationStore) -> None:
+    """Remove the last exchange."""
+    chat: Conversation = st.session_state.chat
+    chat.undo()
+    store.save(chat)
+
+
+def choose_language() -> dict[str, str]:
+    """The page's texts in the chosen language, by default the browser's."""
+    names = list(TEXTS)
+    default = names[(st.context.locale or "").startswith("zh")]
+    chosen = st.segmented_control("Language", names, default=default, label_visibility="collapsed")
+    return TEXTS[chosen or default]
+
+
+def choose_model(backend: Backend, chat: Conversation, texts: dict[str, str]) -> None:
+    """Choose the model of a conversation."""
+    try:
+        models = list_models(backend)
+    except Exception as error:  # of any kind, such as a server that does not answer
+        st.error(f"{texts['failed']}: {error}")
+        models = []
+    else:
+        if not models:
+            st.info(texts["none"])
+    if models:
+        index = models.index(chat.model) if chat.model in models else 0
+        chat.model = st.selectbox(texts["model"], models, index=index)
+    if st.button(texts["reload"], type="tertiary", icon=":material/refresh:"):
+        list_models.clear()
+        model_chats.clear()
+        st.rerun()
+
+
+def choose_settings(texts: dict[str, str]) -> Settings:
+    """Choose how answers are generated; the widgets' keys keep this when the language changes."""
+    with st.expander(texts["settings"]):
+        return Settings(
+            temperature=st.slider(texts["temperature"], 0.0, 2.0, 0.8, 0.05, key="temperature"),
+            top_p=st.slider(texts["top_p"], 0.05, 1.0, 0.9, 0.05, key="top_p"),
+            max_tokens=st.slider(texts["max_tokens"], 16, 2048, 512, 16, key="max_tokens"),
+            repetition_penalty=st.slider(
+                texts["repetition_penalty"], 1.0, 2.0, 1.0, 0.05, key="repetition_penalty"
+            ),
+            seed=st.number_input(texts["seed"], 0, value=None, step=1, key="seed"),
+        )
+
+
+def offer_exports(store: ConversationStore, chat: Conversation, texts: dict[str, str]) -> None:
+    """Buttons that export a conversation or delete it."""
+    st.download_button(
+        texts["json"], chat.training_line(), f"{chat.id}.jsonl", use_container_width=True
+    )
+    st.download_button(
+        texts["markdown"], chat.markdown(), f"{chat.id}.md", use_container_width=True
+    )
+    if st.button(texts["delete"], use_container_width=True):
+        store.delete(chat)
+        st.session_state.pop("answering", None)
+        show(Conversation(model=chat.model))
+        st.rerun()
+
+
+def list_chats(store: ConversationStore, chat: Conversation, texts: dict[str, str]) -> None:
+    """Buttons that turn to other conversations."""
+    st.subheader(texts["chats"])
+    for other in store.list():
+        kind = "primary" if other.id == chat.id else "tertiary"
+        if st.button(other.title or texts["empty"], key=other.id, type=kind):
+            save_partial(store)
+            show(other)
+            st.rerun()
+
+
+def sidebar(
+    backend: Backend, store: ConversationStore, chat: Conversation
+) -> tuple[dict[str, str], Settings]:
+    """Draw all that is beside the conversation; returns the page's texts and the settings."""
+    with st.sidebar:
+        texts = choose_language()
+        if st.button(texts["new"], icon=":material/add:", use_container_width=True):
+            save_partial(store)
+            show(Conversation(system=chat.system, model=chat.model))
+            st.rerun()
+        choose_model(backend, chat, texts)
+        chat.system = st.text_area(texts["system"], chat.system, height=80, key=f"s{chat.id}")
+        settings = choose_settings(texts)
+        if chat.messages:
+            offer_exports(store, chat, texts)
+        list_chats(store, chat, texts)
+    return texts, settings
 
 
 def answer(
     backend: Backend,
-    store: TalkStore,
-    talk: Conversation,
+    store: ConversationStore,
+    chat: Conversation,
     texts: dict[str, str],
     settings: Settings,
 ) -> None:
-    """Write the answer to the last question, as it comes, beside a button that stops it.
+    """Show the answer to the last question as it is generated, beside a button that stops it.
 
-    The button makes Streamlit start the page anew: what was written so far is in `partial`.
+    The button makes Streamlit run the page anew: the answer so far is in `partial`.
     """
     st.session_state.answering, st.session_state.partial = True, ""
-    st.button(texts["stop"], icon=":material/stop_circle:", on_click=keep_partial, args=(store,))
-    pieces = backend.stream(talk.model, talk.prompt(), settings)
+    st.button(texts["stop"], icon=":material/stop_circle:", on_click=save_partial, args=(store,))
+    pieces = backend.stream(chat.model, chat.prompt(), settings)
 
     def noted() -> Iterator[str]:
         for piece in pieces:
@@ -209,11 +231,11 @@ def answer(
     try:
         with st.chat_message("assistant"):
             st.write_stream(noted())
-    except Exception as error:  # of any kind, from a model here or a client that others wrote
-        st.session_state.failed = (f"{error}", talk.messages[-1]["content"])
+    except Exception as error:  # of any kind, from a model here or from a client library
+        st.session_state.failed = (f"{error}", chat.messages[-1]["content"])
     finally:
         pieces.close()
-    keep_partial(store)
+    save_partial(store)
     st.rerun()
 
 
@@ -221,38 +243,38 @@ def draw(make_backend: Callable[[], Backend], chats_dir: Path) -> None:
     """Draw the page.
 
     Args:
-        make_backend: opens the source of answers, when the page is drawn first.
-        chats_dir: where conversations are kept.
+        make_backend: opens the source of answers, when the page is first drawn.
+        chats_dir: folder of the conversations.
     """
-    st.set_page_config("MiniMind", layout="centered")  # icons but Streamlit's come from elsewhere
+    st.set_page_config("MiniMind", layout="centered")  # other icons would be fetched from elsewhere
     backend = open_backend(make_backend)
-    store = TalkStore(chats_dir)
-    talk = current_talk(store)
-    keep_partial(store)  # of an answer that a reload or another widget broke off
-    texts, settings = sidebar(backend, store, talk)
+    store = ConversationStore(chats_dir)
+    chat = current_chat(store)
+    save_partial(store)  # of an answer that a reload or another widget stopped
+    texts, settings = sidebar(backend, store, chat)
     st.title("MiniMind")
-    if not talk.model:
+    if not chat.model:
         return
-    if not model_chats(backend, talk.model):
+    if not model_chats(backend, chat.model):
         st.caption(texts["continues"])
-    for message in talk.messages:
+    for message in chat.messages:
         with st.chat_message(message["role"]):
             st.markdown(message["content"])
-    if talk.messages and talk.messages[-1]["role"] == "assistant":
+    if chat.messages and chat.messages[-1]["role"] == "assistant":
         left, right = st.columns(2)
-        left.button(texts["again"], on_click=take_back, args=(store,), type="tertiary")
+        left.button(texts["again"], on_click=remove_last, args=(store,), type="tertiary")
         right.button(texts["undo"], on_click=undo, args=(store,), type="tertiary")
     if "failed" in st.session_state:
         error, question = st.session_state.failed
         st.error(f"{texts['failed']}: {error}")
-        st.code(question, language=None)  # to be copied, and mended
+        st.code(question, language=None)  # to copy and correct
     if text := st.chat_input(texts["say"]):
         st.session_state.pop("failed", None)
-        talk.messages.append({"role": "user", "content": text})
-        store.keep(talk)
+        chat.messages.append({"role": "user", "content": text})
+        store.save(chat)
         with st.chat_message("user"):
             st.markdown(text)
-    if talk.messages:
-        st.query_params["chat"] = talk.id  # which is another one after a conflict of two windows
-    if talk.messages and talk.messages[-1]["role"] == "user":
-        answer(backend, store, talk, texts, settings)
+    if chat.messages:
+        st.query_params["chat"] = chat.id  # another one after a conflict of two windows
+    if chat.messages and chat.messages[-1]["role"] == "user":
+        answer(backend, store, chat, texts, settings)

@@ -28,7 +28,6 @@ from tiny_models import greedy_answer, random_model, save_tuned
 from common import UserError
 from inference import WeightSpec
 from inference.api import Limits, create_app
-from inference.api.loading import Loader
 from inference.batcher import Batcher, Closed, GenerationRequest, QueueFull
 from inference.pool import ModelPool
 from model import Sampling, SamplingLoop, TorchDecoder, apply_lora, save_lora
@@ -624,36 +623,34 @@ def test_texts_beyond_the_places_end_as_far_as_they_came(folder, tokenizer_dir):
 
 def test_a_model_that_is_loaded_waits_for_no_other(folder, tokenizer_dir, answer, monkeypatch):
     """Two requests wait for one load; a third is too many; the loaded model answers meanwhile."""
-    loaders, begin = [], Loader.__init__
-
-    def noted(loader, pool):
-        begin(loader, pool)
-        loaders.append(loader)
-
-    monkeypatch.setattr(Loader, "__init__", noted)
     with serving(folder, tokenizer_dir, rows=1, queue=1) as (url, pool):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
         ask(client)
-        load, let, loads = pool.get, threading.Event(), []
+        find, read, go_on, requests, reads = pool.load, pool._read, threading.Event(), [], []
 
-        def slow(name):
-            loads.append(name)
-            assert let.wait(60)
-            return load(name)
+        def noted_load(name):
+            requests.append(name)
+            return find(name)
 
-        monkeypatch.setattr(pool, "get", slow)
+        def slow_read(card):
+            reads.append(card.path.stem)
+            assert go_on.wait(60)
+            return read(card)
+
+        monkeypatch.setattr(pool, "load", noted_load)
+        monkeypatch.setattr(pool, "_read", slow_read)
         with concurrent.futures.ThreadPoolExecutor(2) as threads:
-            with pytest.raises(openai.APITimeoutError):  # who leaves takes no place
+            with pytest.raises(openai.APITimeoutError):  # a client that leaves takes no place
                 ask(client.with_options(timeout=0.2), model="other_64")
-            eventually(lambda: loads and not loaders[0].waiting)
+            eventually(lambda: 'status="499"' in httpx.get(f"{url}/metrics").text)
             others = [threads.submit(ask, client, model="other_64") for _ in range(2)]
-            eventually(lambda: loaders[0].waiting == 2)
+            eventually(lambda: requests == ["other_64"] * 3)
             with pytest.raises(openai.RateLimitError):
                 ask(client, model="other_64")
             assert ask(client).choices[0].message.content == answer(HI, 12)
-            let.set()
-            said = {other.result().choices[0].message.content for other in others}
-        assert len(said) == 1 and loads == ["other_64"]
+            go_on.set()
+            texts = {other.result().choices[0].message.content for other in others}
+        assert len(texts) == 1 and reads == ["other_64"]
 
 
 def test_a_model_that_cannot_be_loaded_tells_no_paths(folder, tokenizer_dir, tokenizer, tmp_path):
@@ -1031,7 +1028,7 @@ def test_requests_that_nobody_thought_of(server):
 
 
 def test_a_bug_is_an_error_object_too(server, monkeypatch):
-    monkeypatch.setattr(ModelPool, "offers", lambda pool: 1 / 0)
+    monkeypatch.setattr(ModelPool, "cards", lambda pool: 1 / 0)
     done = httpx.get(f"{server}/v1/models")
     assert done.status_code == 500 and done.json()["error"]["type"] == "server_error"
     assert 'path="/v1/models",status="500"' in httpx.get(f"{server}/metrics").text
@@ -1039,7 +1036,7 @@ def test_a_bug_is_an_error_object_too(server, monkeypatch):
     def late(pool):
         raise TimeoutError("of a drive")
 
-    monkeypatch.setattr(ModelPool, "offers", late)
+    monkeypatch.setattr(ModelPool, "cards", late)
     assert httpx.get(f"{server}/v1/models").status_code == 500
 
 
@@ -1060,23 +1057,24 @@ def test_what_cannot_be_read_is_not_offered(folder, tokenizer_dir, tokenizer, tm
     torch.save({"x": torch.ones(1)}, out / "lora" / "other.pth")
     torch.save(torch.ones(1), out / "lora" / "plain.pth")
     pool = open_pool(out, tokenizer_dir)
-    assert list(pool.offers()) == ["full_sft_64", "it_64"]
+    assert list(pool.cards()) == ["full_sft_64", "it_64"]
     assert pool.get("full_sft_64").chat_model.name == "full_sft_64"
     save_tuned(random_model(dim=64), out, tokenizer, "dpo_64")  # newer, and damaged
     (out / "dpo_64.pth").write_bytes(b"")
     assert pool.get("it_64").chat_model.name == "full_sft_64+it_64"
-    pool.close()
     save_tuned(random_model(1, dim=64), out, tokenizer, "pretrain_64", "pretrain")
     words = open_pool(out, tokenizer_dir, weight=str(out / "pretrain_64.pth"))
-    assert not words.offers()["pretrain_64"].chats
+    assert not words.cards()["pretrain_64"].chats
     alone = open_pool(out, tokenizer_dir, weight=str(out / "full_sft_64.pth"))
-    assert list(alone.offers()) == ["full_sft_64"]
-    assert list(open_pool(out, tokenizer_dir, weight="full_sft_64").offers()) == ["full_sft_64"]
+    assert list(alone.cards()) == ["full_sft_64"]
+    assert list(open_pool(out, tokenizer_dir, weight="full_sft_64").cards()) == ["full_sft_64"]
     (out / "full_sft_64.pth").unlink()
     with pytest.raises(UserError, match="it_64"):
+        pool.models.pop("it_64")
         pool.get("it_64")
     with pytest.raises(UserError, match="--weight"):
         open_pool(out, tokenizer_dir, weight="full_sft")
+    pool.close()
 
 
 def save_again(out, tokenizer, seed, when, name="full_sft_64", stage="full_sft"):
@@ -1220,15 +1218,15 @@ def test_retrained_adapters_folders_and_tokenizers_are_seen(
     settings = words / "tokenizer.json"
     whole = settings.read_text(encoding="utf-8")
     settings.write_text(whole[:1000], encoding="utf-8")
-    assert pool.get("full_sft_64") is base and "pretrain_64" in pool.offers()
+    assert pool.get("full_sft_64") is base and "pretrain_64" in pool.cards()
     assert "tokenizer" in caplog.records[0].getMessage()
     other = json.loads(whole)
     other["added_tokens"][-1]["content"] = "<|another|>"
     settings.write_text(json.dumps(other), encoding="utf-8")
     assert pool.get("full_sft_64") is base  # whose tokens are the old ones
-    assert "full_sft_64" in pool.offers() and "pretrain_64" not in pool.offers()
+    assert "full_sft_64" in pool.cards() and "pretrain_64" not in pool.cards()
     settings.write_text(whole, encoding="utf-8")
-    assert "pretrain_64" in pool.offers()
+    assert "pretrain_64" in pool.cards()
     pool.close()
 
 
@@ -1239,7 +1237,10 @@ def test_mistakes_of_the_command_line_are_one_line(run, folder, tmp_path):
             (["--out_dir", tmp_path], str(tmp_path)),
             (["--out_dir", folder, "--weight", "nowhere.pth"], "nowhere.pth"),
             (["--out_dir", folder, "--port", port], f"--port {port}"),
-            (["--out_dir", folder, "--port", 99999], "--port: must be at most 65535"),
+            (
+                ["--out_dir", folder, "--port", 99999],
+                "--port: must be at least 0 and at most 65535",
+            ),
             (["--out_dir", folder, "--api_key", ""], "--api_key"),
             (["--out_dir", folder, "--device", "cuda:99"], "--device cuda:99"),
         ):
@@ -1265,9 +1266,9 @@ def test_damaged_weights_do_not_keep_the_server_from_others(
     pool.close()
     (tmp_path / "full_sft_64.pth").write_bytes(b"")
     with pytest.raises(UserError, match=r"full_sft_64\.pth"):  # the newest now
-        pool.load_first()
+        open_pool(tmp_path, tokenizer_dir).load_first()
 
 
 def test_an_adapter_alone_is_no_offer(folder, tokenizer_dir, tmp_path):
     shutil.copytree(folder / "lora", tmp_path / "lora")
-    assert open_pool(tmp_path, tokenizer_dir).offers() == {}
+    assert open_pool(tmp_path, tokenizer_dir).cards() == {}
