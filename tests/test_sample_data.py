@@ -3,9 +3,11 @@
 What the text says is read back by patterns written here, without the generator's help.
 """
 
+import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from sample_world import FILES, files
+from sample_world.languages import load_languages
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -144,6 +147,31 @@ def test_another_process_writes_the_same_bytes(tmp_path, sample_dir):
     assert written == sorted(FILES)
     for name in written:
         assert (tmp_path / name).read_bytes() == (sample_dir / name).read_bytes()
+
+
+def test_the_bytes_are_those_of_other_platforms(sample_dir):
+    """Of every file. A change to the world that is meant changes this digest too."""
+    digest = hashlib.sha256(b"".join((sample_dir / name).read_bytes() for name in sorted(FILES)))
+    assert digest.hexdigest() == "086a1c9efa78d424b9578f5fbadd576a26e6dc6295cf72b0993fe445ead72343"
+
+
+def test_a_change_to_a_template_makes_another_version(tmp_path, monkeypatch):
+    package = tmp_path / "sample_world"
+    shutil.copytree(ROOT / "sample_world", package)
+    monkeypatch.setattr(files, "__file__", str(package / "files.py"))
+    before = files.sample_version(1)
+    with (package / "templates" / "chinese.txt").open("a", encoding="utf-8") as file:
+        file.write("又一行\n")
+    assert files.sample_version(1) != before != files.sample_version(2)
+
+
+def test_both_languages_have_the_same_headings():
+    """But for the units of sequences, which stand in theirs."""
+    headings = [
+        [re.sub("^sequence .*", "sequence unit", heading) for heading in language.headings]
+        for language in load_languages()
+    ]
+    assert headings[0] == headings[1] and "fact person town" in headings[0]
 
 
 def test_another_seed_makes_another_world(tmp_path, texts):
