@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from .errors import exit_with
 
 ROOT = Path(__file__).resolve().parent.parent
+FEW_BAD_LINES = 0.1  # the share that --skip_bad_lines allows without a number
 
 
 class BooleanFlag(argparse.Action):
@@ -99,12 +100,41 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
 seed = number(int, 0, 2**63 - 1)
 positive_int = number(int, 1)
 non_negative_int = number(int, 0)
+port = number(int, 0, 65535)  # 0: any that is free
 positive_float = number(float, 0, open_low=True)
 non_negative_float = number(float, 0)
 half_open_unit_interval = number(float, 0, 0.999999)
 positive_unit_interval = number(float, 0, 1, open_low=True)
 unit_interval = number(float, 0, 1)
 open_unit_interval = number(float, 0, 0.999999, open_low=True)
+
+
+def share_of_bad_lines(text: str) -> float:
+    """An argparse type: a share, or true and false as `BooleanFlag` takes them."""
+    if text not in ("0", "1") and text.lower() in BooleanFlag.WORDS:
+        return FEW_BAD_LINES if BooleanFlag.WORDS[text.lower()] else 0.0
+    return unit_interval(text)
+
+
+def add_skip_bad_lines(parser: argparse._ActionsContainer) -> None:
+    """Add `--skip_bad_lines [SHARE]`: the share of bad lines of a file that may be left out."""
+    parser.add_argument(
+        "--skip_bad_lines",
+        type=share_of_bad_lines,
+        nargs="?",
+        const=FEW_BAD_LINES,
+        default=0.0,
+        metavar="SHARE",
+        help="go on without lines that have errors, if at most this share has; "
+        f"{FEW_BAD_LINES} if no number",
+    )
+    parser.add_argument(
+        "--no-skip_bad_lines",
+        dest="skip_bad_lines",
+        action="store_const",
+        const=0.0,
+        help=argparse.SUPPRESS,
+    )
 
 
 def user_path(text: str) -> Path:

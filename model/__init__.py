@@ -1,8 +1,10 @@
 """The network: its configuration, its layers and how it generates."""
 
 from .decoder import Decoder, TorchDecoder
+from .device import choose_device
 from .generation import KVCache
 from .LMConfig import LMConfig
+from .loss import summarise, token_losses
 from .model import MiniMindLM
 from .model_lora import (
     LoRA,
@@ -46,6 +48,7 @@ __all__ = [
     "adapters",
     "apply_lora",
     "base_state",
+    "choose_device",
     "load_adapter",
     "load_lora",
     "load_lora_state",
@@ -60,6 +63,8 @@ __all__ = [
     "save_adapter",
     "save_lora",
     "save_weights",
+    "summarise",
+    "token_losses",
     "tokenizer_hash",
     "trained_state",
     "unmerge_lora",

@@ -22,11 +22,19 @@ import torch
 import torch.nn.functional as F
 from train_tokenizer import language
 
-from common import ROOT, UserError, make_parser, positive_int, report_user_errors, user_path
+from common import (
+    ROOT,
+    UserError,
+    add_skip_bad_lines,
+    make_parser,
+    positive_int,
+    report_user_errors,
+    user_path,
+)
 from dataset import ChatEncoder, PaddedRows, PretrainDataset, SFTDataset, collate, open_dataset
 from model import LMConfig, MiniMindLM, load_model, load_tokenizer, tokenizer_hash
 from sample_world import ensure_sample
-from training import Distributed, add_skip_bad_lines, check_context, find_processes
+from training import Distributed, check_context, find_processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -23,6 +23,7 @@ from common import (
     ROOT,
     BooleanFlag,
     UserError,
+    add_skip_bad_lines,
     make_parser,
     positive_int,
     report_user_errors,
@@ -31,7 +32,6 @@ from common import (
 from dataset import PackedRows, open_dataset
 from model import load_tokenizer
 from sample_world import SAMPLE, ensure_sample
-from training import add_skip_bad_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

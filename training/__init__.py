@@ -1,8 +1,9 @@
 """What stage scripts share; the training steps themselves are in the scripts."""
 
+from model import summarise
+
 from .arguments import (
     add_chat_arguments,
-    add_skip_bad_lines,
     add_stage_arguments,
     check_stage_arguments,
 )
@@ -17,7 +18,7 @@ from .resume import (
     seed_everything,
     set_random_states,
 )
-from .run import Run, average, summarise
+from .run import Run, average
 from .run_files import lock_run
 from .schedule import get_lr, warmup_steps
 from .signals import StopSignal
@@ -29,7 +30,6 @@ __all__ = [
     "Run",
     "StopSignal",
     "add_chat_arguments",
-    "add_skip_bad_lines",
     "add_stage_arguments",
     "autocast_dtype",
     "average",

@@ -8,6 +8,7 @@ from common import (
     ROOT,
     BooleanFlag,
     UserError,
+    add_skip_bad_lines,
     half_open_unit_interval,
     name_or_path,
     named_path,
@@ -19,13 +20,10 @@ from common import (
     positive_int,
     run_name,
     seed,
-    unit_interval,
     user_path,
 )
 
 from .schedule import DECAYS
-
-FEW_BAD_LINES = 0.1  # the share that --skip_bad_lines allows without a number
 
 # What shapes a mixture of experts, and the weight of its auxiliary loss: LMConfig's names.
 MOE_DEFAULTS = {
@@ -34,34 +32,6 @@ MOE_DEFAULTS = {
     "num_experts_per_tok": 2,
     "aux_loss_alpha": 0.1,
 }
-
-
-def share_of_bad_lines(text: str) -> float:
-    """An argparse type: a share, or true and false as a `flag` takes them."""
-    if text not in ("0", "1") and text.lower() in BooleanFlag.WORDS:
-        return FEW_BAD_LINES if BooleanFlag.WORDS[text.lower()] else 0.0
-    return unit_interval(text)
-
-
-def add_skip_bad_lines(parser: argparse._ActionsContainer) -> None:
-    """Add `--skip_bad_lines [SHARE]`: the share of bad lines of a file that may be left out."""
-    parser.add_argument(
-        "--skip_bad_lines",
-        type=share_of_bad_lines,
-        nargs="?",
-        const=FEW_BAD_LINES,
-        default=0.0,
-        metavar="SHARE",
-        help="go on without lines that have errors, if at most this share has; "
-        f"{FEW_BAD_LINES} if no number",
-    )
-    parser.add_argument(
-        "--no-skip_bad_lines",
-        dest="skip_bad_lines",
-        action="store_const",
-        const=0.0,
-        help=argparse.SUPPRESS,
-    )
 
 
 def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:

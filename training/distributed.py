@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from common import UserError
+from model import choose_device
 
 
 @dataclass(frozen=True)
@@ -102,34 +103,13 @@ def find_processes(device: str | None, ddp: bool) -> Distributed:
         int(os.environ.get(name, default)) if launched else default
         for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
-    if device is None:
-        if torch.cuda.is_available():
-            device = "cuda"
-        else:
-            device = "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"--device {device}: use cuda, cuda:N, mps or cpu") from None
-    if chosen.type not in ("cuda", "mps", "cpu"):
-        raise UserError(f"--device {device}: use cuda, cuda:N, mps or cpu")
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"--device {device}: PyTorch sees no CUDA device here")
-        index = local_rank if launched else (chosen.index or 0)
-        needed = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched else index + 1
-        if needed > torch.cuda.device_count():
-            raise UserError(
-                f"--device {device}: {needed} CUDA devices needed, "
-                f"{torch.cuda.device_count()} there"
-            )
-        chosen = torch.device("cuda", index)
-        torch.cuda.set_device(chosen)
-    if chosen.type == "mps":
-        if not torch.backends.mps.is_available():
-            raise UserError(f"--device {device}: PyTorch sees no MPS device here")
-        if world_size > 1:
-            raise UserError("--device mps: several processes need --device cpu")
+    chosen = choose_device(
+        device,
+        local_rank if launched else None,
+        int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+    )
+    if chosen.type == "mps" and world_size > 1:
+        raise UserError("--device mps: several processes need --device cpu")
     return Distributed(rank, world_size, chosen)
 
 

@@ -471,29 +471,3 @@ def average(sums: dict[str, dict[str, float]], count: str, prefix: str) -> dict[
         for figure, value in values.items()
         if figure != count
     }
-
-
-def summarise(sums: dict[str, tuple[float, float, int]], prefix: str) -> dict[str, float]:
-    """Scores of a data set from its sums.
-
-    Args:
-        sums: by the name of the set: loss summed over target tokens in nats, target tokens, and
-            UTF-8 bytes of the text.
-        prefix: "val" or "test", which the names of the scores begin with.
-
-    Returns:
-        Mean loss of a target token in nats, perplexity, and bits per byte: the bits that the model
-        needs for the whole text, `</s>` included, by its bytes. Unlike the other two, that can be
-        compared between tokenizers; where there is no text, as in empty answers, it is left out.
-        Of all sets together, and of each as `…/name` if there are several.
-    """
-    named = {f"/{name}": values for name, values in sums.items()} if len(sums) > 1 else {}
-    together = tuple(map(sum, zip(*sums.values(), strict=True)))
-    scores = {}
-    for name, (nats, tokens, text_bytes) in {"": together, **named}.items():
-        loss = nats / tokens
-        scores[f"{prefix}_loss{name}"] = loss
-        scores[f"{prefix}_perplexity{name}"] = math.exp(loss) if loss < 700 else math.inf
-        if text_bytes:
-            scores[f"{prefix}_bits_per_byte{name}"] = nats / math.log(2) / text_bytes
-    return scores
