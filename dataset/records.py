@@ -7,6 +7,7 @@ knows its name and the record's line, collects both in `BadLines`, and tells the
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -571,3 +572,21 @@ def _json_type(value: Any) -> str:
         return "null"
     names = {bool: "a boolean", str: "a string", list: "an array", dict: "an object"}
     return names.get(type(value), "a number")
+
+
+LANGUAGES = ("Chinese", "English", "code/other")
+_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_LATIN = re.compile(r"[A-Za-z]")
+_SPACE = re.compile(r"\s+")
+
+
+def language(text: str) -> str:
+    """One of LANGUAGES, by shares of the characters that are not white space.
+
+    Chinese from 30 % CJK characters on; else English from 85 % ASCII letters on (prose has 90 % and
+    more, source code and tables less); else code/other.
+    """
+    characters = len(_SPACE.sub("", text))
+    if len(_CJK.findall(text)) >= 0.3 * characters:
+        return "Chinese"
+    return "English" if len(_LATIN.findall(text)) >= 0.85 * characters else "code/other"

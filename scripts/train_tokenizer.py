@@ -36,7 +36,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -44,8 +43,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from environment import user_path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from common import user_path
+from dataset.records import LANGUAGES, language
 
 CONTROL_TOKENS = [
     "<pad>",
@@ -134,11 +135,6 @@ TOKENIZER_CONFIG = {
     "model_input_names": ["input_ids", "attention_mask"],
     "chat_template": CHAT_TEMPLATE,
 }
-
-LANGUAGES = ("Chinese", "English", "code/other")
-_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-_LATIN = re.compile(r"[A-Za-z]")
-_SPACE = re.compile(r"\s+")
 
 
 class UserError(Exception):
@@ -268,18 +264,6 @@ def save(tokenizer: Tokenizer, out_dir: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(out_dir / name)
-
-
-def language(text: str) -> str:
-    """One of LANGUAGES, by shares of the characters that are not white space.
-
-    Chinese from 30 % CJK characters on; else English from 85 % ASCII letters on (prose has 90 % and
-    more, source code and tables less); else code/other.
-    """
-    characters = len(_SPACE.sub("", text))
-    if len(_CJK.findall(text)) >= 0.3 * characters:
-        return "Chinese"
-    return "English" if len(_LATIN.findall(text)) >= 0.85 * characters else "code/other"
 
 
 def bytes_per_token(tokenizer: Tokenizer, path: Path) -> dict[str, tuple[int, int]]:
