@@ -29,7 +29,7 @@ def required(path):
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("-r "):
             yield from required(path.parent / line.removeprefix("-r "))
-        elif name := re.match(r"[\w-]+", line):
+        elif name := re.match(r"\w[\w-]*", line):
             yield name[0]
 
 
