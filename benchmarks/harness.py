@@ -141,7 +141,7 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
 def print_speeds(speeds: Mapping[str, Sequence[float]], unit: str, baseline: str) -> None:
     """Print a table of median speeds and of ratios to the baseline in the same round."""
     rounds = len(speeds[baseline])
-    print(f"\n{f'median of {rounds} rounds':36}{unit:>12}{'ratio':>8}")
+    print(f"\n{f'median of rounds: {rounds}':36}{unit:>12}{'ratio':>8}")
     for name, found in speeds.items():
         ratio = median_ratio(found, speeds[baseline])
         print(f"{name:36}{statistics.median(found):12,.2f}{ratio:8.2f}")

@@ -12,8 +12,8 @@ the next start must go on from the newest of these. In the end both runs must ha
 bit by bit, and the same metrics but for times. Else the exit status is 1.
 
 In the table: the step that the run went on from (- if it was killed before it printed that), the
-last step in the metrics when it was killed, the file that it was writing, and the steps that the two
-resume files hold (- for none or a damaged one).
+last step in its metrics, the file that it was writing, and the steps that the two resume files hold
+(- for none or a damaged one).
 """
 
 import json
