@@ -24,7 +24,7 @@ from common import (
     report_user_errors,
     user_path,
 )
-from dataset import ChatEncoder, read_records, render_chat
+from dataset import ChatEncoder, render_chat
 from model import (
     LMConfig,
     MiniMindLM,
@@ -34,17 +34,21 @@ from model import (
     load_tokenizer,
     tokenizer_hash,
 )
-from sample_world import SAMPLE, Score, ensure_sample, is_right, score_answers
+from sample_world import (
+    SAMPLE,
+    Scores,
+    ensure_sample,
+    format_examples,
+    format_scorecard,
+    read_test,
+    score_answers,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UNTRAINED = "untrained"
-QUESTION = {"conversations", "skill", "language", "expect", "choices", "chance", "declined"}
 LONGEST_ANSWER = 48  # tokens
-LANGUAGES = {"en": "English", "zh": "Chinese"}
-
-Scores = Mapping[tuple[str, str], Score]
 
 
 def parse_args() -> argparse.Namespace:
@@ -75,24 +79,6 @@ def parse_args() -> argparse.Namespace:
         if path and path.is_dir():
             raise UserError(f"{flag} {path}: is a folder")
     return args
-
-
-def read_test(path: Path) -> list[dict[str, Any]]:
-    """The questions of a test of the sample.
-
-    Raises:
-        UserError: if the file cannot be read, or a line is not a question of such a test.
-    """
-    records = []
-    for number, line in read_records(ensure_sample(path)):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: broken JSON: {error}") from None
-        if not isinstance(record, dict) or not record.keys() >= QUESTION:
-            raise UserError(f"{path}:{number}: not a question of the sample world's test")
-        records.append(record)
-    return records
 
 
 def encode_questions(
@@ -152,46 +138,17 @@ def score_weights(
     return {name: score_answers(records, given) for name, given in answers.items()}, answers
 
 
-def scorecard(scores: Mapping[str, Scores]) -> str:
-    """A Markdown table: skills and languages down, chance and models across, in per cent."""
-    first = next(iter(scores.values()))
-    # Single languages first, then both, then all skills together.
-    order = sorted(first, key=lambda key: (key == ("overall", ""), not key[1]))
-    rows = [["skill", "language", "questions", "chance", *scores]]
-    rows += [["---"] * 2 + ["---:"] * (len(scores) + 2)]
-    for skill, language in order:
-        score = first[skill, language]
-        columns = [given[skill, language].share for given in scores.values()]
-        shares = [f"{100 * share:.0f} %" for share in (score.chance, *columns)]
-        rows.append([skill, LANGUAGES.get(language, "both"), str(score.asked), *shares])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def examples(records: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> str:
-    """The middle question of each skill and language, and the answer to it."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    for i, record in enumerate(records):
-        groups.setdefault((record["skill"], record["language"]), []).append(i)
-    lines = []
-    for (skill, _), members in groups.items():
-        i = members[len(members) // 2]
-        mark = "+" if is_right(records[i], answers[i]) else "-"
-        question = records[i]["conversations"][0]["content"]
-        lines.append(f"{mark} {skill:<10} {question}  →  {' '.join(answers[i].split())}")
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Score the weights, and print and write what was asked for."""
     args = parse_args()
-    records = read_test(args.data_path)
+    records = read_test(ensure_sample(args.data_path))
     device = choose_device(args.device)
     tokenizer = load_tokenizer(args.tokenizer_path)
     scores, answers = score_weights(args.weights, records, tokenizer, device)
-    table = scorecard(scores)
+    table = format_scorecard(scores)
     print(table)
     last = args.weights[-1][0]
-    print(f"Answers of {last} (+ right, - wrong):\n{examples(records, answers[last])}")
+    print(f"Answers of {last} (+ right, - wrong):\n{format_examples(records, answers[last])}")
     skills = {
         name: {skill: score.share for (skill, language), score in given.items() if not language}
         for name, given in scores.items()

@@ -134,15 +134,11 @@ def contradictions(values: dict[str, set[str]]) -> dict[str, set[str]]:
     return {subject: found for subject, found in values.items() if len(found) != 1}
 
 
-def generate(folder: Path, *arguments: str, **environment: str) -> bytes:
-    command = [sys.executable, ROOT / "scripts" / "make_sample_data.py", "--out_dir", folder]
-    subprocess.run([*command, *arguments], check=True, env={**os.environ, **environment})
-    return (folder / "pretrain.jsonl").read_bytes()
-
-
 def test_another_process_writes_the_same_bytes(tmp_path, sample_dir):
     """Of every file, whatever the locale and the order of sets."""
-    generate(tmp_path, PYTHONUTF8="0", LC_ALL="C", PYTHONHASHSEED="1")
+    command = [sys.executable, ROOT / "scripts" / "make_sample_data.py", "--out_dir", tmp_path]
+    environment = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONHASHSEED": "1"}
+    subprocess.run(command, check=True, env=environment)
     written = sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".version")
     assert written == sorted(FILES)
     for name in written:
@@ -175,8 +171,9 @@ def test_both_languages_have_the_same_headings():
 
 
 def test_another_seed_makes_another_world(tmp_path, texts):
-    data = generate(tmp_path, "--seed", "7").decode("utf-8")
-    other = [json.loads(line)["text"] for line in data.splitlines()]
+    (path,) = files.write_sample(tmp_path, seed=7, names=["pretrain.jsonl"])
+    lines = path.read_text(encoding="utf-8").splitlines()
+    other = [json.loads(line)["text"] for line in lines]
     for facts in FACTS_EN["town of a person"], FACTS_ZH["town of a person"]:
         values = told(other, facts)
         assert len(values) >= 18 and contradictions(values) == {}
