@@ -11,7 +11,7 @@ import runpy
 import sys
 import tempfile
 import time
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from statistics import median
 from unittest import mock
@@ -61,7 +61,7 @@ def main() -> None:
         size = sum(file.stat().st_size for file in folder.glob("*.pth")) / 1e6
 
     seconds = [line["seconds"] for line in lines if "loss" in line]
-    steps = [b - a for a, b in zip([0, *seconds], seconds, strict=False)]
+    steps = [after - before for before, after in pairwise([0, *seconds])]
     step, pause = median(steps), median(saves)
     print(
         f"{len(steps)} steps, median {step:.2f} s ({min(steps):.2f} to {max(steps):.2f}); "
