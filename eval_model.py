@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from common import (
-    ROOT,
     BooleanFlag,
     UserError,
+    add_skip_bad_lines,
     make_parser,
     name_or_path,
     non_negative_float,
@@ -38,11 +38,11 @@ from common import (
     user_path,
 )
 from dataset import RecordError, parse_chat, read_records
-from inference import ChatModel, WeightSpec, load_chat_model
-from inference.answers import answer_file
+from inference import ChatModel, WeightSpec, add_model_arguments, load_chat_model
+from inference.answers import answer_file, read_questions
 from inference.conversations import Conversation
 from inference.scoring import score
-from training import add_skip_bad_lines, find_processes
+from model import choose_device
 
 # What /set can change, and how it is read: the flags of the same names.
 SETTINGS: dict[str, Callable[[str], Any]] = {
@@ -69,35 +69,21 @@ Ctrl-C                   stops an answer'''
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser("Talk to a trained MiniMind, or score it.")
-    which = parser.add_argument_group("model")
-    which.add_argument(
-        "--weight",
-        type=name_or_path,
-        help="a stage's or a run's name, a .pth file or a folder in transformers' format; default: "
-        "the newest chat weights in --out_dir, else the newest pretrained ones",
+    models = parser.add_argument_group("model")
+    add_model_arguments(
+        models,
+        "a stage's or a run's name, a .pth file or a folder in transformers' format; default: the "
+        "newest chat weights in --out_dir, else the newest pretrained ones",
     )
-    which.add_argument(
-        "--lora_name",
-        type=name_or_path,
-        help="an adapter's name, or its .pth file: use it as well",
+    models.add_argument(
+        "--lora_name", type=name_or_path, help="an adapter's name, or its .pth file: use it as well"
     )
-    which.add_argument("--out_dir", type=user_path, default=Path("out"), help="where weights are")
-    which.add_argument(
+    models.add_argument(
         "--dim", type=positive_int, help="of the weights; 512 for those without a .json"
     )
-    which.add_argument("--n_layers", type=positive_int, help="of the weights; likewise 8")
-    which.add_argument(
+    models.add_argument("--n_layers", type=positive_int, help="of the weights; likewise 8")
+    models.add_argument(
         "--use_moe", action=BooleanFlag, help="whether they are a mixture of experts"
-    )
-    which.add_argument(
-        "--quantize", choices=("int8",), help="weights of 8 bits: faster on a CPU, nearly as good"
-    )
-    which.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
-    which.add_argument(
-        "--tokenizer_path",
-        type=user_path,
-        default=ROOT / "model" / "minimind_tokenizer",
-        help="folder",
     )
     writing = parser.add_argument_group("writing")
     writing.add_argument("--max_new_tokens", type=positive_int, default=512, help="of an answer")
@@ -228,9 +214,7 @@ class Chat:
             past = past[self.talk.last_exchanges(self.history_cnt) :]
         messages = Conversation(self.talk.system, messages=[*past, question]).prompt()
         try:
-            return self.chat_model.fitting_chat_ids(
-                messages, self.settings["max_new_tokens"], tools
-            )
+            return self.chat_model.chat_ids(messages, tools, self.settings["max_new_tokens"])
         except RecordError as error:  # of a conversation that was loaded
             raise UserError(f"the conversation is not usable: {error}") from None
 
@@ -353,7 +337,7 @@ def converse(chat: Chat) -> None:
 def main() -> None:
     """Answer one text, a file of them, or what is typed; or score the model."""
     args = parse_args()
-    device = find_processes(args.device, ddp=False).device
+    device = choose_device(args.device)
     spec = WeightSpec(
         args.out_dir,
         args.tokenizer_path,
@@ -374,16 +358,9 @@ def main() -> None:
     if args.score is not None:
         score(chat_model, args.score, args.output_file, args.max_new_tokens, args.skip_bad_lines)
     elif args.input_file is not None:
-        options = sampling_options(settings)
-        answer_file(
-            chat_model,
-            args.input_file,
-            args.output_file,
-            args.system,
-            generator,
-            options,
-            args.skip_bad_lines,
-        )
+        questions = read_questions(chat_model, args.input_file, args.system, args.skip_bad_lines)
+        options = {"generator": generator, **sampling_options(settings)}
+        answer_file(chat_model, questions, args.output_file, options)
     else:
         chat = Chat(chat_model, settings, generator, args.system, args.history_cnt)
         if args.prompt is not None:

@@ -1,8 +1,7 @@
 """What goes into the network: JSONL lines, token ids and loss masks, packed batches."""
 
-from .any_dataset import dataset_kind, open_dataset
 from .chat import ChatEncoder, render_chat
-from .lm_dataset import PretrainDataset, RLAIFDataset, SFTDataset
+from .lm_dataset import PretrainDataset, RLAIFDataset, SFTDataset, dataset_kind
 from .packing import PackedRows, PaddedRows, RowBatches, collate, make_loader
 from .preference import DPODataset, PairRows, collate_pairs
 from .reader import check_file, read_records
@@ -14,10 +13,14 @@ from .records import (
     parse_preference,
     parse_question,
     parse_text,
+    record_text,
 )
 from .teacher import TeacherTopK, collate_with_teacher
+from .text import LANGUAGES, language
+from .turns import fit_prompt
 
 __all__ = [
+    "LANGUAGES",
     "BadLines",
     "ChatEncoder",
     "Conversation",
@@ -36,12 +39,14 @@ __all__ = [
     "collate_pairs",
     "collate_with_teacher",
     "dataset_kind",
+    "fit_prompt",
+    "language",
     "make_loader",
-    "open_dataset",
     "parse_chat",
     "parse_preference",
     "parse_question",
     "parse_text",
     "read_records",
+    "record_text",
     "render_chat",
 ]

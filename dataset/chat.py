@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
@@ -17,9 +17,13 @@ from jinja2 import TemplateError
 from common import UserError
 
 from .records import RecordError, is_empty_answer, parse_chat
-from .token_store import WEIGHT_DTYPE, Encoded, Parsed, TextTokenizer
+from .text import TextTokenizer
+from .token_store import ROLES, Encoded, Parsed
 
-FORMAT_VERSION = 2  # of the ids and of the tables that dataset.turns derives from them
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT_VERSION = 3  # of the ids, their messages, and the tables that dataset.turns derives
 
 _BEFORE_TOOLS = "You can call these tools, described by one JSON schema per line:\n"
 _AFTER_TOOLS = (
@@ -35,12 +39,15 @@ _TOKENS = (
 class Piece(NamedTuple):
     """A part of a rendered conversation: a control token, or text that is never one.
 
-    `weight` is how much each of its ids counts as a target.
+    Attributes:
+        weight: how much each of its ids counts as a target.
+        role: that of the message that begins with this piece; empty within a message.
     """
 
     text: str
     is_control: bool
-    weight: float
+    weight: float = 0.0
+    role: str = ""
 
 
 def render_chat(
@@ -76,12 +83,12 @@ def render_chat(
             pieces += _block("tool_response", content, weight)
         else:
             pieces.append(Piece(content, False, weight))
-        pieces += [Piece("</s>", True, weight), Piece("\n", False, 0.0)]
+        pieces += [Piece("</s>", True, weight), Piece("\n", False)]
     return pieces + _header("assistant") if add_generation_prompt else pieces
 
 
 def _header(role: str) -> list[Piece]:
-    return [Piece("<s>", True, 0.0), Piece(f"{role}\n", False, 0.0)]
+    return [Piece("<s>", True, role=role), Piece(f"{role}\n", False)]
 
 
 def _block(name: str, text: str, weight: float) -> list[Piece]:
@@ -117,24 +124,24 @@ def _to_json(value: Any) -> str:
 
 
 class ChatEncoder:
-    """Lines with a conversation to its ids, and the weight of each id as a target.
+    """Encodes conversations: ids, the weight of each as a target, and where the messages begin.
 
     The ids are those of the tokenizer's chat template wherever a newline is a token of its own and
     no text has the characters of a control token.
 
     Attributes:
-        start: id of `<s>`, which begins each message.
         end_think: id of `</think>`, or -1 if the tokenizer has none.
-        headers: ids of the text between `<s>` and the content, by role.
-        newline: (n,) ids of the newline after `</s>`.
+        header_length: ids of an assistant message before its content.
+        newline_length: ids after the `</s>` of a message.
 
-    Raises UserError if the tokenizer lacks `<s>` or `</s>`, or its template renders another format.
+    Raises:
+        UserError: if the tokenizer lacks `<s>` or `</s>`, or its template renders another format.
     """
 
-    weighted = True
-    counted: tuple[str, ...] = ("empty_answers",)
+    is_chat = True
+    counted: tuple[str, ...] = ("empty_answers", "unanswered_turns")
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = TextTokenizer(tokenizer)
         special = self._tokenizer.special
         self._control = {token: special[token] for token in _TOKENS if token in special}
@@ -144,11 +151,9 @@ class ChatEncoder:
                 f"--tokenizer_path: this tokenizer lacks {min(missing)} as a special token"
             )
         _check_template(tokenizer)
-        self.start = self._control["<s>"]
         self.end_think = self._control.get("</think>", -1)
-        roles = ("system", "user", "assistant", "tool")
-        *headers, self.newline = self._tokenizer.encode_batch([*(f"{r}\n" for r in roles), "\n"])
-        self.headers = dict(zip(roles, headers, strict=True))
+        header, newline = self._tokenizer.encode_batch(["assistant\n", "\n"])
+        self.header_length, self.newline_length = 1 + len(header), len(newline)
         self.dtype = self._tokenizer.dtype
         self.key = f"chat {FORMAT_VERSION} {self._tokenizer.hash}"
 
@@ -160,7 +165,7 @@ class ChatEncoder:
     def parse(self, line: bytes) -> Parsed:
         """The pieces of the conversation on a line, and the UTF-8 bytes of text to be learnt.
 
-        Empty answers are not learnt, and those that would have been are counted. Raises
+        Counted are empty answers, which are not learnt, and a last turn without an answer. Raises
         RecordError.
         """
         messages, tools = parse_chat(line)
@@ -171,7 +176,8 @@ class ChatEncoder:
                 n_empty += 1
         pieces = self.check_control(render_chat(messages, tools))
         learnt = [p.text for p in pieces if p.weight > 0 and not p.is_control]
-        return Parsed(pieces, sum(len(text.encode("utf-8")) for text in learnt), (n_empty,))
+        text_bytes = sum(len(text.encode("utf-8")) for text in learnt)
+        return Parsed(pieces, text_bytes, (n_empty, int(messages[-1]["role"] != "assistant")))
 
     def check_control(self, pieces: list[Piece]) -> list[Piece]:
         """The same pieces. Raises RecordError if they need a token that the tokenizer lacks."""
@@ -181,7 +187,7 @@ class ChatEncoder:
         return pieces
 
     def encode(self, records: Sequence[Sequence[Piece]]) -> Encoded:
-        """Ids and weights of conversations, each the pieces that `render_chat` gives."""
+        """Encode conversations, each the pieces that `render_chat` gives."""
         pieces = list(chain.from_iterable(records))
         texts = list({piece.text: None for piece in pieces if not piece.is_control})
         ids_of_text = dict(zip(texts, self._tokenizer.encode_batch(texts), strict=True))
@@ -190,17 +196,20 @@ class ChatEncoder:
         }
         parts = [(ids_of_control if p.is_control else ids_of_text)[p.text] for p in pieces]
         lengths = np.array([len(part) for part in parts], dtype=np.int64)
-        weights = np.array([piece.weight for piece in pieces], dtype=WEIGHT_DTYPE)
-        ends = np.append(0, np.cumsum(lengths))  # of each piece, from the second on
-        pieces_before = np.append(0, np.cumsum([len(r) for r in records], dtype=np.int64))
+        weights = np.array([piece.weight for piece in pieces], dtype=np.float32)
+        begins = np.append(0, np.cumsum(lengths))  # of each piece, and the end
+        records_begin = np.append(0, np.cumsum([len(r) for r in records], dtype=np.int64))
+        headers = [i for i, piece in enumerate(pieces) if piece.role]
         return Encoded(
-            np.concatenate([np.empty(0, dtype=self.dtype), *parts]),
-            np.diff(ends[pieces_before]),
-            np.repeat(weights, lengths),
+            ids=np.concatenate([np.empty(0, dtype=self.dtype), *parts]),
+            lengths=np.diff(begins[records_begin]),
+            weights=np.repeat(weights, lengths),
+            messages=begins[np.array(headers, dtype=np.int64)],
+            roles=np.array([ROLES.index(pieces[i].role) for i in headers], dtype=np.uint8),
         )
 
 
-def _check_template(tokenizer: Any) -> None:
+def _check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raise UserError unless the tokenizer's chat template renders what `render_chat` does."""
     call = {"name": "f", "arguments": {"x": ["1", None]}}
     messages = [

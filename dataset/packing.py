@@ -1,8 +1,6 @@
 """Rows and batches for training, made of the items of a data set.
 
-A data set here is anything whose item `i` is `(X, Y, loss_mask)` and that has `max_length`,
-`lengths(start, stop)`, their sum `n_positions`, a `store`, and an `items_key` that tells its items
-from others of that store, as the classes of `dataset.lm_dataset` do.
+The data sets are those of `dataset.lm_dataset` whose item `i` is `(X, Y, loss_mask)`.
 
 A row is a dict of tensors, each (T,):
 
@@ -18,7 +16,6 @@ of its own would.
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from .token_store import INDEX_DTYPE, ArrayWriter
+from .arrays import INDEX_DTYPE, ArrayWriter
+from .stored import StoredDataset
 
 PLAN_VERSION = 1
 GROUP, GROUPED = 32, 1024  # rows of like length, found among so many
@@ -45,7 +43,7 @@ class PackedRows(Dataset):
     Raises ValueError if an item may be longer than a row, UserError if the plan cannot be written.
     """
 
-    def __init__(self, dataset: Any, row_length: int) -> None:
+    def __init__(self, dataset: StoredDataset, row_length: int) -> None:
         if dataset.max_length - 1 > row_length:
             raise ValueError(
                 f"items of up to {dataset.max_length - 1} positions do not fit rows of {row_length}"
@@ -53,7 +51,8 @@ class PackedRows(Dataset):
         self.dataset = dataset
         self.row_length = row_length
         self.key = f"rows_{row_length}_{dataset.items_key}_v{PLAN_VERSION}"
-        self._plan = dataset.store.derived(self.key, self._build_plan)
+        dtypes = {"items": INDEX_DTYPE, "ends": INDEX_DTYPE}
+        self._plan = dataset.store.derived(self.key, dtypes, self._write_plan)
 
     def __len__(self) -> int:
         return len(self._plan.arrays["ends"])
@@ -76,15 +75,15 @@ class PackedRows(Dataset):
         """The share of all positions that hold a real token."""
         return self.dataset.n_positions / (len(self) * self.row_length)
 
-    def _build_plan(self, folder: Path) -> dict[str, Any]:
+    def _write_plan(self, writer: ArrayWriter) -> None:
         """Write the items of all rows, one row after the other, and where each row ends."""
-        with ArrayWriter(folder, items=INDEX_DTYPE, ends=INDEX_DTYPE) as writer:
-            for start in range(0, len(self.dataset), WINDOW):
-                lengths = self.dataset.lengths(start, start + WINDOW)
-                rows = best_fit(lengths, self.row_length)
-                writer.append("items", start + np.argsort(rows, kind="stable"))
-                writer.append("ends", start + np.cumsum(np.bincount(rows)))
-        return {"arrays": writer.description()}
+        for start in range(0, len(self.dataset), WINDOW):
+            lengths = self.dataset.lengths(start, start + WINDOW)
+            rows = best_fit(lengths, self.row_length)
+            writer.append(
+                items=start + np.argsort(rows, kind="stable"),
+                ends=start + np.cumsum(np.bincount(rows)),
+            )
 
 
 class PaddedRows(Dataset):
@@ -93,7 +92,7 @@ class PaddedRows(Dataset):
     `key` tells these rows from others of the same store.
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: StoredDataset) -> None:
         self.dataset = dataset
         self.key = f"items_{dataset.items_key}"
 

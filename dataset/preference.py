@@ -2,33 +2,36 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .arrays import LENGTH_DTYPE, ArrayFolder, ArrayWriter
 from .chat import ChatEncoder, Piece, render_chat
-from .lm_dataset import CHUNK, ChatDataset
 from .packing import collate, make_row
 from .records import parse_preference
-from .token_store import INDEX_DTYPE, ArrayFolder, ArrayWriter, Encoded, Parsed
-from .turns import Kept, Turns, keep_replies
+from .stored import ChatDataset
+from .token_store import Encoded, Parsed, TokenStore
+from .turns import Spans, Turns, keep_prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SIDES = ("chosen", "rejected")
 PAIR_VERSION = 2  # of what `parse_preference` makes of a line
-LOGP_DTYPE = np.dtype("<f4")
 
 
 class PreferenceEncoder(ChatEncoder):
-    """Lines with a pair to two documents: the prompt with the chosen reply, then with the other.
+    """Encodes a pair as two documents: the prompt with the chosen reply, then with the other.
 
     The targets are the assistant's tokens after the messages that both share.
     """
 
     counted = ("tied_scores", "inverted_scores")
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         super().__init__(tokenizer)
         self.key = f"preference {PAIR_VERSION} {self.key}"
 
@@ -46,7 +49,7 @@ class PreferenceEncoder(ChatEncoder):
         return Parsed(tuple(sides), 0, (int(chosen == rejected), int(chosen < rejected)))
 
     def encode(self, records: Sequence[Sequence[Sequence[Piece]]]) -> Encoded:
-        """Ids and weights of the conversations, two for each record."""
+        """Encode the conversations, two for each record."""
         return super().encode([side for record in records for side in record])
 
 
@@ -58,17 +61,17 @@ class DPODataset(ChatDataset):
     assistant's tokens, `</s>` included, after the messages that both sides share.
 
     Args:
-        path: of the file, whose lines `dataset.records.parse_preference` reads.
-        tokenizer: with this project's chat template.
-        max_prompt_length: the most ids of a prompt, the header of the reply included. Of a longer
-            one the oldest turns are left out, each whole, and the system message stays. Where the
-            last turn alone is longer, there is no item.
-        max_completion_length: the most ids of a reply; what is longer is cut at its end.
-        cache_dir, skip_bad_lines: as for `TokenStore.open_or_build`.
+        path: file whose lines `dataset.records.parse_preference` reads.
+        tokenizer: tokenizer with this project's chat template.
+        max_prompt_length: most ids of a prompt, the header of the reply included. Of a longer one
+            the oldest turns are left out, each whole, and the system message stays. Where the last
+            turn alone is longer, there is no item.
+        max_completion_length: most ids of a reply; what is longer is cut at its end.
+        cache_dir, skip_bad_lines: see `TokenStore.open_or_build`.
     """
 
-    _COLUMNS = {**ChatDataset._COLUMNS, "targets": INDEX_DTYPE}
-    _SUMS = (*ChatDataset._SUMS, "targets")
+    _DOCUMENTS = len(SIDES)
+    _COLUMNS = {**ChatDataset._COLUMNS, "targets": LENGTH_DTYPE}
     _COUNTED = PreferenceEncoder.counted
     _REASONS = {
         "dropped_turns": "turns of prompts left out: longer than --max_prompt_length",
@@ -81,7 +84,7 @@ class DPODataset(ChatDataset):
     def __init__(
         self,
         path: str | Path,
-        tokenizer: Any,
+        tokenizer: "PreTrainedTokenizerBase",
         max_prompt_length: int,
         max_completion_length: int,
         *,
@@ -90,86 +93,39 @@ class DPODataset(ChatDataset):
     ) -> None:
         self.max_prompt_length = max_prompt_length
         self.max_completion_length = max_completion_length
-        super().__init__(
-            path,
-            PreferenceEncoder(tokenizer),
-            max_prompt_length + max_completion_length,
-            f"{max_prompt_length}_{max_completion_length}",
-            cache_dir=cache_dir,
-            skip_bad_lines=skip_bad_lines,
+        encoder = PreferenceEncoder(tokenizer)
+        store = TokenStore.open_or_build(
+            path, encoder, cache_dir=cache_dir, skip_bad_lines=skip_bad_lines
         )
+        options = f"{max_prompt_length}_{max_completion_length}"
+        super().__init__(store, encoder, max_prompt_length + max_completion_length, options)
 
     @property
     def n_tokens(self) -> int:
         """Targets in one epoch, of both sides."""
-        return self._items.meta["targets"]
-
-    @property
-    def n_positions(self) -> int:
-        """The sum of the lengths of both sides."""
-        return self._items.meta["positions"]
+        return self._sum("targets")
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         item = {}
-        for side, document in zip(SIDES, self._both(self._document(index)), strict=True):
-            ids = torch.from_numpy(self._read(self.store.ids, document).astype(np.int64))
-            weights = torch.from_numpy(self._read(self.store.weights, document))
-            item |= {f"x_{side}": ids[:-1], f"y_{side}": ids[1:], f"mask_{side}": weights[1:]}
+        for side, row in zip(SIDES, self._rows(index), strict=True):
+            positions = self._positions(row)
+            ids = torch.from_numpy(self.store.ids[positions].astype(np.int64))
+            mask = torch.from_numpy(self.store.arrays["weights"][positions])[1:]
+            item |= {f"x_{side}": ids[:-1], f"y_{side}": ids[1:], f"mask_{side}": mask}
         return item
 
-    def lengths(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Positions of the longer side of the items `start` to `stop`: int64."""
-        sides = self._both(2 * self._documents[start:stop])
-        return np.maximum(*(self._kept_ids(documents) for documents in sides)) - 1
-
-    @property
-    def _n_stored(self) -> int:
-        return len(self.store.lines) // 2
-
-    def _document(self, index: int) -> int:
-        """The document of the chosen side."""
-        return 2 * super()._document(index)
-
-    @staticmethod
-    def _both(chosen: Any) -> tuple[Any, Any]:
-        """The documents of both sides."""
-        return chosen, chosen + 1
-
     def _keep(
-        self,
-        ids: np.ndarray,
-        weights: np.ndarray,
-        offsets: np.ndarray,
-        turns: Turns,
-        encoder: ChatEncoder,
-    ) -> tuple[Kept, dict[str, np.ndarray]]:
-        kept = keep_replies(
-            turns, weights, offsets, self.max_prompt_length, self.max_completion_length
+        self, chats: Encoded, turns: Turns, encoder: ChatEncoder
+    ) -> tuple[Spans, dict[str, np.ndarray]]:
+        targets, offsets = np.flatnonzero(chats.weights > 0), chats.offsets
+        begins = targets[np.searchsorted(targets, offsets[:-1])]
+        ends = targets[np.searchsorted(targets, offsets[1:]) - 1] + 1
+        spans = keep_prompts(
+            turns, begins, ends, self.max_prompt_length, self.max_completion_length
         )
-        before = np.append(0, np.cumsum(weights > 0))
-        return kept, {"targets": before[kept.ends] - before[kept.begins]}
-
-    def _build_items(self, folder: Path, documents: np.ndarray) -> dict[str, Any]:
-        """The array `documents` holds the pairs; sums are of both sides, of turns of the first."""
-        kept = self._kept.arrays
-        sums = (*self._SUMS, *self._COUNTED, "left_out", "positions")
-        meta: dict[str, Any] = dict.fromkeys(sums, 0)
-        with ArrayWriter(folder, documents=INDEX_DTYPE) as writer:
-            for start in range(0, len(documents), CHUNK):
-                pairs = documents[start : start + CHUNK]
-                sides = self._both(2 * pairs)
-                fits = np.logical_and(*(kept["ends"][d] > kept["begins"][d] for d in sides))
-                writer.append("documents", pairs[fits])
-                meta["left_out"] += int((~fits).sum())
-                meta["dropped_turns"] += int(kept["dropped_turns"][sides[0][fits]].sum())
-                for name in self._COUNTED:
-                    meta[name] += int(self.store.counts(name)[sides[0][fits]].sum())
-                for side in sides:
-                    used = side[fits]
-                    meta["cut_answers"] += int(kept["cut_answers"][used].sum())
-                    meta["targets"] += int(kept["targets"][used].sum())
-                    meta["positions"] += int(self._kept_ids(used).sum()) - len(used)
-        return {"arrays": writer.description(), **meta}
+        spans.dropped_turns[1::2] = 0  # those of the prompt, which both sides share, count once
+        before = np.append(0, np.cumsum(chats.weights > 0))
+        return spans, {"targets": before[spans.ends] - before[spans.begins]}
 
 
 class PairRows(Dataset):
@@ -183,37 +139,37 @@ class PairRows(Dataset):
     def __init__(self, dataset: DPODataset) -> None:
         self.dataset = dataset
         self.lengths = dataset.lengths()
-        self._reference: ArrayFolder | None = None
+        self._cached_reference: ArrayFolder | None = None
 
     def use_reference(self, key: str) -> bool:
-        """Use what is kept of a reference from now on.
+        """Use the cached log-probabilities of a reference from now on.
 
         Args:
             key: names the reference; fit for a file name.
 
         Returns:
-            Whether anything is.
+            Whether there are any.
         """
-        self._reference = self.dataset.store.find_derived(self._name(key))
-        return self._reference is not None
+        self._cached_reference = self.dataset.store.find_derived(self._name(key))
+        return self._cached_reference is not None
 
     def keep_reference(self, key: str, logps: np.ndarray) -> None:
-        """Keep what a reference gives the replies beside the data, and use it.
+        """Cache a reference's log-probabilities of the replies beside the data, and use them.
 
         Args:
-            key: as for `use_reference`.
+            key: names the reference; fit for a file name.
             logps: (pairs, 2) summed log-probabilities of chosen and rejected replies.
 
         Raises:
-            UserError: if it cannot be written.
+            UserError: if they cannot be written.
         """
 
-        def write(folder: Path) -> dict[str, Any]:
-            with ArrayWriter(folder, logps=LOGP_DTYPE) as writer:
-                writer.append("logps", logps.flatten())
-            return {"arrays": writer.description()}
+        def fill(writer: ArrayWriter) -> None:
+            writer.append(logps=logps.flatten())
 
-        self._reference = self.dataset.store.derived(self._name(key), write)
+        self._cached_reference = self.dataset.store.derived(
+            self._name(key), {"logps": np.dtype("<f4")}, fill
+        )
 
     def _name(self, key: str) -> str:
         return f"reference_{key}_{self.dataset.items_key}"
@@ -229,8 +185,8 @@ class PairRows(Dataset):
             for side in SIDES
         }
         logps = (0.0, 0.0)  # until there is a reference
-        if self._reference is not None:
-            logps = self._reference.arrays["logps"][2 * index : 2 * index + 2].tolist()
+        if self._cached_reference is not None:
+            logps = self._cached_reference.arrays["logps"][2 * index : 2 * index + 2].tolist()
         return {**sides, "reference": torch.tensor(logps)}
 
     @property

@@ -7,7 +7,6 @@ knows its name and the record's line, collects both in `BadLines`, and tells the
 
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,6 +103,19 @@ class Conversation(NamedTuple):
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]]
+
+
+def record_text(line: bytes) -> str:
+    """All text of a record of any kind, its parts joined by newlines. Raises RecordError.
+
+    Of a preference pair that is the chosen side; tools and calls are left out.
+    """
+    names = _parse_object(line).keys()
+    if "text" in names:
+        return parse_text(line)
+    messages = parse_preference(line).chosen if "chosen" in names else parse_chat(line).messages
+    parts = [message.get(name) for message in messages for name in ("reasoning_content", "content")]
+    return _check_text("\n".join(part for part in parts if part), "its text")
 
 
 class Preference(NamedTuple):
@@ -572,21 +584,3 @@ def _json_type(value: Any) -> str:
         return "null"
     names = {bool: "a boolean", str: "a string", list: "an array", dict: "an object"}
     return names.get(type(value), "a number")
-
-
-LANGUAGES = ("Chinese", "English", "code/other")
-_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-_LATIN = re.compile(r"[A-Za-z]")
-_SPACE = re.compile(r"\s+")
-
-
-def language(text: str) -> str:
-    """One of LANGUAGES, by shares of the characters that are not white space.
-
-    Chinese from 30 % CJK characters on; else English from 85 % ASCII letters on (prose has 90 % and
-    more, source code and tables less); else code/other.
-    """
-    characters = len(_SPACE.sub("", text))
-    if len(_CJK.findall(text)) >= 0.3 * characters:
-        return "Chinese"
-    return "English" if len(_LATIN.findall(text)) >= 0.85 * characters else "code/other"

@@ -1,37 +1,35 @@
-"""What a teacher says of every target: the likeliest tokens, kept beside the data."""
+"""A teacher's most probable tokens for every target, cached beside the data."""
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .arrays import INDEX_DTYPE, ArrayWriter
 from .packing import PackedRows, PaddedRows, Row, collate
-from .token_store import INDEX_DTYPE, ArrayWriter
 
-ID_DTYPE, LOGP_DTYPE = np.dtype("<i4"), np.dtype("<f4")
+DTYPES = {"ids": np.dtype("<i4"), "logps": np.dtype("<f4"), "ends": INDEX_DTYPE}
 
-# Of consecutive rows: ids and log-probabilities (targets, top) of the likeliest tokens, and how
-# many targets each row has.
+# Of consecutive rows: ids and log-probabilities (targets, top) of the most probable tokens, and
+# how many targets each row has.
 Scored = tuple[np.ndarray, np.ndarray, Sequence[int]]
 
 
 class TeacherTopK(Dataset):
-    """Rows, each with a teacher's likeliest tokens for its targets.
+    """Rows, each with a teacher's most probable tokens for its targets.
 
-    Row `i` is that of `rows`, and `teacher_ids` int64 and `teacher_logps` float32, (targets, top):
+    Row `i` is that of `rows` with `teacher_ids` int64 and `teacher_logps` float32, (targets, top),
     for each position whose loss mask is above 0, in order.
 
     Args:
-        rows: to add to; `dataset` and `fill` are theirs.
-        key: names the teacher and what is asked of it; fit for a file name.
-        top: how many tokens are kept of each target.
-        score: gives what is kept for all rows, in order; called unless it is there already.
+        rows: rows to add to.
+        key: names the teacher and what it is given; fit for a file name.
+        top: how many tokens are stored for each target.
+        score: computes what is stored for all rows, in order; called unless it is cached.
 
     Raises:
-        UserError: if it cannot be written.
+        UserError: if the cache cannot be written.
     """
 
     def __init__(
@@ -45,27 +43,24 @@ class TeacherTopK(Dataset):
         self.dataset = rows.dataset
         self.top = top
 
-        def build(folder: Path) -> dict[str, Any]:
-            with ArrayWriter(folder, ids=ID_DTYPE, logps=LOGP_DTYPE, ends=INDEX_DTYPE) as writer:
-                end = 0
-                for ids, logps, counts in score():
-                    writer.append("ids", ids.flatten())
-                    writer.append("logps", logps.flatten())
-                    ends = end + np.cumsum(counts)
-                    writer.append("ends", ends)
-                    end = int(ends[-1])
-            return {"arrays": writer.description()}
+        def fill(writer: ArrayWriter) -> None:
+            end = 0
+            for ids, logps, counts in score():
+                ends = end + np.cumsum(counts)
+                writer.append(ids=ids.flatten(), logps=logps.flatten(), ends=ends)
+                end = int(ends[-1])
 
-        self._kept = self.dataset.store.derived(f"teacher_{key}_top{top}_{rows.key}", build)
+        name = f"teacher_{key}_top{top}_{rows.key}"
+        self._cached_teacher = self.dataset.store.derived(name, DTYPES, fill)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:
-        kept = self._kept.arrays
-        start = int(kept["ends"][index - 1]) if index > 0 else 0
-        part = slice(start * self.top, int(kept["ends"][index]) * self.top)
-        ids, logps = (kept[name][part].reshape(-1, self.top) for name in ("ids", "logps"))
+        arrays = self._cached_teacher.arrays
+        start = int(arrays["ends"][index - 1]) if index > 0 else 0
+        part = slice(start * self.top, int(arrays["ends"][index]) * self.top)
+        ids, logps = (arrays[name][part].reshape(-1, self.top) for name in ("ids", "logps"))
         return {
             **self.rows[index],
             "teacher_ids": torch.from_numpy(ids.astype(np.int64)),
@@ -79,11 +74,11 @@ class TeacherTopK(Dataset):
 
 
 def collate_with_teacher(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-    """As `dataset.packing.collate`, and of rows that a teacher was asked about what it said.
+    """Stack rows as `dataset.packing.collate` does, with the teacher's tokens where rows have them.
 
     `teacher_ids` and `teacher_logps` are (targets of the batch, top), in the order of
     `batch[…][loss_mask > 0]`.
     """
-    taught = [name for name in ("teacher_ids", "teacher_logps") if rows and name in rows[0]]
-    batch = collate([{name: row[name] for name in row if name not in taught} for row in rows])
-    return batch | {name: torch.cat([row[name] for row in rows]) for name in taught}
+    names = [name for name in ("teacher_ids", "teacher_logps") if rows and name in rows[0]]
+    batch = collate([{name: row[name] for name in row if name not in names} for row in rows])
+    return batch | {name: torch.cat([row[name] for row in rows]) for name in names}

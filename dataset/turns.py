@@ -1,23 +1,29 @@
-"""Which part of each conversation becomes a sample: what fits, and has something to learn.
+"""Which turns of a conversation fit: the one rule, for training, chat and server.
 
 A conversation is a system message, perhaps, and turns: a user message and all that follows it up
-to the next. What is kept of it is the system message and a run of its ids, from the beginning of a
-turn on. Positions are counted in the ids of all the conversations that are looked at together.
+to the next. Where a conversation is too long, the system message stays, and the oldest turns are
+left out, each whole. Positions are counted in the ids of all conversations looked at together.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from .chat import ChatEncoder
+from .token_store import ROLES, Encoded
+
+USER, ASSISTANT = ROLES.index("user"), ROLES.index("assistant")
 
 
 class Turns(NamedTuple):
     """Where the turns of conversations are, as positions.
 
-    `users` are all user messages' first ids. The others are (conversations,): `prefixes` the ids
-    before the first turn; `first` and `last` the first and last answered turn, as indices of
-    `users`; `answers` the first id of the last assistant message, and `ends` where it ends.
+    Attributes:
+        users: (turns,) the first id of each user message.
+        prefixes: (conversations,) number of ids before the first turn.
+        first: (conversations,) the first turn, as an index of `users`.
+        last: (conversations,) the last turn that is answered, as an index of `users`.
+        answers: (conversations,) the first id of the last assistant message.
+        ends: (conversations,) the end of that message.
     """
 
     users: np.ndarray
@@ -27,13 +33,30 @@ class Turns(NamedTuple):
     answers: np.ndarray
     ends: np.ndarray
 
+    def oldest_that_fits(
+        self, ends: np.ndarray, max_length: int, first: np.ndarray, last: np.ndarray
+    ) -> np.ndarray:
+        """The oldest turn from which on each conversation fits; `last` where not even that does.
 
-class Kept(NamedTuple):
-    """What is kept of conversations, each (conversations,) int64.
+        Args:
+            ends: where each conversation is taken to end.
+            max_length: most ids of the prefix and the turns together.
+            first, last: bounds of the answer.
+        """
+        oldest = np.searchsorted(self.users, ends + self.prefixes - max_length)
+        return np.clip(oldest, first, last)
 
-    Of each are kept the first `prefixes` ids and those from `begins` to `ends`; nothing where
-    `ends` is not above `begins`. `dropped_turns` are those left out because it is too long, and
-    `cut` is 1 where its last answer is cut besides.
+
+class Spans(NamedTuple):
+    """The ids taken of each conversation: its first `prefixes`, and those from `begins` to `ends`.
+
+    All are (conversations,) int64.
+
+    Attributes:
+        prefixes: number of ids before the first turn.
+        begins, ends: positions; nothing is taken where `ends` is not above `begins`.
+        dropped_turns: turns left out because the conversation is too long.
+        cut: 1 where the end of the last answer is cut off.
     """
 
     prefixes: np.ndarray
@@ -43,20 +66,12 @@ class Kept(NamedTuple):
     cut: np.ndarray
 
 
-def find_turns(ids: np.ndarray, offsets: np.ndarray, encoder: ChatEncoder) -> Turns:
-    """Find the turns of conversations, of which `offsets` (conversations + 1,) are the borders."""
-    starts, stops = offsets[:-1], offsets[1:]
-    messages = np.flatnonzero(ids == encoder.start)
-
-    def with_role(role: str) -> np.ndarray:
-        found = np.ones(len(messages), dtype=bool)
-        for place, id_ in enumerate(encoder.headers[role], 1):
-            found &= ids[np.minimum(messages + place, len(ids) - 1)] == id_
-        return messages[found]
-
-    users, assistants = with_role("user"), with_role("assistant")
+def find_turns(chats: Encoded) -> Turns:
+    """Find the turns of conversations, each of which has a user and an assistant message."""
+    users, assistants = (chats.messages[chats.roles == role] for role in (USER, ASSISTANT))
+    starts, stops = chats.offsets[:-1], chats.offsets[1:]
     answers = assistants[np.searchsorted(assistants, stops) - 1]
-    following = np.append(messages, len(ids))[np.searchsorted(messages, answers, side="right")]
+    following = np.searchsorted(chats.messages, answers, side="right")
     first = np.searchsorted(users, starts)
     return Turns(
         users=users,
@@ -64,24 +79,40 @@ def find_turns(ids: np.ndarray, offsets: np.ndarray, encoder: ChatEncoder) -> Tu
         first=first,
         last=np.searchsorted(users, answers) - 1,
         answers=answers,
-        ends=np.minimum(following, stops),
+        ends=np.append(chats.messages, len(chats.ids))[following],
     )
+
+
+def fit_prompt(prompt: Encoded, max_length: int) -> np.ndarray:
+    """The ids of a chat's prompt without its oldest turns where it is longer than `max_length`.
+
+    The last turn stays, however long it is.
+
+    Args:
+        prompt: one conversation that ends with the header of an assistant message.
+        max_length: most ids of the result, where that is possible.
+    """
+    if USER not in prompt.roles:
+        return prompt.ids
+    turns = find_turns(prompt)
+    oldest = turns.oldest_that_fits(prompt.offsets[1:], max_length, turns.first, turns.last)
+    return np.concatenate([prompt.ids[: turns.prefixes[0]], prompt.ids[turns.users[oldest[0]] :]])
 
 
 def keep_answers(
     turns: Turns, weights: np.ndarray, newline: int, max_length: int, max_turns: int | None
-) -> Kept:
+) -> Spans:
     """What to train on: at most `max_length` ids with a target among them.
 
-    The last `max_turns` turns are kept. If that is too long, what follows the last target is left
-    out; then the oldest turns, each whole; then the end of the last answer.
+    The last `max_turns` turns are taken. If that is too long, what follows the last target is left
+    out; then the oldest turns; then the end of the last answer.
 
     Args:
-        turns: of the conversations.
-        weights: of their ids as targets.
+        turns: turns of the conversations.
+        weights: how much each id counts as a target.
         newline: ids after the `</s>` of a message; at the end of a sample they may be missing.
-        max_length: the most ids to keep.
-        max_turns: the most turns to keep, or None.
+        max_length: most ids of a sample.
+        max_turns: most turns of a sample, or None.
     """
     users, prefixes = turns.users, turns.prefixes
     targets = np.append(-1, np.flatnonzero(weights > 0))
@@ -95,73 +126,45 @@ def keep_answers(
     fits = prefixes + turns.ends - newline - users[first] <= max_length
     learnt = last_target(turns.ends) + 1
     last_learnt = np.maximum(np.searchsorted(users, learnt) - 1, first)
-    oldest = np.searchsorted(users, learnt + prefixes - max_length)
-    oldest = np.where(fits, first, np.clip(oldest, first, last_learnt))
+    oldest = turns.oldest_that_fits(learnt, max_length, first, last_learnt)
+    oldest = np.where(fits, first, oldest)
     begins = users[oldest]
     room = begins + max_length - prefixes
     uncut = np.where(fits, turns.ends, learnt + newline)
     ends = np.where(learnt <= room, np.minimum(uncut, room), last_target(room) + 1)
     used = last_target(ends) >= begins
-    ends = np.where(used, ends, begins)
-    return Kept(
+    return Spans(
         prefixes=prefixes,
         begins=begins,
-        ends=ends,
+        ends=np.where(used, ends, begins),
         dropped_turns=np.where(fits | ~used, 0, last - first - (last_learnt - oldest)),
         cut=(used & (learnt > room)).astype(np.int64),
     )
 
 
-def keep_prompts(turns: Turns, header: int, max_length: int) -> Kept:
-    """What comes before the last answer: at most `max_length` ids, the oldest turns left out.
+def keep_prompts(
+    turns: Turns, prompt_ends: np.ndarray, ends: np.ndarray, max_prompt: int, max_reply: int
+) -> Spans:
+    """A prompt without the oldest turns that do not fit, and the beginning of the reply after it.
+
+    Nothing is taken where the last turn of a prompt alone is too long.
 
     Args:
-        turns: of the conversations.
-        header: ids of an assistant message before its content; they belong to the prompt.
-        max_length: the most ids to keep.
+        turns: turns of the conversations.
+        prompt_ends: (conversations,) where each prompt ends and its reply begins.
+        ends: (conversations,) where each reply ends.
+        max_prompt, max_reply: most ids of either.
     """
-    ends = turns.answers + header
-    oldest = np.searchsorted(turns.users, ends + turns.prefixes - max_length)
-    oldest = np.clip(oldest, turns.first, turns.last)
+    last = np.searchsorted(turns.users, prompt_ends) - 1
+    oldest = turns.oldest_that_fits(prompt_ends, max_prompt, turns.first, last)
     begins = turns.users[oldest]
-    used = turns.prefixes + ends - begins <= max_length
-    return Kept(
+    used = turns.prefixes + prompt_ends - begins <= max_prompt
+    return Spans(
         prefixes=turns.prefixes,
         begins=begins,
-        ends=np.where(used, ends, begins),
+        ends=np.where(used, np.minimum(ends, prompt_ends + max_reply), begins),
         dropped_turns=np.where(used, oldest - turns.first, 0),
-        cut=np.zeros_like(begins),
-    )
-
-
-def keep_replies(
-    turns: Turns, weights: np.ndarray, offsets: np.ndarray, max_prompt: int, max_reply: int
-) -> Kept:
-    """A prompt, which ends where the first target is, and the reply that begins there.
-
-    Of a prompt that is too long the oldest turns are left out, each whole, the last one excepted;
-    of a reply, the end. Nothing is kept where the last turn alone is too long.
-
-    Args:
-        turns: of the conversations, each of which has a target.
-        weights: of their ids as targets.
-        offsets: (conversations + 1,) their borders.
-        max_prompt, max_reply: the most ids to keep of either.
-    """
-    targets = np.flatnonzero(weights > 0)
-    first = targets[np.searchsorted(targets, offsets[:-1])]
-    ends = targets[np.searchsorted(targets, offsets[1:]) - 1] + 1
-    last_turn = np.searchsorted(turns.users, first) - 1
-    oldest = np.searchsorted(turns.users, first + turns.prefixes - max_prompt)
-    oldest = np.clip(oldest, turns.first, last_turn)
-    begins = turns.users[oldest]
-    used = turns.prefixes + first - begins <= max_prompt
-    return Kept(
-        prefixes=turns.prefixes,
-        begins=begins,
-        ends=np.where(used, np.minimum(ends, first + max_reply), begins),
-        dropped_turns=np.where(used, oldest - turns.first, 0),
-        cut=(used & (ends > first + max_reply)).astype(np.int64),
+        cut=(used & (ends > prompt_ends + max_reply)).astype(np.int64),
     )
 
 

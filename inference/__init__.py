@@ -1,7 +1,18 @@
-"""What the terminal, the server and the page share: loading weights, and text in and out."""
+"""What terminal, server and page share: loading models, and generating text with them."""
 
 from .chat_model import ChatModel
+from .command_line import add_model_arguments, listen, open_pool
+from .loading import WeightSpec, load_chat_model
+from .pool import ModelPool
 from .text import TextStream
-from .weights import WeightSpec, load_chat_model
 
-__all__ = ["ChatModel", "TextStream", "WeightSpec", "load_chat_model"]
+__all__ = [
+    "ChatModel",
+    "ModelPool",
+    "TextStream",
+    "WeightSpec",
+    "add_model_arguments",
+    "listen",
+    "load_chat_model",
+    "open_pool",
+]

@@ -17,9 +17,13 @@ from .chat_model import ChatModel
 
 
 class Question(NamedTuple):
-    """A line to be answered: what it holds, its prompt as ids, and its last message.
+    """A line to answer.
 
-    `reference` is the answer that the line gives itself, if it does.
+    Attributes:
+        record: all that the line holds.
+        ids: ids of the prompt.
+        text: its last message.
+        reference: the answer in the line itself, if it has one.
     """
 
     record: dict[str, Any]
@@ -31,37 +35,24 @@ class Question(NamedTuple):
 def read_questions(
     chat_model: ChatModel, path: Path, system: str | None = None, skip_bad_lines: float = 0.0
 ) -> list[Question]:
-    """The lines of a file.
+    """Read the lines of a file: conversations, or beginnings of texts for pretrained weights.
 
     Args:
-        chat_model: who will answer: conversations, or beginnings of texts.
+        chat_model: the model that answers.
         path: JSONL file.
-        system: a system message for conversations without one.
-        skip_bad_lines: say how many lines cannot be answered, and go on without them, if they are
-            at most this share.
+        system: system message of conversations without one.
+        skip_bad_lines: leave out lines that cannot be answered, if they are at most this share.
 
     Raises:
-        UserError: naming the lines that cannot be answered; also if all are left out.
+        UserError: naming the lines that cannot be answered; also if no line can be.
     """
     questions, bad = [], BadLines()
     for number, line in read_records(path):
         bad.total += 1
         try:
-            reference = None
-            if chat_model.encoder is None:
-                text = parse_text(line)
-                ids = chat_model.text_ids(text)
-            else:
-                (messages, tools), reference = parse_question(line)
-                if system and messages[0]["role"] != "system":
-                    messages = [{"role": "system", "content": system}, *messages]
-                ids, text = chat_model.chat_ids(messages, tools), messages[-1]["content"]
-            if len(ids) >= chat_model.context:
-                raise RecordError(f"{len(ids)} tokens leave no room in {chat_model.context}")
+            questions.append(parse_line(chat_model, line, system))
         except RecordError as error:
             bad.add(number, str(error))
-            continue
-        questions.append(Question(json.loads(line), ids, text, reference))
     try:
         bad.check(path, skip_bad_lines if questions else 0.0)
     except UserError as error:
@@ -72,17 +63,31 @@ def read_questions(
     return questions
 
 
-def write_answers(
-    chat_model: ChatModel,
-    questions: Sequence[Question],
-    options: dict[str, Any],
+def parse_line(chat_model: ChatModel, line: bytes, system: str | None) -> Question:
+    """The question on a line; arguments as of `read_questions`. Raises RecordError."""
+    reference = None
+    if chat_model.encoder is None:
+        text = parse_text(line)
+        ids = chat_model.text_ids(text)
+    else:
+        (messages, tools), reference = parse_question(line)
+        if system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        ids, text = chat_model.chat_ids(messages, tools), messages[-1]["content"]
+    if len(ids) >= chat_model.context:
+        raise RecordError(f"{len(ids)} tokens leave no room in {chat_model.context}")
+    return Question(json.loads(line), ids, text, reference)
+
+
+def generate_answers(
+    chat_model: ChatModel, questions: Sequence[Question], options: dict[str, Any]
 ) -> list[str]:
-    """What the model answers to each, as many at a time as its decoder has rows.
+    """Answer questions, as many at a time as the model's decoder has rows.
 
     Args:
-        chat_model: who answers.
+        chat_model: the model that answers.
         questions: in any order.
-        options: of `MiniMindLM.generate`.
+        options: options of `MiniMindLM.generate`.
     """
     answers = chat_model.model.batch_generate(
         [torch.tensor(q.ids, device=chat_model.decoder.device) for q in questions],
@@ -95,36 +100,26 @@ def write_answers(
 
 
 def answer_file(
-    chat_model: ChatModel,
-    path: Path,
-    out: Path,
-    system: str | None,
-    generator: torch.Generator,
-    options: dict[str, Any],
-    skip_bad_lines: float = 0.0,
+    chat_model: ChatModel, questions: Sequence[Question], out: Path, options: dict[str, Any]
 ) -> None:
-    """Write every line of a file with an answer added to it.
+    """Write each question's record with the answer added.
 
-    It is called "answer", or "response" where a line has an "answer" of its own; in a file that has
-    both, "response_2" and so on: nothing in a line is replaced.
+    The field is "answer", or "response" if a record has an "answer" of its own; if there are both,
+    "response_2" and so on: no field of a record is replaced.
 
     Args:
-        chat_model: who answers.
-        path: JSONL file, see `read_questions`.
-        out: where the lines go.
-        system, skip_bad_lines: as for `read_questions`.
-        generator: source of randomness.
-        options: of `MiniMindLM.generate`.
+        chat_model: the model that answers.
+        questions: see `read_questions`.
+        out: JSONL file to write.
+        options: options of `MiniMindLM.generate`.
 
     Raises:
-        UserError: for lines that cannot be answered.
-        UserError: if nothing can be written there.
+        UserError: if the file exists or cannot be written.
     """
-    questions = read_questions(chat_model, path, system, skip_bad_lines)
     names = chain(("answer", "response"), (f"response_{i}" for i in count(2)))
     name = next(name for name in names if not any(name in q.record for q in questions))
     with new_file(out, "utf-8") as file:
-        answers = write_answers(chat_model, questions, {"generator": generator, **options})
+        answers = generate_answers(chat_model, questions, options)
         for question, answer in zip(questions, answers, strict=True):
             line = json.dumps({**question.record, name: answer}, ensure_ascii=False)
             file.write(f"{line}\n")
@@ -133,12 +128,12 @@ def answer_file(
 
 @contextmanager
 def new_file(path: Path, encoding: str) -> Iterator[TextIO]:
-    """What --output_file will hold; the file is there from the beginning, and gone if work fails.
+    """Open --output_file: it is made at once, written at the end, and removed after an error.
 
-    Half a surrogate pair, which a string of JSON may hold, is written as JSON escapes it.
+    Half a surrogate pair, which a string of JSON may hold, is written as its JSON escape.
 
     Raises:
-        UserError: if the file is there already, or cannot be written.
+        UserError: if the file exists or cannot be written.
     """
     try:
         path.touch(exist_ok=False)

@@ -3,7 +3,7 @@
 import queue
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from model import Sampling
 
@@ -14,7 +14,7 @@ from .text import TextStream
 
 @dataclass(frozen=True)
 class Settings:
-    """How an answer is written; names as in OpenAI's API."""
+    """Settings of an answer; names as in OpenAI's API."""
 
     max_tokens: int = 512
     temperature: float = 0.8
@@ -22,58 +22,32 @@ class Settings:
     repetition_penalty: float = 1.0
     seed: int | None = None
 
-    def sampling(self) -> Sampling:
-        """How tokens are chosen; temperature 0 takes the likeliest."""
-        return Sampling(
-            do_sample=self.temperature > 0,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            repetition_penalty=self.repetition_penalty,
-        )
-
-
-class Backend(Protocol):
-    """What the page needs of a source of answers."""
-
-    def names(self) -> list[str]:
-        """The models there are, the default first."""
-
-    def chats(self, model: str) -> bool:
-        """Whether a model answers conversations; else it continues the last message."""
-
-    def stream(
-        self, model: str, messages: Sequence[Mapping[str, str]], settings: Settings
-    ) -> Iterator[str]:
-        """An answer, piece by piece. Closing the iterator stops the writing.
-
-        Raises:
-            Exception: of many kinds; its text is for the user.
-        """
-
 
 class LocalModels:
-    """The weights in a folder.
-
-    Args:
-        pool: loads them.
-    """
+    """The models of a pool."""
 
     def __init__(self, pool: ModelPool):
         self.pool = pool
 
     def names(self) -> list[str]:
-        """As Backend."""
-        return list(self.pool.offers())
+        """The models there are, the default first."""
+        return list(self.pool.cards())
 
     def chats(self, model: str) -> bool:
-        """As Backend."""
-        offer = self.pool.offers().get(model)
-        return offer is None or offer.chats
+        """Whether a model answers conversations; else it continues the last message."""
+        card = self.pool.cards().get(model)
+        return card is None or card.chats
 
     def stream(
         self, model: str, messages: Sequence[Mapping[str, str]], settings: Settings
     ) -> Iterator[str]:
-        """As Backend; a text that is too long for the model loses its oldest exchanges."""
+        """Generate an answer, piece by piece. Closing the iterator ends the generation.
+
+        A conversation that is too long for the model loses its oldest exchanges.
+
+        Raises:
+            Exception: of many kinds, each with a text for the user.
+        """
         events: queue.SimpleQueue[Token | str | Exception] = queue.SimpleQueue()
         while True:
             batcher = self.pool.get(model)
@@ -81,20 +55,25 @@ class LocalModels:
             if chat_model.encoder is None:
                 ids = chat_model.text_ids(messages[-1]["content"])
             else:
-                ids = chat_model.fitting_chat_ids(messages, settings.max_tokens)
+                ids = chat_model.chat_ids(messages, room=settings.max_tokens)
             if len(ids) >= chat_model.context:
                 raise ValueError(f"{len(ids)} tokens leave no room in {chat_model.context}")
-            job = GenerationRequest(
+            request = GenerationRequest(
                 ids=ids,
                 max_new_tokens=settings.max_tokens,
-                sampling=settings.sampling(),
+                sampling=Sampling(
+                    do_sample=settings.temperature > 0,
+                    temperature=settings.temperature,
+                    top_p=settings.top_p,
+                    repetition_penalty=settings.repetition_penalty,
+                ),
                 seed=settings.seed,
                 emit=events.put,
             )
             try:
-                batcher.submit([job])
+                batcher.submit([request])
                 break
-            except Closed:  # another model took its place just now
+            except Closed:  # another model has taken its place
                 continue
         text = TextStream(chat_model.tokenizer)
         try:
@@ -106,34 +85,34 @@ class LocalModels:
             if piece := text.finish():
                 yield piece
         finally:
-            job.cancelled = True
+            request.cancelled = True
 
 
 class Endpoint:
-    """A server that speaks OpenAI's API, whoever runs it.
+    """The models of a server that speaks OpenAI's API. Methods as those of LocalModels.
 
     Args:
-        url: up to and with /v1.
-        api_key: what it asks for, or None.
+        url: address of the API, with /v1.
+        api_key: key that the server asks for, or None.
     """
 
     def __init__(self, url: str, api_key: str | None):
-        import openai  # which weights here do not need
+        import openai  # local weights do not need it
 
         self.client = openai.OpenAI(base_url=url, api_key=api_key or "none", max_retries=0)
 
     def names(self) -> list[str]:
-        """As Backend."""
+        """The models there are, the default first."""
         return [model.id for model in self.client.models.list()]
 
     def chats(self, model: str) -> bool:
-        """As Backend, by the name that this project gives them."""
+        """Whether a model answers conversations, by the name that this project gives to weights."""
         return not model.startswith("pretrain")
 
     def stream(
         self, model: str, messages: Sequence[Mapping[str, str]], settings: Settings
     ) -> Iterator[str]:
-        """As Backend."""
+        """Generate an answer, piece by piece. Closing the iterator ends the generation."""
         options: dict[str, Any] = {
             "model": model,
             "max_tokens": settings.max_tokens,
@@ -141,19 +120,20 @@ class Endpoint:
             "top_p": settings.top_p,
             "stream": True,
         }
-        if settings.repetition_penalty != 1:  # which not every server knows
+        if settings.repetition_penalty != 1:  # not every server knows it
             options["extra_body"] = {"repetition_penalty": settings.repetition_penalty}
         if settings.seed is not None:
             options["seed"] = settings.seed
-        if self.chats(model):
-            chunks = self.client.chat.completions.create(
-                messages=[dict(message) for message in messages], **options
-            )
+        chats = self.chats(model)
+        if chats:
+            chunks = self.client.chat.completions.create(messages=list(messages), **options)
         else:
             chunks = self.client.completions.create(prompt=messages[-1]["content"], **options)
         with chunks:
             for chunk in chunks:
                 for choice in chunk.choices:
-                    piece = choice.delta.content if self.chats(model) else choice.text
-                    if piece:
+                    if piece := choice.delta.content if chats else choice.text:
                         yield piece
+
+
+Backend = LocalModels | Endpoint

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from model import Sampling
-from model.sampling import History, penalise, sample
+from model import Continuation, Sampling, SamplingLoop
 
 from .chat_model import ChatModel
 
@@ -31,54 +30,48 @@ class QueueFull(Exception):
 class Token:
     """A token of a text.
 
-    `logprob` and `likeliest`, pairs of token and log-probability in nats, are of the model's own
-    distribution, and there where they were asked for; a text's first token has neither.
+    Attributes:
+        token: its id.
+        logprob: log-probability in nats by the model's own distribution, where it was asked for; a
+            text's first token has none.
+        top_logprobs: the likeliest tokens in its place, each with its log-probability.
     """
 
     token: int
     logprob: float | None = None
-    likeliest: list[tuple[int, float]] = field(default_factory=list)
+    top_logprobs: list[tuple[int, float]] = field(default_factory=list)
 
 
 Event = list[Token] | Token | str | Exception
 
 
-@dataclass(eq=False)
-class GenerationRequest:
-    """A text to be written.
+@dataclass(eq=False, kw_only=True)
+class GenerationRequest(Continuation):
+    """A continuation for which somebody waits.
 
     Attributes:
-        ids: of the prompt.
-        max_new_tokens: upper limit.
-        sampling: how tokens are chosen.
-        seed: of the choice; None for another text every time.
         emit: called, on the batcher's thread, with the list of the prompt's Tokens where
-            `prompt_logprobs` asks for it, with every new Token (of the end token only where there
-            are `logprobs`), and then with how it ended: "stop" (the end token), "length" (the
-            limit, the context or the time was reached), "cancelled", or an exception: QueueFull if
-            it never began.
-        logprobs: how many of the likeliest tokens to tell with each, or None.
-        prompt_logprobs: whether to tell them of the prompt's tokens too.
-        deadline: `time.monotonic()` at which it ends, whatever it has written.
+            `prompt_logprobs` asks for it, with every new Token (the end token only with
+            `logprobs`), and then with how the text ended: "stop" (the end token), "length" (the
+            limit, the context or the deadline was reached), "cancelled", or an exception: QueueFull
+            if it never began.
+        seed: of the sampling; None for another text every time.
+        logprobs: how many of the likeliest tokens come with each token, or None.
+        prompt_logprobs: whether the prompt's tokens come with theirs too.
+        deadline: `time.monotonic()` at which the text ends, however long it is.
         cancelled: set it, and the text ends before the next step.
+        began: `time.monotonic()` at which the batcher took it up.
+        prompt_tokens: the prompt's Tokens, as far as their log-probabilities are computed.
     """
 
-    ids: Sequence[int]
-    max_new_tokens: int
-    sampling: Sampling
-    seed: int | None
     emit: Callable[[Event], None]
+    seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: bool = False
     deadline: float = float("inf")
     cancelled: bool = False
-    # What the batcher notes:
     began: float = 0.0
-    newest: int = -1  # the token that the decoder has not seen
-    written: int = 0
-    prompt_tokens: list[Token] = field(default_factory=list)  # as far as they have logprobs
-    generator: torch.Generator | None = None
-    history: History | None = None
+    prompt_tokens: list[Token] = field(default_factory=list)
 
     def ended(self, now: float) -> str | None:
         """How it ends without another token, if it does."""
@@ -88,15 +81,15 @@ class GenerationRequest:
 
 
 class Batcher:
-    """Writes the texts of jobs, several at a time, each as if it were alone.
+    """Generates the texts of jobs, several at a time, each as if it were alone.
 
     Each round takes at most one part of one new prompt and then one step of all texts, so that no
-    prompt keeps the others waiting for longer than one part takes. Jobs start in the order in which
-    they came.
+    prompt delays the others for longer than one part takes. Jobs start in the order in which they
+    came.
 
     Args:
         chat_model: the model; its decoder needs one row more than `rows`, where prompts begin.
-        rows: how many texts are written at a time.
+        rows: how many texts are generated at a time.
         queue: how many more may wait.
     """
 
@@ -105,8 +98,8 @@ class Batcher:
         self.decoder = chat_model.decoder
         self.rows = rows
         self.queue = queue
+        self.loop = SamplingLoop(self.decoder)
         self.waiting: deque[GenerationRequest] = deque()
-        self.active: list[GenerationRequest] = []  # which job each row of the decoder is
         self._starting: tuple[GenerationRequest, Iterator[Tensor]] | None = None
         self._seconds = 1.0  # that a job takes from its start, a running mean
         # Held to change any of the three above that hold jobs, and the two below.
@@ -116,6 +109,11 @@ class Batcher:
             target=self._run, name=f"batcher of {chat_model.name}", daemon=True
         )
         self._thread.start()
+
+    @property
+    def active(self) -> list[GenerationRequest]:
+        """The jobs whose texts are growing, each in its row of the decoder."""
+        return self.loop.active
 
     @property
     def load(self) -> int:
@@ -176,9 +174,10 @@ class Batcher:
             starting = [] if self._starting is None else [self._starting[0]]
             jobs = [*self.active, *starting, *self.waiting]
             self.waiting.clear()
-            self.active, self._starting = [], None
+            self.active.clear()
+            self._starting = None
         self.decoder.release()
-        self.decoder.kept.clear()
+        self.decoder.prefix_cache.clear()
         for job in jobs:
             job.emit(how)
 
@@ -187,8 +186,7 @@ class Batcher:
         self._drop_ended()
         self._start_next()
         if self.active:
-            logits = self.decoder.step([job.newest for job in self.active])
-            self._choose(range(len(self.active)), logits)
+            self._sample(list(self.active), self.loop.step())
 
     def _drop_ended(self) -> None:
         """Let go of jobs that nobody waits for, and of those whose time is over."""
@@ -203,9 +201,9 @@ class Batcher:
                 self._starting = None
         for job, how in ended:
             job.emit(how)
-        for row in reversed(range(len(self.active))):
-            if how := self.active[row].ended(now):
-                self._end(row, how)
+        for job in list(self.active):
+            if how := job.ended(now):
+                self._end(job, how)
 
     def _start_next(self) -> None:
         """Take the next part of a prompt; when it is whole, the text joins the others."""
@@ -232,7 +230,7 @@ class Batcher:
                     self._starting = None
                 job.emit("length")
                 return
-            self._prepare(job, logits)
+            self._prepare(job)
             self.decoder.move(self.rows, len(self.active))
         except Exception as error:  # of this job alone: the others go on
             with self._work:
@@ -243,7 +241,7 @@ class Batcher:
         with self._work:
             self.active.append(job)
             self._starting = None
-        self._choose([len(self.active) - 1], logits[None])
+        self._sample([job], logits[None])
 
     def _score_prompt(self, job: GenerationRequest, logits: Tensor) -> None:
         """Note the log-probabilities that logits (T, vocab_size) give the prompt's next tokens."""
@@ -254,77 +252,68 @@ class Batcher:
         if tokens:
             job.prompt_tokens += with_logprobs(tokens, logits[: len(tokens)], job.logprobs)
 
-    def _prepare(self, job: GenerationRequest, logits: Tensor) -> None:
-        job.generator = torch.Generator(logits.device)
-        if job.seed is None:
-            job.generator.seed()
-        else:
-            job.generator.manual_seed(job.seed)
-        if job.sampling.penalises:
-            prompt = torch.tensor(job.ids, device=logits.device)
-            job.history = History([prompt], logits.shape[-1], logits.device)
+    def _prepare(self, job: GenerationRequest) -> None:
+        job.end_tokens = frozenset([self.chat_model.tokenizer.eos_token_id])
+        if job.sampling.do_sample:
+            job.generator = torch.Generator(self.decoder.device)
+            if job.seed is None:
+                job.generator.seed()
+            else:
+                job.generator.manual_seed(job.seed)
 
-    def _choose(self, rows: Sequence[int], logits: Tensor) -> None:
-        """Choose the next token of some rows, tell it, and end the texts that end."""
-        likeliest = logits.argmax(-1).tolist()
-        ended: list[tuple[int, str | Exception]] = []
-        for row, own, token in zip(rows, logits, likeliest, strict=True):
-            job = self.active[row]
+    def _sample(self, jobs: Sequence[GenerationRequest], logits: Tensor) -> None:
+        """Sample and emit the next token of active jobs, and end those that are finished.
+
+        Args:
+            jobs: n of them.
+            logits: theirs, (n, vocab_size).
+        """
+        groups: dict[tuple[Sampling, torch.Generator | None], list[int]] = {}
+        for i, job in enumerate(jobs):
+            groups.setdefault((job.sampling, job.generator), []).append(i)
+        for group in groups.values():
+            failure: Exception | None = None
             try:
-                how = self._take(job, own, token)
-            except Exception as error:  # of this job alone
-                how = error
-            if how is not None:
-                ended.append((row, how))
-        for row, how in reversed(ended):
-            self._end(row, how)
+                self.loop.sample([jobs[i] for i in group], logits[group])
+            except Exception as error:  # of these jobs alone
+                failure = error
+            for i in group:
+                how = failure or self._emit_token(jobs[i], logits[i])
+                if how is not None:
+                    self._end(jobs[i], how)
 
-    def _take(self, job: GenerationRequest, logits: Tensor, likeliest: int) -> str | None:
-        """Choose and tell a job's next token: how the text ended with it, if it did."""
-        token, history = likeliest, job.history
-        if history is not None or job.sampling.do_sample:
-            own = logits[None]
-            if history is not None:
-                own = penalise(own, job.sampling, history.seen, history.written)
-            chosen = sample(own, job.sampling, job.generator)
-            if history is not None:
-                history.add(torch.zeros_like(chosen), chosen)
-            token = int(chosen)
-        told = Token(token)
-        if job.logprobs is not None:
-            told = with_logprobs([token], logits[None], job.logprobs)[0]
-        if token == self.chat_model.tokenizer.eos_token_id:
+    def _emit_token(self, job: GenerationRequest, logits: Tensor) -> str | Exception | None:
+        """Emit a job's newest token: how the text ended with it, if it did."""
+        try:
+            token = Token(job.new_tokens[-1])
             if job.logprobs is not None:
-                job.emit(told)
-            return "stop"
-        job.newest = token
-        job.written += 1
-        job.emit(told)
-        full = len(job.ids) + job.written >= self.decoder.max_seq_len
-        return "length" if full or job.written >= job.max_new_tokens else None
+                token = with_logprobs([token.token], logits[None], job.logprobs)[0]
+            if job.finish_reason != "stop" or job.logprobs is not None:
+                job.emit(token)
+        except Exception as error:  # of this job alone
+            return error
+        return job.finish_reason
 
-    def _end(self, row: int, how: str | Exception) -> None:
-        """Free a row: what it holds is kept, and the last row takes its place."""
-        last = len(self.active) - 1
-        self.decoder.keep(row)
-        self.decoder.move(last, row)
+    def _end(self, job: GenerationRequest, how: str | Exception) -> None:
+        """Free a job's row, whose keys and values stay in the prefix cache."""
+        row = self.active.index(job)
+        self.decoder.cache_prefix(row)
         with self._work:
-            job, self.active[row] = self.active[row], self.active[last]
-            self.active.pop()
+            self.loop.remove(row)
         self._seconds += 0.1 * (time.monotonic() - job.began - self._seconds)
         job.emit(how)
 
 
-def with_logprobs(tokens: Sequence[int], logits: Tensor, likeliest: int) -> list[Token]:
-    """Tokens with their log-probabilities.
+def with_logprobs(tokens: Sequence[int], logits: Tensor, top: int) -> list[Token]:
+    """Give tokens their log-probabilities.
 
     Args:
         tokens: T ids.
-        logits: that each was chosen by, (T, vocab_size).
-        likeliest: how many of the likeliest ones to tell with each.
+        logits: what each was sampled from, (T, vocab_size).
+        top: number of likeliest tokens that come with each.
     """
     logprobs = logits.float().log_softmax(-1)
     own = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
-    values, ids = logprobs.topk(likeliest)
+    values, ids = logprobs.topk(top)
     rows = zip(tokens, own.tolist(), ids.tolist(), values.tolist(), strict=True)
     return [Token(token, p, list(zip(n, v, strict=True))) for token, p, n, v in rows]

@@ -1,13 +1,12 @@
-"""A model that can be talked to: weights, tokenizer, decoder, and what goes between them."""
+"""A model to talk to: weights, tokenizer, decoder, and the way from messages to ids to text."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from common import UserError
-from dataset import ChatEncoder, render_chat
+from dataset import ChatEncoder, fit_prompt, render_chat
 from model import Decoder, MiniMindLM, TorchDecoder
 
 from .text import TextStream
@@ -20,15 +19,15 @@ class ChatModel:
     """A model with its tokenizer.
 
     Args:
-        name: what to call it.
+        name: name of the model.
         model: in eval mode, on its device.
-        tokenizer: of its ids.
-        chats: whether it answers conversations; else it continues texts.
+        tokenizer: tokenizer of the model's ids.
+        chats: whether the model answers conversations; else it continues texts.
         quantize: "int8" for weights of 8 bits, which needs a CPU, or None.
-        rows: how many texts it can write at a time.
+        rows: sequences that are generated at a time.
 
     Raises:
-        UserError: if it cannot be quantized.
+        UserError: if the model cannot be quantized.
     """
 
     def __init__(
@@ -48,71 +47,47 @@ class ChatModel:
 
     @property
     def context(self) -> int:
-        """Tokens that prompt and answer may have together."""
+        """Tokens of prompt and answer together."""
         return self.model.config.max_seq_len
-
-    def chat_ids(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
-    ) -> list[int]:
-        """Ids of a conversation, up to where the assistant's next answer begins.
-
-        Raises:
-            RecordError: if it needs a control token that the tokenizer lacks.
-        """
-        pieces = render_chat(messages, tools, add_generation_prompt=True)
-        return self.encoder.encode([self.encoder.check_control(pieces)]).ids.tolist()
-
-    def fitting_chat_ids(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        room: int,
-        tools: Sequence[Mapping[str, Any]] = (),
-    ) -> list[int]:
-        """As `chat_ids`, without the oldest exchanges where all of them leave no room.
-
-        Args:
-            messages: the conversation; a system message is always kept, and so is what follows the
-                last message of the user.
-            room: tokens to leave for the answer, where that is possible.
-            tools: JSON schemas, which are always kept.
-
-        Raises:
-            RecordError: if it needs a control token that the tokenizer lacks.
-        """
-        first = int(messages[0]["role"] == "system")
-        pieces = [render_chat([message]) for message in messages]
-        if tools:  # they stand in the system message, or make one
-            pieces[:first], first = [render_chat(messages[:first], tools)], 1
-        pieces.append(render_chat([], add_generation_prompt=True))
-        encoded = self.encoder.encode([self.encoder.check_control(piece) for piece in pieces])
-        parts = np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])
-        shift = len(pieces) - 1 - len(messages)  # a system message more, where tools made one
-        starts = [i + shift for i, m in enumerate(messages) if m["role"] == "user"]
-        starts = [i for i in starts if i > first]
-        most = self.context - min(room, self.context // 2)
-        for start in [first, *starts]:
-            ids = np.concatenate([*parts[:first], *parts[start:]]).tolist()
-            if len(ids) <= most:
-                break
-        return ids
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of the beginning of a document."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return [self.tokenizer.bos_token_id, *ids["input_ids"]]
 
-    def stream(
+    def chat_ids(
         self,
-        ids: Sequence[int],
-        generator: torch.Generator,
-        **options: Any,
-    ) -> Iterator[str]:
-        """What the model writes after a prompt, piece by piece.
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        room: int | None = None,
+    ) -> list[int]:
+        """Ids of a conversation, up to where the assistant's next answer begins.
 
         Args:
-            ids: of the prompt.
+            messages: the conversation.
+            tools: JSON schemas.
+            room: tokens to leave for the answer, at most half of the context. If they are not left,
+                the oldest exchanges are dropped; the system message, the tools and the last
+                exchange stay. None drops nothing.
+
+        Raises:
+            RecordError: if it needs a control token that the tokenizer lacks.
+        """
+        pieces = render_chat(messages, tools, add_generation_prompt=True)
+        prompt = self.encoder.encode([self.encoder.check_control(pieces)])
+        if room is None:
+            return prompt.ids.tolist()
+        return fit_prompt(prompt, self.context - min(room, self.context // 2)).tolist()
+
+    def stream(
+        self, ids: Sequence[int], generator: torch.Generator, **options: Any
+    ) -> Iterator[str]:
+        """Generate text after a prompt, piece by piece.
+
+        Args:
+            ids: ids of the prompt.
             generator: source of randomness.
-            options: of `MiniMindLM.generate`.
+            options: options of `MiniMindLM.generate`.
 
         Raises:
             ValueError: if the prompt leaves no room in the model's context.
@@ -134,10 +109,10 @@ class ChatModel:
 
 
 def make_decoder(model: MiniMindLM, quantize: str | None, rows: int) -> Decoder:
-    """What computes a model's tokens.
+    """The decoder that computes a model's tokens.
 
     Raises:
-        UserError: if it cannot be quantized.
+        UserError: if the model cannot be quantized.
     """
     if quantize is None:
         return TorchDecoder(model, rows)
@@ -145,11 +120,11 @@ def make_decoder(model: MiniMindLM, quantize: str | None, rows: int) -> Decoder:
         raise UserError(f"--quantize {quantize}: on a CPU only; add --device cpu")
     try:
         from model.onnx_decoder import OnnxDecoder
+
+        return OnnxDecoder(model, rows)
     except ImportError as error:
         raise UserError(
             f"--quantize {quantize}: needs {error.name}: pip install -r scripts/requirements.txt"
         ) from None
-    try:
-        return OnnxDecoder(model, rows)
     except ValueError as error:
         raise UserError(f"--quantize {quantize}: {error}") from None

@@ -20,12 +20,12 @@ class Conversation:
     """A conversation; messages as in training data, without the system message.
 
     Attributes:
-        system: that message, or "".
-        model: that answers.
-        messages: the others.
-        tools: JSON schemas, where there are any.
-        changed: when, in seconds since 1970.
-        id: the name of its file.
+        system: the system message, or "".
+        model: name of the model that answers.
+        messages: all other messages.
+        tools: JSON schemas of tools, if there are any.
+        changed: time of the last change, in seconds since 1970.
+        id: name of its file.
     """
 
     system: str = ""
@@ -37,83 +37,78 @@ class Conversation:
 
     @property
     def title(self) -> str:
-        """How it begins."""
+        """The beginning of its first message."""
         text = " ".join(self.messages[0]["content"].split()) if self.messages else ""
         return text[:TITLE] + "…" * (len(text) > TITLE)
 
     def undo(self) -> None:
-        """Forget the last message of the user and what followed it."""
+        """Remove the last message of the user and what follows it."""
         del self.messages[self.last_exchanges(1) :]
 
     def last_exchanges(self, number: int) -> int:
-        """Where the last so many begin, each with a message of the user; 0 if all are of them."""
+        """Index where the last `number` exchanges begin, each with a message of the user."""
         starts = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         if number == 0:
             return len(self.messages)
         return starts[-number] if number <= len(starts) else 0
 
     def prompt(self) -> list[dict[str, Any]]:
-        """All messages."""
+        """All messages, the system message first."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, *self.messages]
 
     def training_line(self) -> str:
-        """A line of training data."""
+        """The conversation as a line of training data."""
         tools = {"tools": self.tools} if self.tools else {}
         return json.dumps({"conversations": self.prompt(), **tools}, ensure_ascii=False) + "\n"
 
     def markdown(self) -> str:
-        """A text to read."""
+        """The conversation as a text to read."""
         return "".join(f"**{m['role']}**\n\n{m['content']}\n\n" for m in self.prompt())
 
 
-class TalkStore:
-    """The conversations in a folder.
-
-    Args:
-        folder: made when something is kept.
-    """
+class ConversationStore:
+    """The conversations in a folder, which the first save makes."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def list(self) -> list[Conversation]:
-        """All of them, the one that changed last first; files that are none are left out."""
-        talks = [talk for path in self.folder.glob("*.json") if (talk := self.get(path.stem))]
-        return sorted(talks, key=lambda talk: -talk.changed)
+        """All conversations, the last changed first; other files are left out."""
+        found = [c for path in self.folder.glob("*.json") if (c := self.get(path.stem))]
+        return sorted(found, key=lambda conversation: -conversation.changed)
 
     def get(self, name: str) -> Conversation | None:
-        """The conversation of an id, which may come from anywhere."""
-        return self._read(self.folder / f"{name}.json") if _ID.fullmatch(name) else None
-
-    def keep(self, talk: Conversation) -> None:
-        """Write a conversation; one without messages has no file.
-
-        Where another window went on with it meanwhile, this one becomes a conversation of its own.
-        """
-        stored = self.get(talk.id)
-        if stored is not None and stored.changed != talk.changed:
-            talk.id = uuid.uuid4().hex
-        if not talk.messages:
-            self.delete(talk)
-            return
-        changed = time.time()
-        text = json.dumps({**asdict(talk), "changed": changed}, ensure_ascii=False)
-        data = text.encode("utf-8", "replace")
-        write_atomically(self.folder / f"{talk.id}.json", lambda file: file.write(data))
-        talk.changed = changed
-
-    def delete(self, talk: Conversation) -> None:
-        """Forget a conversation."""
-        (self.folder / f"{talk.id}.json").unlink(missing_ok=True)
-
-    def _read(self, path: Path) -> Conversation | None:
+        """The conversation of an id, which may come from anywhere; None if there is none."""
+        if not _ID.fullmatch(name):
+            return None
         try:
-            talk = Conversation(**{**json.loads(path.read_text(encoding="utf-8")), "id": path.stem})
-            said = [part for m in talk.messages for part in (m["role"], m["content"])]
-            talk.changed = float(talk.changed)
+            text = (self.folder / f"{name}.json").read_text(encoding="utf-8")
+            found = Conversation(**{**json.loads(text), "id": name})
+            parts = [part for m in found.messages for part in (m["role"], m["content"])]
+            found.changed = float(found.changed)
         except (OSError, ValueError, TypeError, KeyError):
             return None
-        texts = (talk.system, talk.model, *said)
-        fits = all(isinstance(text, str) for text in texts) and isinstance(talk.tools, list)
-        return talk if fits else None
+        are_texts = all(isinstance(text, str) for text in (found.system, found.model, *parts))
+        return found if are_texts and isinstance(found.tools, list) else None
+
+    def save(self, conversation: Conversation) -> None:
+        """Write a conversation; one without messages has no file.
+
+        If another window has changed the file meanwhile, this one becomes a new conversation.
+        """
+        stored = self.get(conversation.id)
+        if stored is not None and stored.changed != conversation.changed:
+            conversation.id = uuid.uuid4().hex
+        if not conversation.messages:
+            self.delete(conversation)
+            return
+        changed = time.time()
+        text = json.dumps({**asdict(conversation), "changed": changed}, ensure_ascii=False)
+        data = text.encode("utf-8", "replace")
+        write_atomically(self.folder / f"{conversation.id}.json", lambda file: file.write(data))
+        conversation.changed = changed
+
+    def delete(self, conversation: Conversation) -> None:
+        """Delete the file of a conversation."""
+        (self.folder / f"{conversation.id}.json").unlink(missing_ok=True)

@@ -1,9 +1,10 @@
-"""The models that a server offers, each loaded when it is first asked for."""
+"""The models of a folder, each loaded when it is first asked for or its files have changed."""
 
 import logging
 import threading
 import weakref
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,22 +15,22 @@ from common import UserError
 from model import load_tokenizer, tokenizer_hash
 
 from .batcher import Batcher, QueueFull
-from .weights import (
+from .loading import (
     PRETRAINED,
     WeightSpec,
-    continues_texts,
+    is_pretrained,
     list_adapters,
     list_weights,
     load_chat_model,
 )
 
 LOG = logging.getLogger(__name__)
-# What tells a file from another one of its name: time of change, size, inode. None: not there.
+# Tells a file from another of the same name: time of change, size, inode. None: there is no file.
 Version = tuple[int, int, int] | None
 
 
 class UnknownModel(Exception):
-    """There is no model of that name."""
+    """There is no model of the name that is the error's text."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ class ModelCard:
     """A model that can be asked for.
 
     Attributes:
-        path: its file, or folder.
-        modified: when that was last changed, in seconds since 1970.
-        is_adapter: whether that is an adapter's.
-        chats: whether it answers conversations; else it continues texts.
+        path: file or folder of its weights, or file of the adapter.
+        modified: time of the last change of `path`, in seconds since 1970.
+        is_adapter: whether `path` is an adapter.
+        chats: whether the model answers conversations; else it continues texts.
     """
 
     path: Path
@@ -54,31 +55,31 @@ class LoadedModel:
     """A model in memory.
 
     Attributes:
-        batcher: writes its texts.
-        offer: what was loaded.
-        versions: of the files that it came from.
-        refused: newer versions of them that could not be loaded, if there are any.
+        batcher: generates with the model.
+        card: what was loaded.
+        versions: versions of the files that it was loaded from.
+        refused: newer versions of these files that could not be loaded, if there are any.
     """
 
     batcher: Batcher
-    offer: ModelCard
+    card: ModelCard
     versions: tuple[Version, ...]
     refused: tuple[Version, ...] | None = None
 
 
 class ModelPool:
-    """Batchers by name: of every weight in a folder, and of every adapter on its base.
+    """The models of a folder by name: all weights, and all adapters on their bases.
 
-    What a request names is looked up in this list; no name becomes a path. A model whose files have
-    changed is loaded again when it is next asked for. The one in memory goes on until that is done,
-    and ends when the texts that it has begun are written; it stays if the new files are no good.
+    A name that a request gives is looked up among the cards; it never becomes a path. A model whose
+    files have changed is loaded again when it is next asked for. The one in memory serves until
+    then, finishes the requests that it has, and stays if the new files cannot be loaded.
 
     Args:
-        spec: where to look; with `weight`, a file or a folder, or the name of one of the weights
-            there, that alone is offered.
-        device: to compute on.
-        quantize: as for `load_chat_model`.
-        rows, queue: of each Batcher.
+        spec: where to look. With `weight`, a file, a folder, or the name of weights in the folder,
+            there is only that model.
+        device: device to compute on.
+        quantize: see ChatModel.
+        rows, queue: see Batcher.
         loaded: how many models stay in memory.
 
     Raises:
@@ -103,180 +104,158 @@ class ModelPool:
         self.device = device
         self.quantize = quantize
         self.rows, self.queue, self.loaded = rows, queue, loaded
-        self.models: dict[str, LoadedModel] = {}  # in memory, the one used last is last
-        # That still write the texts that they have begun: their threads keep them alive.
+        self.models: dict[str, LoadedModel] = {}  # by name, the one used last is the last
+        # Batchers that were replaced and still have requests: their threads keep them alive.
         self._replaced: weakref.WeakSet[Batcher] = weakref.WeakSet()
+        self._loads: dict[str, Future[Batcher]] = {}  # that have begun or wait for others
+        self._loader = ThreadPoolExecutor(1, "loader")
+        self._lock = threading.Lock()  # held to read or change the three above
         self._tokenizer_files = tokenizer_files(spec.tokenizer_path)
-        self._tokenizer_versions = versions_of(self._tokenizer_files)
+        self._tokenizer_versions = file_versions(self._tokenizer_files)
         self._tokenizer = tokenizer_hash(load_tokenizer(spec.tokenizer_path))
-        self._lock = threading.Lock()  # of `models` and `_replaced`
-        self._loading = threading.Lock()  # one model is loaded at a time
 
-    def offers(self) -> dict[str, ModelCard]:
-        """The models that can be asked for now by name, the default first.
+    def cards(self) -> dict[str, ModelCard]:
+        """The models that can be asked for by name, the default first.
 
-        One that is in memory is told as it was loaded, whatever its files have become.
+        The card of a model in memory is that of its loading, whatever its files have become.
         """
-        offers = self._find_offers()
+        cards = self._cards_on_disk()
         with self._lock:
-            offers.update((name, model.offer) for name, model in self.models.items())
-        return offers
+            cards.update((name, model.card) for name, model in self.models.items())
+        return cards
 
-    def _find_offers(self) -> dict[str, ModelCard]:
-        """The models that there are on disk."""
+    def _cards_on_disk(self) -> dict[str, ModelCard]:
         if self.spec.weight is not None:
             path = Path(self.spec.weight)
             with suppress(OSError):  # it is gone
-                chats = path.is_dir() or not continues_texts(path)
+                chats = path.is_dir() or not is_pretrained(path)
                 return {path.stem: ModelCard(path, modified(path), chats=chats)}
             return {}
-        self._follow_tokenizer()
-        chats: dict[str, ModelCard] = {}
-        pretrained: dict[str, ModelCard] = {}
+        self._reload_tokenizer()
+        cards = []
         for path, about in list_weights(self.spec.out_dir):
             if about["tokenizer"] == self._tokenizer:
-                chat = about["stage"] != PRETRAINED
                 with suppress(OSError):
-                    offer = ModelCard(path, modified(path), chats=chat)
-                    (chats if chat else pretrained)[path.stem] = offer
-        offers = {**chats, **pretrained}
-        for path in list_adapters(self.spec.out_dir) if offers else ():
+                    chats = about["stage"] != PRETRAINED
+                    cards.append(ModelCard(path, modified(path), chats=chats))
+        cards.sort(key=lambda card: not card.chats)
+        by_name = {card.path.stem: card for card in cards}
+        for path in list_adapters(self.spec.out_dir) if cards else ():
             with suppress(OSError):
-                offers.setdefault(path.stem, ModelCard(path, modified(path), is_adapter=True))
-        return offers
+                by_name.setdefault(path.stem, ModelCard(path, modified(path), is_adapter=True))
+        return by_name
 
-    def _follow_tokenizer(self) -> None:
-        """Note which tokenizer is in its folder now; one that cannot be loaded changes nothing."""
-        versions = versions_of(self._tokenizer_files)
-        if versions == self._tokenizer_versions:
-            return
-        self._tokenizer_versions = versions
-        try:
-            self._tokenizer = tokenizer_hash(load_tokenizer(self.spec.tokenizer_path))
-        except UserError as error:
-            LOG.warning("%s", error)
+    def _reload_tokenizer(self) -> None:
+        """Note the hash of the tokenizer in the folder now, if it can be loaded."""
+        versions = file_versions(self._tokenizer_files)
+        if versions != self._tokenizer_versions:
+            self._tokenizer_versions = versions
+            try:
+                self._tokenizer = tokenizer_hash(load_tokenizer(self.spec.tokenizer_path))
+            except UserError as error:
+                LOG.warning("%s", error)
 
     def get(self, name: str) -> Batcher:
-        """The batcher of a model, loaded now if need be; another one that is idle makes room.
+        """The batcher of a model; waits for what `load` gives, and raises the same errors."""
+        return self.load(name).result()
 
-        While models are being loaded, one that is in memory is given as it is.
+    def load(self, name: str) -> "Future[Batcher]":
+        """Load a model on the loader's thread, unless it is in memory.
+
+        Requests for a model that is being loaded share one load. If it replaces one in memory, the
+        request that finds the change waits for it; those that come meanwhile get the old one.
+
+        Returns:
+            The batcher, once there is one. It may raise UserError if the model cannot be loaded,
+            QueueFull if no other model can make room for it, and UnknownModel.
 
         Raises:
             UnknownModel: if there is none of that name.
-            QueueFull: if all that are loaded are busy.
-            UserError: if it cannot be loaded.
         """
-        batcher = self.find_loaded(name)
-        if batcher is not None and not self.is_outdated(name):
-            return batcher
-        if not self._loading.acquire(blocking=batcher is None):
-            return batcher
+        model = self.find_loaded(name)
+        is_current = model is not None and not self._is_outdated(model)
+        if model is None and name not in self._cards_on_disk():
+            raise UnknownModel(name)
+        with self._lock:
+            load = self._loads.get(name)
+            if is_current or (model is not None and load is not None):
+                done: Future[Batcher] = Future()
+                done.set_result(model.batcher)
+                return done
+            if load is None:
+                load = self._loads[name] = self._loader.submit(self._load, name)
+            return load
+
+    def _load(self, name: str) -> Batcher:
+        """Do the work of `load`."""
         try:
+            old = self.find_loaded(name)
+            if old is not None and not self._is_outdated(old):  # since a moment ago
+                return old.batcher
+            model = self._read_first(name) if old is None else self._read_again(name, old)
             with self._lock:
-                model = self.models.get(name)
-            if model is None:
-                return self._load(name).batcher
-            if self.is_outdated(name):  # still
-                return self._load_again(name, model).batcher
+                self.models[name] = model
+                if old is not None and model.batcher is not old.batcher:
+                    self._replaced.add(old.batcher)
+                    old.batcher.retire()
             return model.batcher
         finally:
-            self._loading.release()
+            with self._lock:
+                del self._loads[name]
 
-    def _load(self, name: str) -> LoadedModel:
-        offer = self._find_offers().get(name)
-        if offer is None:
+    def _read_first(self, name: str) -> LoadedModel:
+        card = self._cards_on_disk().get(name)
+        if card is None:
             raise UnknownModel(name)
         self._make_room()
-        model = self._read(offer)
-        with self._lock:
-            self.models[name] = model
-        return model
+        return self._read(card)
 
-    def _load_again(self, name: str, old: LoadedModel) -> LoadedModel:
-        """Put what its files hold now in the place of a model; if that cannot be, it stays."""
-        versions = self._versions(old.offer)
+    def _read_again(self, name: str, old: LoadedModel) -> LoadedModel:
+        """Load the changed files of a model; if that fails, keep the old one."""
+        versions = self._versions(old.card)
         try:
-            model = self._read(old.offer)
+            return self._read(old.card)
         except Exception as error:  # also that both do not fit into memory
             LOG.warning(
-                "%s: its files have changed and cannot be loaded; it goes on as it was: %s",
+                "%s: its files have changed and cannot be loaded; the old ones stay in use: %s",
                 name,
                 error,
                 exc_info=not isinstance(error, UserError),
             )
-            model = replace(old, refused=versions)
-        with self._lock:
-            self.models[name] = model
-            if model.batcher is not old.batcher:
-                self._replaced.add(old.batcher)
-                old.batcher.retire()
-        return model
+            return replace(old, refused=versions)
 
-    def _read(self, offer: ModelCard) -> LoadedModel:
-        """Load a model. Raises UserError."""
-        versions = self._versions(offer)  # first: a change from here on is seen at the next request
+    def _read(self, card: ModelCard) -> LoadedModel:
+        versions = self._versions(card)  # first: a later change shows at the next request
         try:
-            offer = replace(offer, modified=modified(offer.path))
+            card = replace(card, modified=modified(card.path))
         except OSError as error:
-            raise UserError(f"{offer.path}: {error.strerror}") from None
-        flag = "lora_name" if offer.is_adapter else "weight"
-        spec = replace(self.spec, **{flag: str(offer.path)})
+            raise UserError(f"{card.path}: {error.strerror}") from None
+        flag = "lora_name" if card.is_adapter else "weight"
+        spec = replace(self.spec, **{flag: str(card.path)})
         chat_model = load_chat_model(spec, self.device, self.quantize, self.rows + 1)
-        batcher = Batcher(chat_model, self.rows, self.queue)
-        return LoadedModel(batcher, replace(offer, chats=chat_model.encoder is not None), versions)
+        card = replace(card, chats=chat_model.encoder is not None)
+        return LoadedModel(Batcher(chat_model, self.rows, self.queue), card, versions)
 
-    def is_outdated(self, name: str) -> bool:
-        """Whether a model in memory is not what its files hold now, as far as they can be loaded.
+    def _is_outdated(self, model: LoadedModel) -> bool:
+        """Whether a model's files have changed, and the change was not refused.
 
-        Files that are gone, as while they are being replaced, do not make it so.
+        Files that are missing, as while they are being replaced, are no change.
         """
-        with self._lock:
-            model = self.models.get(name)
-        if model is None:
-            return False
-        versions = self._versions(model.offer)
+        versions = self._versions(model.card)
         return versions[0] is not None and versions not in (model.versions, model.refused)
 
-    def _versions(self, offer: ModelCard) -> tuple[Version, ...]:
-        """Those of the files that a model comes from, its own first.
+    def _versions(self, card: ModelCard) -> tuple[Version, ...]:
+        """Versions of the files that a model is loaded from, its own first.
 
-        An adapter's base is no part of them: it is what the adapter was trained on, or none.
+        An adapter's base is not among them: there is only one that fits.
         """
-        files = [offer.path]
-        if offer.path.is_dir():
+        files = [card.path]
+        if card.path.is_dir():
             with suppress(OSError):
-                files += sorted(offer.path.iterdir())
-        elif not offer.is_adapter:
-            files.append(offer.path.with_suffix(".json"))
-        return versions_of([*files, *self._tokenizer_files])
-
-    def load_first(self) -> list[UserError]:
-        """Load the first model that can be loaded: what is wrong with those before it.
-
-        Raises:
-            UserError: if none can be: what is wrong with the first.
-        """
-        errors = []
-        for name in self.offers():
-            try:
-                self.get(name)
-                return errors
-            except UserError as error:
-                errors.append(error)
-        raise errors[0]
-
-    def find_loaded(self, name: str) -> Batcher | None:
-        """The batcher of a model that is in memory; None for all others."""
-        with self._lock:
-            if name not in self.models:
-                return None
-            self.models[name] = self.models.pop(name)
-            return self.models[name].batcher
-
-    def batchers(self) -> list[Batcher]:
-        """Those of all models in memory, also of replaced ones that still write."""
-        with self._lock:
-            return [*(model.batcher for model in self.models.values()), *self._replaced]
+                files += sorted(card.path.iterdir())
+        elif not card.is_adapter:
+            files.append(card.path.with_suffix(".json"))
+        return file_versions([*files, *self._tokenizer_files])
 
     def _make_room(self) -> None:
         with self._lock:
@@ -288,8 +267,37 @@ class ModelPool:
                     return
         raise QueueFull(10.0)
 
+    def load_first(self) -> list[UserError]:
+        """Load the first model that can be loaded, and return the errors of those before it.
+
+        Raises:
+            UserError: the first model's, if none can be loaded.
+        """
+        errors = []
+        for name in self.cards():
+            try:
+                self.get(name)
+                return errors
+            except UserError as error:
+                errors.append(error)
+        raise errors[0]
+
+    def find_loaded(self, name: str) -> LoadedModel | None:
+        """The model of that name if it is in memory, which counts as its use."""
+        with self._lock:
+            model = self.models.pop(name, None)
+            if model is not None:
+                self.models[name] = model
+            return model
+
+    def batchers(self) -> list[Batcher]:
+        """The batchers of all models in memory, and replaced ones that still have requests."""
+        with self._lock:
+            return [*(model.batcher for model in self.models.values()), *self._replaced]
+
     def close(self) -> None:
-        """End all batchers."""
+        """End all batchers, and begin no further load."""
+        self._loader.shutdown(wait=False, cancel_futures=True)
         for batcher in self.batchers():
             batcher.close()
         with self._lock:
@@ -297,18 +305,18 @@ class ModelPool:
 
 
 def modified(path: Path) -> float:
-    """When a file was last changed; of a folder, the newest file in it. Raises OSError."""
+    """Time of the last change of a file, or of the newest file in a folder. Raises OSError."""
     files = [path, *path.iterdir()] if path.is_dir() else [path]
     return max(file.stat().st_mtime for file in files)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """What of a tokenizer's folder decides what it does."""
+    """The files in a tokenizer's folder that determine what it does."""
     return [folder / "tokenizer.json", folder / "tokenizer_config.json"]
 
 
-def versions_of(files: Iterable[Path]) -> tuple[Version, ...]:
-    """What tells files from others of their names."""
+def file_versions(files: Iterable[Path]) -> tuple[Version, ...]:
+    """The version of each file."""
     versions: list[Version] = []
     for file in files:
         try:

@@ -1,4 +1,4 @@
-"""Every number that fixes the shape of a MiniMind model."""
+"""Configuration of a MiniMind model."""
 
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -23,22 +23,22 @@ class LMConfig:
         max_seq_len: context length, in positions.
         rope_theta: base of the rotary frequencies.
         dropout: probability, on embeddings, attention weights and residual branches.
-        flash_attn: use `F.scaled_dot_product_attention`; False computes the softmax in the open.
+        flash_attn: use `F.scaled_dot_product_attention`; False computes the softmax step by step.
         use_moe: replace each feed-forward layer by a mixture of experts.
-        num_experts_per_tok: routed experts that a token visits (top-k).
+        num_experts_per_tok: routed experts of a token (top-k).
         n_routed_experts: routed experts of a layer.
-        n_shared_experts: experts that every token visits, as one layer of that many times the
-            width. True means 1; 0, False or None means none.
+        n_shared_experts: experts of every token, as one layer of that many times the width. True
+            means 1; 0, False or None means none.
         scoring_func: how gate logits become scores; "softmax".
         aux_loss_alpha: weight of the load-balancing loss.
         seq_aux: balance within each sequence (True) or over the whole batch (False).
         norm_topk_prob: scale the top-k scores of a token to sum 1. With top-1 the raw score stays,
-            or the gate would get no gradient.
+            since the gate would get no gradient.
         bos_token_id, pad_token_id: the tokens that begin a text and fill a row.
         eos_token_id: the token, or tokens, that end a text.
 
     Raises:
-        ValueError: for a combination that no model can have; the message names the fields.
+        ValueError: for an impossible combination; the message names the fields.
     """
 
     model_type: ClassVar[str] = "minimind"
@@ -81,14 +81,14 @@ class LMConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LMConfig":
-        """The inverse of `dataclasses.asdict`.
+        """Make a configuration from the result of `dataclasses.asdict`.
 
-        What transformers wrote beside the fields, when this class was a PretrainedConfig, is left
-        out; `transformers_version` tells such a dict.
+        A dict with `transformers_version` is from when this class was a PretrainedConfig; what
+        transformers wrote beside the fields is ignored.
 
         Raises:
             TypeError: for a name that is no field.
-            ValueError: for a combination that no model can have.
+            ValueError: for an impossible combination.
         """
         if "transformers_version" in values:
             known = {field.name for field in fields(cls)}
@@ -97,7 +97,7 @@ class LMConfig:
 
     @classmethod
     def from_size(cls, size: str, **overrides: Any) -> "LMConfig":
-        """A published size by name: "small" (26 M), "base" (104 M) or "moe" (145 M).
+        """Make a published size by name: "small" (26 M), "base" (104 M) or "moe" (145 M).
 
         Raises:
             ValueError: for another name.
@@ -107,15 +107,8 @@ class LMConfig:
         return cls(**{**PUBLISHED_SIZES[size], **overrides})
 
     def _check(self) -> None:
-        sizes = [
-            "dim",
-            "n_layers",
-            "n_heads",
-            "n_kv_heads",
-            "vocab_size",
-            "multiple_of",
-            "max_seq_len",
-        ]
+        sizes = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of"]
+        sizes += ["max_seq_len"]
         if self.use_moe:
             sizes += ["num_experts_per_tok", "n_routed_experts"]
         if self.hidden_dim is not None:

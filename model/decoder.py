@@ -1,7 +1,7 @@
-"""The network as it writes: a token at a time, for rows that begin and end when they like.
+"""Decoding: the layers of the network as they run token by token, for rows of different lengths.
 
 `MiniMindLM.forward` is made for training and for reading. Here are the same layers with as few
-operations per token as PyTorch allows: a step of a small model on a CPU is spent on starting
+operations per token as PyTorch allows: a step of a small model on a CPU spends its time on starting
 operations and on reading weights from memory, not on arithmetic.
 """
 
@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,31 +17,27 @@ from torch import Tensor, nn
 
 from .rotary import rotary_cos_sin, rotate
 
-if TYPE_CHECKING:
-    from .model import MiniMindBlock, MiniMindLM
-
 CHUNK = 512  # tokens of a prompt that go through the layers together
-KEPT = 8  # rows that were left, which a conversation's next turn goes on from
+PREFIXES = 8  # finished rows whose keys and values are stored for prompts that begin with them
 FEW = 32  # for so many rows or fewer, a CPU computes W xᵀ faster than x Wᵀ
 
 
 class Decoder(ABC):
-    """Rows of tokens whose keys and values are kept, and how they grow.
+    """Rows of tokens with their keys and values, and how they grow.
 
-    Rows 0 … n − 1 are those that `step` continues. Who ends a row moves the last one into its
-    place.
+    Rows 0 … n − 1 are those that `step` continues: when a row ends, `move` puts the last one into
+    its place.
 
     Args:
-        rows: the most rows.
+        rows: number of rows.
         max_seq_len: the most tokens of a row.
-        device: of the logits.
+        device: device of the logits.
 
     Attributes:
-        tokens: of each row, as far as their keys and values are there.
-        caches: the keys and values, tensors of (rows, heads, slots, head_dim); every row has as
-            many slots as the longest one ever took, and some to grow into.
-        kept: rows that were left and may be gone on from: their tokens, and their part of each
-            cache.
+        tokens: of each row, the tokens whose keys and values are computed.
+        caches: keys and values, tensors of (rows, heads, slots, head_dim). All rows have as many
+            slots as the longest one ever needed, and some to grow into.
+        prefix_cache: tokens of finished rows, each with its part of every cache.
     """
 
     def __init__(self, rows: int, max_seq_len: int, device: torch.device):
@@ -49,22 +45,22 @@ class Decoder(ABC):
         self.max_seq_len = max_seq_len
         self.device = device
         self.caches: list[Tensor] = []
-        self.kept: deque[tuple[list[int], list[Tensor]]] = deque(maxlen=KEPT)
+        self.prefix_cache: deque[tuple[list[int], list[Tensor]]] = deque(maxlen=PREFIXES)
 
     @property
     def capacity(self) -> int:
-        """Slots that every row has."""
+        """Slots of every row."""
         return self.caches[0].shape[2] if self.caches else 0
 
     def prefill(self, row: int, ids: Sequence[int]) -> Tensor:
-        """Let a row hold a prompt; what it begins with and some row holds is not computed again.
+        """Put a prompt into a row; a beginning that some row or the prefix cache has is copied.
 
         Args:
-            row: its number.
-            ids: of the prompt, at least one.
+            row: index of the row.
+            ids: the prompt, at least one token.
 
         Returns:
-            Logits of the token that comes next: (vocab_size,).
+            Logits of the next token: (vocab_size,).
 
         Raises:
             ValueError: if the prompt is empty or longer than the context.
@@ -75,13 +71,13 @@ class Decoder(ABC):
     def prefill_in_chunks(
         self, row: int, ids: Sequence[int], all_logits: bool = False
     ) -> Iterator[Tensor]:
-        """As `prefill`, CHUNK tokens at a time: other rows may take steps in between.
+        """Put a prompt into a row, CHUNK tokens at a time: other rows may take steps in between.
 
         Args:
-            row: its number.
-            ids: of the prompt, at least one.
-            all_logits: compute the whole prompt, whatever other rows hold, half as many tokens at a
-                time (the output layer then takes as long as the others).
+            row: index of the row.
+            ids: the prompt, at least one token.
+            all_logits: compute the whole prompt and copy nothing, half as many tokens at a time
+                (the output layer then takes as long as the others).
 
         Yields:
             Logits after the last token of each chunk, (vocab_size,), or with `all_logits` after
@@ -92,8 +88,8 @@ class Decoder(ABC):
             raise ValueError("the prompt is empty: give at least one token")
         self._check(len(ids))
         self._make_room(len(ids))
-        # Of the last token at least, the logits are wanted.
-        shared = 0 if all_logits else self._reuse(row, ids[:-1])
+        # The last token is always computed, since its logits are needed.
+        shared = 0 if all_logits else self._copy_prefix(row, ids[:-1])
         self.tokens[row] = ids[:shared]
         size = CHUNK // 2 if all_logits else CHUNK
         for start in range(shared, len(ids), size):
@@ -102,16 +98,16 @@ class Decoder(ABC):
             self.tokens[row] += chunk
             yield logits if all_logits else logits[0]
 
-    def _reuse(self, row: int, ids: list[int]) -> int:
-        """Copy what any row shares with the beginning of `ids` into `row`: how many tokens."""
-        known = [common_prefix(tokens, ids) for tokens in self.tokens]
-        stored = [common_prefix(tokens, ids) for tokens, _ in self.kept]
-        shared = max(known + stored)
-        if known[row] < shared:
-            if shared in known:
-                self._copy(known.index(shared), row, shared)
+    def _copy_prefix(self, row: int, ids: list[int]) -> int:
+        """Copy the longest known beginning of `ids` into a row, and return its length."""
+        in_rows = [common_prefix(tokens, ids) for tokens in self.tokens]
+        stored = [common_prefix(tokens, ids) for tokens, _ in self.prefix_cache]
+        shared = max(in_rows + stored)
+        if in_rows[row] < shared:
+            if shared in in_rows:
+                self._copy(in_rows.index(shared), row, shared)
             else:
-                _, parts = self.kept[stored.index(shared)]
+                _, parts = self.prefix_cache[stored.index(shared)]
                 for cache, part in zip(self.caches, parts, strict=True):
                     cache[row, :, :shared] = part[:, :shared]
         return shared
@@ -123,7 +119,7 @@ class Decoder(ABC):
             tokens: n ids.
 
         Returns:
-            Logits of the tokens that come next: (n, vocab_size).
+            Logits of the next tokens: (n, vocab_size).
 
         Raises:
             ValueError: if a row is full.
@@ -137,20 +133,20 @@ class Decoder(ABC):
         return logits
 
     def move(self, source: int, target: int) -> None:
-        """Put what row `source` holds into row `target`, in place of what is there."""
+        """Replace row `target` by row `source`, which is empty afterwards."""
         if source != target:
             self._copy(source, target, len(self.tokens[source]))
             self.tokens[target] = self.tokens[source]
             self.tokens[source] = []
 
-    def keep(self, row: int) -> None:
-        """Store what a row holds, in place of what was stored KEPT rows ago."""
+    def cache_prefix(self, row: int) -> None:
+        """Copy a row into the prefix cache, which drops the oldest of PREFIXES."""
         length = len(self.tokens[row])
         parts = [cache[row, :, :length].clone() for cache in self.caches]
-        self.kept.append((list(self.tokens[row]), parts))
+        self.prefix_cache.append((list(self.tokens[row]), parts))
 
     def release(self) -> None:
-        """Forget all rows, but not what is kept, and give their memory back."""
+        """Empty all rows and free their memory; the prefix cache stays."""
         self.tokens = [[] for _ in self.tokens]
         self.caches = []
 
@@ -161,12 +157,12 @@ class Decoder(ABC):
             )
 
     def _make_room(self, slots: int) -> None:
-        """Let every row have at least so many slots."""
+        """Make sure that every row has at least so many slots."""
         if slots > self.capacity:
             self._resize(min(self.max_seq_len, max(slots, 2 * self.capacity, 128)))
 
     def _resize(self, capacity: int) -> None:
-        """Give every row `capacity` slots, and keep what is in the first ones."""
+        """Reallocate the caches with `capacity` slots, and copy what they hold."""
         caches = self._new_caches(capacity)
         if self.caches:
             for new, old in zip(caches, self.caches, strict=True):
@@ -174,17 +170,17 @@ class Decoder(ABC):
         self.caches = caches
 
     def _copy(self, source: int, target: int, length: int) -> None:
-        """Copy keys and values of the first `length` slots."""
+        """Copy keys and values of the first `length` slots from row to row."""
         for cache in self.caches:
             cache[target, :, :length] = cache[source, :, :length]
 
     @abstractmethod
     def _new_caches(self, capacity: int) -> list[Tensor]:
-        """Tensors of zeros for `caches`."""
+        """Make tensors of zeros for `caches`."""
 
     @abstractmethod
     def _extend(self, row: int, chunk: list[int], logits_to_keep: int) -> Tensor:
-        """Take tokens behind those that the row holds.
+        """Compute tokens that follow those of a row.
 
         Returns:
             Logits after each of the last tokens: (logits_to_keep, vocab_size).
@@ -192,17 +188,17 @@ class Decoder(ABC):
 
     @abstractmethod
     def _step(self, tokens: Sequence[int], lengths: list[int]) -> Tensor:
-        """Take a token for each row that holds `lengths`: logits (n, vocab_size)."""
+        """Compute a token for each of n rows of these lengths: logits (n, vocab_size)."""
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """Number of tokens that two sequences have in common at their beginning."""
     length = min(len(first), len(second))
     return next((i for i in range(length) if first[i] != second[i]), length)
 
 
 class Layer(NamedTuple):
-    """A block's weights, those that take the same input in one matrix."""
+    """A block's weights; projections of the same input are one matrix."""
 
     attention_norm: Tensor  # (dim,)
     qkv: Tensor  # (dim + 2 · kv_dim, dim)
@@ -216,16 +212,16 @@ class Layer(NamedTuple):
 class TorchDecoder(Decoder):
     """A decoder of PyTorch operations, on the model's device and in its dtype.
 
-    To make one takes a part of a second, most weights being copied: who generates often keeps it.
-    After a change of weights or of the adapter in use, another must be made.
+    Making one takes a part of a second, since most weights are copied: code that generates often
+    keeps it. After a change of weights or of the active adapter, another must be made.
 
     Args:
-        model: with the weights to use. Dropout is off, whatever mode it is in.
-        rows: the most rows.
+        model: a MiniMindLM (whose file imports this one). Dropout is off, whatever its mode.
+        rows: number of rows.
     """
 
     @torch.no_grad()
-    def __init__(self, model: "MiniMindLM", rows: int = 1):
+    def __init__(self, model: nn.Module, rows: int = 1):
         config = model.config
         super().__init__(rows, config.max_seq_len, model.device)
         self.config = config
@@ -238,7 +234,7 @@ class TorchDecoder(Decoder):
         self.output = self._stored(self.embedding)
         self.epsilon = self.norm.new_tensor(math.sqrt(config.dim * config.norm_eps))
 
-    def _fuse(self, block: "MiniMindBlock") -> Layer:
+    def _fuse(self, block: nn.Module) -> Layer:
         attention, feed_forward = block.attention, block.feed_forward
         dense = not self.config.use_moe
         return Layer(
@@ -255,17 +251,17 @@ class TorchDecoder(Decoder):
         return norm.weight.float() * math.sqrt(self.config.dim)
 
     def _stored(self, *projections: nn.Linear | Tensor) -> Tensor:
-        """The rows of several weights as one, (out, in), in the order that is read fastest."""
+        """Stack weights into one, (out, in), in the memory layout that is read fastest."""
         weights = [p if isinstance(p, Tensor) else applied_weight(p) for p in projections]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         out_features, in_features = weight.shape
-        # One row on a CPU: the product reads a wide matrix faster by columns.
+        # For one row on a CPU, a product reads a wide matrix faster by columns.
         if self.device.type == "cpu" and not self.few_rows and out_features > in_features:
             return weight.t().contiguous().t()
         return weight.detach()
 
     def _new_caches(self, capacity: int) -> list[Tensor]:
-        # Of each layer, the heads of keys and then those of values.
+        # One tensor per layer: the heads of keys, then those of values.
         shape = (len(self.tokens), 2 * self.kv_heads, capacity, self.config.head_dim)
         return [self.embedding.new_zeros(shape) for _ in self.layers]
 
@@ -293,7 +289,7 @@ class TorchDecoder(Decoder):
             return out.permute(2, 0, 1, 3)  # (T, kv, group, head_dim)
 
         ids = torch.tensor(chunk, device=self.device)
-        with torch.autocast(self.device.type, enabled=False):  # the weights' dtype is meant
+        with torch.autocast(self.device.type, enabled=False):  # compute in the weights' dtype
             x = self._layers(ids, self.table[past:slots], attend)
             return self._logits(x[-logits_to_keep:])
 
@@ -305,14 +301,14 @@ class TorchDecoder(Decoder):
         else:
             positions = torch.tensor(lengths, device=self.device)
             here = (torch.arange(n, device=self.device), slice(None), positions)
-            seen = torch.arange(slots, device=self.device) <= positions[:, None]
-            mask = torch.zeros_like(seen, dtype=self.embedding.dtype)
-            mask = mask.masked_fill_(~seen, float("-inf"))[:, None, None]  # (n, 1, 1, S)
+            visible = torch.arange(slots, device=self.device) <= positions[:, None]
+            mask = torch.zeros_like(visible, dtype=self.embedding.dtype)
+            mask = mask.masked_fill_(~visible, float("-inf"))[:, None, None]  # (n, 1, 1, S)
 
         def attend(cache: Tensor, q: Tensor, kv_new: Tensor) -> Tensor:
             cache[here] = kv_new
             k, v = cache[:n, :, :slots].split(kv, dim=1)
-            # A group's query heads are so many queries to one head of keys and values.
+            # The query heads of a group become several queries to one head of keys and values.
             q = q.unflatten(1, (kv, -1))  # (n, kv, group, head_dim)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
@@ -326,15 +322,15 @@ class TorchDecoder(Decoder):
         table: Tensor,
         attend: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """Ids (N,) → (N, dim); `attend` gets a layer's cache, the queries, the keys and values."""
+        """Ids (N,) → (N, dim); `attend` takes a layer's cache, the queries, the keys and values."""
         config = self.config
         heads, kv = config.n_heads, self.kv_heads
-        turned = heads + kv  # queries and keys
+        rotated = heads + kv  # queries and keys
         x = self.embedding[ids]
         for layer, cache in zip(self.layers, self.caches, strict=True):
             qkv = self._product(self._normed(x, layer.attention_norm), layer.qkv)
-            qkv = qkv.contiguous().view(len(ids), turned + kv, config.head_dim)
-            qkv[:, :turned] = rotate(qkv[:, :turned], table)
+            qkv = qkv.contiguous().view(len(ids), rotated + kv, config.head_dim)
+            qkv[:, :rotated] = rotate(qkv[:, :rotated], table)
             out = attend(cache, qkv[:, :heads], qkv[:, heads:])
             x = x + self._product(out.reshape(len(ids), -1), layer.wo)
             h = self._normed(x, layer.ffn_norm)
@@ -361,5 +357,5 @@ class TorchDecoder(Decoder):
 
 
 def applied_weight(projection: nn.Linear) -> Tensor:
-    """A projection's weight, with the adapter in use added where one sits on it."""
+    """A projection's weight, with the active adapter added where it has one."""
     return getattr(projection, "adapted_weight", projection.weight)

@@ -1,82 +1,138 @@
-"""How the network writes: its cache, and the loop that chooses token after token."""
+"""How the network generates: the loop that samples token after token, and what calls it."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .decoder import Decoder, TorchDecoder
+from .LMConfig import LMConfig
 from .sampling import History, Sampling, penalise, sample
 
 
-class KVCache:
-    """Keys and values of the positions seen so far, for every layer.
-
-    Room for `capacity` slots is taken at the first write and doubled when it runs out, so that a
-    step writes its own slots and copies no others. The model advances `length` once a pass has
-    gone through all layers.
-
-    Args:
-        n_layers: layers of the model.
-        capacity: slots to make room for at once.
+@dataclass(eq=False)
+class Continuation:
+    """A prompt and the tokens that are sampled after it.
 
     Attributes:
-        length: slots filled.
+        ids: the prompt.
+        max_new_tokens: upper limit of new tokens.
+        sampling: how tokens are chosen.
+        generator: source of randomness. None: PyTorch's own.
+        end_tokens: tokens of which each ends the text.
+        stop: sequences of tokens of which each ends the text.
+        new_tokens: sampled so far, those that ended the text included.
+        finish_reason: None while the text goes on; "stop" after an end token or a stop sequence,
+            "length" where `max_new_tokens` or the context was reached.
+        history: what penalties need.
     """
 
-    def __init__(self, n_layers: int, capacity: int = 0):
-        self.length = 0
-        self.capacity = capacity
-        self.keys: list[Tensor | None] = [None] * n_layers
-        self.values: list[Tensor | None] = [None] * n_layers
+    ids: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling
+    generator: torch.Generator | None = None
+    end_tokens: frozenset[int] = frozenset()
+    stop: Sequence[list[int]] = ()
+    new_tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    history: History | None = None
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values behind the `length` that are there.
+    def append(self, token: int, max_seq_len: int) -> None:
+        """Add a new token, and set `finish_reason` if it is the last one."""
+        self.new_tokens.append(token)
+        if self.history is not None:
+            self.history.add(token)
+        length = len(self.new_tokens)
+        if token in self.end_tokens or any(self.new_tokens[-len(s) :] == s for s in self.stop):
+            self.finish_reason = "stop"
+        elif length >= self.max_new_tokens or len(self.ids) + length >= max_seq_len:
+            self.finish_reason = "length"
+
+    def answer(self) -> list[int]:
+        """The new tokens without the end token; a stop sequence stays."""
+        tokens = self.new_tokens
+        return tokens[:-1] if tokens and tokens[-1] in self.end_tokens else tokens
+
+
+class SamplingLoop:
+    """Continues the rows of a decoder, all by one token per step.
+
+    Rows join and leave between steps: row i of the decoder belongs to `active[i]` and holds all its
+    tokens but the newest.
+    """
+
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+        self.active: list[Continuation] = []
+
+    def step(self) -> Tensor:
+        """Compute the logits of every row's next token: (rows, vocab_size)."""
+        return self.decoder.step([row.new_tokens[-1] for row in self.active])
+
+    def sample(self, rows: Sequence[Continuation], logits: Tensor) -> None:
+        """Sample the next token of rows that have one `sampling` and one `generator`.
 
         Args:
-            layer: number of the layer.
-            k: (B, n_kv_heads, T, head_dim).
-            v: as `k`.
-
-        Returns:
-            All keys and values, (B, n_kv_heads, length + T, head_dim). Where gradients are
-            recorded they are copies, since autograd cannot follow a write in place.
+            rows: some of `active`.
+            logits: theirs, (rows, vocab_size).
         """
-        return self._append(self.keys, layer, k), self._append(self.values, layer, v)
+        sampling = rows[0].sampling
+        if sampling.penalises:
+            for row in rows:
+                if row.history is None:
+                    row.history = History(row.ids, logits.shape[-1], logits.device)
+            logits = penalise(logits, sampling, [row.history for row in rows])
+        tokens = sample(logits, sampling, rows[0].generator).tolist()
+        for row, token in zip(rows, tokens, strict=True):
+            row.append(token, self.decoder.max_seq_len)
 
-    def _append(self, store: list[Tensor | None], layer: int, new: Tensor) -> Tensor:
-        old = store[layer]
-        end = self.length + new.shape[2]
-        if torch.is_grad_enabled():
-            joined = new if old is None else torch.cat((old[:, :, : self.length], new), dim=2)
-            store[layer] = joined
-            return joined
-        if old is None or end > old.shape[2]:
-            room = max(end, self.capacity, 0 if old is None else 2 * old.shape[2])
-            store[layer] = new.new_zeros(*new.shape[:2], room, new.shape[3])
-            if old is not None:
-                store[layer][:, :, : self.length] = old[:, :, : self.length]
-        store[layer][:, :, self.length : end] = new
-        return store[layer][:, :, :end]
+    def remove(self, index: int) -> Continuation:
+        """Take a row out of the loop; the last one takes its place."""
+        last = self.active.pop()
+        self.decoder.move(len(self.active), index)
+        if index == len(self.active):
+            return last
+        removed, self.active[index] = self.active[index], last
+        return removed
 
 
-class GenerationMixin:
-    """Gives a MiniMindLM the means to write."""
+@torch.no_grad()
+def continue_all(decoder: Decoder, rows: Sequence[Continuation]) -> Iterator[None]:
+    """Continue prompts, which have one `sampling` and one `generator`, until all have finished.
+
+    Yields:
+        None, each time that every unfinished row has got a token.
+    """
+    if rows[0].max_new_tokens == 0:
+        return
+    loop = SamplingLoop(decoder)
+    logits = torch.stack([decoder.prefill(i, row.ids) for i, row in enumerate(rows)])
+    loop.active.extend(rows)
+    while True:
+        loop.sample(loop.active, logits)
+        yield
+        for i in reversed(range(len(loop.active))):
+            if loop.active[i].finish_reason is not None:
+                loop.remove(i)
+        if not loop.active:
+            return
+        logits = loop.step()
+
+
+class GenerationMixin(nn.Module):
+    """Gives MiniMindLM the methods that generate."""
+
+    config: LMConfig
+    device: torch.device
 
     def generate(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         max_new_tokens: int = 20,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        frequency_penalty: float = 0.0,
-        presence_penalty: float = 0.0,
+        *,
         eos_token_id: int | list[int] | None = None,
         pad_token_id: int | None = None,
         stop: Sequence[Sequence[int]] = (),
@@ -85,6 +141,7 @@ class GenerationMixin:
         seed: int | None = None,
         stream: bool = False,
         decoder: Decoder | None = None,
+        **sampling: float | None,
     ) -> Tensor | Iterator[Tensor]:
         """Continue each row; defaults and names are those of transformers' `generate`.
 
@@ -95,8 +152,6 @@ class GenerationMixin:
             input_ids: (B, T) int64, T at least 1; shorter rows padded on the left.
             attention_mask: (B, T), 0 at padding.
             max_new_tokens: upper limit of new tokens per row.
-            do_sample, temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty,
-                presence_penalty: see `Sampling`.
             eos_token_id: one or several end tokens. Default: the config's.
             pad_token_id: what a row that has ended is filled with. Default: the config's.
             stop: sequences of tokens after which a row ends; they stay in it, as the end token.
@@ -104,9 +159,11 @@ class GenerationMixin:
             generator: source of randomness. Default: PyTorch's own.
             seed: makes a generator.
             stream: return an iterator over new tokens, (B · num_return_sequences,) each, as they
-                are chosen.
+                are sampled.
             decoder: what to compute with, with room for so many rows. Prompts that begin as what it
                 holds are not computed again. Default: a new TorchDecoder.
+            sampling: do_sample, temperature, top_k, top_p, min_p, repetition_penalty,
+                frequency_penalty, presence_penalty: see `Sampling`.
 
         Returns:
             Prompt and continuation, (B · num_return_sequences, T + new) int64, or the iterator.
@@ -115,59 +172,32 @@ class GenerationMixin:
             ValueError: for an empty prompt, one that fills the context, padding on the right, or a
                 setting outside its range.
         """
-        sampling = Sampling(
-            do_sample,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            repetition_penalty,
-            frequency_penalty,
-            presence_penalty,
-        )
-        if input_ids.shape[1] == 0:
-            raise ValueError("the prompt is empty: give at least one token")
-        if attention_mask is not None and not attention_mask[:, -1].all():
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if input_ids.shape[1] and not attention_mask[:, -1].all():
             raise ValueError("pad prompts on the left: a row's last position must be a token")
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
         if num_return_sequences < 1:
             raise ValueError(f"num_return_sequences must be at least 1, not {num_return_sequences}")
-        if not all(stop):
-            raise ValueError("a stop sequence is empty")
-        if seed is not None:
-            if generator is not None:
-                raise ValueError("give a generator or a seed, not both")
-            generator = torch.Generator(input_ids.device).manual_seed(seed)
-        if pad_token_id is None:
-            pad_token_id = self.config.pad_token_id or 0
-        kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        prompts = [row[mask.bool()] for row, mask in zip(input_ids, kept, strict=True)]
-        longest = max(map(len, prompts))
-        if longest >= self.config.max_seq_len:
-            raise ValueError(
-                f"a prompt of {longest} tokens leaves no room in the context of max_seq_len "
-                f"{self.config.max_seq_len}"
-            )
+        prompts = [row[mask] for row, mask in zip(input_ids, attention_mask.bool(), strict=True)]
         prompts = [prompt for prompt in prompts for _ in range(num_return_sequences)]
-        if decoder is None:
-            decoder = TorchDecoder(self, len(prompts))
-        if len(decoder.tokens) < len(prompts):
-            raise ValueError(f"the decoder has {len(decoder.tokens)} rows, not {len(prompts)}")
-        tokens = self._continue(
-            decoder,
-            prompts,
-            max_new_tokens,
-            sampling,
-            generator,
-            self._ends(eos_token_id),
-            [list(sequence) for sequence in stop],
-            pad_token_id,
+        rows = self._continuations(
+            prompts, max_new_tokens, eos_token_id, stop, generator, seed, **sampling
         )
+        if decoder is None:
+            decoder = TorchDecoder(self, len(rows))
+        if len(decoder.tokens) < len(rows):
+            raise ValueError(f"the decoder has {len(decoder.tokens)} rows, not {len(rows)}")
+        pad = (self.config.pad_token_id or 0) if pad_token_id is None else pad_token_id
+
+        def new_tokens() -> Iterator[Tensor]:
+            for step, _ in enumerate(continue_all(decoder, rows)):
+                tokens = [r.new_tokens[step] if step < len(r.new_tokens) else pad for r in rows]
+                yield torch.tensor(tokens, device=input_ids.device)
+
         if stream:
-            return tokens
+            return new_tokens()
         input_ids = input_ids.repeat_interleave(num_return_sequences, dim=0)
-        return torch.cat((input_ids, *(token[:, None] for token in tokens)), dim=1)
+        return torch.cat((input_ids, *(tokens[:, None] for tokens in new_tokens())), dim=1)
 
     def batch_generate(
         self,
@@ -181,8 +211,8 @@ class GenerationMixin:
         Args:
             prompts: (T,) int64 each, T at least 1.
             batch_size: the most rows at a time.
-            decoder: as for `generate`.
-            options: of `generate`, but for `attention_mask`, `num_return_sequences` and `stream`.
+            decoder: see `generate`.
+            options: max_new_tokens, eos_token_id, stop, generator, seed and sampling of `generate`.
 
         Returns:
             The new tokens of each prompt, each as long as it is, without the end token; a stop
@@ -191,87 +221,48 @@ class GenerationMixin:
         Raises:
             ValueError: as `generate`.
         """
-        ends = self._ends(options.get("eos_token_id"))
-        stop = [list(sequence) for sequence in options.get("stop", ())]
+        rows = self._continuations(prompts, **options)
         if decoder is None:
-            decoder = TorchDecoder(self, max(1, min(batch_size, len(prompts))))
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        answers: list[Tensor] = [torch.empty(0, dtype=torch.long)] * len(prompts)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            width = len(prompts[chosen[-1]])
-            ids = torch.zeros(len(chosen), width, dtype=torch.long, device=self.device)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(chosen):
-                ids[row, width - len(prompts[i]) :] = prompts[i]
-                mask[row, width - len(prompts[i]) :] = 1
-            new = self.generate(ids, mask, decoder=decoder, **options)[:, width:]
-            for i, row in zip(chosen, new, strict=True):
-                room = self.config.max_seq_len - len(prompts[i])
-                answers[i] = row[: length_until(row[:room].tolist(), ends, stop)]
-        return answers
+            decoder = TorchDecoder(self, max(1, min(batch_size, len(rows))))
+        batch_size = min(batch_size, len(decoder.tokens))
+        by_length = sorted(rows, key=lambda row: len(row.ids))
+        for start in range(0, len(by_length), batch_size):
+            for _ in continue_all(decoder, by_length[start : start + batch_size]):
+                pass
+        return [torch.tensor(r.answer(), dtype=torch.long, device=self.device) for r in rows]
 
-    def _ends(self, eos_token_id: int | list[int] | None) -> set[int]:
-        ends = self.config.eos_token_id if eos_token_id is None else eos_token_id
-        if ends is None:
-            return set()
-        return {ends} if isinstance(ends, int) else set(ends)
-
-    @torch.no_grad()
-    def _continue(
+    def _continuations(
         self,
-        decoder: Decoder,
-        prompts: list[Tensor],
-        new_tokens: int,
-        sampling: Sampling,
-        generator: torch.Generator | None,
-        ends: set[int],
-        stop: list[list[int]],
-        pad: int,
-    ) -> Iterator[Tensor]:
-        if new_tokens == 0:
-            return
-        device = prompts[0].device
-        logits = torch.stack([decoder.prefill(i, ids.tolist()) for i, ids in enumerate(prompts)])
-        history = None
-        if sampling.penalises:
-            history = History(prompts, logits.shape[-1], device)
-        going = list(range(len(prompts)))  # which row of the result each row of the decoder is
-        written: list[list[int]] = [[] for _ in prompts]
-        for step in range(new_tokens):
-            rows = torch.tensor(going, device=device)
-            if history is not None:
-                logits = penalise(logits, sampling, history.seen[rows], history.written[rows])
-            chosen = sample(logits, sampling, generator)
-            if history is not None:
-                history.add(rows, chosen)
-            yield torch.full((len(prompts),), pad, device=device).index_copy(0, rows, chosen)
-            tokens = chosen.tolist()
-            for row, token in zip(going, tokens, strict=True):
-                written[row].append(token)
-            ended = [
-                has_ended(written[row], ends, stop)
-                or len(prompts[row]) + len(written[row]) == self.config.max_seq_len
-                for row in going
-            ]
-            if step == new_tokens - 1 or all(ended):
-                return
-            # The last row takes the place of one that ended.
-            for i in reversed([i for i, done in enumerate(ended) if done]):
-                decoder.move(len(going) - 1, i)
-                going[i], tokens[i] = going[-1], tokens[-1]
-                del going[-1], tokens[-1]
-            logits = decoder.step(tokens)
-
-
-def has_ended(written: list[int], ends: set[int], stop: list[list[int]]) -> bool:
-    """Whether new tokens end in an end token or a stop sequence."""
-    return written[-1] in ends or any(written[-len(tokens) :] == tokens for tokens in stop)
-
-
-def length_until(tokens: list[int], ends: set[int], stop: list[list[int]]) -> int:
-    """How many new tokens there are before the first end token, or with the first stop sequence."""
-    for number in range(1, len(tokens) + 1):
-        if has_ended(tokens[:number], ends, stop):
-            return number - (tokens[number - 1] in ends)
-    return len(tokens)
+        prompts: Sequence[Tensor],
+        max_new_tokens: int = 20,
+        eos_token_id: int | list[int] | None = None,
+        stop: Sequence[Sequence[int]] = (),
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        **sampling: float | None,
+    ) -> list[Continuation]:
+        """Check the arguments of `generate` and make a Continuation of each prompt."""
+        settings = Sampling(**sampling)
+        if not all(map(len, prompts)):
+            raise ValueError("the prompt is empty: give at least one token")
+        longest, context = max(map(len, prompts), default=0), self.config.max_seq_len
+        if longest >= context:
+            raise ValueError(
+                f"a prompt of {longest} tokens leaves no room in the context of max_seq_len "
+                f"{context}"
+            )
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
+        if not all(stop):
+            raise ValueError("a stop sequence is empty")
+        if seed is not None:
+            if generator is not None:
+                raise ValueError("give a generator or a seed, not both")
+            generator = torch.Generator(self.device).manual_seed(seed)
+        ends = self.config.eos_token_id if eos_token_id is None else eos_token_id
+        ends = frozenset([ends] if isinstance(ends, int) else ends or ())
+        stop = [list(sequence) for sequence in stop]
+        return [
+            Continuation(prompt.tolist(), max_new_tokens, settings, generator, ends, stop)
+            for prompt in prompts
+        ]

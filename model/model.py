@@ -1,4 +1,4 @@
-"""The network, in the order in which a token meets it."""
+"""The network, in the order in which a token meets it: masks, attention, feed-forward, model."""
 
 from typing import NamedTuple
 
@@ -7,9 +7,58 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .generation import GenerationMixin, KVCache
+from .generation import GenerationMixin
+from .kv_cache import KVCache
 from .LMConfig import LMConfig
 from .rotary import apply_rotary_emb, rotary_cos_sin
+
+
+def visible_mask(
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    past: int,
+    length: int,
+    device: torch.device,
+) -> Tensor | None:
+    """Compute which slots each of `length` queries after `past` slots attends to.
+
+    A query of padding that may attend to nothing attends to itself: a softmax over nothing is NaN.
+
+    Returns:
+        (B or 1, 1, T, S) bool, or None where attention is simply causal.
+    """
+    if attention_mask is None and position_ids is None and (past == 0 or length == 1):
+        return None
+    keys = torch.arange(past + length, device=device)
+    queries = keys[past:]
+    mask = (keys <= queries[:, None])[None]  # (1, T, S)
+    if position_ids is not None:
+        mask = mask & (keys >= (queries - position_ids)[..., None])  # (B, T, S)
+    if attention_mask is not None:
+        mask = mask & attention_mask[:, None].bool()
+        itself = keys == queries[:, None]
+        mask = mask | (itself & ~mask.any(-1, keepdim=True))
+    return mask[:, None]
+
+
+def additive_mask(visible: Tensor, x: Tensor, config: LMConfig) -> Tensor:
+    """Turn a mask into what attention adds to its scores, once for all layers: 0, or −∞ if hidden.
+
+    Args:
+        visible: (B or 1, 1, T, S) bool, from `visible_mask`.
+        x: (B, T, dim), input of the layers; the mask gets the dtype of their matrix products.
+        config: configuration of the model.
+
+    Returns:
+        (B or 1, 1, T, S), or with flash_attn (B · n_kv_heads, 1, T, S): see `Attention.forward`.
+    """
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    mask = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))
+    if not config.flash_attn:
+        return mask
+    return mask.expand(len(x), config.n_kv_heads, -1, -1).flatten(0, 1)[:, None]
 
 
 class RMSNorm(nn.Module):
@@ -55,14 +104,13 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos_sin: Tensor, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        """Attend.
+        """Mix each position with those that it may attend to.
 
         Args:
             x: (B, T, dim).
             cos_sin: rotary table of these T positions.
-            mask: as `additive_mask` makes it. None: causal, which needs an empty cache or a single
-                query.
-            cache: keys and values of the S − T earlier positions; the new ones are written to it.
+            mask: from `additive_mask`. None: causal, for an empty cache or a single query.
+            cache: keys and values of the S − T earlier slots; the new ones are appended to it.
 
         Returns:
             (B, T, dim).
@@ -117,12 +165,12 @@ class FeedForward(nn.Module):
 
 
 class MoEGate(nn.Module):
-    """Chooses the experts of each token and measures how evenly they are used.
+    """Chooses the experts of each token and computes the loss that balances their load.
 
-    The load-balancing loss is alpha · Σ_e f_e · P_e: f_e the share of (token, choice) pairs that
-    went to expert e, times the number of experts, P_e its mean score; over each sequence and then
-    averaged (`seq_aux`; DeepSeekMoE, https://arxiv.org/abs/2401.06066) or over the batch (Switch
-    Transformer, https://arxiv.org/abs/2101.03961). Padding counts in neither.
+    The load-balancing loss is alpha · Σ_e f_e · P_e: f_e is the share of (token, choice) pairs that
+    went to expert e, times the number of experts, and P_e its mean score; over each sequence and
+    then averaged (`seq_aux`; DeepSeekMoE, https://arxiv.org/abs/2401.06066) or over the batch
+    (Switch Transformer, https://arxiv.org/abs/2101.03961). Padding does not count.
     """
 
     def __init__(self, config: LMConfig):
@@ -135,18 +183,20 @@ class MoEGate(nn.Module):
         self.weight = nn.Parameter(torch.empty(self.n_experts, config.dim))
 
     def forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Route.
+        """Route each token.
 
         Args:
             x: (B, T, dim).
-            valid: (B, T) bool, False at padding; None where all is text.
+            valid: (B, T) bool, False at padding; None without padding.
 
         Returns:
-            Expert numbers (B, T, top_k) int64, their weights (B, T, top_k) fp32, the auxiliary loss
-            (scalar, alpha included), and the number of (token, choice) pairs per expert
-            (n_experts,) int64, padding left out.
+            Indices of experts (B, T, top_k) int64, their weights (B, T, top_k) fp32, the auxiliary
+            loss (scalar, alpha included), and the number of (token, choice) pairs per expert
+            (n_experts,) int64, without padding.
         """
-        with torch.autocast(x.device.type, enabled=False):  # bf16 scores would route unsteadily
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # rounded to bf16, scores would change routes
             scores = F.linear(x.float(), self.weight.float()).softmax(-1)  # (B, T, n_experts)
         weights, experts = scores.topk(self.top_k, dim=-1)
         if self.top_k > 1 and self.norm_topk_prob:
@@ -187,10 +237,10 @@ class MOEFeedForward(nn.Module):
 
         Args:
             x: (B, T, dim).
-            valid: (B, T) bool, False at padding; None where all is text.
+            valid: (B, T) bool, False at padding; None without padding.
 
         Returns:
-            (B, T, dim), the auxiliary loss and the load per expert of `MoEGate`.
+            (B, T, dim), and `MoEGate`'s auxiliary loss and load per expert.
         """
         experts, weights, aux_loss, load = self.gate(x, valid)
         tokens = x.flatten(0, 1)  # (N, dim)
@@ -232,7 +282,7 @@ class MiniMindBlock(nn.Module):
         cache: KVCache | None,
         valid: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(B, T, dim) → (B, T, dim), and a MoE layer's auxiliary loss and expert load."""
+        """(B, T, dim) → (B, T, dim), with the auxiliary loss and expert load of a MoE layer."""
         x = x + self.dropout(self.attention(self.attention_norm(x), cos_sin, mask, cache))
         aux_loss = load = None
         if isinstance(self.feed_forward, MOEFeedForward):
@@ -243,16 +293,16 @@ class MiniMindBlock(nn.Module):
 
 
 class MiniMindOutput(NamedTuple):
-    """What one forward pass gives.
+    """Result of one forward pass.
 
     Attributes:
-        loss: scalar, where labels were given.
-        logits: (B, T, vocab_size), or the last `logits_to_keep` positions of them.
-        past_key_values: the cache, where asked for.
+        loss: scalar, with labels.
+        logits: (B, T, vocab_size), or only the last `logits_to_keep` positions.
+        past_key_values: the cache, with `use_cache`.
         last_hidden_state: (B, T, dim), after the last norm.
         aux_loss: scalar, load-balancing loss summed over layers, alpha included; 0 if dense.
-        expert_load: (n_layers, n_experts) int64, (token, choice) pairs that each expert got,
-            padding left out; None if dense.
+        expert_load: (n_layers, n_experts) int64, (token, choice) pairs of each expert without
+            padding; None if dense.
     """
 
     loss: Tensor | None = None
@@ -263,12 +313,12 @@ class MiniMindOutput(NamedTuple):
     expert_load: Tensor | None = None
 
 
-class MiniMindLM(GenerationMixin, nn.Module):
-    """A decoder-only language model whose output layer is its embedding.
+class MiniMindLM(GenerationMixin):
+    """A decoder-only language model whose output layer shares its weight with the embedding.
 
     Attributes:
-        gradient_checkpointing: set it to True to keep only the layers' inputs in training and
-            compute the rest again in the backward pass (https://arxiv.org/abs/1604.06174).
+        gradient_checkpointing: in training, store only the layers' inputs and compute the rest
+            again in the backward pass (https://arxiv.org/abs/1604.06174).
     """
 
     def __init__(self, config: LMConfig | None = None):
@@ -284,10 +334,9 @@ class MiniMindLM(GenerationMixin, nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal(0, 0.02); what writes to the residual stream is scaled by 1 / √(2 · n_layers).
+        """Normal(0, 0.02), times 1 / √(2 · n_layers) for projections into the residual stream.
 
-        There are two such projections a layer, so that the stream's variance does not grow with
-        depth (GPT-2).
+        There are two of these per layer, so the stream's variance does not grow with depth (GPT-2).
         """
         if isinstance(module, nn.Linear):
             residual = getattr(module, "writes_residual", False)
@@ -298,7 +347,7 @@ class MiniMindLM(GenerationMixin, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.tok_embeddings.weight.device
 
     def forward(
@@ -320,11 +369,11 @@ class MiniMindLM(GenerationMixin, nn.Module):
         Args:
             input_ids: (B, T) int64.
             attention_mask: (B, past + T), 0 at padding.
-            position_ids: (B, T) int64. Default: the slot's number, padding not counted.
-            past_key_values: cache of the earlier slots. It is extended in place if `use_cache`,
-                else left as it is.
-            use_cache: return a cache, with which the next call goes on.
-            logits_to_keep: compute logits of the last so many positions only; 0 for all.
+            position_ids: (B, T) int64. Default: index of the slot, padding not counted.
+            past_key_values: cache of the earlier slots. With `use_cache` it is extended in place,
+                without it stays as it is.
+            use_cache: return a cache, from which the next call continues.
+            logits_to_keep: compute logits of only so many last positions; 0 for all.
             labels: (B, T) int64, as `input_ids` (not shifted); -100 is ignored.
 
         Returns:
@@ -352,7 +401,7 @@ class MiniMindLM(GenerationMixin, nn.Module):
                 f"attention_mask has {attention_mask.shape[1]} slots, not past + present = "
                 f"{past} + {length}"
             )
-        slots = visible_mask(attention_mask, position_ids, past, length, input_ids.device)
+        visible = visible_mask(attention_mask, position_ids, past, length, input_ids.device)
         valid = None if attention_mask is None else attention_mask[:, past:].bool()
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
@@ -364,7 +413,7 @@ class MiniMindLM(GenerationMixin, nn.Module):
         if cache is None and use_cache:
             cache = KVCache(self.config.n_layers)
         x = self.dropout(self.tok_embeddings(input_ids))
-        mask = None if slots is None else additive_mask(slots, x, self.config)
+        mask = None if visible is None else additive_mask(visible, x, self.config)
         aux_losses, loads = [], []
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
@@ -397,51 +446,3 @@ class MiniMindLM(GenerationMixin, nn.Module):
             aux_loss=aux_loss,
             expert_load=torch.stack(loads) if loads else None,
         )
-
-
-def additive_mask(slots: Tensor, x: Tensor, config: LMConfig) -> Tensor:
-    """What attention adds to its scores, made once for all layers: 0, or −∞ where nothing is seen.
-
-    Args:
-        slots: (B or 1, 1, T, S) bool, as `visible_mask` returns it.
-        x: (B, T, dim) what the layers take; the mask gets the dtype of their matrix products.
-        config: the model's.
-
-    Returns:
-        (B or 1, 1, T, S), or with flash_attn (B · n_kv_heads, 1, T, S): see `Attention.forward`.
-    """
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    mask = torch.zeros_like(slots, dtype=dtype).masked_fill(~slots, float("-inf"))
-    if not config.flash_attn:
-        return mask
-    return mask.expand(len(x), config.n_kv_heads, -1, -1).flatten(0, 1)[:, None]
-
-
-def visible_mask(
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    past: int,
-    length: int,
-    device: torch.device,
-) -> Tensor | None:
-    """Which slots each of `length` queries after `past` slots sees.
-
-    A query with nothing to see (padding) sees itself: a softmax over nothing would be NaN.
-
-    Returns:
-        (B or 1, 1, T, S) bool, or None where plain causal attention is meant.
-    """
-    if attention_mask is None and position_ids is None and (past == 0 or length == 1):
-        return None
-    keys = torch.arange(past + length, device=device)
-    queries = keys[past:]
-    mask = (keys <= queries[:, None])[None]  # (1, T, S)
-    if position_ids is not None:
-        mask = mask & (keys >= (queries - position_ids)[..., None])  # (B, T, S)
-    if attention_mask is not None:
-        mask = mask & attention_mask[:, None].bool()
-        itself = keys == queries[:, None]
-        mask = mask | (itself & ~mask.any(-1, keepdim=True))
-    return mask[:, None]

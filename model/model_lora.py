@@ -1,13 +1,13 @@
-"""LoRA: small matrices beside frozen ones, trained in their place (https://arxiv.org/abs/2106.09685).
+"""LoRA: small trained matrices beside frozen projections (https://arxiv.org/abs/2106.09685).
 
-A model can carry several adapters, by name. The one in use adds its product to the projections that
-it sits on, or is merged into them; without one the model computes what its base does, bit for bit.
+A model can have several adapters, by name. The active one adds its product to the output of its
+projections, or is merged into their weights; without one the model computes exactly what its base
+does.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,21 +15,21 @@ from torch import Tensor, nn
 
 from .model import MiniMindLM
 
-# The projections of attention and feed-forward, those of every expert among them. The output layer
-# is not one of them: it shares its tensor with the embedding.
+# Projections of attention, feed-forward and every expert. The output layer is not among them, since
+# it shares its tensor with the embedding.
 TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 
 class LoRA(nn.Module):
-    """alpha / rank · B A dropout(x): what an adapter adds to a projection (Hu et al., 2021).
+    """alpha / rank · B A dropout(x): what an adapter adds to one projection.
 
-    A begins as normal(0, 0.02) and B as 0, so that a new adapter changes nothing.
+    A is initialised as normal(0, 0.02) and B as 0, so that a new adapter changes nothing.
 
     Args:
-        in_features, out_features: of the projection.
+        in_features, out_features: size of the projection.
         rank: rows of A, columns of B.
         alpha: scale, in units of the rank.
-        dropout: probability, on the input.
+        dropout: probability of dropping an input.
 
     Raises:
         ValueError: for a setting outside its range.
@@ -54,7 +54,7 @@ class LoRA(nn.Module):
 
     @property
     def scale(self) -> float:
-        """What the product is multiplied by."""
+        """Factor of the product B A."""
         return self.alpha / self.rank
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,20 +63,20 @@ class LoRA(nn.Module):
         return F.linear(F.linear(self.dropout(x), self.A) * self.scale, self.B)
 
     def delta(self) -> Tensor:
-        """What merging adds to the projection's weight: (out_features, in_features) fp32."""
+        """The change of the projection's weight by merging: (out_features, in_features) fp32."""
         return self.B.float() @ self.A.float() * self.scale
 
 
 class AdaptedLinear(nn.Linear):
-    """A projection that adapters sit on; its own weight keeps its name.
+    """A projection with adapters; its own weight keeps its name.
 
     Args:
-        linear: the projection whose place it takes.
+        linear: the projection that it replaces.
 
     Attributes:
         lora: the adapters, by name.
-        active: the one in use, None without.
-        merged: whether that one is in the weight now.
+        active: name of the active one, or None.
+        merged: whether the active one is merged into the weight.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -96,7 +96,7 @@ class AdaptedLinear(nn.Linear):
 
     @property
     def adapted_weight(self) -> Tensor:
-        """The weight with the adapter in use added, (out_features, in_features)."""
+        """The weight with the active adapter added, (out_features, in_features)."""
         if self.active is None or self.merged:
             return self.weight
         return self.weight + self.lora[self.active].delta().to(self.weight.dtype)
@@ -110,24 +110,24 @@ def apply_lora(
     target_modules: Sequence[str] = TARGETS,
     name: str = "default",
 ) -> None:
-    """Put a new adapter on the model and use it; nothing else of the model is trained from now on.
+    """Add a new adapter to the model and activate it; from now on nothing else is trained.
 
     Args:
-        model: the base, which may carry other adapters.
+        model: the base, which may have other adapters.
         rank, alpha, dropout: see `LoRA`.
-        target_modules: last names of the projections that it sits on, of `TARGETS`.
-        name: of the adapter, by which `use_lora` finds it.
+        target_modules: last names of the projections that get it, of `TARGETS`.
+        name: name of the adapter, for `use_lora`.
 
     Raises:
-        ValueError: for a setting outside its range, a target that the model does not have, a name
-            that is taken or that no module can have, or while an adapter is merged.
+        ValueError: for a setting outside its range, an unknown target, a name that is taken or that
+            no module can have, or while an adapter is merged.
     """
     _check_unmerged(model)
     if not target_modules:
         raise ValueError("an adapter needs a target")
     for target in target_modules:
         if target not in TARGETS:
-            raise ValueError(f"no adapter sits on {target!r}, only on {', '.join(TARGETS)}")
+            raise ValueError(f"{target!r} gets no adapter, only {', '.join(TARGETS)}")
     if name in adapters(model):
         raise ValueError(f"the model has an adapter {name!r} already")
     if not name or "." in name or hasattr(nn.ModuleDict(), name):
@@ -145,24 +145,24 @@ def apply_lora(
 
 
 def adapted_layers(model: MiniMindLM) -> Iterator[tuple[str, AdaptedLinear]]:
-    """The projections that adapters sit on, with their names in the model."""
+    """The projections that have adapters, with their names in the model."""
     return ((path, m) for path, m in model.named_modules() if isinstance(m, AdaptedLinear))
 
 
 def adapters(model: MiniMindLM) -> list[str]:
-    """Names of the adapters that the model carries, in the order in which they came."""
+    """Names of the model's adapters, in the order in which they were added."""
     return list(dict.fromkeys(name for _, layer in adapted_layers(model) for name in layer.lora))
 
 
 def active_lora(model: MiniMindLM) -> str | None:
-    """Name of the adapter in use, None without."""
+    """Name of the active adapter, or None."""
     return next((layer.active for _, layer in adapted_layers(model) if layer.active), None)
 
 
 def use_lora(model: MiniMindLM, name: str | None) -> None:
-    """Use another of the adapters that the model carries, or with None only the base.
+    """Activate another of the model's adapters, or with None only the base.
 
-    The parameters of the adapter in use require gradients; no others do.
+    Only the parameters of the active adapter require gradients.
 
     Raises:
         ValueError: if there is no such adapter, or while one is merged.
@@ -178,9 +178,9 @@ def use_lora(model: MiniMindLM, name: str | None) -> None:
 
 
 def lora_state(model: MiniMindLM) -> dict[str, Tensor]:
-    """A (rank, in_features) and B (out_features, rank) of the adapter in use; empty without one.
+    """The matrices A and B of the active adapter; empty without one.
 
-    Named by their projection, whatever the adapter's name: `layers.0.attention.wq.A`.
+    They are named by their projection, `layers.0.attention.wq.A`, whatever the adapter's name.
     """
     return {
         f"{path}.{matrix}": getattr(layer.lora[layer.active], matrix).detach()
@@ -191,14 +191,10 @@ def lora_state(model: MiniMindLM) -> dict[str, Tensor]:
 
 
 def load_lora_state(model: MiniMindLM, state: dict[str, Tensor]) -> None:
-    """Copy the matrices of an adapter into the one in use.
-
-    Args:
-        model: with an adapter in use.
-        state: as `lora_state`, in any precision.
+    """Copy matrices, named as in `lora_state`, into the active adapter.
 
     Raises:
-        ValueError: naming the first difference, if names or shapes are others.
+        ValueError: if names or shapes differ; the message has the first difference.
     """
     own = lora_state(model)
     for name in {**own, **state}:
@@ -210,12 +206,12 @@ def load_lora_state(model: MiniMindLM, state: dict[str, Tensor]) -> None:
 
 
 def base_state(model: MiniMindLM) -> dict[str, Tensor]:
-    """The state_dict without adapters: the base's, or while one is merged that of a plain model."""
+    """The state_dict of a plain model: the base's weights, or the merged ones."""
     return {name: t for name, t in model.state_dict().items() if ".lora." not in name}
 
 
 def weights_hash(model: MiniMindLM) -> str:
-    """SHA-256 of the base: what it computes with its weights, their precision and every bit.
+    """SHA-256 of the base: its weights in their precision, and the numbers that its layers use.
 
     Raises:
         ValueError: while an adapter is merged.
@@ -227,84 +223,43 @@ def weights_hash(model: MiniMindLM) -> str:
         numbers += (c.num_experts_per_tok, c.scoring_func, c.norm_topk_prob)
     digest = hashlib.sha256(repr(numbers).encode())
     for name, tensor in base_state(model).items():
-        if name == "output.weight":  # the embedding once more
+        if name == "output.weight":  # the embedding again
             continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def save_lora(
-    model: MiniMindLM,
-    file: Path | BinaryIO,
-    dtype: torch.dtype = torch.float32,
-    base: str | None = None,
-) -> None:
-    """Write the adapter in use: its matrices, its configuration, and which base it belongs to.
-
-    Args:
-        model: whose adapter.
-        file: a path, or a file that is open for writing.
-        dtype: of the saved matrices.
-        base: `weights_hash` of the base, where it is known already: a run saves often.
+def lora_settings(model: MiniMindLM) -> dict[str, Any]:
+    """The arguments of `apply_lora` that made the active adapter, without its name.
 
     Raises:
-        ValueError: if no adapter is in use, or it is merged.
+        ValueError: if no adapter is active, or it is merged.
     """
     _check_unmerged(model)
-    layers = [(path, layer) for path, layer in adapted_layers(model) if layer.active]
+    layers = {path: layer for path, layer in adapted_layers(model) if layer.active}
     if not layers:
-        raise ValueError("no adapter is in use")
-    lora = layers[0][1].lora[layers[0][1].active]
-    sits_on = {path.rpartition(".")[2] for path, _ in layers}
-    contents = {
-        "lora": {
-            "rank": lora.rank,
-            "alpha": lora.alpha,
-            "dropout": lora.dropout.p,
-            "target_modules": [target for target in TARGETS if target in sits_on],
-        },
-        "base": base or weights_hash(model),
-        "weights": {n: t.to("cpu", dtype) for n, t in lora_state(model).items()},
+        raise ValueError("no adapter is active")
+    layer = next(iter(layers.values()))
+    lora = layer.lora[layer.active]
+    adapted = {path.rpartition(".")[2] for path in layers}
+    return {
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "dropout": lora.dropout.p,
+        "target_modules": [target for target in TARGETS if target in adapted],
     }
-    torch.save(contents, file)
-
-
-def load_lora(model: MiniMindLM, saved: Path | dict[str, Any], name: str = "default") -> None:
-    """Put a saved adapter on its base and use it.
-
-    Args:
-        model: the base with the weights that the adapter was trained on, in their precision; it may
-            carry other adapters.
-        saved: the file, or what torch.load read from it.
-        name: what to call it.
-
-    Raises:
-        ValueError: if it is no adapter, or belongs to another base; and as `apply_lora` and
-            `load_lora_state`.
-    """
-    contents = saved
-    if not isinstance(saved, dict):
-        contents = torch.load(saved, map_location="cpu", weights_only=True)
-    if not isinstance(contents, dict) or contents.keys() != {"lora", "base", "weights"}:
-        raise ValueError("not an adapter")
-    if contents["base"] != weights_hash(model):
-        raise ValueError("an adapter of another base: these are not the weights it was trained on")
-    apply_lora(model, **contents["lora"], name=name)
-    load_lora_state(model, contents["weights"])
 
 
 def merge_lora(model: MiniMindLM) -> None:
-    """Add the adapter in use to the weights: the same answers at the base's cost.
-
-    `base_state` is then the state_dict of a plain model.
+    """Add the active adapter to the weights, so that it costs nothing; see also `base_state`.
 
     Raises:
-        ValueError: if no adapter is in use, or it is merged already.
+        ValueError: if no adapter is active, or it is merged already.
     """
     _check_unmerged(model)
     if active_lora(model) is None:
-        raise ValueError("no adapter is in use")
+        raise ValueError("no adapter is active")
     with torch.no_grad():
         for _, layer in adapted_layers(model):
             if layer.active:
@@ -315,8 +270,8 @@ def merge_lora(model: MiniMindLM) -> None:
 def unmerge_lora(model: MiniMindLM) -> None:
     """Subtract the merged adapter from the weights again.
 
-    Both roundings stay: a weight w, merged v, comes back to within u · (|v| + |w|), up to u², where
-    u is 2⁻²⁴ in fp32. Who needs the base bit for bit loads it.
+    Rounding remains: a weight w, merged to v, is restored to within u · (|v| + |w|), up to u²,
+    where u is 2⁻²⁴ in fp32. For the exact base, load it again.
 
     Raises:
         ValueError: if no adapter is merged.

@@ -1,13 +1,13 @@
-"""The network as ONNX Runtime computes it on a CPU, with weights of 8 bits.
+"""Decoding on a CPU by ONNX Runtime, with 8-bit weights.
 
 Weights are rounded to 8 bits in blocks of 32 inputs that share a scale, and so are the inputs of a
-product, token by token: what a row computes does not depend on the other rows. The embedding, the
+product, token by token: the result of a row does not depend on the other rows. The embedding, the
 norms, the routing of experts, attention and its cache stay in fp32.
 """
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,36 +17,34 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from .decoder import Decoder, applied_weight
+from .model import MiniMindLM
 from .rotary import rotary_cos_sin
 
-if TYPE_CHECKING:
-    from .model import MiniMindLM
-
 BLOCK = 32  # inputs of a weight that share a scale
-# Operators that are not ONNX's own: ONNX Runtime's, which are made for language models.
+# Operators of ONNX Runtime for language models, which ONNX itself lacks.
 CONTRIB = {"MatMulNBits", "GroupQueryAttention", "QuickGelu"}
 
 
 class OnnxDecoder(Decoder):
     """A decoder for CPUs that reads a quarter of the bytes per token that fp32 takes.
 
-    To make one takes a few seconds: the weights are rounded, and ONNX Runtime packs them. After a
-    change of weights or of the adapter in use, another must be made.
+    Making one takes a few seconds: the weights are rounded, and ONNX Runtime packs them. After a
+    change of weights or of the active adapter, another must be made.
 
     Args:
-        model: with the weights to use, on the CPU.
-        rows: the most rows.
-        bits: of the weights, 8 or 32.
+        model: a model on the CPU.
+        rows: number of rows.
+        bits: bits of a weight, 8 or 32.
 
     Raises:
-        ValueError: if the heads have a size that ONNX Runtime's attention does not take.
+        ValueError: if ONNX Runtime's attention does not support the size of the heads.
     """
 
-    def __init__(self, model: "MiniMindLM", rows: int = 1, bits: int = 8):
+    def __init__(self, model: MiniMindLM, rows: int = 1, bits: int = 8):
         super().__init__(rows, model.config.max_seq_len, torch.device("cpu"))
         self.config = model.config
         if self.config.head_dim % 16:
-            raise ValueError(f"heads of {self.config.head_dim} are no multiple of 16")
+            raise ValueError(f"the head size {self.config.head_dim} is no multiple of 16")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         self.session = onnxruntime.InferenceSession(
@@ -57,7 +55,9 @@ class OnnxDecoder(Decoder):
         self.cache_names = [
             name for i in range(self.config.n_layers) for name in (f"keys.{i}", f"values.{i}")
         ]
-        self.bound: tuple[int, int] | None = None  # first row and number of rows
+        self.bound: tuple[int, int] | None = (
+            None  # first row and number of rows of the caches bound
+        )
 
     def _new_caches(self, capacity: int) -> list[Tensor]:
         config = self.config
@@ -75,7 +75,7 @@ class OnnxDecoder(Decoder):
         return self._run(0, torch.tensor(tokens)[:, None], lengths, 1)[:, 0]
 
     def _run(self, first: int, ids: Tensor, lengths: list[int], logits_to_keep: int) -> Tensor:
-        """Ids (n, T) for rows from `first` on that hold `lengths`.
+        """Compute ids (n, T) for the rows from `first` on, of these lengths.
 
         Returns:
             Logits after each of the last tokens: (n, logits_to_keep, vocab_size).
@@ -83,15 +83,15 @@ class OnnxDecoder(Decoder):
         n, new = ids.shape
         if self.bound != (first, n):
             self.binding = self.session.io_binding()
-            # They are written in place.
+            # Inputs and outputs share memory: the caches are written in place.
             for name, cache in zip(self.cache_names, self.caches, strict=True):
                 self._bind(name, cache[first : first + n], f"new_{name}")
             self.bound = (first, n)
         last = torch.tensor(lengths, dtype=torch.int32) + (new - 1)
         total = torch.tensor([max(lengths) + new], dtype=torch.int32)
-        kept = torch.arange(new - logits_to_keep, new)
+        positions = torch.arange(new - logits_to_keep, new)
         logits = torch.empty(n, logits_to_keep, self.config.vocab_size)
-        inputs = {"ids": ids, "last": last, "total": total, "kept": kept}
+        inputs = {"ids": ids, "last": last, "total": total, "positions": positions}
         for name, tensor in inputs.items():
             self._bind(name, tensor)
         self._bind(None, logits, "logits")
@@ -108,10 +108,10 @@ class OnnxDecoder(Decoder):
 
 
 class Graph:
-    """Nodes and weights as they are put together; what a method returns names a result.
+    """Collects nodes and weights; methods take and return names of results.
 
     Args:
-        bits: of the weights in products, 8 or 32.
+        bits: bits of the weights in products, 8 or 32.
     """
 
     def __init__(self, bits: int):
@@ -120,7 +120,7 @@ class Graph:
         self.weights: list[TensorProto] = []
 
     def constant(self, value: Tensor | np.ndarray) -> str:
-        """A weight or another fixed tensor."""
+        """Add a weight or another fixed tensor."""
         if isinstance(value, Tensor):
             value = value.detach().float().cpu().numpy()
         name = f"constant{len(self.weights)}"
@@ -128,18 +128,18 @@ class Graph:
         return name
 
     def add(self, operator: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
-        """A node; its result, or with several outputs the list of them."""
+        """Add a node and return its result, or a list of several."""
         names = [f"{operator}{len(self.nodes)}.{i}" for i in range(outputs)]
         self.node(operator, inputs, names, **attributes)
         return names[0] if outputs == 1 else names
 
     def node(self, operator: str, inputs: Any, outputs: list[str], **attributes: Any) -> None:
-        """A node whose results have names of their own."""
+        """Add a node whose results have given names."""
         domain = "com.microsoft" if operator in CONTRIB else ""
         self.nodes.append(helper.make_node(operator, inputs, outputs, domain=domain, **attributes))
 
     def product(self, x: str, *weights: Tensor) -> str:
-        """x times the rows of weights (out, in), those of several below each other."""
+        """Multiply x by weights (out, in), which are concatenated along `out`."""
         weight = torch.cat([w.detach().float().cpu() for w in weights])
         if self.bits == 32:
             return self.add("MatMul", x, self.constant(weight.t()))
@@ -168,7 +168,7 @@ class Graph:
         return self.product(self.add("Mul", gate, up), w2)
 
     def experts(self, x: str, layer: nn.Module) -> str:
-        """A mixture of experts: all are computed, and those that are not chosen weigh 0."""
+        """Mixture of experts: all are computed, and those that are not chosen get weight 0."""
         gate = layer.gate
         scores = self.add("Softmax", self.add("MatMul", x, self.constant(gate.weight.t())), axis=-1)
         k = self.constant(np.array([gate.top_k]))
@@ -176,11 +176,11 @@ class Graph:
         last_axis = self.constant(np.array([-1]))
         if gate.top_k > 1 and gate.norm_topk_prob:
             weights = self.add("Div", weights, self.add("ReduceSum", weights, last_axis))
-        none = self.constant(torch.zeros(1))
+        zero = self.constant(torch.zeros(1))
         results = []
         for number, expert in enumerate(layer.experts):
             here = self.add("Equal", chosen, self.constant(np.array([number])))
-            weight = self.add("ReduceSum", self.add("Where", here, weights, none), last_axis)
+            weight = self.add("ReduceSum", self.add("Where", here, weights, zero), last_axis)
             results.append(self.add("Mul", self.feed_forward(x, expert), weight))
         if layer.shared_experts is not None:
             results.append(self.feed_forward(x, layer.shared_experts))
@@ -194,8 +194,8 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
         weight: (out, in) fp32.
 
     Returns:
-        (out, blocks, BLOCK) uint8, the last block filled up with zeros, and the scales of the
-        blocks (out · blocks,) fp32: weight ≈ (values − 128) · scale.
+        (out, blocks, BLOCK) uint8, the last block padded with zeros, and the scales of the blocks,
+        (out · blocks,) fp32: weight ≈ (values − 128) · scale.
     """
     blocks = nn.functional.pad(weight, (0, -weight.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     scales = blocks.abs().amax(-1, keepdim=True) / 127
@@ -203,13 +203,13 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(torch.uint8), scales.flatten()
 
 
-def build_graph(model: "MiniMindLM", bits: int) -> onnx.ModelProto:
-    """The model as an ONNX graph for rows that continue what their caches hold.
+def build_graph(model: MiniMindLM, bits: int) -> onnx.ModelProto:
+    """Convert the model to an ONNX graph that extends rows of a cache.
 
-    Inputs: `ids` (rows, T) int64; `last` (rows,) int32, the slot of the last one; `total` (1,)
-    int32, the slots of the longest row; `keys.N` and `values.N` (rows, n_kv_heads, slots,
-    head_dim); `kept` (K,) int64, the ids by place after which logits are wanted. Outputs: `logits`
-    (rows, K, vocab_size); `new_keys.N`, `new_values.N`.
+    Inputs: `ids` (rows, T) int64; `last` (rows,) int32, slot of each row's last id; `total` (1,)
+    int32, slots of the longest row; `keys.N` and `values.N` (rows, n_kv_heads, slots, head_dim);
+    `positions` (K,) int64, indices into T of the logits to compute. Outputs: `logits` (rows, K,
+    vocab_size); `new_keys.N`, `new_values.N`.
     """
     config, graph = model.config, Graph(bits)
     table = rotary_cos_sin(config.head_dim, config.max_seq_len, config.rope_theta)
@@ -218,8 +218,8 @@ def build_graph(model: "MiniMindLM", bits: int) -> onnx.ModelProto:
     slots = ["rows", config.n_kv_heads, "slots", config.head_dim]
     inputs = [("ids", TensorProto.INT64, ["rows", "new"])]
     inputs += [("last", TensorProto.INT32, ["rows"]), ("total", TensorProto.INT32, [1])]
-    inputs += [("kept", TensorProto.INT64, ["kept"])]
-    outputs = [("logits", TensorProto.FLOAT, ["rows", "kept", config.vocab_size])]
+    inputs += [("positions", TensorProto.INT64, ["positions"])]
+    outputs = [("logits", TensorProto.FLOAT, ["rows", "positions", config.vocab_size])]
     for i, block in enumerate(model.layers):
         attention = block.attention
         weights = (applied_weight(w) for w in (attention.wq, attention.wk, attention.wv))
@@ -239,7 +239,7 @@ def build_graph(model: "MiniMindLM", bits: int) -> onnx.ModelProto:
         x = graph.add("Add", x, graph.product(f"attended{i}", applied_weight(attention.wo)))
         compute = graph.experts if config.use_moe else graph.feed_forward
         x = graph.add("Add", x, compute(graph.norm(x, block.ffn_norm), block.feed_forward))
-    x = graph.add("Gather", x, "kept", axis=1)  # (rows, K, dim)
+    x = graph.add("Gather", x, "positions", axis=1)  # (rows, K, dim)
     logits = graph.product(graph.norm(x, model.norm), model.output.weight)
     graph.node("Identity", [logits], ["logits"])
     return helper.make_model(

@@ -1,19 +1,19 @@
-"""Rotary position embedding: how attention knows how far apart two tokens are."""
+"""Rotary position embedding, by which attention depends on how far apart two tokens are."""
 
 import torch
 from torch import Tensor
 
 
 def rotary_cos_sin(dim: int, positions: int | Tensor, theta: float = 1e6) -> Tensor:
-    """Cosine and sine of every rotary angle (RoFormer, https://arxiv.org/abs/2104.09864).
+    """Compute cosine and sine of every rotary angle (RoFormer, https://arxiv.org/abs/2104.09864).
 
-    Pair i of a head turns by position · theta^(−2i / dim). The table is made for the positions of
-    one forward pass and not kept as a buffer: casting a model to bf16 would round it, and loading
+    Pair i of a head is rotated by position · theta^(−2i / dim). The table is computed in each
+    forward pass and not kept as a buffer: casting a model to bf16 would round it, and loading
     through the meta device would lose it.
 
     Args:
         dim: head size, even.
-        positions: how many positions, counted from 0, or a tensor (…) of positions.
+        positions: number of positions, counted from 0, or a tensor (…) of positions.
         theta: base of the frequencies.
 
     Returns:
@@ -27,7 +27,7 @@ def rotary_cos_sin(dim: int, positions: int | Tensor, theta: float = 1e6) -> Ten
 
 
 def apply_rotary_emb(xq: Tensor, xk: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn each adjacent pair of components by its position's angle, in fp32.
+    """Rotate each adjacent pair of components by its position's angle, in fp32.
 
     Args:
         xq: (B, T, n_heads, head_dim).
@@ -35,19 +35,19 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, cos_sin: Tensor) -> tuple[Tensor, T
         cos_sin: (T, head_dim / 2, 2) or (B, T, head_dim / 2, 2) from `rotary_cos_sin`.
 
     Returns:
-        Both inputs, turned, in their own dtypes.
+        Both inputs, rotated, in their own dtypes.
     """
     cos_sin = cos_sin[..., None, :, :]  # (…, T, 1, head_dim / 2, 2)
     return rotate(xq, cos_sin), rotate(xk, cos_sin)
 
 
 def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """As `apply_rotary_emb` for one input (…, head_dim), with a table that broadcasts to it."""
+    """Rotate the pairs of one input (…, head_dim) by a table that broadcasts to it."""
     pairs = x.float().unflatten(-1, (-1, 2))
     # Compilers generate no code for complex numbers, and older macOS has none.
     if torch.compiler.is_compiling() or x.device.type == "mps":
         (even, odd), (cos, sin) = pairs.unbind(-1), cos_sin.unbind(-1)
-        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+        rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     else:  # one pass over memory instead of seven
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(cos_sin))
-    return turned.flatten(-2).type_as(x)
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(cos_sin))
+    return rotated.flatten(-2).type_as(x)

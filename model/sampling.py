@@ -1,19 +1,20 @@
-"""How the next token is chosen from the logits."""
+"""How the next token is sampled from the logits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-NUCLEUS = 256  # candidates that top_p looks at first: it seldom needs all, and sorting is slow
+NUCLEUS = 256  # candidates that top_p tries first: it seldom needs more, and sorting all is slow
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of a choice; names, defaults and order of effect are those of transformers.
+    """Settings of sampling; names, defaults and order of effect are those of transformers.
 
     Attributes:
-        do_sample: draw from the distribution; else take the likeliest token.
+        do_sample: draw from the distribution; False takes the likeliest token.
         temperature: divides the logits; below 1 sharpens.
         top_k: draw among the k likeliest only; None or 0 for all.
         top_p: draw among the fewest tokens whose probability reaches p (nucleus sampling,
@@ -21,9 +22,9 @@ class Sampling:
         min_p: drop what is less likely than this share of the likeliest token's probability
             (https://arxiv.org/abs/2407.01082).
         repetition_penalty: divides positive and multiplies negative logits of tokens that occur in
-            the prompt or were written (CTRL, https://arxiv.org/abs/1909.05858).
-        frequency_penalty: subtracted once for each time a token was written (OpenAI's API).
-        presence_penalty: subtracted once if a token was written at all (OpenAI's API).
+            the prompt or were generated (CTRL, https://arxiv.org/abs/1909.05858).
+        frequency_penalty: subtracted once for each time a token was generated (OpenAI's API).
+        presence_penalty: subtracted once if a token was generated at all (OpenAI's API).
 
     Raises:
         ValueError: for a setting outside its range.
@@ -52,44 +53,45 @@ class Sampling:
 
     @property
     def penalises(self) -> bool:
-        """Whether a choice depends on what was written before."""
+        """Whether earlier tokens change the logits."""
         return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
 
 
 class History:
-    """Which tokens occurred in each row, and how often they were written: what penalties ask.
+    """The tokens of one text, as penalties need them.
 
     Args:
-        prompts: (T,) int64 of each row.
-        vocab_size: of the logits.
-        device: theirs.
+        prompt: ids, which only the repetition penalty counts.
+        vocab_size: width of the logits.
+        device: device of the logits.
     """
 
-    def __init__(self, prompts: list[Tensor], vocab_size: int, device: torch.device):
-        self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
-        self.written = torch.zeros(len(prompts), vocab_size, device=device)
-        for row, prompt in zip(self.seen, prompts, strict=True):
-            row[prompt] = True
+    def __init__(self, prompt: Sequence[int], vocab_size: int, device: torch.device):
+        self.in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        self.in_prompt[list(prompt)] = True
+        self.counts = torch.zeros(vocab_size, device=device)  # of new tokens
 
-    def add(self, rows: Tensor, tokens: Tensor) -> None:
-        """Note a new token (n,) in each of `rows` (n,)."""
-        self.seen[rows, tokens] = True
-        self.written[rows, tokens] += 1
+    def add(self, token: int) -> None:
+        """Count a new token."""
+        self.counts[token] += 1
 
 
-def penalise(logits: Tensor, sampling: Sampling, seen: Tensor, written: Tensor) -> Tensor:
-    """Lower the logits (B, vocab_size) of tokens that occurred; arguments are rows of a History."""
+def penalise(logits: Tensor, sampling: Sampling, histories: Sequence[History]) -> Tensor:
+    """Lower the logits (B, vocab_size) of tokens that occurred in each row's history."""
+    counts = torch.stack([history.counts for history in histories])
+    generated = counts > 0
+    occurred = torch.stack([history.in_prompt for history in histories]) | generated
     factor = sampling.repetition_penalty
     lowered = torch.where(logits < 0, logits * factor, logits / factor)
-    logits = torch.where(seen, lowered, logits)
-    logits = logits - sampling.frequency_penalty * written
-    logits = logits - sampling.presence_penalty * (written > 0).to(logits.dtype)
+    logits = torch.where(occurred, lowered, logits)
+    logits = logits - sampling.frequency_penalty * counts
+    logits = logits - sampling.presence_penalty * generated.to(logits.dtype)
     limits = torch.finfo(logits.dtype)
     return logits.clamp(limits.min, limits.max)  # a tiny factor must not make them infinite
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """What a draw uses: (B, vocab_size) fp32, 0 for what is ruled out; a row need not sum to 1."""
+    """The weights of a draw: (B, vocab_size) fp32, 0 where excluded; a row need not sum to 1."""
     logits = logits.float()
     temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # never overflows
@@ -97,18 +99,18 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         kth = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probs = logits.softmax(-1)
-    least = sampling.min_p * probs.amax(-1, keepdim=True)
+    threshold = sampling.min_p * probs.amax(-1, keepdim=True)
     if sampling.top_p < 1.0:
-        likely, tokens = probs.topk(min(NUCLEUS, probs.shape[-1]))
-        if (likely.sum(-1) < sampling.top_p).any():
-            likely, tokens = probs.sort(-1, descending=True)
-        before = likely.cumsum(-1) - likely  # probability of all likelier tokens
-        dropped = before >= sampling.top_p
-        dropped[:, 0] = False  # a p that is 0 in fp32 keeps the likeliest
-        kept = likely.masked_fill(dropped, 0.0)
-        probs = torch.zeros_like(probs).scatter_(-1, tokens, kept)
+        descending, tokens = probs.topk(min(NUCLEUS, probs.shape[-1]))
+        if (descending.sum(-1) < sampling.top_p).any():
+            descending, tokens = probs.sort(-1, descending=True)
+        before = descending.cumsum(-1) - descending  # probability of all likelier tokens
+        excluded = before >= sampling.top_p
+        excluded[:, 0] = False  # a p that is 0 in fp32 leaves the likeliest
+        nucleus = descending.masked_fill(excluded, 0.0)
+        probs = torch.zeros_like(probs).scatter_(-1, tokens, nucleus)
     if sampling.min_p:
-        probs = probs.masked_fill(probs < least, 0.0)
+        probs = probs.masked_fill(probs < threshold, 0.0)
     return probs
 
 

@@ -1,9 +1,9 @@
-"""Loading a tokenizer, and what identifies one."""
+"""Loading and identifying a tokenizer."""
 
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common import UserError
 
@@ -18,25 +18,25 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         UserError: if the folder holds none, or one without tokens that begin and end a text.
     """
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast  # which takes a second: not for --help
+    from transformers import PreTrainedTokenizerFast  # slow to import: not for --help
 
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"--tokenizer_path {folder}: no tokenizer.json there")
     try:
         Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # which is what the tokenizers library raises
+    except Exception as error:  # the tokenizers library raises plain Exceptions
         raise UserError(f"--tokenizer_path {folder}: cannot be loaded ({error})") from None
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise UserError(f"--tokenizer_path {folder}: it has no bos or no eos token")
     return tokenizer
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
-    """What identifies a tokenizer: the sha256 of its tokenizer.json, but for some parts.
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """SHA-256 of a tokenizer's tokenizer.json, without what does not matter here.
 
-    Settings of lengths are left out, and so is what adds control tokens to a text: nothing here
-    uses it, and versions of transformers differ in it.
+    Left out are limits of lengths, and what adds control tokens to a text: it is not used here, and
+    differs between versions of transformers.
     """
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     for name in ("padding", "truncation", "post_processor"):

@@ -1,4 +1,4 @@
-"""Weights on disk: a state_dict, and beside it a JSON file that says what it is."""
+"""Weights on disk: a state_dict, and beside it a JSON file that describes the model."""
 
 import json
 import pickle
@@ -14,35 +14,34 @@ from common import UserError, is_run_name, report_save_errors, write_atomically
 
 from .LMConfig import LMConfig
 from .model import MiniMindLM
-from .model_lora import load_lora, load_lora_state, lora_state, save_lora
+from .model_lora import apply_lora, load_lora_state, lora_settings, lora_state, weights_hash
 
 
 def weights_path(out_dir: Path, stage: str, config: LMConfig, run_name: str | None = None) -> Path:
-    """`{out_dir}/{stage}_{dim}{_moe}{_run_name}.pth`."""
+    """The path of a stage's weights: `{out_dir}/{stage}_{dim}{_moe}{_run_name}.pth`."""
     moe, run = "_moe" if config.use_moe else "", f"_{run_name}" if run_name else ""
     return out_dir / f"{stage}_{config.dim}{moe}{run}.pth"
 
 
 def resolve_weights(flag: str, name: str, out_dir: Path, config: LMConfig) -> Path:
-    """The file that a flag means.
+    """Find the file that a flag names.
 
     Args:
-        flag: for the error.
-        name: a .pth file; or of a file in `out_dir`, its stage, its whole name, or its --run_name.
-        out_dir: where weights are.
-        config: their shape, where `name` does not give the whole name.
+        flag: the flag, for errors.
+        name: a .pth file; or the stage, the whole name or the --run_name of a file in `out_dir`.
+        out_dir: folder of the weights.
+        config: shape of the model, where `name` is not a whole name.
 
     Raises:
-        UserError: if there is no such file, or a --run_name is that of several.
+        UserError: if there is no such file, or several have this --run_name.
     """
     usual = Path(name) if name.endswith(".pth") else weights_path(out_dir, name, config)
     runs: list[Path] = []
     if is_run_name(name):
         runs = sorted(out_dir.glob(weights_path(Path(), "*", config, name).name))
-    for path in (usual, out_dir / f"{name}.pth", *runs):
-        if path.is_file():
-            break
-    else:
+    found = (path for path in (usual, out_dir / f"{name}.pth", *runs) if path.is_file())
+    path = next(found, None)
+    if path is None:
         raise UserError(f"{flag} {name}: no file {usual}")
     if path in runs and len(runs) > 1:
         raise UserError(f"{flag} {name}: name one of {', '.join(run.stem for run in runs)}")
@@ -57,15 +56,15 @@ def save_weights(
     tokenizer_hash: str,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write `path` with .json (how to rebuild the model) and `path` (a state_dict on the CPU).
+    """Write a state_dict to `path`, and to its .json what is needed to rebuild the model.
 
     Args:
         path: the .pth file.
-        model: the bare model, not its DDP or compiled wrapper.
-        config: its shape.
+        model: the raw model, not its DDP or compiled wrapper.
+        config: configuration of the model.
         stage: pretrain, full_sft, dpo or distill.
-        tokenizer_hash: identifies the tokenizer that its ids belong to.
-        dtype: of the saved tensors.
+        tokenizer_hash: hash of the tokenizer of its ids.
+        dtype: dtype of the saved tensors.
 
     Raises:
         SaveError: if the disk is full or cannot be written; an older file is kept.
@@ -83,50 +82,79 @@ def save_weights(
 
 
 def trained_state(model: MiniMindLM) -> dict[str, torch.Tensor]:
-    """What training changes: the state_dict, or the matrices of the adapter in use."""
+    """The tensors that training changes: the active adapter's matrices, else the state_dict."""
     return lora_state(model) or model.state_dict()
 
 
 def load_trained_state(model: MiniMindLM, state: dict[str, torch.Tensor]) -> None:
-    """The inverse of `trained_state`."""
+    """Load what `trained_state` returned."""
     if lora_state(model):
         load_lora_state(model, state)
     else:
         model.load_state_dict(state)
 
 
-def save_adapter(path: Path, model: MiniMindLM, dtype: torch.dtype, base: str) -> None:
-    """Write `path`, as `save_lora` fills it.
+def save_lora(
+    model: MiniMindLM,
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    base: str | None = None,
+) -> None:
+    """Write the active adapter with its configuration and the hash of its base.
+
+    Args:
+        model: a model with an active adapter, which is not merged.
+        path: file to write.
+        dtype: dtype of the saved matrices.
+        base: `weights_hash` of the base, if already computed.
 
     Raises:
-        SaveError: as `save_weights`.
+        SaveError: if the disk is full or cannot be written; an older file is kept.
     """
+    contents = {
+        "lora": lora_settings(model),
+        "base": base or weights_hash(model),
+        "weights": {name: t.to("cpu", dtype) for name, t in lora_state(model).items()},
+    }
     with report_save_errors(path):
-        write_atomically(path, lambda file: save_lora(model, file, dtype, base))
+        write_atomically(path, lambda file: torch.save(contents, file))
 
 
-def load_adapter(path: Path, model: MiniMindLM, name: str = "default") -> None:
-    """Put the adapter in a file on its base, call it `name` and use it.
+def load_lora(model: MiniMindLM, path: Path, name: str = "default") -> None:
+    """Add a saved adapter to its base and activate it.
+
+    Args:
+        model: the base with the weights that the adapter was trained on, in their precision; it may
+            have other adapters.
+        path: file that `save_lora` wrote.
+        name: name that the adapter gets.
 
     Raises:
-        UserError: if the file is missing or damaged, holds no adapter, or one of another base.
+        UserError: if the file is missing or damaged, is no adapter, or one of another base.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     check_sums(path)
+    contents = read_pickle(path, mmap=True)
+    if not isinstance(contents, dict) or contents.keys() != {"lora", "base", "weights"}:
+        raise UserError(f"{path}: not an adapter")
+    if contents["base"] != weights_hash(model):
+        raise UserError(f"{path}: an adapter of another base, not of these weights")
     try:
-        load_lora(model, read_pickle(path, mmap=True), name)
+        apply_lora(model, **contents["lora"], name=name)
+        load_lora_state(model, contents["weights"])
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
 
 def read_about(path: Path) -> dict[str, Any] | None:
-    """What the JSON file beside the weights says: stage, tokenizer (a hash), config (LMConfig).
+    """Read the JSON file beside the weights: stage, tokenizer (a hash) and config (an LMConfig).
 
-    None where there is no such file.
+    Returns:
+        None if there is no such file.
 
     Raises:
-        UserError: if it cannot be used.
+        UserError: if it is damaged.
     """
     about_path = path.with_suffix(".json")
     if not about_path.is_file():
@@ -143,29 +171,27 @@ def read_about(path: Path) -> dict[str, Any] | None:
 
 
 def read_state(path: Path, of_model: bool = False) -> dict[str, torch.Tensor]:
-    """The state_dict in a .pth file, memory-mapped; of an adapter its matrices.
-
-    Only tensors are unpickled.
+    """Read the state_dict in a .pth file, memory-mapped; of an adapter, its matrices.
 
     Raises:
-        UserError: if the file is damaged, holds anything but named tensors, or with `of_model` an
-            adapter.
+        UserError: if the file is damaged or holds anything but named tensors, or is an adapter and
+            `of_model` is set.
     """
     state = read_pickle(path, mmap=True)
     if isinstance(state, dict) and isinstance(state.get("weights"), dict):
         if of_model:
             raise UserError(f"{path}: an adapter, not a model's weights (--lora_name takes it)")
-        state = state["weights"]  # of an adapter
+        state = state["weights"]
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise UserError(f"{path}: not a state_dict")
     return state
 
 
 def read_pickle(path: Path, *, mmap: bool) -> Any:
-    """What torch.save wrote: tensors in plain containers, memory-mapped if that is wanted.
+    """Read what torch.save wrote: only tensors and plain containers are unpickled.
 
     Raises:
-        UserError: if the file is damaged, or holds what only running code could rebuild.
+        UserError: if the file is damaged or holds other objects.
     """
     try:
         mmap = mmap and zipfile.is_zipfile(path)  # older files are not
@@ -178,10 +204,10 @@ def read_pickle(path: Path, *, mmap: bool) -> Any:
 
 
 def check_sums(path: Path) -> None:
-    """Read the whole file and compare it with the checksums that torch.save left in it.
+    """Read the whole file and compare it with the checksums that torch.save wrote into it.
 
     Raises:
-        UserError: if a byte of a tensor has changed. Older files have no checksums.
+        UserError: if a byte of a tensor has changed. Files of old versions have no checksums.
     """
     try:
         if not zipfile.is_zipfile(path):
@@ -195,16 +221,11 @@ def check_sums(path: Path) -> None:
 
 
 def load_weights(path: Path, model: nn.Module, tokenizer_hash: str) -> None:
-    """Copy the weights in `path` into the model, whatever their precision.
-
-    Args:
-        path: the .pth file.
-        model: takes the weights.
-        tokenizer_hash: of the tokenizer in use.
+    """Copy the weights in a .pth file into the model, whatever their precision.
 
     Raises:
-        UserError: if the file is damaged, its names or shapes are not the model's, or the JSON file
-            beside it names another tokenizer.
+        UserError: if the file is damaged, its names or shapes are not the model's, or it belongs to
+            another tokenizer than `tokenizer_hash`.
     """
     about = read_about(path)
     if about is not None and about["tokenizer"] != tokenizer_hash:
@@ -223,8 +244,8 @@ def load_model(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
 
     Args:
         path: the .pth file.
-        shape: used where there is no JSON file, as beside weights from elsewhere.
-        tokenizer_hash: of the tokenizer in use.
+        shape: configuration if there is no JSON file, as for weights from elsewhere.
+        tokenizer_hash: hash of the tokenizer in use.
 
     Raises:
         UserError: if there is no such file, and as `load_weights` and `read_about`.
@@ -238,14 +259,14 @@ def load_model(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
 
 
 def first_difference(path: Path, state: dict[str, torch.Tensor], model: nn.Module) -> str | None:
-    """The first name or shape in which weights in a file differ from the model's; None without."""
+    """Describe the first name or shape in which a file's weights differ from the model's."""
     about = read_about(path)
     if about:
         there, here = about["config"], model.config
         names = ["use_moe", "dim", "n_layers", "n_heads", "n_kv_heads"]
         if there.use_moe and here.use_moe:
             names += ["n_routed_experts", "n_shared_experts", "num_experts_per_tok"]
-        for name in names:  # some of which no tensor's shape tells
+        for name in names:  # some of which do not show in any tensor's shape
             if getattr(there, name) != getattr(here, name):
                 return f"--{name} is {getattr(there, name)} there, {getattr(here, name)} here"
     own = trained_state(model)

@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock
 
 from common import ROOT, UserError
-from dataset.token_store import POLL_SECONDS
+from dataset.arrays import POLL_SECONDS
 
 from .conversations import (
     adapter_records,

@@ -29,8 +29,7 @@ from common import (
     report_user_errors,
     user_path,
 )
-from dataset import PaddedRows, PretrainDataset, SFTDataset, collate, open_dataset
-from dataset.records import language
+from dataset import PaddedRows, PretrainDataset, SFTDataset, collate, dataset_kind, language
 from model import (
     LMConfig,
     MiniMindLM,
@@ -88,14 +87,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def roles_of(ids: np.ndarray, tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
-    """The role of the message that each id (T,) of a conversation belongs to: (T,) str."""
-    starts = np.flatnonzero(ids == tokenizer.bos_token_id)  # a message is `<s>role\n…</s>\n`
-    messages = np.split(ids, starts)[1:]
-    roles = [tokenizer.decode(message[1:]).partition("\n")[0] for message in messages]
-    return np.repeat(roles, [len(message) for message in messages])
-
-
 @torch.no_grad()
 def score_samples(
     model: MiniMindLM,
@@ -117,7 +108,7 @@ def score_samples(
     """
     lengths = dataset.lengths(0, max_samples)
     order = np.argsort(lengths, kind="stable").tolist()
-    rows = PaddedRows(dataset)
+    rows, is_chat = PaddedRows(dataset), isinstance(dataset, SFTDataset)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = collate([rows[i] for i in chosen])
@@ -131,9 +122,7 @@ def score_samples(
                 tokenizer.decode(ids, skip_special_tokens=False),
                 losses[row, :length].cpu().numpy(),
                 (batch["loss_mask"][row, :length] > 0).numpy(),
-                roles_of(ids, tokenizer)[1:]
-                if isinstance(dataset, SFTDataset)
-                else np.full(length, "text"),
+                np.array(dataset.roles(index)[1:] if is_chat else ["text"] * length),
             )
 
 
@@ -245,8 +234,9 @@ def main() -> None:
     shape = LMConfig(vocab_size=len(tokenizer))
     model = load_model(args.weights, shape, tokenizer_hash(tokenizer)).to(device).eval()
     check_context(args.max_seq_len, model.config)
-    dataset = open_dataset(
-        ensure_sample(args.data_path),
+    path = ensure_sample(args.data_path)
+    dataset = dataset_kind(path)(
+        path,
         tokenizer,
         args.max_seq_len + 1,
         cache_dir=args.cache_dir,

@@ -29,7 +29,7 @@ from model import (
     LMConfig,
     MiniMindLM,
     choose_device,
-    load_adapter,
+    load_lora,
     load_model,
     load_tokenizer,
     tokenizer_hash,
@@ -98,7 +98,7 @@ def load(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
     if not plus or path.is_file():
         return load_model(path, shape, tokenizer_hash)
     model = load_model(Path(f"{base}.pth"), shape, tokenizer_hash)
-    load_adapter(user_path(adapter), model)
+    load_lora(model, user_path(adapter))
     return model
 
 

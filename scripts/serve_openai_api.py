@@ -12,21 +12,17 @@ import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from common import (
-    ROOT,
     UserError,
     make_parser,
-    name_or_path,
     non_negative_int,
+    port,
     positive_float,
     positive_int,
     report_user_errors,
-    user_path,
 )
-from inference.listening import listen, port
-from training import find_processes
+from inference import add_model_arguments, listen, open_pool
 
 PATIENCE = 5  # seconds that answers may still take when the server ends
 
@@ -35,21 +31,8 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser("Serve MiniMind by OpenAI's API.")
     models = parser.add_argument_group("models")
-    models.add_argument("--out_dir", type=user_path, default=Path("out"), help="where weights are")
-    models.add_argument(
-        "--weight",
-        type=name_or_path,
-        help="the name of one of them, a .pth file, or a folder: offer it alone",
-    )
-    models.add_argument("--quantize", choices=("int8",), help="weights of 8 bits, on a CPU")
-    models.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
+    add_model_arguments(models)
     models.add_argument("--max_models", type=positive_int, default=2, help="that stay in memory")
-    models.add_argument(
-        "--tokenizer_path",
-        type=user_path,
-        default=ROOT / "model" / "minimind_tokenizer",
-        help="folder",
-    )
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", help="0.0.0.0: also other machines")
     network.add_argument("--port", type=port, default=8000, help="0: any that is free")
@@ -90,15 +73,11 @@ def main() -> None:
     try:
         import uvicorn
 
-        from inference import WeightSpec
         from inference.api import Limits, create_app
-        from inference.pool import ModelPool
     except ImportError as error:
         raise UserError(f"needs {error.name}: pip install -r scripts/requirements.txt") from None
-    device = find_processes(args.device, ddp=False).device
-    spec = WeightSpec(args.out_dir, args.tokenizer_path, weight=args.weight)
-    pool = ModelPool(spec, device, args.quantize, args.max_batch, args.max_queue, args.max_models)
-    names = list(pool.offers())
+    pool = open_pool(args, args.max_batch, args.max_queue, args.max_models)
+    names = list(pool.cards())
     if not names:
         raise UserError(
             f"--out_dir {args.out_dir}: no weights of this tokenizer there; --out_dir and "

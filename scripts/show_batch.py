@@ -29,7 +29,7 @@ from common import (
     report_user_errors,
     user_path,
 )
-from dataset import PackedRows, open_dataset
+from dataset import PackedRows, dataset_kind
 from model import load_tokenizer
 from sample_world import SAMPLE, ensure_sample
 
@@ -113,8 +113,9 @@ def main() -> None:
     """Show one sample or row."""
     args = parse_args()
     tokenizer = load_tokenizer(args.tokenizer_path)
-    dataset = open_dataset(
-        ensure_sample(args.data_path),
+    path = ensure_sample(args.data_path)
+    dataset = dataset_kind(path)(
+        path,
         tokenizer,
         args.max_seq_len + 1,
         cache_dir=args.cache_dir,

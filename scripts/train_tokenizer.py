@@ -6,9 +6,8 @@ The tokenizer in model/minimind_tokenizer is the result of
         <data>/dpo_real.jsonl=6 --out_dir model/minimind_tokenizer --overwrite
 
 `PATH=WEIGHT` counts a file's records WEIGHT times (default 1; 0.25 takes every fourth record).
-A line of JSONL may be {"text"}, {"conversations" or "messages": [...]} with role/content or
-from/value, {"chosen"} with or without {"prompt"} (of a preference pair, the chosen side alone is
-read), or {"instruction", "input", "output"}.
+A record may be of any kind that a training stage reads; of a preference pair, the chosen side alone
+is counted.
 
 How text is cut before merging (PRE_TOKENS), and why:
 
@@ -31,22 +30,28 @@ in the command above keep the manuals, most of the text there is, from filling t
 were chosen by bytes per token on held-out files of all three kinds.
 """
 
+import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
+
 import argparse
 import hashlib
 import json
 import math
-import os
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from common import user_path
-from dataset.records import LANGUAGES, language
+from common import (
+    UserError,
+    make_parser,
+    report_user_errors,
+    user_path,
+    write_atomically,
+)
+from dataset import LANGUAGES, RecordError, check_file, language, read_records, record_text
 
 CONTROL_TOKENS = [
     "<pad>",
@@ -137,71 +142,13 @@ TOKENIZER_CONFIG = {
 }
 
 
-class UserError(Exception):
-    """What the user can fix; `str()` of it is the one line to print."""
-
-
 def read_texts(path: Path) -> Iterator[str]:
-    """The text of each record of a JSONL file, in order. Raises UserError: `file:line: reason`."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield record_text(json.loads(line.decode("utf-8-sig")))
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{path}:{number}: {_reason(error)}") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-
-
-def _reason(error: Exception) -> str:
-    """Why a line cannot be used, in a few words."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"broken JSON: {error.msg} at column {error.colno}"
-    if isinstance(error, UnicodeDecodeError):
-        return f"invalid UTF-8 at byte {error.start + 1}"
-    if isinstance(error, UnicodeEncodeError):
-        return "holds a lone surrogate"
-    return str(error)
-
-
-def record_text(record: Any) -> str:
-    """All text of one record, its parts joined by a newline. Raises ValueError with a reason."""
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
-    messages = record.get("conversations", record.get("messages"))
-    if "text" in record:
-        parts = [record["text"]]
-    elif messages is not None:
-        parts = [record.get("system"), *_contents(messages)]
-    elif "chosen" in record:
-        parts = [*_contents(record.get("prompt")), *_contents(record["chosen"])]
-    elif "instruction" in record:
-        parts = [record.get(key) for key in ("system", "instruction", "input", "output")]
-    else:
-        raise ValueError("none of text, conversations, messages, chosen, instruction")
-    for part in parts:
-        if not isinstance(part, str | None):
-            raise ValueError(f"text expected, not {json.dumps(part, ensure_ascii=False):.40}")
-    text = "\n".join(part for part in parts if part)
-    if not text.strip():
-        raise ValueError("no text")
-    text.encode("utf-8")  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
-    return text
-
-
-def _contents(messages: Any) -> list[Any]:
-    """The contents of a list of messages; a bare string is its own content."""
-    if not isinstance(messages, list):
-        return [messages]
-    contents = []
-    for message in messages:
-        if not isinstance(message, dict):
-            raise ValueError("a message is not a JSON object")
-        if not message.keys() & {"content", "value"}:
-            raise ValueError("a message has no content")
-        contents += [message.get("reasoning_content"), message.get("content", message.get("value"))]
-    return contents
+    """The text of each record of a file, in order. Raises UserError: `file:line: reason`."""
+    for number, line in read_records(path):
+        try:
+            yield record_text(line)
+        except RecordError as error:
+            raise UserError(f"{path}:{number}: {error}") from None
 
 
 def training_texts(files: list[tuple[Path, float]], keep_repeats: bool = False) -> Iterator[str]:
@@ -254,16 +201,11 @@ def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 def save(tokenizer: Tokenizer, out_dir: Path) -> None:
     """Write what `AutoTokenizer.from_pretrained(out_dir)` needs, each file whole or not at all."""
-    out_dir.mkdir(parents=True, exist_ok=True)
     config = json.dumps(TOKENIZER_CONFIG, ensure_ascii=False, indent=2)
     contents = {VOCABULARY_FILE: tokenizer.to_str(pretty=True), CONFIG_FILE: config}
     for name, text in contents.items():
-        temporary = out_dir / f"{name}.tmp"
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(out_dir / name)
+        content = f"{text}\n".encode()
+        write_atomically(out_dir / name, lambda file, content=content: file.write(content))
 
 
 def bytes_per_token(tokenizer: Tokenizer, path: Path) -> dict[str, tuple[int, int]]:
@@ -302,21 +244,18 @@ def weighted_path(argument: str) -> tuple[Path, float]:
     return user_path(path), number
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     """Read the command line. Raises UserError before anything is trained or written."""
-    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer on JSONL files.")
+    parser = make_parser("Train a byte-level BPE tokenizer on JSONL files.")
     parser.add_argument("files", nargs="+", metavar="FILE[=WEIGHT]", help="training text")
-    parser.add_argument(
-        "--out_dir", type=user_path, required=True, help="where the tokenizer is saved"
-    )
-    parser.add_argument("--vocab_size", type=int, default=6400, help="entries (default: 6400)")
+    parser.add_argument("--out_dir", type=user_path, required=True, help="folder to save it in")
+    parser.add_argument("--vocab_size", type=int, default=6400, help="number of entries")
     parser.add_argument(
         "--eval",
         nargs="+",
         type=user_path,
-        default=[],
         metavar="FILE",
-        help="held-out text for the final report (default: the training text)",
+        help="held-out text for the final report; default: the training text",
     )
     parser.add_argument(
         "--keep_repeats", action="store_true", help="count a line as often as it occurs"
@@ -325,9 +264,9 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
 
     args.files = [weighted_path(argument) for argument in args.files]
+    args.eval = args.eval or [path for path, _ in args.files]
     for path in [*(path for path, _ in args.files), *args.eval]:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file")
+        check_file(path)
     smallest = len(CONTROL_TOKENS) + len(pre_tokenizers.ByteLevel.alphabet())
     if args.vocab_size < smallest:
         raise UserError(f"--vocab_size {args.vocab_size}: at least {smallest} are needed")
@@ -341,22 +280,19 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Train, save, report."""
+    args = parse_args()
+    tokenizer = train(training_texts(args.files, args.keep_repeats), args.vocab_size)
+    entries = tokenizer.get_vocab_size()
+    if entries < args.vocab_size:
+        raise UserError(f"--vocab_size {args.vocab_size}: the text yields only {entries}")
     try:
-        args = parse_arguments()
-        tokenizer = train(training_texts(args.files, args.keep_repeats), args.vocab_size)
-        entries = tokenizer.get_vocab_size()
-        if entries < args.vocab_size:
-            raise UserError(f"--vocab_size {args.vocab_size}: the text yields only {entries}")
-        try:
-            save(tokenizer, args.out_dir)
-        except OSError as error:
-            raise UserError(f"--out_dir {args.out_dir}: {error.strerror}") from None
-        print(f"{entries:,} entries in {args.out_dir}")
-        report(tokenizer, args.eval or [path for path, _ in args.files])
-    except UserError as error:
-        print(f"train_tokenizer.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        save(tokenizer, args.out_dir)
+    except OSError as error:
+        raise UserError(f"--out_dir {args.out_dir}: {error.strerror}") from None
+    print(f"{entries:,} entries in {args.out_dir}")
+    report(tokenizer, args.eval)
 
 
 if __name__ == "__main__":
-    main()
+    with report_user_errors(UserError):
+        main()

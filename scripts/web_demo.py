@@ -12,33 +12,16 @@ import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
 import argparse
 import os
 import sys
-from pathlib import Path
 
-from common import ROOT, UserError, make_parser, name_or_path, report_user_errors, user_path
-from inference import WeightSpec
+from common import UserError, make_parser, port, report_user_errors, user_path
+from inference import add_model_arguments, listen, open_pool
 from inference.backends import Backend, Endpoint, LocalModels
-from inference.listening import listen, port
-from inference.pool import ModelPool
-from training import find_processes
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser("Talk to MiniMind in a browser.")
-    parser.add_argument("--out_dir", type=user_path, default=Path("out"), help="where weights are")
-    parser.add_argument(
-        "--weight",
-        type=name_or_path,
-        help="the name of one of them, a .pth file, or a folder: offer it alone",
-    )
-    parser.add_argument("--quantize", choices=("int8",), help="weights of 8 bits, on a CPU")
-    parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
-    parser.add_argument(
-        "--tokenizer_path",
-        type=user_path,
-        default=ROOT / "model" / "minimind_tokenizer",
-        help="folder",
-    )
+    add_model_arguments(parser)
     parser.add_argument("--endpoint", help="a server's address with /v1, instead of weights here")
     parser.add_argument("--api_key", help="what that server asks for; default: OPENAI_API_KEY")
     parser.add_argument("--chats_dir", type=user_path, help="default: chats in --out_dir")
@@ -59,9 +42,7 @@ def make_backend(args: argparse.Namespace) -> Backend:
     """
     if args.endpoint is not None:
         return Endpoint(args.endpoint, args.api_key or os.environ.get("OPENAI_API_KEY"))
-    device = find_processes(args.device, ddp=False).device
-    spec = WeightSpec(args.out_dir, args.tokenizer_path, weight=args.weight)
-    return LocalModels(ModelPool(spec, device, args.quantize, rows=4, queue=16, loaded=2))
+    return LocalModels(open_pool(args, rows=4, queue=16, loaded=2))
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import streamlit as st
 
 from inference.backends import Backend, Settings
-from inference.conversations import Conversation, TalkStore
+from inference.conversations import Conversation, ConversationStore
 
 TEXTS = {
     "English": {
@@ -66,52 +66,52 @@ def open_backend(_make: Callable[[], Backend]) -> Backend:
     return _make()
 
 
-def current_talk(store: TalkStore) -> Conversation:
+def current_conversation(store: ConversationStore) -> Conversation:
     """The conversation that the page's address names, or a new one."""
-    if "talk" not in st.session_state:
-        st.session_state.talk = store.get(st.query_params.get("chat", "")) or Conversation()
-    return st.session_state.talk
+    if "conversation" not in st.session_state:
+        st.session_state.conversation = store.get(st.query_params.get("chat", "")) or Conversation()
+    return st.session_state.conversation
 
 
-def show(talk: Conversation) -> None:
+def show(conversation: Conversation) -> None:
     """Turn to a conversation."""
-    st.session_state.talk = talk
+    st.session_state.conversation = conversation
     st.session_state.pop("partial", None)
     st.session_state.pop("failed", None)
-    st.query_params["chat"] = talk.id
+    st.query_params["chat"] = conversation.id
 
 
-def keep_partial(store: TalkStore) -> None:
+def save_partial(store: ConversationStore) -> None:
     """Make what was written of an answer, before it was broken off, the answer.
 
     Where nothing was written the question is taken back, as conversations are of whole exchanges.
     """
-    talk: Conversation = st.session_state.talk
+    conversation: Conversation = st.session_state.conversation
     if not st.session_state.pop("answering", False):
         return
     if answer := st.session_state.pop("partial", ""):
-        talk.messages.append({"role": "assistant", "content": answer})
-        store.keep(talk)
+        conversation.messages.append({"role": "assistant", "content": answer})
+        store.save(conversation)
     else:
         take_back(store)
 
 
-def take_back(store: TalkStore) -> None:
+def take_back(store: ConversationStore) -> None:
     """Forget the last message."""
-    talk: Conversation = st.session_state.talk
-    talk.messages.pop()
-    store.keep(talk)
+    conversation: Conversation = st.session_state.conversation
+    conversation.messages.pop()
+    store.save(conversation)
 
 
-def undo(store: TalkStore) -> None:
+def undo(store: ConversationStore) -> None:
     """Forget the last exchange."""
-    talk: Conversation = st.session_state.talk
-    talk.undo()
-    store.keep(talk)
+    conversation: Conversation = st.session_state.conversation
+    conversation.undo()
+    store.save(conversation)
 
 
 def sidebar(
-    backend: Backend, store: TalkStore, talk: Conversation
+    backend: Backend, store: ConversationStore, conversation: Conversation
 ) -> tuple[dict[str, str], Settings]:
     """Everything beside the conversation: texts in the chosen language, and the settings."""
     with st.sidebar:
@@ -122,8 +122,8 @@ def sidebar(
         )
         texts = TEXTS[language or names[chinese]]
         if st.button(texts["new"], icon=":material/add:", use_container_width=True):
-            keep_partial(store)
-            show(Conversation(system=talk.system, model=talk.model))
+            save_partial(store)
+            show(Conversation(system=conversation.system, model=conversation.model))
             st.rerun()
         try:
             models = list_models(backend)
@@ -134,13 +134,15 @@ def sidebar(
             if not models:
                 st.info(texts["none"])
         if models:
-            chosen = models.index(talk.model) if talk.model in models else 0
-            talk.model = st.selectbox(texts["model"], models, index=chosen)
+            chosen = models.index(conversation.model) if conversation.model in models else 0
+            conversation.model = st.selectbox(texts["model"], models, index=chosen)
         if st.button(texts["reload"], type="tertiary", icon=":material/refresh:"):
             list_models.clear()
             model_chats.clear()
             st.rerun()
-        talk.system = st.text_area(texts["system"], talk.system, height=80, key=f"s{talk.id}")
+        conversation.system = st.text_area(
+            texts["system"], conversation.system, height=80, key=f"s{conversation.id}"
+        )
         with st.expander(texts["settings"]):
             settings = Settings(
                 # Their keys keep what is set when the language changes.
@@ -152,23 +154,29 @@ def sidebar(
                 ),
                 seed=st.number_input(texts["seed"], 0, value=None, step=1, key="seed"),
             )
-        if talk.messages:
+        if conversation.messages:
             st.download_button(
-                texts["json"], talk.training_line(), f"{talk.id}.jsonl", use_container_width=True
+                texts["json"],
+                conversation.training_line(),
+                f"{conversation.id}.jsonl",
+                use_container_width=True,
             )
             st.download_button(
-                texts["markdown"], talk.markdown(), f"{talk.id}.md", use_container_width=True
+                texts["markdown"],
+                conversation.markdown(),
+                f"{conversation.id}.md",
+                use_container_width=True,
             )
             if st.button(texts["delete"], use_container_width=True):
-                store.delete(talk)
+                store.delete(conversation)
                 st.session_state.pop("answering", None)
-                show(Conversation(model=talk.model))
+                show(Conversation(model=conversation.model))
                 st.rerun()
         st.subheader(texts["chats"])
         for other in store.list():
-            kind = "primary" if other.id == talk.id else "tertiary"
+            kind = "primary" if other.id == conversation.id else "tertiary"
             if st.button(other.title or texts["empty"], key=other.id, type=kind):
-                keep_partial(store)
+                save_partial(store)
                 show(other)
                 st.rerun()
     return texts, settings
@@ -188,8 +196,8 @@ def model_chats(_backend: Backend, model: str) -> bool:
 
 def answer(
     backend: Backend,
-    store: TalkStore,
-    talk: Conversation,
+    store: ConversationStore,
+    conversation: Conversation,
     texts: dict[str, str],
     settings: Settings,
 ) -> None:
@@ -198,8 +206,8 @@ def answer(
     The button makes Streamlit start the page anew: what was written so far is in `partial`.
     """
     st.session_state.answering, st.session_state.partial = True, ""
-    st.button(texts["stop"], icon=":material/stop_circle:", on_click=keep_partial, args=(store,))
-    pieces = backend.stream(talk.model, talk.prompt(), settings)
+    st.button(texts["stop"], icon=":material/stop_circle:", on_click=save_partial, args=(store,))
+    pieces = backend.stream(conversation.model, conversation.prompt(), settings)
 
     def noted() -> Iterator[str]:
         for piece in pieces:
@@ -210,10 +218,10 @@ def answer(
         with st.chat_message("assistant"):
             st.write_stream(noted())
     except Exception as error:  # of any kind, from a model here or a client that others wrote
-        st.session_state.failed = (f"{error}", talk.messages[-1]["content"])
+        st.session_state.failed = (f"{error}", conversation.messages[-1]["content"])
     finally:
         pieces.close()
-    keep_partial(store)
+    save_partial(store)
     st.rerun()
 
 
@@ -226,19 +234,19 @@ def draw(make_backend: Callable[[], Backend], chats_dir: Path) -> None:
     """
     st.set_page_config("MiniMind", layout="centered")  # icons but Streamlit's come from elsewhere
     backend = open_backend(make_backend)
-    store = TalkStore(chats_dir)
-    talk = current_talk(store)
-    keep_partial(store)  # of an answer that a reload or another widget broke off
-    texts, settings = sidebar(backend, store, talk)
+    store = ConversationStore(chats_dir)
+    conversation = current_conversation(store)
+    save_partial(store)  # of an answer that a reload or another widget broke off
+    texts, settings = sidebar(backend, store, conversation)
     st.title("MiniMind")
-    if not talk.model:
+    if not conversation.model:
         return
-    if not model_chats(backend, talk.model):
+    if not model_chats(backend, conversation.model):
         st.caption(texts["continues"])
-    for message in talk.messages:
+    for message in conversation.messages:
         with st.chat_message(message["role"]):
             st.markdown(message["content"])
-    if talk.messages and talk.messages[-1]["role"] == "assistant":
+    if conversation.messages and conversation.messages[-1]["role"] == "assistant":
         left, right = st.columns(2)
         left.button(texts["again"], on_click=take_back, args=(store,), type="tertiary")
         right.button(texts["undo"], on_click=undo, args=(store,), type="tertiary")
@@ -248,11 +256,13 @@ def draw(make_backend: Callable[[], Backend], chats_dir: Path) -> None:
         st.code(question, language=None)  # to be copied, and mended
     if text := st.chat_input(texts["say"]):
         st.session_state.pop("failed", None)
-        talk.messages.append({"role": "user", "content": text})
-        store.keep(talk)
+        conversation.messages.append({"role": "user", "content": text})
+        store.save(conversation)
         with st.chat_message("user"):
             st.markdown(text)
-    if talk.messages:
-        st.query_params["chat"] = talk.id  # which is another one after a conflict of two windows
-    if talk.messages and talk.messages[-1]["role"] == "user":
-        answer(backend, store, talk, texts, settings)
+    if conversation.messages:
+        st.query_params["chat"] = (
+            conversation.id
+        )  # which is another one after a conflict of two windows
+    if conversation.messages and conversation.messages[-1]["role"] == "user":
+        answer(backend, store, conversation, texts, settings)

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from common import UserError
 from dataset import ChatEncoder, parse_chat, render_chat
 from dataset.records import RecordError
+from dataset.token_store import ROLES
 
 encoder = ChatEncoder(tokenizer)
 backend = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
@@ -31,10 +32,15 @@ def encode_text(text: str) -> list[int]:
 
 
 def encode_chat(messages, tools=(), **options):
-    """Ids and weights of one conversation."""
+    """Ids and weights of one conversation; its messages are where the control tokens say."""
     encoded = encoder.encode([render_chat(messages, tools, **options)])
     assert encoded.lengths.tolist() == [len(encoded.ids)] == [len(encoded.weights)]
-    return encoded.ids.tolist(), encoded.weights.tolist()
+    ids = encoded.ids.tolist()
+    assert encoded.messages.tolist() == [i for i, id_ in enumerate(ids) if id_ == START]
+    for start, role in zip(encoded.messages.tolist(), encoded.roles, strict=True):
+        header = encode_text(f"{ROLES[role]}\n")
+        assert ids[start + 1 : start + 1 + len(header)] == header
+    return ids, encoded.weights.tolist()
 
 
 def template_ids(messages, tools=(), **options) -> list[int]:
@@ -357,7 +363,8 @@ def test_another_tokenizer_with_other_ids(files):
     assert theirs.ids.tolist() == [6399 - id_ for id_ in ours.ids.tolist()]
     assert theirs.weights.tolist() == ours.weights.tolist()
     assert other.key != encoder.key
-    assert (other.start, other.end_think) == (6398, 6391)
+    assert theirs.messages.tolist() == ours.messages.tolist()
+    assert other.end_think == 6391
     assert other.byte_counts.tolist() == encoder.byte_counts.tolist()[::-1]
 
 

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from inference import ChatModel, TextStream
 from inference.answers import Question, new_file
-from inference.scoring import compare_answers
+from inference.scoring import compare_answers, rouge_scorer
 from model import MiniMindLM, apply_lora, save_lora
 
 
@@ -346,11 +346,11 @@ def test_tools_are_told_as_the_chat_template_does(tokenizer, start):
             messages, tools=TOOLS, add_generation_prompt=True, return_dict=False
         )
 
-    assert chat_model.fitting_chat_ids(messages, 0, TOOLS) == template(messages)
+    assert chat_model.chat_ids(messages, TOOLS, 0) == template(messages)
     short = [*CALLED[start:1], messages[-1]]
     length = len(template(short))
     chat_model.model.config.max_seq_len = 2 * length
-    assert chat_model.fitting_chat_ids(messages, length, TOOLS) == template(short)
+    assert chat_model.chat_ids(messages, TOOLS, length) == template(short)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -596,7 +596,7 @@ def test_work_that_fails_leaves_no_output(tmp_path):
 def test_scores_of_answers_by_hand(capsys, wanted, given, bleu, rouge):
     """BLEU and ROUGE-L worked out, chrF as sacrebleu scores answers against references."""
     questions = [Question({}, [1], "?", text) for text in wanted]
-    compare_answers(questions, given, None)
+    compare_answers(questions, given, rouge_scorer())
     chrf = sacrebleu.corpus_chrf(given, [wanted]).score
     said = capsys.readouterr().out
     assert f"BLEU {bleu:.1f}, chrF {chrf:.1f}, ROUGE-L {rouge:.1f}" in said

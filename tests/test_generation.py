@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
 )
 
 from model import MiniMindLM, TorchDecoder
-from model.decoder import CHUNK, KEPT
+from model.decoder import CHUNK, PREFIXES
 from model.sampling import History, Sampling, penalise, probabilities, sample
 
 NEVER = -1  # an end token that no row ever writes
@@ -286,12 +286,13 @@ def test_the_distribution_is_that_of_transformers_warpers(setting):
 def test_penalties_of_what_occurred():
     logits = torch.randn(2, 300, generator=torch.manual_seed(3)) * 3
     prompts = random_ids(2, 40)
-    history = History(list(prompts), 300, logits.device)
+    histories = [History(prompt.tolist(), 300, logits.device) for prompt in prompts]
     written = [[5, 9], [5, 7], [5, 9]]
     for tokens in written:
-        history.add(torch.tensor([0, 1]), torch.tensor(tokens))
+        for history, token in zip(histories, tokens, strict=True):
+            history.add(token)
     sampling = Sampling(repetition_penalty=1.3, frequency_penalty=0.7, presence_penalty=0.4)
-    found = penalise(logits, sampling, history.seen, history.written)
+    found = penalise(logits, sampling, histories)
     context = torch.cat((prompts, torch.tensor(written).T), dim=1)
     wanted = RepetitionPenaltyLogitsProcessor(1.3)(context, logits)
     for row, token, times in ((0, 5, 3), (1, 9, 2), (1, 7, 1)):
@@ -523,7 +524,7 @@ def test_a_row_that_was_left_is_gone_on_from(fed):
     decoder = TorchDecoder(model, rows=2)
     prompt = random_ids(1, 12)
     decoder.prefill(0, prompt[0].tolist())
-    decoder.keep(0)
+    decoder.cache_prefix(0)
     for seed in range(2):  # both rows hold something else now
         decoder.prefill(seed, random_ids(1, 9, seed=20 + seed)[0].tolist())
     fed.clear()
@@ -531,15 +532,15 @@ def test_a_row_that_was_left_is_gone_on_from(fed):
     out = model.generate(more, max_new_tokens=4, eos_token_id=NEVER, decoder=decoder)
     assert fed == [3, 1, 1, 1]
     assert torch.equal(out, greedy_loop(model, more, 4))
-    for seed in range(KEPT):
+    for seed in range(PREFIXES):
         decoder.prefill(1, random_ids(1, 9, seed=40 + seed)[0].tolist())
-        decoder.keep(1)
+        decoder.cache_prefix(1)
     decoder.prefill(0, [5, 6])
     fed.clear()
     decoder.prefill(0, prompt[0].tolist())
     assert fed == [12]
     decoder.release()
-    assert decoder.capacity == 0 and len(decoder.kept) == KEPT
+    assert decoder.capacity == 0 and len(decoder.prefix_cache) == PREFIXES
     assert torch.equal(
         model.generate(more, max_new_tokens=4, eos_token_id=NEVER, decoder=decoder), out
     )

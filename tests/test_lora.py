@@ -23,9 +23,9 @@ from tiny_models import (
     tiny,
 )
 
+from common import UserError
 from model import (
     LMConfig,
-    LoRA,
     MiniMindLM,
     apply_lora,
     load_lora,
@@ -35,7 +35,7 @@ from model import (
     use_lora,
     weights_hash,
 )
-from model.model_lora import TARGETS, active_lora, adapters, base_state, lora_state
+from model.model_lora import TARGETS, LoRA, active_lora, adapters, base_state, lora_state
 
 PEFT_NAMES = {
     "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",
@@ -184,7 +184,7 @@ def test_an_adapter_is_in_the_mode_of_its_model(training):
         ({"alpha": 0}, "alpha must be above 0"),
         ({"dropout": 1}, r"dropout must be in \[0, 1\)"),
         ({"target_modules": []}, "needs a target"),
-        ({"target_modules": ["output"]}, "no adapter sits on 'output'"),
+        ({"target_modules": ["output"]}, "'output' gets no adapter"),
         ({"name": ""}, "cannot be named"),
         ({"name": "a.b"}, "cannot be named"),
         ({"name": "keys"}, "cannot be named"),
@@ -249,22 +249,25 @@ def test_another_base_is_refused(tmp_path, other):
     save_lora(adapted(), tmp_path / "a.pth")
     model = other()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="another base"):
+    with pytest.raises(UserError, match="another base"):
         load_lora(model, tmp_path / "a.pth")
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert adapters(model) == []
 
 
-def test_matrices_of_another_shape_are_refused():
+def test_matrices_of_another_shape_are_refused(tmp_path):
     model = adapted(rank=2)
     saved = {"lora": {"rank": 3, "alpha": 1.0, "dropout": 0.0, "target_modules": list(TARGETS)}}
     saved |= {"base": weights_hash(tiny()), "weights": lora_state(model)}
-    with pytest.raises(ValueError, match=r"layers.0.attention.wq.A is \(2, 32\) there, \(3, 32\)"):
-        load_lora(tiny(), saved)
-    with pytest.raises(ValueError, match="not an adapter"):
-        load_lora(tiny(), {"weights": {}})
-    with pytest.raises(ValueError, match="no adapter is in use"):
-        save_lora(tiny(), None)
+    path = tmp_path / "a.pth"
+    torch.save(saved, path)
+    with pytest.raises(UserError, match=r"layers.0.attention.wq.A is \(2, 32\) there, \(3, 32\)"):
+        load_lora(tiny(), path)
+    torch.save({"weights": {}}, path)
+    with pytest.raises(UserError, match="not an adapter"):
+        load_lora(tiny(), path)
+    with pytest.raises(ValueError, match="no adapter is active"):
+        save_lora(tiny(), path)
 
 
 # Merging
@@ -298,14 +301,14 @@ def test_what_cannot_be_done_while_merged(tmp_path):
         merge_lora,
         functools.partial(apply_lora, name="b"),
         functools.partial(use_lora, name=None),
-        functools.partial(save_lora, file=tmp_path / "a.pth"),
+        functools.partial(save_lora, path=tmp_path / "a.pth"),
         weights_hash,
     ):
         with pytest.raises(ValueError, match="merged"):
             change(model)
     unmerge_lora(model)
     use_lora(model, None)
-    with pytest.raises(ValueError, match="no adapter is in use"):
+    with pytest.raises(ValueError, match="no adapter is active"):
         merge_lora(model)
 
 

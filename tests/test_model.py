@@ -158,7 +158,7 @@ def complex_pairs(x: Tensor) -> Tensor:
     return torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
 
 
-def test_pos_cis_is_the_complex_exponential_of_position_times_frequency():
+def test_rotary_cos_sin_is_the_complex_exponential_of_position_times_frequency():
     positions = torch.tensor([[0, 1, 7], [100, 2000, 8191]])
     table = rotary_cos_sin(8, positions, theta=1e6)
     frequencies = torch.tensor([1.0, 1e6 ** (-2 / 8), 1e6 ** (-4 / 8), 1e6 ** (-6 / 8)]).double()

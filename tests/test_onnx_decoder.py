@@ -120,5 +120,5 @@ def test_8_bits_come_close():
 
 
 def test_heads_that_it_cannot_take():
-    with pytest.raises(ValueError, match="heads of 8"):
+    with pytest.raises(ValueError, match="head size 8"):
         OnnxDecoder(tiny())

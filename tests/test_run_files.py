@@ -29,7 +29,7 @@ from tiny_models import random_model, save_tuned
 
 from common import UserError, is_run_name
 from inference import WeightSpec
-from inference.weights import find_adapter, stage_weights
+from inference.loading import find_adapter, find_weights
 from model import LMConfig, resolve_weights
 from training import Run, find_processes, lock_run, run_files
 
@@ -406,7 +406,7 @@ def test_names_mean_files(tmp_path, tokenizer):
         "c": "full_sft_32_moe_c",
     }
     for name, file in meant.items():
-        assert stage_weights(WeightSpec(weight=name, **spec), shape).stem == file
+        assert find_weights(WeightSpec(weight=name, **spec), shape).stem == file
     for name in ("full_sft", "full_sft_32_a", "b"):
         assert resolve_weights("--from_weight", name, tmp_path, shape).stem == meant[name]
     with pytest.raises(UserError, match="--from_weight a: name one of dpo_32_a, full_sft_32_a"):

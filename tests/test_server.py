@@ -28,10 +28,9 @@ from tiny_models import greedy_answer, random_model, save_tuned
 from common import UserError
 from inference import WeightSpec
 from inference.api import Limits, create_app
-from inference.api.loading import Loader
 from inference.batcher import Batcher, Closed, GenerationRequest, QueueFull
 from inference.pool import ModelPool
-from model import Sampling, TorchDecoder, apply_lora, save_lora
+from model import Sampling, SamplingLoop, TorchDecoder, apply_lora, save_lora
 from model.decoder import CHUNK
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -473,8 +472,8 @@ def test_a_client_that_leaves_frees_its_place(folder, tokenizer_dir, monkeypatch
 
 
 def collect(ids, events, new=1000, **more):
-    """A job whose events go into a list."""
-    return GenerationRequest(ids, new, Sampling(), None, events.append, **more)
+    """A greedy job whose events go into a list."""
+    return GenerationRequest(ids, new, **{"sampling": Sampling(), "emit": events.append, **more})
 
 
 def test_a_job_that_is_cancelled_takes_no_further_step(folder, tokenizer_dir):
@@ -487,7 +486,7 @@ def test_a_job_that_is_cancelled_takes_no_further_step(folder, tokenizer_dir):
         if len(events) == 5:
             job.cancelled = True
 
-    job = GenerationRequest([1, 5, 6], 1000, Sampling(), None, emit)
+    job = GenerationRequest([1, 5, 6], 1000, Sampling(), emit=emit)
     batcher.submit([job])
     eventually(lambda: events[-1:] == ["cancelled"])
     assert len(events) == 6 and lengths[:5] == [3, 4, 5, 6, 7]
@@ -500,23 +499,22 @@ def test_one_text_that_fails_leaves_the_others_alone(folder, tokenizer_dir, monk
     alone, others, broken, bad_choice = [], [], [], []
     batcher.submit([collect([1, 5, 6], alone, 200)])
     eventually(lambda: alone[-1:] == ["length"])
-    extend, choose = TorchDecoder._extend, Batcher._take
+    extend, sample = TorchDecoder._extend, SamplingLoop.sample
 
     def failing_extend(decoder, row, chunk, logits_to_keep):
         if 7 in chunk:
             raise MemoryError("no room")
         return extend(decoder, row, chunk, logits_to_keep)
 
-    def failing_take(self, job, *args):
-        if job.written == 3 and len(job.ids) == 2:
+    def failing_sample(loop, rows, logits):
+        if any(len(row.new_tokens) == 3 and len(row.ids) == 2 for row in rows):
             raise RuntimeError("no choice")
-        return choose(self, job, *args)
+        sample(loop, rows, logits)
 
     monkeypatch.setattr(TorchDecoder, "_extend", failing_extend)
-    monkeypatch.setattr(Batcher, "_take", failing_take)
-    batcher.submit(
-        [collect([1, 5, 6], others, 200), collect([1, 7], broken), collect([1, 9], bad_choice)]
-    )
+    monkeypatch.setattr(SamplingLoop, "sample", failing_sample)
+    drawn = collect([1, 9], bad_choice, sampling=Sampling(do_sample=True))
+    batcher.submit([collect([1, 5, 6], others, 200), collect([1, 7], broken), drawn])
     eventually(lambda: others[-1:] == ["length"])
     assert [type(event) for event in broken] == [MemoryError]
     assert type(bad_choice[-1]) is RuntimeError and len(bad_choice) == 4
@@ -625,36 +623,34 @@ def test_texts_beyond_the_places_end_as_far_as_they_came(folder, tokenizer_dir):
 
 def test_a_model_that_is_loaded_waits_for_no_other(folder, tokenizer_dir, answer, monkeypatch):
     """Two requests wait for one load; a third is too many; the loaded model answers meanwhile."""
-    loaders, begin = [], Loader.__init__
-
-    def noted(loader, pool):
-        begin(loader, pool)
-        loaders.append(loader)
-
-    monkeypatch.setattr(Loader, "__init__", noted)
     with serving(folder, tokenizer_dir, rows=1, queue=1) as (url, pool):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
         ask(client)
-        load, let, loads = pool.get, threading.Event(), []
+        find, read, go_on, requests, reads = pool.load, pool._read, threading.Event(), [], []
 
-        def slow(name):
-            loads.append(name)
-            assert let.wait(60)
-            return load(name)
+        def noted_load(name):
+            requests.append(name)
+            return find(name)
 
-        monkeypatch.setattr(pool, "get", slow)
+        def slow_read(card):
+            reads.append(card.path.stem)
+            assert go_on.wait(60)
+            return read(card)
+
+        monkeypatch.setattr(pool, "load", noted_load)
+        monkeypatch.setattr(pool, "_read", slow_read)
         with concurrent.futures.ThreadPoolExecutor(2) as threads:
-            with pytest.raises(openai.APITimeoutError):  # who leaves takes no place
+            with pytest.raises(openai.APITimeoutError):  # a client that leaves takes no place
                 ask(client.with_options(timeout=0.2), model="other_64")
-            eventually(lambda: loads and not loaders[0].waiting)
+            eventually(lambda: 'status="499"' in httpx.get(f"{url}/metrics").text)
             others = [threads.submit(ask, client, model="other_64") for _ in range(2)]
-            eventually(lambda: loaders[0].waiting == 2)
+            eventually(lambda: requests == ["other_64"] * 3)
             with pytest.raises(openai.RateLimitError):
                 ask(client, model="other_64")
             assert ask(client).choices[0].message.content == answer(HI, 12)
-            let.set()
-            said = {other.result().choices[0].message.content for other in others}
-        assert len(said) == 1 and loads == ["other_64"]
+            go_on.set()
+            texts = {other.result().choices[0].message.content for other in others}
+        assert len(texts) == 1 and reads == ["other_64"]
 
 
 def test_a_model_that_cannot_be_loaded_tells_no_paths(folder, tokenizer_dir, tokenizer, tmp_path):
@@ -1032,7 +1028,7 @@ def test_requests_that_nobody_thought_of(server):
 
 
 def test_a_bug_is_an_error_object_too(server, monkeypatch):
-    monkeypatch.setattr(ModelPool, "offers", lambda pool: 1 / 0)
+    monkeypatch.setattr(ModelPool, "cards", lambda pool: 1 / 0)
     done = httpx.get(f"{server}/v1/models")
     assert done.status_code == 500 and done.json()["error"]["type"] == "server_error"
     assert 'path="/v1/models",status="500"' in httpx.get(f"{server}/metrics").text
@@ -1040,7 +1036,7 @@ def test_a_bug_is_an_error_object_too(server, monkeypatch):
     def late(pool):
         raise TimeoutError("of a drive")
 
-    monkeypatch.setattr(ModelPool, "offers", late)
+    monkeypatch.setattr(ModelPool, "cards", late)
     assert httpx.get(f"{server}/v1/models").status_code == 500
 
 
@@ -1061,23 +1057,24 @@ def test_what_cannot_be_read_is_not_offered(folder, tokenizer_dir, tokenizer, tm
     torch.save({"x": torch.ones(1)}, out / "lora" / "other.pth")
     torch.save(torch.ones(1), out / "lora" / "plain.pth")
     pool = open_pool(out, tokenizer_dir)
-    assert list(pool.offers()) == ["full_sft_64", "it_64"]
+    assert list(pool.cards()) == ["full_sft_64", "it_64"]
     assert pool.get("full_sft_64").chat_model.name == "full_sft_64"
     save_tuned(random_model(dim=64), out, tokenizer, "dpo_64")  # newer, and damaged
     (out / "dpo_64.pth").write_bytes(b"")
     assert pool.get("it_64").chat_model.name == "full_sft_64+it_64"
-    pool.close()
     save_tuned(random_model(1, dim=64), out, tokenizer, "pretrain_64", "pretrain")
     words = open_pool(out, tokenizer_dir, weight=str(out / "pretrain_64.pth"))
-    assert not words.offers()["pretrain_64"].chats
+    assert not words.cards()["pretrain_64"].chats
     alone = open_pool(out, tokenizer_dir, weight=str(out / "full_sft_64.pth"))
-    assert list(alone.offers()) == ["full_sft_64"]
-    assert list(open_pool(out, tokenizer_dir, weight="full_sft_64").offers()) == ["full_sft_64"]
+    assert list(alone.cards()) == ["full_sft_64"]
+    assert list(open_pool(out, tokenizer_dir, weight="full_sft_64").cards()) == ["full_sft_64"]
     (out / "full_sft_64.pth").unlink()
     with pytest.raises(UserError, match="it_64"):
+        pool.models.pop("it_64")
         pool.get("it_64")
     with pytest.raises(UserError, match="--weight"):
         open_pool(out, tokenizer_dir, weight="full_sft")
+    pool.close()
 
 
 def save_again(out, tokenizer, seed, when, name="full_sft_64", stage="full_sft"):
@@ -1221,15 +1218,15 @@ def test_retrained_adapters_folders_and_tokenizers_are_seen(
     settings = words / "tokenizer.json"
     whole = settings.read_text(encoding="utf-8")
     settings.write_text(whole[:1000], encoding="utf-8")
-    assert pool.get("full_sft_64") is base and "pretrain_64" in pool.offers()
+    assert pool.get("full_sft_64") is base and "pretrain_64" in pool.cards()
     assert "tokenizer" in caplog.records[0].getMessage()
     other = json.loads(whole)
     other["added_tokens"][-1]["content"] = "<|another|>"
     settings.write_text(json.dumps(other), encoding="utf-8")
     assert pool.get("full_sft_64") is base  # whose tokens are the old ones
-    assert "full_sft_64" in pool.offers() and "pretrain_64" not in pool.offers()
+    assert "full_sft_64" in pool.cards() and "pretrain_64" not in pool.cards()
     settings.write_text(whole, encoding="utf-8")
-    assert "pretrain_64" in pool.offers()
+    assert "pretrain_64" in pool.cards()
     pool.close()
 
 
@@ -1240,7 +1237,10 @@ def test_mistakes_of_the_command_line_are_one_line(run, folder, tmp_path):
             (["--out_dir", tmp_path], str(tmp_path)),
             (["--out_dir", folder, "--weight", "nowhere.pth"], "nowhere.pth"),
             (["--out_dir", folder, "--port", port], f"--port {port}"),
-            (["--out_dir", folder, "--port", 99999], "--port: must be at most 65535"),
+            (
+                ["--out_dir", folder, "--port", 99999],
+                "--port: must be at least 0 and at most 65535",
+            ),
             (["--out_dir", folder, "--api_key", ""], "--api_key"),
             (["--out_dir", folder, "--device", "cuda:99"], "--device cuda:99"),
         ):
@@ -1266,9 +1266,9 @@ def test_damaged_weights_do_not_keep_the_server_from_others(
     pool.close()
     (tmp_path / "full_sft_64.pth").write_bytes(b"")
     with pytest.raises(UserError, match=r"full_sft_64\.pth"):  # the newest now
-        pool.load_first()
+        open_pool(tmp_path, tokenizer_dir).load_first()
 
 
 def test_an_adapter_alone_is_no_offer(folder, tokenizer_dir, tmp_path):
     shutil.copytree(folder / "lora", tmp_path / "lora")
-    assert open_pool(tmp_path, tokenizer_dir).offers() == {}
+    assert open_pool(tmp_path, tokenizer_dir).cards() == {}

@@ -16,8 +16,7 @@ from test_tokenizer import CONTROL, plain_text, tokenizer, vocabulary
 from torch.utils.data import DataLoader
 
 from common import UserError
-from dataset import PackedRows, PaddedRows, RLAIFDataset, SFTDataset, collate, parse_chat
-from dataset import lm_dataset as lm_dataset_module
+from dataset import PackedRows, PaddedRows, RLAIFDataset, SFTDataset, collate, parse_chat, stored
 from dataset.chat import ChatEncoder
 
 START, END = 1, 2
@@ -473,8 +472,8 @@ def everything(dataset):
 
 def test_tables_are_the_same_however_they_are_made(many, tmp_path, monkeypatch):
     at_once = SFTDataset(many, tokenizer, 60, loss_weighting="sample")
-    monkeypatch.setattr(lm_dataset_module, "_CHUNK_TOKENS", 100)
-    monkeypatch.setattr(lm_dataset_module, "CHUNK", 3)
+    monkeypatch.setattr(stored, "CHUNK_TOKENS", 100)
+    monkeypatch.setattr(stored, "CHUNK", 3)
     piecewise = SFTDataset(many, tokenizer, 60, loss_weighting="sample", cache_dir=tmp_path)
     assert everything(piecewise) == everything(at_once)
     assert piecewise.counts == at_once.counts
@@ -489,7 +488,7 @@ def test_nothing_is_made_twice(many, monkeypatch):
     other = SFTDataset(many, tokenizer, 32, max_turns=1)  # another table of the same store
     assert len(list(many.parent.glob("*.tokens"))) == 1
     assert other.n_positions < sum(len(x) for x, _, _ in expected)
-    monkeypatch.setattr(SFTDataset, "_build_kept", None)
+    monkeypatch.setattr(SFTDataset, "_write_items", None)
     assert everything(SFTDataset(many, tokenizer, 64)) == expected
 
 

@@ -14,18 +14,21 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common import UserError
-from dataset import reader, records, token_store
-from dataset.lm_dataset import TextEncoder
+from dataset import reader, records
 from dataset.records import parse_text
-from dataset.token_store import Encoded, Parsed, TextTokenizer, TokenStore
+from dataset.text import PIECE_CHARS, TextEncoder, TextTokenizer
+from dataset.token_store import Encoded, Parsed, TokenStore
 
 
 class ByteEncoder:
-    """One id for each byte of a text, weighted by its place in the text; it counts spaces."""
+    """One id for each byte of a text, weighted by its place in the text, which is one message.
+
+    It counts spaces.
+    """
 
     key = "bytes"
     dtype = np.dtype("<u4")
-    weighted = True
+    is_chat = True
     counted = ("spaces",)
 
     def parse(self, line):
@@ -35,7 +38,9 @@ class ByteEncoder:
     def encode(self, records):
         ids = np.frombuffer(b"".join(records), np.uint8).astype(np.uint32) + 100_000
         weights = np.concatenate([np.linspace(0, 1, len(r)) for r in records] or [np.empty(0)])
-        return Encoded(ids, np.array([len(r) for r in records], np.int64), weights)
+        encoded = Encoded(ids, np.array([len(r) for r in records], np.int64), weights)
+        roles = np.full(len(records), 2, np.uint8)
+        return encoded._replace(messages=encoded.offsets[:-1], roles=roles)
 
 
 class NoBuild(ByteEncoder):
@@ -86,9 +91,13 @@ def test_store_holds_every_document_with_its_line(tmp_path, batch_bytes):
     assert store.ids.tolist() == ids.tolist()
     assert store.offsets.tolist() == [0, 3, 6, 8]
     assert store.lines.tolist() == [1, 3, 5]
-    np.testing.assert_allclose(store.weights, [0, 0.5, 1, 0, 0.5, 1, 0, 1])
-    assert store.bytes.sum() == 8
-    assert store.counts("spaces").tolist() == [1, 0, 0]
+    np.testing.assert_allclose(store.arrays["weights"], [0, 0.5, 1, 0, 0.5, 1, 0, 1])
+    assert store.arrays["bytes"].sum() == 8
+    assert store.arrays["spaces"].tolist() == [1, 0, 0]
+    assert store.arrays["messages"].tolist() == [0, 3, 6]
+    last = store.read(1, 3)
+    assert last.ids.tolist() == ids.tolist()[3:] and last.lengths.tolist() == [3, 2]
+    assert last.messages.tolist() == [0, 3] and last.roles.tolist() == [2, 2]
     assert (store.bad_lines.count, store.bad_lines.total) == (1, 4)  # a blank line is none
 
 
@@ -154,13 +163,13 @@ def test_ids_are_those_of_the_tokenizer(tmp_path, tokenizer_dir):
         assert not set(ids[1:-1]) & set(tokenizer.all_special_ids)
         assert tokenizer.decode(ids[1:-1], clean_up_tokenization_spaces=False) == text
     assert store.ids.dtype == np.uint16
-    assert store.bytes.tolist() == [len(text.encode("utf-8")) for text in texts]
+    assert store.arrays["bytes"].tolist() == [len(text.encode("utf-8")) for text in texts]
 
 
 def test_long_texts_are_cut_without_changing_a_token(tokenizer_dir):
     line = "第一行 and some words, 123 of them; "
     texts = ["".join(f"{line * (n % 7)}\n" for n in range(4000)), "short", "no newline " * 20_000]
-    assert min(len(texts[0]), len(texts[2])) > 2 * token_store.PIECE_CHARS
+    assert min(len(texts[0]), len(texts[2])) > 2 * PIECE_CHARS
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     encoded = TextTokenizer(tokenizer).encode_batch(texts)
     for ids, text in zip(encoded[:2], texts[:2], strict=True):
@@ -333,7 +342,7 @@ path, events, go = map(Path, sys.argv[1:])
 class Waiting:
     key = "bytes"
     dtype = np.dtype("<u4")
-    weighted = False
+    is_chat = False
     counted = ()
 
     def parse(self, line):

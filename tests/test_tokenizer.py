@@ -18,6 +18,10 @@ from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from common import UserError
+from dataset import language as language_of
+from dataset import record_text
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "train_tokenizer.py"
 FOLDER = ROOT / "model" / "minimind_tokenizer"
@@ -556,51 +560,45 @@ def test_the_report_counts_bytes_and_tokens_by_language(corpus, tmp_path):
     ],
 )
 def test_language(text, language):
-    assert script.language(text) == language
+    assert language_of(text) == language
+
+
+USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
 @pytest.mark.parametrize(
     ("record", "text"),
     [
         ({"text": "a\nb "}, "a\nb "),
-        ({"conversations": [{"role": "user", "content": "a"}, {"content": "b"}]}, "a\nb"),
-        ({"messages": [{"from": "human", "value": "a"}], "system": "s"}, "s\na"),
-        (
-            {"messages": [{"content": None, "tool_calls": []}, {"content": "b"}]},
-            "b",
-        ),
-        ({"messages": [{"content": "b", "reasoning_content": "r"}]}, "r\nb"),
-        ({"chosen": [{"content": "q"}, {"content": "good"}], "rejected": []}, "q\ngood"),
-        ({"prompt": "q", "chosen": "good", "rejected": "bad"}, "q\ngood"),
-        ({"prompt": [{"content": "q"}], "chosen": [{"content": "good"}]}, "q\ngood"),
+        ({"conversations": [USER, ASSISTANT]}, "a\nb"),
+        ({"messages": [{"from": "human", "value": "a"}, ASSISTANT], "system": "s"}, "s\na\nb"),
+        ({"messages": [USER, {**ASSISTANT, "tool_calls": [{"name": "f"}]}]}, "a\nb"),
+        ({"messages": [USER, {**ASSISTANT, "reasoning_content": "r"}]}, "a\nr\nb"),
+        ({"chosen": [USER, ASSISTANT], "rejected": [USER, {**ASSISTANT, "content": "c"}]}, "a\nb"),
+        ({"prompt": "a", "chosen": "good", "rejected": "bad"}, "a\ngood"),
         ({"instruction": "i", "input": "", "output": "o"}, "i\no"),
     ],
 )
-def test_accepted_records(record, text):
-    assert script.record_text(record) == text
+def test_the_text_of_a_record(record, text):
+    assert record_text(json.dumps(record).encode()) == text
 
 
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"text": "a"', "broken JSON"),
-        (b"", "broken JSON"),
+        (b'{"text": "a"', "JSON ends too early"),
         (b'{"text": "\xff"}', "invalid UTF-8 at byte 11"),
         (b'{"text": "\\ud800"}', "lone surrogate"),
-        (b'["a"]', "not a JSON object"),
-        (b'{"txt": "a"}', "none of text, conversations"),
-        (b'{"text": 5}', "text expected, not 5"),
-        (b'{"text": " "}', "no text"),
-        (b'{"conversations": []}', "no text"),
-        (b'{"conversations": ["a"]}', "a message is not a JSON object"),
-        (b'{"conversations": [{"role": "user"}]}', "a message has no content"),
-        (b'{"chosen": [{"content": 1}]}', "text expected, not 1"),
+        (b'{"txt": "a"}', 'no "conversations", "messages" or "instruction"'),
+        (b'{"text": 5}', '"text" is a number, not a string'),
+        (b'{"conversations": []}', "no assistant message"),
+        (b'{"chosen": [{"content": 1}]}', '"rejected" is missing'),
     ],
 )
 def test_a_bad_line_is_named(line, reason, tmp_path):
     file = tmp_path / "bad.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"text": "good"}\r\n' + line + b'\n{"text": "good"}\n')
-    with pytest.raises(script.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         list(script.read_texts(file))
     assert str(caught.value).startswith(f"{file}:2: ")
     assert reason in str(caught.value)
@@ -613,7 +611,7 @@ def test_a_bad_line_ends_the_script_and_nothing_is_written(corpus, tmp_path):
     out = tmp_path / "out"
     result = run_script(corpus, "--out_dir", out, "--vocab_size", 300)
     assert result.returncode == 2
-    assert result.stderr.startswith(f"train_tokenizer.py: error: {corpus}:65: broken JSON")
+    assert result.stderr.startswith(f"train_tokenizer.py: error: {corpus}:65: JSON ends too early")
     assert result.stderr.count("\n") == 1
     assert not out.exists()
 
@@ -631,15 +629,13 @@ def test_a_bad_line_ends_the_script_and_nothing_is_written(corpus, tmp_path):
         (["{corpus}", "--out_dir", "{corpus}"], "corpus.jsonl: is not a folder"),
     ],
 )
-def test_mistakes_on_the_command_line(arguments, message, corpus, tmp_path, monkeypatch, capsys):
+def test_mistakes_on_the_command_line(arguments, message, corpus, tmp_path, monkeypatch):
     arguments = [argument.format(corpus=corpus) for argument in arguments]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", "--out_dir", "out", *arguments])
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(UserError) as caught:
         script.main()
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not Path("out").exists()
 
 

@@ -16,7 +16,7 @@ from interruptions import eventually
 from test_server import serving
 from tiny_models import greedy_answer, random_model, save_tuned
 
-from inference.conversations import Conversation, TalkStore
+from inference.conversations import Conversation, ConversationStore
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -112,9 +112,9 @@ def answer(out_dir, tokenizer, name, messages):
     return greedy_answer(out_dir / f"{name}.pth", tokenizer, messages, 16, dim=64)
 
 
-def kept(out_dir):
+def newest(out_dir):
     """The conversation that changed last, as it lies on the disk."""
-    return TalkStore(out_dir / "chats").list()[0]
+    return ConversationStore(out_dir / "chats").list()[0]
 
 
 @in_a_browser
@@ -125,31 +125,31 @@ def test_a_conversation_a_model_switch_and_a_reload(site, page, out_dir, tokeniz
     say(page, "Hi")
     messages = [{"role": "user", "content": "Hi"}]
     page.get_by_text("Take back the last exchange").wait_for()
-    talk = kept(out_dir)
+    saved = newest(out_dir)
     first = answer(out_dir, tokenizer, "full_sft_64", messages)
-    assert talk.messages == [*messages, {"role": "assistant", "content": first}]
+    assert saved.messages == [*messages, {"role": "assistant", "content": first}]
     # Another model answers, and knows what was said before.
     page.get_by_label("Model").first.click()
     page.get_by_role("option", name="dpo_64").click()
     eventually(lambda: page.get_by_role("combobox").input_value() == "dpo_64")
     page.get_by_test_id("stStatusWidget").wait_for(state="detached")
     say(page, "Again")
-    eventually(lambda: len(kept(out_dir).messages) == 4)
-    messages = [*talk.messages, {"role": "user", "content": "Again"}]
+    eventually(lambda: len(newest(out_dir).messages) == 4)
+    messages = [*saved.messages, {"role": "user", "content": "Again"}]
     second = answer(out_dir, tokenizer, "dpo_64", messages)
-    assert kept(out_dir).messages[3]["content"] == second
-    assert kept(out_dir).model == "dpo_64"
+    assert newest(out_dir).messages[3]["content"] == second
+    assert newest(out_dir).model == "dpo_64"
     # All of it is there again after a reload, and in another session.
     page.reload()
     page.get_by_text("Take back the last exchange").wait_for()
     assert page.get_by_test_id("stChatMessage").count() == 4
     page.get_by_text("Take back the last exchange").click()
     page.get_by_test_id("stChatMessage").nth(2).wait_for(state="detached")
-    assert len(kept(out_dir).messages) == 2
+    assert len(newest(out_dir).messages) == 2
     with page.expect_download() as download:
         page.get_by_text("Export as training data").click()
-    saved = json.loads(download.value.path().read_text(encoding="utf-8"))
-    assert saved == {"conversations": talk.messages}
+    exported = json.loads(download.value.path().read_text(encoding="utf-8"))
+    assert exported == {"conversations": saved.messages}
 
 
 @in_a_browser
@@ -161,12 +161,12 @@ def test_an_answer_is_stopped_and_the_page_goes_on(site, page, out_dir):
     page.get_by_test_id("stChatMessage").nth(1).get_by_text(re.compile(r"\S")).first.wait_for()
     page.get_by_role("button", name="Stop").click()
     page.get_by_text("Take back the last exchange").wait_for()
-    stopped = kept(out_dir).messages[1]["content"]
+    stopped = newest(out_dir).messages[1]["content"]
     assert stopped
     set_slider(page, "New tokens", "Home", "16")
-    assert kept(out_dir).messages[1]["content"] == stopped
+    assert newest(out_dir).messages[1]["content"] == stopped
     say(page, "And now")
-    eventually(lambda: len(kept(out_dir).messages) == 4)
+    eventually(lambda: len(newest(out_dir).messages) == 4)
     page.get_by_role("button", name="New conversation").click()
     page.get_by_text("And now").wait_for(state="detached")
     assert page.get_by_test_id("stChatMessage").count() == 0
@@ -199,16 +199,16 @@ def test_what_is_set_outlives_a_change_of_language(site, page):
 @in_a_browser
 def test_a_question_without_an_answer_is_taken_back(site, page, out_dir):
     """One that is too long for the model's context: it is shown, and the page goes on."""
-    before = len(TalkStore(out_dir / "chats").list())
+    before = len(ConversationStore(out_dir / "chats").list())
     page.goto(site)
     page.get_by_placeholder("Say something").wait_for()
     say(page, "龘" * 9000)
     page.get_by_text("No answer").wait_for()
-    assert len(TalkStore(out_dir / "chats").list()) == before
+    assert len(ConversationStore(out_dir / "chats").list()) == before
     greedy(page)
     say(page, "Short")
     page.get_by_text("Take back the last exchange").wait_for()
-    assert [m["role"] for m in kept(out_dir).messages] == ["user", "assistant"]
+    assert [m["role"] for m in newest(out_dir).messages] == ["user", "assistant"]
 
 
 @in_a_browser
@@ -229,7 +229,7 @@ def test_a_server_is_talked_to_as_soon_as_it_is_there(
             page.get_by_text("Take back the last exchange").wait_for()
     messages = [{"role": "user", "content": "Hello"}]
     wanted = answer(out_dir, tokenizer, "full_sft_64", messages)
-    assert kept(tmp_path).messages[1]["content"] == wanted
+    assert newest(tmp_path).messages[1]["content"] == wanted
 
 
 @pytest.mark.parametrize(
@@ -249,11 +249,11 @@ def test_mistakes_are_one_line(run, words):
 
 
 def test_conversations_are_kept_and_names_reach_no_other_file(tmp_path):
-    store = TalkStore(tmp_path / "chats")
-    store.keep(Conversation())
+    store = ConversationStore(tmp_path / "chats")
+    store.save(Conversation())
     assert store.list() == [] and not store.folder.exists()
     talk = Conversation(system="Be kind.", messages=[{"role": "user", "content": "你好\n" * 40}])
-    store.keep(talk)
+    store.save(talk)
     for i, text in enumerate(("{", "[]", '{"messages": [1]}', '{"changed": "x"}', '{"system": 1}')):
         (store.folder / f"{i:032}.json").write_text(text, encoding="utf-8")
     assert store.list() == [talk] and store.get(talk.id) == talk
@@ -271,14 +271,14 @@ def test_conversations_are_kept_and_names_reach_no_other_file(tmp_path):
     here, there = store.get(talk.id), store.get(talk.id)
     for window, text in ((here, "here"), (there, "there")):
         window.messages.append({"role": "assistant", "content": text})
-        store.keep(window)
+        store.save(window)
     assert here.id == talk.id != there.id
     assert store.list() == [there, here]
     here.messages.clear()
-    store.keep(store.get(there.id))  # a third window
+    store.save(store.get(there.id))  # a third window
     there.messages.clear()
-    store.keep(there)  # does not take away what the third one has
+    store.save(there)  # does not take away what the third one has
     assert len(store.list()) == 2
-    store.keep(here)
+    store.save(here)
     store.delete(store.list()[0])
     assert store.list() == []

@@ -19,7 +19,7 @@ from model import (
     MiniMindLM,
     active_lora,
     load_trained_state,
-    save_adapter,
+    save_lora,
     save_weights,
     trained_state,
 )
@@ -397,7 +397,7 @@ class Run:
     def _save_weights(self, path: Path) -> None:
         dtype = getattr(torch, self.args.save_dtype)
         if active_lora(self.network):
-            save_adapter(path, self.network, dtype, self.identity["--from_weight"])
+            save_lora(self.network, path, dtype, self.identity["--from_weight"])
             return
         save_weights(
             path, self.network, self.network.config, self.stage, self.tokenizer_hash, dtype

@@ -1,38 +1,33 @@
-"""The server's routes, and how a request is answered."""
+"""The routes of the server, and how a request is answered."""
 
 import asyncio
 import json
 import logging
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TextIO, TypeVar
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import generate_latest
-from starlette.exceptions import HTTPException
 
 from common import UserError
-from diagnosis.curves import Metrics
 
 from ..batcher import Batcher, Closed, QueueFull, Token
-from ..chat_model import ChatModel
 from ..pool import ModelCard, ModelPool, UnknownModel
-from .choices import Choices, Echo, Piece
-from .errors import ApiError, explain_validation
+from .choices import Choices, Prompt
+from .errors import HANDLED, ApiError, handle_error, to_api_error
 from .formats import ChatFormat, CompletionFormat
-from .guard import Guard
-from .loading import Loader
+from .metrics import Metrics
+from .middleware import RequestMiddleware
 from .schema import ChatRequest, CompletionRequest
 
+Format = ChatFormat | CompletionFormat
 Result = TypeVar("Result")
-Form = TypeVar("Form", ChatFormat, CompletionFormat)
 LOG = logging.getLogger("uvicorn.error")
-DEFAULT_COMPLETION = 16  # OpenAI's limit of new tokens where a completion names none
+router = APIRouter()
 
 
 @dataclass(frozen=True)
@@ -40,9 +35,9 @@ class Limits:
     """What a request may ask for.
 
     Attributes:
-        max_prompt, max_tokens: tokens of a prompt, and new tokens of a text.
-        max_seconds: that writing may take.
-        max_bytes: of the request.
+        max_prompt, max_tokens: tokens of a prompt, and new tokens of a choice.
+        max_seconds: time of the generation.
+        max_bytes: size of the body.
     """
 
     max_prompt: int
@@ -58,12 +53,12 @@ def create_app(
     cors_origins: Sequence[str] = (),
     request_log: TextIO | None = None,
 ) -> FastAPI:
-    """The server.
+    """Make the server's application.
 
     Args:
         pool: the models; closed with the server.
-        limits: of a request.
-        api_key: what clients must send, or None.
+        limits: limits of a request.
+        api_key: key that clients must send, or None.
         cors_origins: pages that may call from a browser.
         request_log: gets a line for each request, or None.
     """
@@ -71,17 +66,21 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        loader.close()
         pool.close()
 
-    app = FastAPI(title="MiniMind", lifespan=lifespan)
-    metrics, loader = Metrics(pool), Loader(pool)
+    app = FastAPI(
+        title="MiniMind", lifespan=lifespan, exception_handlers=dict.fromkeys(HANDLED, handle_error)
+    )
+    app.state.pool, app.state.limits, app.state.metrics = pool, limits, Metrics(pool)
+    # Requests that wait for a model to be loaded: as many as could be generated for and wait.
+    app.state.loading = asyncio.Semaphore(pool.rows + pool.queue)
+    app.include_router(router)
     app.add_middleware(
-        Guard,
+        RequestMiddleware,
         api_key=api_key,
         max_bytes=limits.max_bytes,
         max_seconds=limits.max_seconds,
-        requests=metrics.requests,
+        metrics=app.state.metrics,
         log=request_log,
     )
     if cors_origins:
@@ -91,302 +90,160 @@ def create_app(
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
         )
-
-    @app.exception_handler(ApiError)
-    async def told(request: Request, error: ApiError) -> JSONResponse:
-        return error.response()
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return explain_validation(error).response()
-
-    @app.exception_handler(HTTPException)
-    async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        return ApiError(error.status_code, f"{error.detail}", headers=error.headers).response()
-
-    @app.post("/v1/chat/completions")
-    async def chat(request: ChatRequest, raw: Request) -> Any:
-        """Answer a conversation."""
-        began = time.perf_counter()
-        if request.top_logprobs and not request.logprobs:
-            raise ApiError(400, "'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
-        limit = request.max_completion_tokens or request.max_tokens or limits.max_tokens
-        logprobs = (request.top_logprobs or 0) if request.logprobs else None
-
-        async def begin(batcher: Batcher) -> tuple[Choices, ChatFormat]:
-            chat_model = batcher.chat_model
-            if chat_model.encoder is None:
-                message = f"'{request.model}' continues texts; use /v1/completions."
-                raise ApiError(400, message, "model")
-            messages = [message.record() for message in request.messages]
-            prompts = [await asyncio.to_thread(chat_model.chat_ids, messages)]
-            choices = start(batcher, prompts, request, limit, logprobs, limits, "messages")
-            return choices, ChatFormat(chat_model, request)
-
-        choices, form = await with_model(loader, request.model, raw, begin)
-        return await respond(raw, request, form, choices, metrics.watch(choices, began))
-
-    @app.post("/v1/completions")
-    async def complete(request: CompletionRequest, raw: Request) -> Any:
-        """Continue a text."""
-        began = time.perf_counter()
-        limit = request.max_tokens
-        if limit is None:
-            limit = min(DEFAULT_COMPLETION, limits.max_tokens)
-
-        async def begin(batcher: Batcher) -> tuple[Choices, CompletionFormat]:
-            chat_model, given = batcher.chat_model, request.prompts()
-            prompts = [await asyncio.to_thread(prompt_ids, chat_model, prompt) for prompt in given]
-            echoes = None
-            if request.echo:
-                echoes = [echo_of(chat_model, prompt) for prompt in given]
-            choices = start(
-                batcher, prompts, request, limit, request.logprobs, limits, "prompt", echoes
-            )
-            return choices, CompletionFormat(chat_model, request)
-
-        choices, form = await with_model(loader, request.model, raw, begin)
-        return await respond(raw, request, form, choices, metrics.watch(choices, began))
-
-    @app.get("/v1/models")
-    def models() -> dict[str, Any]:
-        """List the models."""
-        return {"object": "list", "data": [card(*item) for item in pool.offers().items()]}
-
-    @app.get("/v1/models/{name}")
-    def model(name: str) -> dict[str, Any]:
-        """Describe a model."""
-        offer = pool.offers().get(name)
-        if offer is None:
-            raise unknown(name)
-        return card(name, offer)
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        """Say that the server runs."""
-        return {"status": "ok"}
-
-    @app.get("/metrics")
-    async def counts() -> PlainTextResponse:
-        """Counts, for Prometheus."""
-        text = generate_latest(metrics.registry)
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
-
     return app
 
 
-def card(name: str, offer: ModelCard) -> dict[str, Any]:
-    """A model's entry in the list."""
-    created = int(offer.modified)
+@router.post("/v1/chat/completions")
+async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+    """Answer a conversation."""
+    return await complete(request, body, ChatFormat)
+
+
+@router.post("/v1/completions")
+async def create_completion(body: CompletionRequest, request: Request) -> Response:
+    """Continue a text."""
+    return await complete(request, body, CompletionFormat)
+
+
+@router.get("/v1/models")
+def list_models(request: Request) -> dict[str, Any]:
+    """List the models."""
+    cards = request.app.state.pool.cards()
+    return {"object": "list", "data": [model_object(*item) for item in cards.items()]}
+
+
+@router.get("/v1/models/{name}")
+def retrieve_model(name: str, request: Request) -> dict[str, Any]:
+    """Describe a model."""
+    card = request.app.state.pool.cards().get(name)
+    if card is None:
+        raise UnknownModel(name)
+    return model_object(name, card)
+
+
+@router.get("/health")
+async def get_health() -> dict[str, str]:
+    """Say that the server runs."""
+    return {"status": "ok"}
+
+
+@router.get("/metrics")
+async def get_metrics(request: Request) -> PlainTextResponse:
+    """Figures for Prometheus."""
+    text = generate_latest(request.app.state.metrics.registry)
+    return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+
+def model_object(name: str, card: ModelCard) -> dict[str, Any]:
+    """A model as the API describes it."""
+    created = int(card.modified)
     return {"id": name, "object": "model", "created": created, "owned_by": "minimind"}
 
 
-def unknown(name: str) -> ApiError:
-    """There is no such model."""
-    message = f"The model '{name}' does not exist; GET /v1/models lists those that do."
-    return ApiError(404, message, "model", "model_not_found")
-
-
-def busy(error: QueueFull) -> ApiError:
-    """There is no place in the queue."""
-    seconds = max(1, round(error.seconds))
-    message = f"The queue is full; try again in {seconds} s."
-    return ApiError(429, message, code="queue_full", headers={"Retry-After": f"{seconds}"})
-
-
-async def find(loader: Loader, name: str, raw: Request) -> Batcher:
-    """The batcher of a model, loaded if need be, for a request. Raises ApiError."""
-    try:
-        return await until_left(raw, loader.get(name))
-    except UnknownModel:
-        raise unknown(name) from None
-    except QueueFull as error:
-        raise busy(error) from None
-    except UserError as error:
-        LOG.error("%s: %s", name, error)  # it names files, which are no client's business
-        message = f"The model '{name}' cannot be loaded; the server's log says why."
-        raise ApiError(503, message, "model") from None
-
-
-async def with_model(
-    loader: Loader,
-    name: str,
-    raw: Request,
-    begin: Callable[[Batcher], Awaitable[tuple[Choices, Form]]],
-) -> tuple[Choices, Form]:
-    """Begin a request with the batcher of a model, again if that ends meanwhile.
-
-    Args:
-        loader: of the model.
-        name: of it.
-        raw: the request as it came.
-        begin: gives the texts, and how they are told.
+async def complete(
+    request: Request, body: ChatRequest | CompletionRequest, make_format: type[Format]
+) -> Response:
+    """Generate the choices of a request, and answer with them whole or as a stream.
 
     Raises:
-        ApiError: if there is no such model or no place.
+        ApiError, UnknownModel, QueueFull: what clients are told of errors.
     """
-    raw.state.model = name
+    limits: Limits = request.app.state.limits
+    request.state.model = body.model
     while True:
-        batcher = await find(loader, name, raw)
+        batcher = await unless_disconnected(request, load(request, body.model))
+        format_ = make_format(batcher.chat_model, body)
+        prompts = await asyncio.to_thread(format_.prompts)
+        max_tokens = format_.max_tokens(limits.max_tokens)
+        check_limits(batcher, prompts, body.n or 1, max_tokens, limits, format_.prompt_param)
         try:
-            choices, form = await begin(batcher)
-        except Closed:
+            choices = Choices(batcher, prompts, body, max_tokens, limits.max_seconds)
+            break
+        except Closed:  # another batcher has taken its place
             continue
-        raw.state.choices = choices
-        return choices, form
-
-
-def prompt_ids(chat_model: ChatModel, prompt: str | list[int]) -> list[int]:
-    """Ids of a prompt. Raises ApiError for those that the model does not have."""
-    if isinstance(prompt, str):
-        return chat_model.text_ids(prompt)
-    size = chat_model.model.config.vocab_size
-    if max(prompt) >= size:
-        message = f"Invalid 'prompt': {max(prompt)} is no token; there are {size}."
-        raise ApiError(400, message, "prompt", "invalid_value")
-    return prompt
-
-
-def echo_of(chat_model: ChatModel, prompt: str | list[int]) -> Echo:
-    """What a text begins with that goes on from a prompt."""
-    if isinstance(prompt, str):
-        return Echo(prompt, 1)  # without the token that begins a document
-    return Echo(chat_model.tokenizer.backend_tokenizer.decode(prompt, skip_special_tokens=True), 0)
-
-
-def start(
-    batcher: Batcher,
-    prompts: list[list[int]],
-    request: ChatRequest | CompletionRequest,
-    limit: int,
-    logprobs: int | None,
-    limits: Limits,
-    param: str,
-    echoes: Sequence[Echo] | None = None,
-) -> Choices:
-    """Have the texts of a request written.
-
-    Args:
-        batcher: writes them.
-        prompts: ids of each.
-        request: what was asked for.
-        limit: new tokens of each.
-        logprobs: as of GenerationRequest.
-        limits: of a request.
-        param: where the prompts came from.
-        echoes: as of Choices.
-
-    Raises:
-        ApiError: if it asks for too much, or there is no place.
-        Closed: if the batcher has ended.
-    """
-    room = batcher.chat_model.context - min(limit, 1)
-    longest, most = max(map(len, prompts)), min(limits.max_prompt, room)
-    if longest > most:
-        message = f"A prompt may have {most} tokens, this one has {longest}."
-        raise ApiError(400, message, param, "context_length_exceeded")
-    if limit > limits.max_tokens:
-        raise ApiError(400, f"At most {limits.max_tokens} new tokens.", "max_tokens")
-    number = len(prompts) * (request.n or 1)
-    if number > batcher.rows + batcher.queue:
-        blamed = param if len(prompts) > 1 else "n"
-        raise ApiError(400, f"So many texts at a time ({number}) never fit.", blamed)
-    try:
-        return Choices(batcher, prompts, request, limit, limits.max_seconds, logprobs, echoes)
-    except QueueFull as error:
-        raise busy(error) from None
-
-
-def usage(choices: Choices) -> dict[str, int]:
-    """Tokens of a request: each prompt counts once, however many texts go on from it."""
-    return {
-        "prompt_tokens": choices.prompt_tokens,
-        "completion_tokens": choices.written,
-        "total_tokens": choices.prompt_tokens + choices.written,
-    }
-
-
-async def respond(
-    raw: Request,
-    request: ChatRequest | CompletionRequest,
-    form: ChatFormat | CompletionFormat,
-    choices: Choices,
-    pieces: AsyncIterator[Piece],
-) -> Any:
-    """The answer: a stream of server-sent events, or one object.
-
-    Args:
-        raw: the request as it came, which tells when the client leaves.
-        request: what was asked for.
-        form: how texts are told.
-        choices, pieces: the texts.
-    """
-    if request.stream:
-        events = stream(request, form, choices, pieces)
+    request.state.choices = choices
+    if body.stream:
+        include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        events = stream_events(choices, format_, include_usage)
         return StreamingResponse(events, media_type="text/event-stream")
-    number = choices.number
-    texts, endings = [""] * number, [""] * number
-    tokens: list[list[Token]] = [[] for _ in range(number)]
-
-    async def collect() -> None:
-        async with aclosing(pieces):
-            async for index, text, new, ending in pieces:
-                texts[index] += text
-                tokens[index] += new
-                if ending is not None:
-                    endings[index] = ending
-
-    try:
-        await until_left(raw, collect())
-    except QueueFull as error:  # its time was over before there was a place
-        raise busy(error) from None
-    told = [form.whole(i, texts[i], tokens[i], endings[i]) for i in range(number)]
-    return JSONResponse({**form.head, "choices": told, "usage": usage(choices)})
+    whole = await unless_disconnected(request, choices.collect())
+    objects = [format_.choice(choice) for choice in whole]
+    return JSONResponse({**format_.head, "choices": objects, "usage": choices.usage})
 
 
-async def stream(
-    request: ChatRequest | CompletionRequest,
-    form: ChatFormat | CompletionFormat,
-    choices: Choices,
-    pieces: AsyncIterator[Piece],
+async def load(request: Request, name: str) -> Batcher:
+    """The batcher of a model, which is loaded if it is not in memory."""
+    pool: ModelPool = request.app.state.pool
+    waiting: asyncio.Semaphore = request.app.state.loading
+    is_loaded = pool.find_loaded(name) is not None
+    if not is_loaded and waiting.locked():
+        raise QueueFull(10.0)
+    async with nullcontext() if is_loaded else waiting:
+        try:
+            future = await asyncio.to_thread(pool.load, name)
+            return await asyncio.shield(asyncio.wrap_future(future))  # others may wait for it too
+        except UserError as error:
+            LOG.error("%s: %s", name, error)  # it names files, which clients must not see
+            message = f"The model '{name}' cannot be loaded; the server's log says why."
+            raise ApiError(503, message, "model") from None
+
+
+def check_limits(
+    batcher: Batcher, prompts: Sequence[Prompt], n: int, max_tokens: int, limits: Limits, param: str
+) -> None:
+    """Raise ApiError if a request for `n` choices of each prompt is more than is allowed."""
+    longest = max(len(prompt.ids) for prompt in prompts)
+    allowed = min(limits.max_prompt, batcher.chat_model.context - min(max_tokens, 1))
+    if longest > allowed:
+        message = f"A prompt may have {allowed} tokens, this one has {longest}."
+        raise ApiError(400, message, param, "context_length_exceeded")
+    if max_tokens > limits.max_tokens:
+        raise ApiError(400, f"At most {limits.max_tokens} new tokens.", "max_tokens")
+    number = len(prompts) * n
+    if number > batcher.rows + batcher.queue:
+        message = f"So many texts at a time ({number}) never fit."
+        raise ApiError(400, message, param if len(prompts) > 1 else "n")
+
+
+async def stream_events(
+    choices: Choices, format_: Format, include_usage: bool
 ) -> AsyncIterator[str]:
-    """The events of an answer; arguments as for `respond`."""
-    options = request.stream_options
-    with_usage = options is not None and options.include_usage
+    """Stream choices as server-sent events, with a last one for the usage if it is included."""
 
-    def event(told: list[dict[str, Any]], **more: Any) -> str:
-        body = {**form.head, "choices": told, **more}
-        if with_usage:
-            body.setdefault("usage", None)
+    def event(objects: list[dict[str, Any]], usage: dict[str, int] | None = None) -> str:
+        body = {**format_.head, "choices": objects}
+        if include_usage:
+            body["usage"] = usage
         return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
-    held: list[list[Token]] = [[] for _ in range(choices.number)]  # that are no whole character yet
+    held: list[list[Token]] = [[] for _ in range(len(choices))]  # not yet a whole character
     try:
-        async with aclosing(pieces):
-            for choice in form.opening(choices.number):
-                yield event([choice])
-            async for index, text, new, ending in pieces:
-                held[index] += new
-                if text or ending:
-                    yield event([form.chunk(index, text, held[index], ending)])
-                    held[index] = []
-        if with_usage:
-            yield event([], usage=usage(choices))
+        async with aclosing(choices.stream()) as chunks:
+            for index in range(len(choices)):
+                if (first := format_.first_delta(index)) is not None:
+                    yield event([first])
+            async for chunk in chunks:
+                held[chunk.index] += chunk.tokens
+                if chunk.text or chunk.finish_reason:
+                    chunk.tokens, held[chunk.index] = held[chunk.index], []
+                    yield event([format_.delta(chunk)])
+        if include_usage:
+            yield event([], choices.usage)
         yield "data: [DONE]\n\n"
     except QueueFull as error:
-        yield f"data: {json.dumps(busy(error).body)}\n\n"
-    except Exception as error:  # the status was sent long ago
+        yield f"data: {json.dumps(to_api_error(error).body)}\n\n"
+    except Exception as error:  # the status was sent before
         body = ApiError(500, f"Writing failed: {type(error).__name__}.").body
         yield f"data: {json.dumps(body)}\n\n"
         raise
 
 
-async def until_left(raw: Request, work: Awaitable[Result]) -> Result:
-    """What `work` gives, unless the client leaves before: it is cancelled then. Raises ApiError."""
+async def unless_disconnected(request: Request, work: Awaitable[Result]) -> Result:
+    """Await `work`; if the client disconnects before, cancel it and raise ApiError."""
     task = asyncio.ensure_future(work)
 
     async def watch() -> None:
-        while (await raw.receive())["type"] != "http.disconnect":
+        while (await request.receive())["type"] != "http.disconnect":
             pass
         task.cancel()
 

@@ -1,149 +1,166 @@
-"""The texts that a request asked for, as they are written."""
+"""The texts that a request asks for: as a stream of chunks, or whole."""
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 from ..batcher import Batcher, Event, GenerationRequest, QueueFull, Token
 from ..text import TextStream
-from .schema import Request
+from .schema import BaseRequest
 
-# Between the seeds of a request's texts: the second of one seed is not the first of the next.
+# Between the seeds of a request's choices: the second of one seed is not the first of the next.
 SEED_STEP = 0x9E3779B97F4A7C15
 
 
-class Piece(NamedTuple):
-    """A further piece of text `index`: the tokens that it is of; at the end how it ended."""
+@dataclass
+class Prompt:
+    """A prompt as ids; and as text for choices to begin with, without its first `n_hidden` ids."""
+
+    ids: list[int]
+    echo: str | None = None
+    n_hidden: int = 0
+
+
+@dataclass
+class Chunk:
+    """A part of choice `index`, or all of it; the text of its tokens may come in a later chunk."""
 
     index: int
-    text: str
-    tokens: list[Token]
-    ending: str | None
-
-
-class Echo(NamedTuple):
-    """What texts begin with: their prompt, of which it leaves out the tokens before `start`."""
-
-    text: str
-    start: int
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    finish_reason: str | None = None
 
 
 class Choices:
-    """The texts of one request.
+    """The choices of one request: `n` for each prompt.
 
     Args:
-        batcher: writes them.
-        prompts: ids of each; as many texts go on from it as the request says.
-        request: how.
-        limit: new tokens of each.
-        seconds: until they end.
-        logprobs: as of GenerationRequest.
-        echoes: what the texts of each prompt begin with; with `logprobs`, those of its tokens are
-            told too. None: the texts begin with what is new.
+        batcher: generates them.
+        prompts: the prompts.
+        request: settings of the generation.
+        max_tokens: the most new tokens of a choice.
+        max_seconds: time after which choices end as they are.
 
     Attributes:
-        number: of texts.
-        prompt_tokens: of all prompts, each counted once.
-        written: tokens so far, of all texts.
+        prompt_tokens: tokens of all prompts, each counted once.
+        completion_tokens: new tokens so far.
+        first_token_time: `time.perf_counter()` at the first new token.
 
     Raises:
-        QueueFull, Closed: as `Batcher.submit`.
+        QueueFull, Closed: see `Batcher.submit`.
     """
 
     def __init__(
         self,
         batcher: Batcher,
-        prompts: Sequence[Sequence[int]],
-        request: Request,
-        limit: int,
-        seconds: float,
-        logprobs: int | None,
-        echoes: Sequence[Echo] | None = None,
+        prompts: Sequence[Prompt],
+        request: BaseRequest,
+        max_tokens: int,
+        max_seconds: float,
     ):
-        repeated = [ids for ids in prompts for _ in range(request.n or 1)]
-        self.number = len(repeated)
-        self.prompt_tokens = sum(map(len, prompts))
-        self.written = 0
+        n = request.n or 1
+        self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+        self.completion_tokens = 0
+        self.first_token_time: float | None = None
+        self._prompts = [prompt for prompt in prompts for _ in range(n)]
+        self._scores_prompts = prompts[0].echo is not None and request.n_logprobs is not None
+        self._eos = batcher.chat_model.tokenizer.eos_token_id
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._echoes = [echo for echo in echoes or () for _ in range(request.n or 1)]
-        self._scores = echoes is not None and logprobs is not None
-        self._end = batcher.chat_model.tokenizer.eos_token_id
-        deadline = time.monotonic() + seconds
-        self._jobs = [
+        deadline = time.monotonic() + max_seconds
+        self._requests = [
             GenerationRequest(
-                ids=ids,
-                max_new_tokens=limit,
+                ids=prompt.ids,
+                max_new_tokens=max_tokens,
                 sampling=request.sampling(),
                 seed=None if request.seed is None else (request.seed + i * SEED_STEP) % 2**63,
-                emit=partial(self._tell, i),
-                logprobs=logprobs,
-                prompt_logprobs=self._scores,
+                emit=partial(self._emit, i),
+                logprobs=request.n_logprobs,
+                prompt_logprobs=self._scores_prompts,
                 deadline=deadline,
             )
-            for i, ids in enumerate(repeated)
+            for i, prompt in enumerate(self._prompts)
         ]
-        self._texts = [TextStream(batcher.chat_model.tokenizer, request.stops()) for _ in repeated]
-        batcher.submit(self._jobs)
+        tokenizer = batcher.chat_model.tokenizer
+        self._texts = [TextStream(tokenizer, request.stop_strings()) for _ in self._requests]
+        batcher.submit(self._requests)
 
-    def _tell(self, index: int, event: Event) -> None:
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """The tokens of the request as the API gives them."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+    def _emit(self, index: int, event: Event) -> None:
+        """Take an event of choice `index` from the batcher's thread."""
         with suppress(RuntimeError):  # the loop is closed: the server ends
             self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """All pieces of all texts. However this ends, their places are free within one step.
+    async def stream(self) -> AsyncIterator[Chunk]:
+        """Stream the chunks of all choices. However this ends, their generation ends with it.
 
         Raises:
-            QueueFull: if none of them had a place before its time was over; if one of them had
-                none, where the prompts' log-probabilities are told: there is no part of these.
-            Exception: what went wrong with one of them.
+            QueueFull: if the time is over before a token is generated, or before all prompts are
+                scored.
+            Exception: an error of one of them.
         """
-        going = set(range(len(self._jobs)))
-        unscored = set(going) if self._scores else set()
-        late: dict[int, QueueFull] = {}
+        running = set(range(len(self)))
+        unscored = set(running) if self._scores_prompts else set()
         try:
-            if not self._scores:
-                for index, echo in enumerate(self._echoes):
-                    yield Piece(index, echo.text, [], None)
-            while going:
+            for index, prompt in enumerate(self._prompts):
+                if prompt.echo is not None and not self._scores_prompts:
+                    yield Chunk(index, prompt.echo)
+            while running:
                 index, event = await self._events.get()
-                if index not in going:
+                if index not in running:
                     continue
                 text = self._texts[index]
-                if event == "length" and index in unscored:  # its time was over
-                    event = QueueFull(1.0)
-                if isinstance(event, QueueFull):
-                    if self._scores:
-                        raise event
-                    going.remove(index)
-                    late[index] = event
-                    continue
-                if isinstance(event, Exception):
-                    raise event
-                if isinstance(event, str):
-                    going.remove(index)
-                    yield Piece(index, text.finish(), [], event)
-                    continue
                 if isinstance(event, list):
                     unscored.remove(index)
-                    echo = self._echoes[index]
-                    tokens = event[echo.start :]
-                    tokens[:1] = [Token(token.token) for token in tokens[:1]]  # nothing before it
-                    yield Piece(index, echo.text, tokens, None)
-                    continue
-                self.written += event.token != self._end
-                yield Piece(index, text.add(event.token), [event], None)
-                if text.stopped:
-                    self._jobs[index].cancelled = True
-                    going.remove(index)
-                    yield Piece(index, "", [], "stop")
-            if len(late) == len(self._jobs):
-                raise late[0]
-            for index in late:
-                yield Piece(index, "", [], "length")
+                    yield self._scored_prompt(index, event)
+                elif isinstance(event, Token):
+                    self.first_token_time = self.first_token_time or time.perf_counter()
+                    self.completion_tokens += event.token != self._eos
+                    yield Chunk(index, text.add(event.token), [event])
+                    if text.stopped:
+                        self._requests[index].cancelled = True
+                        running.remove(index)
+                        yield Chunk(index, finish_reason="stop")
+                elif isinstance(event, str) and index not in unscored:
+                    running.remove(index)
+                    yield Chunk(index, text.finish(), finish_reason=event)
+                elif isinstance(event, QueueFull) and self.completion_tokens and not unscored:
+                    running.remove(index)
+                    yield Chunk(index, finish_reason="length")
+                else:
+                    raise event if isinstance(event, Exception) else QueueFull(1.0)
         finally:
-            for job in self._jobs:
-                job.cancelled = True
+            for request in self._requests:
+                request.cancelled = True
+
+    def _scored_prompt(self, index: int, tokens: list[Token]) -> Chunk:
+        prompt = self._prompts[index]
+        tokens = tokens[prompt.n_hidden :]
+        if tokens:
+            tokens[0] = Token(tokens[0].token)  # unscored: in the text it has none before it
+        return Chunk(index, prompt.echo, tokens)
+
+    async def collect(self) -> list[Chunk]:
+        """Wait for all choices and return each as one chunk. Raises the errors of `stream`."""
+        choices = [Chunk(index) for index in range(len(self))]
+        async with aclosing(self.stream()) as chunks:
+            async for chunk in chunks:
+                choice = choices[chunk.index]
+                choice.text += chunk.text
+                choice.tokens += chunk.tokens
+                choice.finish_reason = chunk.finish_reason
+        return choices

@@ -1,11 +1,12 @@
-"""Requests of OpenAI's API, as far as this project understands them.
+"""Request bodies of OpenAI's API, as far as this project understands them.
 
-https://platform.openai.com/docs/api-reference/chat/create and …/completions/create. What would
-change the answer and is not offered is refused by name, unless it is null, empty or at its default;
-what would not change it is taken and not used. Beyond OpenAI's parameters there are top_k, min_p
-and repetition_penalty.
+https://platform.openai.com/docs/api-reference/chat/create and …/completions/create. A parameter
+that would change the answer and is not offered is refused by name, unless it is null, empty or at
+its default; one that would not change it is accepted and not used. Beyond OpenAI's parameters there
+are top_k, min_p and repetition_penalty.
 """
 
+import dataclasses
 import json
 from typing import Annotated, Any, Literal
 
@@ -21,9 +22,11 @@ from pydantic_core import PydanticCustomError
 
 from model import Sampling
 
+SAMPLING = {field.name for field in dataclasses.fields(Sampling)}
 
-def encodable(text: str) -> str:
-    """The text. Raises ValueError for half a surrogate pair, which no UTF-8 text holds."""
+
+def check_encodable(text: str) -> str:
+    """Refuse half a surrogate pair, which UTF-8 cannot encode, with a ValueError."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -31,36 +34,36 @@ def encodable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(encodable)]
+Text = Annotated[str, AfterValidator(check_encodable)]
 StopText = Annotated[Text, Field(min_length=1, max_length=256)]
 
 
 def only(*values: Any) -> Any:
-    """The type of a parameter that is not offered: null, or one of the values that do nothing."""
+    """The type of a parameter that is not offered: null, or a value that changes nothing."""
+    allowed = [None, *values]
 
     def check(value: Any) -> Any:
-        taken = [None, *values]
-        if not any(type(value) is type(one) and value == one for one in taken):
-            allowed = " or ".join(json.dumps(one) for one in taken)
-            raise PydanticCustomError("unsupported", "may only be {allowed}", {"allowed": allowed})
+        if not any(type(value) is type(one) and value == one for one in allowed):
+            names = " or ".join(json.dumps(one) for one in allowed)
+            raise PydanticCustomError("unsupported", "may only be {allowed}", {"allowed": names})
         return value
 
-    return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": [None, *values]})]
+    return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": allowed})]
 
 
-class Part(BaseModel):
-    """A part of a conversation.
+class Body(BaseModel):
+    """An object of a request, in which unknown fields are errors unless they are empty.
 
-    Clients send answers back with all fields that some server gave them: one that is null or empty
-    says nothing.
+    Clients send null for what they leave out, and answers with all the fields that some server gave
+    them.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
     def drop_empty(cls, fields: Any) -> Any:
-        """Leave out what is empty and has no meaning here."""
+        """Leave out unknown fields that are empty."""
         if not isinstance(fields, dict):
             return fields
         return {
@@ -70,58 +73,54 @@ class Part(BaseModel):
         }
 
 
-class TextPart(Part):
-    """A part of a message's content; only text is understood."""
+class TextPart(Body):
+    """A part of a message's content, which can only be text."""
 
     type: Literal["text"]
     text: Text
     prompt_cache_breakpoint: dict[str, Any] | None = None  # prompts are cached without it
 
 
-class Message(Part):
+class Message(Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
-    name: str | None = None  # of the speaker; the chat format has no place for it
-    annotations: list[Any] | None = None  # where an answer's facts come from: no part of its text
+    name: str | None = None  # the speaker's; the chat format has no place for it
+    annotations: list[Any] | None = None  # sources of an answer, which are no part of its text
 
     @model_validator(mode="before")
     @classmethod
     def fill_content(cls, fields: Any) -> Any:
-        """An answer may have no content, which is an empty one."""
+        """Make the content of an answer without content empty."""
         if isinstance(fields, dict) and fields.get("role") == "assistant":
             return {**fields, "content": "" if (c := fields.get("content")) is None else c}
         return fields
 
     def record(self) -> dict[str, str]:
-        """As the chat format has it."""
+        """The message as `dataset.render_chat` takes it."""
         content = self.content
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": content}
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
-class StreamOptions(BaseModel):
-    """What a stream tells besides."""
+class StreamOptions(Body):
+    """Settings of a stream."""
 
-    model_config = ConfigDict(extra="forbid")
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class ResponseFormat(BaseModel):
-    """Only text is written."""
+class ResponseFormat(Body):
+    """The format of an answer, which can only be text."""
 
-    model_config = ConfigDict(extra="forbid")
     type: Literal["text"]
 
 
-class Request(BaseModel):
-    """What both kinds of request share."""
+class BaseRequest(Body):
+    """The parameters that both kinds of request have."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     model: str
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -137,36 +136,19 @@ class Request(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logit_bias: only({}) = None
-    user: str | None = None  # names a user to OpenAI; not needed here
-
-    @model_validator(mode="before")
-    @classmethod
-    def drop_null(cls, fields: Any) -> Any:
-        """A parameter that is null was left out, also one that is not known here."""
-        if not isinstance(fields, dict):
-            return fields
-        return {n: v for n, v in fields.items() if n in cls.model_fields or v is not None}
+    user: str | None = None  # identifies a user to OpenAI; not needed here
 
     def sampling(self) -> Sampling:
-        """How tokens are chosen; temperature 0 takes the likeliest."""
-        temperature = 1.0 if self.temperature is None else self.temperature
-        return Sampling(
-            do_sample=temperature > 1e-5,
-            temperature=max(temperature, 1e-5),
-            top_k=self.top_k,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            min_p=self.min_p or 0.0,
-            repetition_penalty=self.repetition_penalty or 1.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            presence_penalty=self.presence_penalty or 0.0,
-        )
+        """How tokens are chosen; temperature 0 is greedy."""
+        settings = self.model_dump(include=SAMPLING, exclude_none=True)
+        return Sampling(do_sample=settings.get("temperature", 1.0) > 1e-5, **settings)
 
-    def stops(self) -> list[str]:
-        """The stop strings."""
+    def stop_strings(self) -> list[str]:
+        """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
-class ChatRequest(Request):
+class ChatRequest(BaseRequest):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=1000)
@@ -186,7 +168,7 @@ class ChatRequest(Request):
     tools: only([]) = None
     verbosity: only("medium") = None
     web_search_options: only() = None  # an empty one asks for a search
-    # Not used, for they change no answer:
+    # Not used, since they change no answer:
     metadata: dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     prediction: dict[str, Any] | None = None
@@ -196,11 +178,16 @@ class ChatRequest(Request):
     safety_identifier: str | None = None
     service_tier: str | None = None
 
+    @property
+    def n_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to give with each token; None for no logprobs."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
 
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
-class CompletionRequest(Request):
+class CompletionRequest(BaseRequest):
     """POST /v1/completions."""
 
     prompt: (
@@ -217,8 +204,13 @@ class CompletionRequest(Request):
     best_of: only(1) = None
     suffix: only("") = None
 
+    @property
+    def n_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to give with each token; None for no logprobs."""
+        return self.logprobs
+
     def prompts(self) -> list[str] | list[list[int]]:
-        """The beginnings of texts, as texts or as ids; null begins a document, as "" does."""
+        """The prompts as texts or as ids; null begins a document, as "" does."""
         if self.prompt is None or isinstance(self.prompt, str):
             return [self.prompt or ""]
         return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt

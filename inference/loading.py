@@ -1,4 +1,4 @@
-"""Which weights there are, and how to load them."""
+"""Find the weights that flags or requests name, and load them."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from common import UserError
 from model import (
     LMConfig,
     MiniMindLM,
-    load_adapter,
+    load_lora,
     load_model,
     load_tokenizer,
     read_about,
@@ -30,22 +30,22 @@ from model.weights import read_pickle
 
 from .chat_model import ChatModel
 
-PRETRAINED = "pretrain"  # the stage whose weights continue texts; the others' answer
+PRETRAINED = "pretrain"  # the stage whose weights continue texts; those of all others answer
 
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """Which weights to use, as the flags of the command line say.
+    """Which weights to use, as flags name them.
 
     Attributes:
-        out_dir: where weights are.
+        out_dir: folder of weights.
         tokenizer_path: folder of the tokenizer.
         weight: a stage's name or a run's (its --run_name), of whose weights the newest are used;
             the whole name of a file in `out_dir`; a .pth file; or a folder in transformers' format.
-            None: those that the adapter was trained on; without one the newest chat weights, or the
-            newest pretrained ones where there are no others.
+            None: the weights that the adapter was trained on; without an adapter the newest chat
+            weights, or the newest pretrained ones if there are no others.
         lora_name: an adapter's name, its run's, or the whole name of its file; or its .pth file.
-        dim, n_layers, use_moe: the shape to look for, where given, and that of weights without a
+        dim, n_layers, use_moe: the shape to look for, if given, and that of weights without a
             .json file.
     """
 
@@ -59,17 +59,17 @@ class WeightSpec:
 
     @property
     def shape(self) -> dict[str, int | bool]:
-        """What is known of the shape to look for, by the config's names."""
+        """The fields of the shape that are given, by the config's names."""
         given = {name: getattr(self, name) for name in ("dim", "n_layers", "use_moe")}
         return {name: value for name, value in given.items() if value is not None}
 
-    def fits(self, config: LMConfig) -> bool:
-        """Whether a model has the shape to look for."""
+    def matches(self, config: LMConfig) -> bool:
+        """Whether a model has this shape."""
         return all(getattr(config, name) == value for name, value in self.shape.items())
 
 
 def list_weights(out_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The .pth files in a folder that a .json file describes, newest first, and what that says."""
+    """The .pth files in a folder that a .json file describes, newest first, with its content."""
     found = []
     for path in out_dir.glob("*.pth"):
         with suppress(UserError, OSError):  # of no use, or gone meanwhile
@@ -99,7 +99,7 @@ def adapted_base(path: Path) -> str | None:
     return contents.get("base") if isinstance(contents, dict) else None
 
 
-def continues_texts(path: Path) -> bool:
+def is_pretrained(path: Path) -> bool:
     """Whether weights were only pretrained, by their .json file or else by their name."""
     about = read_about(path)
     stage = path.stem.partition("_")[0] if about is None else about["stage"]
@@ -107,14 +107,14 @@ def continues_texts(path: Path) -> bool:
 
 
 def newest_weights(spec: WeightSpec) -> Path:
-    """The newest chat weights that fit the shape asked for, else the newest pretrained ones.
+    """The newest chat weights of the given shape, or the newest pretrained ones.
 
     Raises:
         UserError: if there are none.
     """
     found: dict[bool, Path] = {}
     for path, about in list_weights(spec.out_dir):
-        if spec.fits(about["config"]):
+        if spec.matches(about["config"]):
             found.setdefault(about["stage"] != PRETRAINED, path)
     if not found:
         flags = "".join(f" of --{name} {value}" for name, value in spec.shape.items())
@@ -126,41 +126,40 @@ def newest_weights(spec: WeightSpec) -> Path:
 
 
 def name_patterns(name: str, dim: str = r"\d+") -> tuple[re.Pattern[str], ...]:
-    """What the names of the files look like that `name` may mean, the likelier first.
+    """Patterns of the file names that `name` may mean, the likelier first.
 
     Args:
-        name: a stage's or an adapter's; the whole name of a file; or that of a run.
+        name: a stage's, an adapter's or a run's name, or the whole name of a file.
         dim: pattern of the width.
     """
     name = re.escape(name)
     return re.compile(rf"{name}_{dim}(_moe)?|{name}"), re.compile(rf".+_{dim}(_moe)?_{name}")
 
 
-def stage_weights(spec: WeightSpec, shape: LMConfig) -> Path:
-    """The file that `weight` means: itself, or the newest of that name that fits the shape.
+def find_weights(spec: WeightSpec, shape: LMConfig) -> Path:
+    """The file that `spec.weight` names: a path, or the newest of a name that has the given shape.
 
     Args:
-        spec: what is asked for.
-        shape: names the file of a stage that has no .json.
+        spec: which weights.
+        shape: shape of weights without a .json file.
 
     Raises:
         UserError: if there is none.
     """
-    if spec.weight.endswith(".pth"):
-        return resolve_weights("--weight", spec.weight, spec.out_dir, shape)
-    for name in name_patterns(spec.weight):
-        for path, about in list_weights(spec.out_dir):
-            if name.fullmatch(path.stem) and spec.fits(about["config"]):
-                return path
+    if not spec.weight.endswith(".pth"):
+        for pattern in name_patterns(spec.weight):
+            for path, about in list_weights(spec.out_dir):
+                if pattern.fullmatch(path.stem) and spec.matches(about["config"]):
+                    return path
     return resolve_weights("--weight", spec.weight, spec.out_dir, shape)
 
 
 def find_adapter(spec: WeightSpec, shape: LMConfig) -> Path:
-    """The file of the adapter that is asked for; of several shapes, the newest.
+    """The file that `spec.lora_name` names; of several shapes, the newest.
 
     Args:
-        spec: what is asked for.
-        shape: of the file that an error names.
+        spec: which adapter.
+        shape: shape in the file name that an error names.
 
     Raises:
         UserError: if there is none.
@@ -169,8 +168,8 @@ def find_adapter(spec: WeightSpec, shape: LMConfig) -> Path:
     if spec.lora_name.endswith(".pth"):
         return resolve_weights("--lora_name", spec.lora_name, folder, shape)
     paths: list[Path] = []
-    for name in name_patterns(spec.lora_name, r"\d+" if spec.dim is None else f"{spec.dim}"):
-        paths = paths or [path for path in folder.glob("*.pth") if name.fullmatch(path.stem)]
+    for pattern in name_patterns(spec.lora_name, r"\d+" if spec.dim is None else f"{spec.dim}"):
+        paths = paths or [path for path in folder.glob("*.pth") if pattern.fullmatch(path.stem)]
     if not paths:
         wanted = weights_path(folder, spec.lora_name, shape)
         names = [re.sub(r"_\d+(_moe)?$", "", p.stem) for p in list_adapters(spec.out_dir)]
@@ -179,16 +178,17 @@ def find_adapter(spec: WeightSpec, shape: LMConfig) -> Path:
     return max(paths, key=lambda path: path.stat().st_mtime)
 
 
-def base_of(adapter: Path, out_dir: Path, tokenizer: str) -> tuple[Path, MiniMindLM]:
-    """The weights in a folder that an adapter was trained on, by their hash: file and model.
+def load_base(adapter: Path, out_dir: Path, tokenizer: str) -> tuple[Path, MiniMindLM]:
+    """Find and load the weights that an adapter was trained on, by their hash: file and model.
 
     Args:
-        adapter: its file.
-        out_dir: where the weights are.
+        adapter: file of the adapter.
+        out_dir: folder of weights.
         tokenizer: hash of the tokenizer in use.
 
     Raises:
-        UserError: if they are not there, belong to another tokenizer, or the file holds no adapter.
+        UserError: if they are not there or belong to another tokenizer, or if the file holds no
+            adapter.
     """
     base = adapted_base(adapter)
     if base is None:
@@ -212,20 +212,20 @@ def base_of(adapter: Path, out_dir: Path, tokenizer: str) -> tuple[Path, MiniMin
 def load_chat_model(
     spec: WeightSpec, device: torch.device, quantize: str | None = None, rows: int = 1
 ) -> ChatModel:
-    """Load the weights that are asked for.
+    """Load weights, tokenizer and adapter.
 
     Args:
-        spec: which.
-        device: to compute on.
-        quantize, rows: as for ChatModel.
+        spec: which ones.
+        device: device to compute on.
+        quantize, rows: see ChatModel.
 
     Raises:
-        UserError: if they are not there or do not fit.
+        UserError: if they are not there or do not belong together.
     """
     if spec.weight is not None and Path(spec.weight).is_dir():
         return load_folder(spec, device, quantize, rows)
     tokenizer = load_tokenizer(spec.tokenizer_path)
-    known = tokenizer_hash(tokenizer)
+    hash_ = tokenizer_hash(tokenizer)
     try:
         shape = LMConfig(
             dim=spec.dim or 512,
@@ -237,13 +237,13 @@ def load_chat_model(
         raise UserError(f"--dim {spec.dim}: {error}") from None
     adapter = None if spec.lora_name is None else find_adapter(spec, shape)
     if spec.weight is None and adapter is not None:
-        path, model = base_of(adapter, spec.out_dir, known)
+        path, model = load_base(adapter, spec.out_dir, hash_)
     else:
-        path = newest_weights(spec) if spec.weight is None else stage_weights(spec, shape)
-        model = load_model(path, shape, known)
-    name, chats = path.stem, not continues_texts(path)
+        path = newest_weights(spec) if spec.weight is None else find_weights(spec, shape)
+        model = load_model(path, shape, hash_)
+    name, chats = path.stem, not is_pretrained(path)
     if adapter is not None:
-        load_adapter(adapter, model)
+        load_lora(model, adapter)
         name, chats = f"{name}+{adapter.stem}", True  # adapters are trained on conversations
     return ChatModel(name, model.to(device).eval(), tokenizer, chats, quantize, rows)
 
@@ -251,9 +251,9 @@ def load_chat_model(
 def load_folder(
     spec: WeightSpec, device: torch.device, quantize: str | None, rows: int
 ) -> ChatModel:
-    """Load a folder that `save_pretrained` wrote when a model of ours was one of transformers'.
+    """Load a folder in transformers' format: config.json, model.safetensors, perhaps a tokenizer.
 
-    It holds config.json, model.safetensors and, usually, the tokenizer.
+    `save_pretrained` wrote such folders when MiniMindLM was one of transformers' models.
 
     Raises:
         UserError: if the folder holds something else.

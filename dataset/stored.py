@@ -1,0 +1,237 @@
+"""What the data sets have in common: a token store, and a table of the items made of it."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from common import UserError
+
+from .arrays import INDEX_DTYPE, LENGTH_DTYPE, ArrayWriter
+from .chat import ChatEncoder
+from .token_store import Encoded, Encoder, TokenStore
+from .turns import Spans, Turns, find_turns
+
+CHUNK = 1 << 16  # documents, or rows of a table, looked at together
+CHUNK_TOKENS = 1 << 20  # or tokens, where they are looked at, too
+
+
+class StoredDataset(Dataset, ABC):
+    """Items made of the documents of a token store.
+
+    A table beside the tokens has a row for each item, in file order: its document, and which ids of
+    the document it takes, `lengths` in all, namely the first `prefixes` and those from position
+    `begins` on. An item that is made of several documents has as many rows.
+
+    Attributes:
+        store: token ids of the file.
+        max_length: most ids of an item.
+        part: which records of the file are used.
+
+    Raises:
+        UserError: if there are no items, or the table cannot be written.
+        ValueError: for a max_length below 2.
+    """
+
+    _COLUMNS: dict[str, np.dtype] = {}  # of the table, for sums
+    _COUNTED: tuple[str, ...] = ()  # what the encoder counts and is of interest
+    _DOCUMENTS = 1  # of each record in the store, and of each item
+
+    def __init__(self, store: TokenStore, encoder: Encoder, max_length: int, options: str) -> None:
+        if max_length < 2:
+            raise ValueError(f"max_length is {max_length}; an item needs at least two ids")
+        self.store = store
+        self.max_length = max_length
+        self._options = options  # all that the items depend on, besides store and part
+
+        def write(writer: ArrayWriter) -> dict[str, int]:
+            self._write_items(writer, encoder)
+            return self._count(np.ones(self._n_records, dtype=bool))
+
+        self._use("all", write)
+
+    @abstractmethod
+    def _write_items(self, writer: ArrayWriter, encoder: Encoder) -> None:
+        """Write the table of all items."""
+
+    def split(self, val_ratio: float) -> tuple["StoredDataset", "StoredDataset"]:
+        """Two data sets that share no record: one to train on, and `val_ratio` of all held out.
+
+        Which records are held out depends on their number and the ratio alone, so that runs with
+        different seeds, or resumed, are measured on the same ones.
+
+        Raises:
+            UserError: if there is only one record, or a part has no items.
+        """
+        if self._n_records < 2:
+            raise UserError(f"{self.store.path}: one document cannot be split for validation")
+        held_out = min(max(1, round(val_ratio * self._n_records)), self._n_records - 1)
+        train, val = copy.copy(self), copy.copy(self)
+        for name, part in (("train", train), ("val", val)):
+            part._use(f"{name}_{held_out}", partial(self._select, held_out, name == "val"))
+        return train, val
+
+    def _select(self, held_out: int, is_held_out: bool, writer: ArrayWriter) -> dict[str, int]:
+        """Write the rows of the records that are held out, or of all others."""
+        records = np.full(self._n_records, not is_held_out)
+        records[np.random.default_rng(0).permutation(self._n_records)[:held_out]] = is_held_out
+        table = self._items.arrays
+        for start in range(0, len(table["documents"]), CHUNK):
+            rows = slice(start, start + CHUNK)
+            chosen = records[table["documents"][rows] // self._DOCUMENTS]
+            writer.append(**{name: column[rows][chosen] for name, column in table.items()})
+        return self._count(records)
+
+    def _use(self, part: str, write: Callable[[ArrayWriter], dict[str, int]]) -> None:
+        """Use the table of some records, written first if need be."""
+        self.part = part
+        dtypes = {
+            "documents": INDEX_DTYPE,
+            "prefixes": LENGTH_DTYPE,
+            "begins": INDEX_DTYPE,
+            "lengths": LENGTH_DTYPE,
+            **self._COLUMNS,
+        }
+        self._items = self.store.derived(f"spans_{self.items_key}", dtypes, write)
+        if len(self) == 0:
+            raise UserError(
+                f"{self.store.path}: nothing to learn, or nothing that fits; a larger "
+                "--max_seq_len may help"
+            )
+
+    def _count(self, records: np.ndarray) -> dict[str, int]:
+        """The number of some records, and what the encoder counted in them."""
+        counted = {n: self.store.arrays[n][:: self._DOCUMENTS] for n in self._COUNTED}
+        sums = {name: int(counts[records].sum()) for name, counts in counted.items()}
+        return {"records": int(records.sum()), **sums}
+
+    @property
+    def _n_records(self) -> int:
+        """The number of all good records of the file."""
+        return len(self.store.lines) // self._DOCUMENTS
+
+    def _sum(self, column: str) -> int | float:
+        """The sum of a column of the table."""
+        values = self._items.arrays[column]
+        return values.sum(dtype=np.result_type(values, np.int64)).item()
+
+    @property
+    def items_key(self) -> str:
+        """Tells these items from others of the same store; fit for a file name."""
+        return f"{self._options}_{self.part}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the items, wherever the file lies."""
+        return f"{self.store.content} {self.part} {self._options}"
+
+    @property
+    def n_documents(self) -> int:
+        """Records that have items."""
+        return len(self)
+
+    @property
+    def n_positions(self) -> int:
+        """The sum of all items' lengths."""
+        return self._sum("lengths") - len(self._items.arrays["lengths"])
+
+    @property
+    def n_bad_lines(self) -> int:
+        """Lines of the file that are left out."""
+        return self.store.bad_lines.count
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be known of the file, a line for each: its bad lines that are left out."""
+        bad = self.n_bad_lines
+        return [f"{bad:,} bad lines of the file left out"] if bad else []
+
+    def __len__(self) -> int:
+        return len(self._items.arrays["documents"]) // self._DOCUMENTS
+
+    def lengths(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Positions, `len(X)`, of the items `start` to `stop`: int64, without reading tokens."""
+        stop = len(self) if stop is None else stop
+        ids = self._items.arrays["lengths"][self._DOCUMENTS * start : self._DOCUMENTS * stop]
+        return ids.reshape(-1, self._DOCUMENTS).max(axis=1).astype(np.int64) - 1
+
+    def line_number(self, index: int) -> int:
+        """The line of the file, from 1, that item `index` comes from."""
+        return int(self.store.lines[self._document(self._rows(index)[0])])
+
+    def _rows(self, index: int) -> range:
+        """The rows of an item. Raises IndexError."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        first = index % len(self) * self._DOCUMENTS
+        return range(first, first + self._DOCUMENTS)
+
+    def _document(self, row: int) -> int:
+        return int(self._items.arrays["documents"][row])
+
+    def _positions(self, row: int) -> np.ndarray:
+        """The places in the store of a row's ids."""
+        table = self._items.arrays
+        start, begin = self.store.offsets[self._document(row)], table["begins"][row]
+        prefix, length = int(table["prefixes"][row]), int(table["lengths"][row])
+        return np.append(
+            np.arange(start, start + prefix), np.arange(begin, begin + length - prefix)
+        )
+
+
+class ChatDataset(StoredDataset):
+    """The conversations of a file: an item for each of which something can be used."""
+
+    _COLUMNS = {"dropped_turns": LENGTH_DTYPE, "cut_answers": LENGTH_DTYPE}
+    _COUNTED = ("unanswered_turns",)
+    _REASONS = {
+        "unanswered_turns": "last turns left out: nobody answers them",
+        "dropped_turns": "turns left out: their conversations are longer than --max_seq_len",
+        "cut_answers": "last answers cut: longer than --max_seq_len",
+        "left_out": "conversations left out: nothing to learn, or nothing of that fits",
+    }
+
+    @abstractmethod
+    def _keep(
+        self, chats: Encoded, turns: Turns, encoder: ChatEncoder
+    ) -> tuple[Spans, dict[str, np.ndarray]]:
+        """What items take of some conversations, and further columns of the table."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What is missing of the file's conversations, bad lines aside, by the names in `notes`."""
+        meta = self._items.meta
+        left_out = meta["records"] - len(self)
+        sums = {name: self._sum(name) for name in ("dropped_turns", "cut_answers")}
+        counts = {**meta, **sums, "left_out": left_out}
+        return {name: counts[name] for name in self._REASONS}
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be known of the file: its bad lines, and each count that is not 0."""
+        counts = self.counts
+        missing = [f"{counts[name]:,} {why}" for name, why in self._REASONS.items() if counts[name]]
+        return [*super().notes, *missing]
+
+    def _write_items(self, writer: ArrayWriter, encoder: ChatEncoder) -> None:
+        offsets, first = self.store.offsets, 0
+        while first < len(offsets) - 1:
+            stop = np.searchsorted(offsets, offsets[first] + CHUNK_TOKENS, side="right") - 1
+            stop = max(int(stop - stop % self._DOCUMENTS), first + self._DOCUMENTS)
+            chats = self.store.read(first, stop)
+            spans, columns = self._keep(chats, find_turns(chats), encoder)
+            taken = (spans.ends > spans.begins).reshape(-1, self._DOCUMENTS)
+            used = np.repeat(taken.all(axis=1), self._DOCUMENTS)
+            columns |= {
+                "documents": np.arange(first, stop),
+                "prefixes": spans.prefixes,
+                "begins": spans.begins + offsets[first],
+                "lengths": spans.prefixes + spans.ends - spans.begins,
+                "dropped_turns": spans.dropped_turns,
+                "cut_answers": spans.cut,
+            }
+            writer.append(**{name: values[used] for name, values in columns.items()})
+            first = stop

@@ -1,0 +1,162 @@
+"""Text as token ids: the tokenizer as training uses it, and the documents of pretraining."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from common import UserError
+from model import tokenizer_hash
+
+from .records import parse_text
+from .token_store import BATCH_BYTES, Encoded, Parsed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PIECE_CHARS = 1 << 16  # longer texts are encoded in pieces
+
+LANGUAGES = ("Chinese", "English", "code/other")
+_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_LATIN = re.compile(r"[A-Za-z]")
+_SPACE = re.compile(r"\s+")
+
+
+class TextTokenizer:
+    """Text to ids by a transformers tokenizer, such that no text can produce a control token.
+
+    It works on a private copy of the tokenizer's backend.
+
+    Attributes:
+        hash: the tokenizer's `tokenizer_hash`.
+        special: ids that no text gives, by token.
+        dtype: the smallest that holds the ids, uint16 or uint32.
+
+    Raises:
+        UserError: if the tokenizer has no such backend.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise UserError("--tokenizer_path: this tokenizer has no tokenizer.json")
+        # The tokenizers library warns in every process that is forked after it ran in parallel,
+        # DataLoader workers included, unless this is set.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        self._backend = Tokenizer.from_str(backend.to_str())
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self.hash = tokenizer_hash(tokenizer)
+        self._backend.encode_special_tokens = True
+        self._added = self._backend.get_added_tokens_decoder()
+        self.special = {token.content: id_ for id_, token in self._added.items() if token.special}
+        largest_id = max(self._backend.get_vocab(with_added_tokens=True).values())
+        self.dtype = np.dtype("<u2" if largest_id < 1 << 16 else "<u4")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._backend.encode_special_tokens = True  # which the library does not pickle
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text, of `dtype`, without `<s>` and `</s>`.
+
+        Long texts are encoded in pieces, cut after a newline where there is one near enough. With
+        a newline as a token of its own that changes nothing; other tokenizers may see one token
+        in tens of thousands split in two.
+        """
+        pieces = ((owner, piece) for owner, text in enumerate(texts) for piece in _cut(text))
+        parts: list[list[np.ndarray]] = [[] for _ in texts]
+        for batch in _batches_of_pieces(pieces):
+            encodings = self._backend.encode_batch_fast(
+                [piece for _, piece in batch], add_special_tokens=False
+            )
+            for (owner, _), encoding in zip(batch, encodings, strict=True):
+                parts[owner].append(np.array(encoding.ids, dtype=self.dtype))
+        return [np.concatenate(part) for part in parts]
+
+    def byte_counts(self) -> np.ndarray:
+        """(largest id + 1,) int64, the UTF-8 bytes of text that each id stands for.
+
+        Special tokens stand for none. A byte-level tokenizer writes each byte as one character; of
+        others, ids are decoded one by one, which may miss a space or part of a character.
+        """
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        is_byte_level = '"ByteLevel"' in json.dumps(json.loads(self._backend.to_str())["decoder"])
+        counts = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+        for token, id_ in vocabulary.items():
+            if id_ in self._added:
+                counts[id_] = 0 if self._added[id_].special else len(token.encode("utf-8"))
+            elif is_byte_level:
+                counts[id_] = len(token)
+            else:
+                counts[id_] = len(self._backend.decode([id_]).encode("utf-8"))
+        return counts
+
+
+def _cut(text: str) -> Iterator[str]:
+    """Cut a text into pieces of at most PIECE_CHARS, at the end of a line if possible."""
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        newline = text.rfind("\n", start, start + PIECE_CHARS)
+        end = newline + 1 if newline >= 0 else start + PIECE_CHARS
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _batches_of_pieces(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """As many pieces together as make BATCH_BYTES characters."""
+    batch: list[tuple[int, str]] = []
+    chars = 0
+    for owner, piece in pieces:
+        batch.append((owner, piece))
+        chars += len(piece)
+        if chars >= BATCH_BYTES:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+class TextEncoder:
+    """Encodes `{"text"}` lines as documents `<s>` text `</s>`."""
+
+    is_chat = False
+    counted = ()
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer = TextTokenizer(tokenizer)
+        self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if self._bos is None or self._eos is None:
+            raise UserError("--tokenizer_path: this tokenizer lacks a bos_token or an eos_token")
+        self.dtype = self._tokenizer.dtype
+        self.key = f"pretrain {self._bos} {self._eos} {self._tokenizer.hash}"
+
+    def parse(self, line: bytes) -> Parsed:
+        """The text of a line and its UTF-8 bytes. Raises RecordError."""
+        text = parse_text(line)
+        return Parsed(text, len(text.encode("utf-8")))
+
+    def encode(self, records: Sequence[str]) -> Encoded:
+        """Ids of the documents, `<s>` and `</s>` included."""
+        texts = self._tokenizer.encode_batch(records)
+        bos, eos = (np.array([id_], dtype=self.dtype) for id_ in (self._bos, self._eos))
+        parts = [part for text in texts for part in (bos, text, eos)]
+        lengths = np.array([len(text) + 2 for text in texts], dtype=np.int64)
+        return Encoded(np.concatenate([np.empty(0, dtype=self.dtype), *parts]), lengths)
+
+
+def language(text: str) -> str:
+    """One of LANGUAGES, by shares of the characters that are not white space.
+
+    Chinese from 30 % CJK characters on; else English from 85 % ASCII letters on (prose has 90 % and
+    more, source code and tables less); else code/other.
+    """
+    characters = len(_SPACE.sub("", text))
+    if len(_CJK.findall(text)) >= 0.3 * characters:
+        return "Chinese"
+    return "English" if len(_LATIN.findall(text)) >= 0.85 * characters else "code/other"

@@ -1,0 +1,49 @@
+"""Flags and start-up that the terminal, the server and the page share."""
+
+import argparse
+import socket
+from pathlib import Path
+
+from common import ROOT, UserError, name_or_path, user_path
+from model import choose_device
+
+from .loading import WeightSpec
+from .pool import ModelPool
+
+
+def add_model_arguments(
+    parser: argparse._ActionsContainer,
+    weight_help: str = "the name of one of them, a .pth file, or a folder: offer it alone",
+) -> None:
+    """Add the flags that say which models there are and what computes them."""
+    parser.add_argument("--out_dir", type=user_path, default=Path("out"), help="where weights are")
+    parser.add_argument("--weight", type=name_or_path, help=weight_help)
+    parser.add_argument(
+        "--quantize", choices=("int8",), help="weights of 8 bits: faster on a CPU, nearly as good"
+    )
+    parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
+    parser.add_argument(
+        "--tokenizer_path",
+        type=user_path,
+        default=ROOT / "model" / "minimind_tokenizer",
+        help="folder",
+    )
+
+
+def open_pool(args: argparse.Namespace, rows: int, queue: int, loaded: int) -> ModelPool:
+    """The models that the flags of `add_model_arguments` name; other arguments as of ModelPool."""
+    spec = WeightSpec(args.out_dir, args.tokenizer_path, weight=args.weight)
+    return ModelPool(spec, choose_device(args.device), args.quantize, rows, queue, loaded)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open a socket that listens.
+
+    Raises:
+        UserError: if the port is taken, or there is no such host.
+    """
+    try:
+        family = socket.getaddrinfo(host, port)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: {error.strerror or error}") from None
