@@ -4,44 +4,32 @@
     python benchmarks/data_pipeline.py --size 2000          2 GB
     python benchmarks/data_pipeline.py --data my.jsonl      a file of yours
 
-The peer is what many training scripts do: `tokenizer(text)` line by line, ids written as JSON. It
-and ours tokenise the beginning of the file in turns. Each measurement has a process of its own.
-Memory is the peak of RssAnon, resident memory that is not backed by a file, sampled every 10 ms;
-it is known on Linux only. Whatever is written is deleted.
+The peer is what many training scripts do: `tokenizer(text)` line by line, ids written as JSON. Both
+tokenise the beginning of the file in turns. Each measurement has a process of its own. Memory is
+the peak of RssAnon, resident memory that is not backed by a file, sampled every 10 ms (Linux only).
+Whatever is written is deleted.
 """
 
-import argparse
 import json
 import multiprocessing
-import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from statistics import median
 
 import numpy as np
 from transformers import AutoTokenizer
 
-from common import ROOT, user_path
+from common import add_tokenizer_path, make_parser, positive_int, user_path
 from dataset import PackedRows, PretrainDataset, RowBatches, collate
+from sample_world.documents import pretraining_texts
+from sample_world.world import build_world
 
-ENGLISH = """
-    the of and to in is that for it as was with be by on not he his but at are this have from or
-    had an they which one you were all her she there would their we him been has when who will no
-    more if out so up said what its about than into them can only other time new some could these
-    two may first then do any like my now over such our man me even most made after also did many
-    system file user network memory language model water river mountain yesterday, however,
-    """
-CHINESE = """
-    我们 他们 可以 这个 一个 没有 什么 自己 因为 所以 但是 如果 已经 时候 现在 知道
-    问题 进行 使用 系统 文件 用户 网络 语言 模型 需要 工作 中国 社会 发展 生活 学习
-    时间 世界 国家 人民 的 了 在 是 和 有 也 就 都 而 ， 、 今天 天气 很好 山上 河水
-    老师 学生 开始 认为 方法 安装 程序 数据 结果 不同 通过 其中 一些 这样 主要
-    """
 SAMPLE_BYTES = 8_000_000  # what both sides tokenise in turn
 ROUNDS = 3
 STATUS = Path("/proc/self/status")
@@ -50,45 +38,37 @@ Figures = dict[str, float]
 
 def main() -> None:
     """Run the measurements one after the other and print the table."""
-    parser = argparse.ArgumentParser(description="Measure the data pipeline.")
-    parser.add_argument(
-        "--data", type=user_path, help='JSONL file of {"text"} lines (default: made up)'
-    )
-    parser.add_argument("--size", type=int, default=64, help="MB of text to make up (default 64)")
-    parser.add_argument("--max_seq_len", type=int, default=512, help="positions in a row")
-    parser.add_argument("--batch_size", type=int, default=32, help="rows in a batch")
-    parser.add_argument(
-        "--tokenizer_path", type=user_path, default=ROOT / "model" / "minimind_tokenizer"
-    )
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--data", type=user_path, help='JSONL file of {"text"}; default: made up')
+    parser.add_argument("--size", type=positive_int, default=64, help="MB of text to make up")
+    parser.add_argument("--max_seq_len", type=positive_int, default=512, help="positions in a row")
+    parser.add_argument("--batch_size", type=positive_int, default=32, help="rows in a batch")
+    add_tokenizer_path(parser)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="data_pipeline_") as folder:
+    with tempfile.TemporaryDirectory(prefix="data_pipeline_") as name:
+        folder = Path(name)
+        path = args.data or folder / "generated.jsonl"
         if args.data is None:
-            path = Path(folder) / "generated.jsonl"
             generate(path, args.size * 1_000_000)
-        else:
-            path = args.data
-        options = (path, args.tokenizer_path, Path(folder), args.max_seq_len)
-        sample = Path(folder) / "sample.jsonl"
+        sample = folder / "sample.jsonl"
         with path.open("rb") as source:
             sample.write_bytes(b"".join(source.readlines(SAMPLE_BYTES)))
-        sample_mb = sample.stat().st_size / 1e6
         seconds: dict[str, list[float]] = {"peer": [], "ours": []}
         for turn in range(ROUNDS):
-            round_folder = Path(folder) / f"round{turn}"
-            round_options = (sample, args.tokenizer_path, round_folder)
-            seconds["peer"].append(in_own_process(measure_peer, *round_options)["s"])
-            opened = in_own_process(measure_open, *round_options, args.max_seq_len)
+            options = (sample, args.tokenizer_path, folder / f"round{turn}")
+            seconds["peer"].append(in_own_process(measure_peer, *options)["s"])
+            opened = in_own_process(measure_open, *options, args.max_seq_len)
             seconds["ours"].append(opened["store_s"])
-        cold = in_own_process(measure_open, *options)
-        warm = in_own_process(measure_open, *options)
+        options = (path, args.tokenizer_path, folder, args.max_seq_len)
+        cold, warm = (in_own_process(measure_open, *options) for _ in range(2))
         epoch = in_own_process(measure_epoch, *options, args.batch_size)
-        size = path.stat().st_size / 1e6
-    ours, theirs = (sample_mb / statistics.median(seconds[who]) for who in ("ours", "peer"))
+        size, sample_size = path.stat().st_size / 1e6, sample.stat().st_size / 1e6
+    ours, theirs = (sample_size / median(seconds[who]) for who in ("ours", "peer"))
     print(
         f"file                       {size:,.0f} MB, {epoch['documents']:,.0f} documents, "
         f"{epoch['tokens'] / 1e6:,.1f} M tokens, {epoch['bytes_per_token']:.2f} bytes each\n"
         f"tokenising, whole file     {size / cold['store_s']:.2f} MB/s ({cold['store_s']:.1f} s)\n"
-        f"tokenising, first {sample_mb:.0f} MB     {ours:.2f} MB/s, peer {theirs:.2f} MB/s, "
+        f"tokenising, first {sample_size:.0f} MB     {ours:.2f} MB/s, peer {theirs:.2f} MB/s, "
         f"ratio {ours / theirs:.2f} (medians of {ROUNDS})\n"
         f"table of items and rows    {cold['rows_s']:.2f} s\n"
         f"start with a warm store    {(warm['store_s'] + warm['rows_s']) * 1e3:.1f} ms\n"
@@ -159,7 +139,7 @@ def measure_epoch(
     }
 
 
-def in_own_process(measure: Callable[..., Figures], *arguments: Any) -> Figures:
+def in_own_process(measure: Callable[..., Figures], *arguments: object) -> Figures:
     """Call `measure` in a new interpreter, so that no measurement feels the one before."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure, *arguments).result()
@@ -194,25 +174,15 @@ def rss_anon() -> float:
 
 
 def generate(path: Path, size: int) -> None:
-    """Write `size` bytes of made-up English and Chinese documents, the same each time."""
+    """Write `size` bytes of documents about the sample world, the same each time."""
     generator = np.random.default_rng(0)
-
-    def sentences(words: list[str], space: str, stop: str) -> list[str]:
-        return [
-            space.join(words[n] for n in generator.integers(len(words), size=length)) + stop
-            for length in generator.integers(4, 30, 50_000)
-        ]
-
-    languages = [sentences(ENGLISH.split(), " ", ".\n"), sentences(CHINESE.split(), "", "。\n")]
+    parts = list(islice(pretraining_texts(build_world(0), seed=0), 20_000))
     written = 0
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("wb") as file:
         while written < size:
-            language = languages[generator.integers(2)]
-            chosen = generator.integers(len(language), size=1 + int(generator.pareto(1.5) * 5))
-            text = "".join([language[n] for n in chosen.tolist()])
-            line = json.dumps({"text": text}, ensure_ascii=False) + "\n"
-            file.write(line)
-            written += len(line.encode("utf-8"))
+            chosen = generator.integers(len(parts), size=1 + int(generator.pareto(1.5) * 2))
+            text = "\n\n".join(parts[n] for n in chosen.tolist())
+            written += file.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
 
 
 if __name__ == "__main__":

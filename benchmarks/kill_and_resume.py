@@ -11,12 +11,11 @@ a first save was complete, the weights and one of the two resume files must be w
 the next start must go on from the newest of these. In the end both runs must have the same weights,
 bit by bit, and the same metrics but for times. Else the exit status is 1.
 
-In the table: the last step in the metrics when the run was killed, the file that it was writing,
-the steps that the two resume files hold (- for none or one that is damaged), and the step that the
-next start went on from (- where that was killed before it said so).
+In the table: the step that the run went on from (- if it was killed before it printed that), the
+last step in its metrics, the file that it was writing, and the steps that the two resume files hold
+(- for none or a damaged one).
 """
 
-import argparse
 import json
 import os
 import random
@@ -31,7 +30,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import ROOT, make_parser, positive_int, seed
+
 DIM = 32
 NAME = f"pretrain_{DIM}"
 FLAGS = f"""
@@ -46,9 +46,9 @@ AIMS = ("save", "step", "save", "step", "start")
 
 def main() -> int:
     """Train, kill, resume, compare; the exit status."""
-    parser = argparse.ArgumentParser(description="Kill and resume a training run.")
-    parser.add_argument("--kills", type=int, default=25, help="how many (default 25)")
-    parser.add_argument("--seed", type=int, default=0, help="of the instants (default 0)")
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=positive_int, default=25, help="how many")
+    parser.add_argument("--seed", type=seed, default=0, help="decides the instants")
     args = parser.parse_args()
     generator = random.Random(args.seed)
     with tempfile.TemporaryDirectory(prefix="kill_and_resume_") as name:
@@ -82,7 +82,7 @@ class Run:
             )
 
     def finish(self) -> float:
-        """Start or resume it, and wait for its end; the seconds that this took."""
+        """Start or resume it and wait for its end; the seconds that it took."""
         began = time.perf_counter()
         if self.start().wait():
             raise SystemExit(f"the run failed:\n{self.printed()}")
@@ -93,7 +93,7 @@ class Run:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def resumed_from(self) -> int | None:
-        """The step that the last process went on from, 0 for a new run; None if it did not say."""
+        """The step that the last process went on from, 0 for a new run; None if not printed."""
         printed = self.printed()
         found = re.search(r"--resume: going on after step (\d+)\n", printed)
         return int(found[1]) if found else 0 if "a new run starts" in printed else None
@@ -126,10 +126,10 @@ def make_data(path: Path, generator: random.Random) -> Path:
 
 
 def kill_often(run: Run, kills: int, generator: random.Random) -> list[str]:
-    """Kill and resume, then let the run end; print the table and return what went wrong."""
+    """Kill and resume, then let the run end; print the table and return the faults."""
     faults: list[str] = []
-    print("kill  aimed at  last step  was writing                newest  previous  resumed from")
-    saved, row, start_seconds = 0, "", 5.0
+    print("kill  aimed at  resumed from  last step  was writing                newest  previous")
+    saved, start_seconds = 0, 5.0
     for kill in range(1, kills + 1):
         aim = AIMS[kill % len(AIMS)]
         began = time.perf_counter()
@@ -151,11 +151,8 @@ def kill_often(run: Run, kills: int, generator: random.Random) -> list[str]:
         if process.wait() == 0 or "Traceback" in run.printed():
             raise SystemExit(f"kill {kill} came too late:\n{run.printed()}")
         resumed_from = run.resumed_from()
-        if row:
-            print(f"{row}  {'-' if resumed_from is None else resumed_from:>12}", flush=True)
         if resumed_from not in (None, saved):
             faults.append(f"kill {kill}: the run went on from {resumed_from}, not {saved}")
-
         weights = load(run.out / f"{NAME}.pth")
         files = [load(run.out / f"{NAME}_resume{which}.pth") for which in ("", ".prev")]
         newest, previous = (contents["state"]["step"] if contents else None for contents in files)
@@ -163,10 +160,13 @@ def kill_often(run: Run, kills: int, generator: random.Random) -> list[str]:
         if held < saved or (held and weights is None):
             faults.append(f"kill {kill}: weights or resume files are lost")
         saved = held
-        row = f"{kill:>4}  {aim:<8}  {max(run.steps(), default=0):>9}  {run.writing() or '':<25}"
-        row += f"  {newest or '-':>6}  {previous or '-':>8}"
+        print(
+            f"{kill:>4}  {aim:<8}  {'-' if resumed_from is None else resumed_from:>12}  "
+            f"{max(run.steps(), default=0):>9}  {run.writing() or '':<25}  "
+            f"{newest or '-':>6}  {previous or '-':>8}",
+            flush=True,
+        )
     run.finish()
-    print(f"{row}  {run.resumed_from():>12}", flush=True)
     if run.resumed_from() != saved:
         faults.append(f"the run went on from {run.resumed_from()}, not {saved}")
     return faults

@@ -2,56 +2,53 @@
 
     python benchmarks/saving.py [--dim 512 --n_layers 8 --batch_size 8]
 
-It runs train_pretrain.py on the sample with a save every few steps, and prints by how much saving
-every 100 steps lengthens a step.
+It runs train_pretrain.py on the beginning of the sample with a save every few steps, and prints by
+how much a save every 100 steps lengthens a step.
 """
 
-import argparse
+import json
 import runpy
-import statistics
 import sys
 import tempfile
 import time
+from itertools import islice, pairwise
 from pathlib import Path
+from statistics import median
 from unittest import mock
 
-from common import ROOT
+from harness import add_flags
+
+from common import ROOT, make_parser
+from sample_world import SAMPLE, ensure_sample
 from training import Run
 
 INTERVAL = 100  # steps, the default of --save_interval
+DOCUMENTS_PER_ROW = 10  # of the sample, about: enough for as many rows as are asked for
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--n_layers", type=int, default=8)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--save_interval", type=int, default=4)
+    parser = make_parser(__doc__.splitlines()[0])
+    add_flags(parser, dim=512, n_layers=8, batch_size=8, steps=24, save_interval=4)
     args = parser.parse_args()
-
-    steps: list[float] = []
     saves: list[float] = []
-    save, add_step = Run.save, Run.add_step
+    save = Run.save
 
     def timed_save(run: Run) -> None:
         started = time.perf_counter()
         save(run)
         saves.append(time.perf_counter() - started)
 
-    def timed_step(run: Run, **figures: object) -> None:
-        add_step(run, **figures)
-        steps.append(figures["seconds"])
-        if len(steps) == args.steps:
-            run.ending = "measured"
-
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        documents = args.steps * args.batch_size * DOCUMENTS_PER_ROW
+        with ensure_sample(SAMPLE / "pretrain.jsonl").open("rb") as file:
+            (folder / "texts.jsonl").write_bytes(b"".join(islice(file, documents)))
         words = ["--dim", args.dim, "--n_layers", args.n_layers, "--batch_size", args.batch_size]
-        words += ["--save_interval", args.save_interval, "--out_dir", folder, "--device", "cpu"]
+        words += ["--save_interval", args.save_interval, "--log_interval", 1, "--out_dir", folder]
+        words += ["--data_path", folder / "texts.jsonl", "--device", args.device or "cpu"]
         with (
             mock.patch.object(Run, "save", timed_save),
-            mock.patch.object(Run, "add_step", timed_step),
             mock.patch.object(sys, "argv", ["train_pretrain.py", *map(str, words)]),
         ):
             try:
@@ -59,9 +56,13 @@ def main() -> None:
             except SystemExit as exit_:
                 if exit_.code:
                     raise
-        size = sum(file.stat().st_size for file in Path(folder).glob("*.pth")) / 1e6
+        (metrics,) = folder.glob("logs/*/metrics.jsonl")
+        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        size = sum(file.stat().st_size for file in folder.glob("*.pth")) / 1e6
 
-    step, pause = statistics.median(steps), statistics.median(saves)
+    seconds = [line["seconds"] for line in lines if "loss" in line]
+    steps = [after - before for before, after in pairwise([0, *seconds])]
+    step, pause = median(steps), median(saves)
     print(
         f"{len(steps)} steps, median {step:.2f} s ({min(steps):.2f} to {max(steps):.2f}); "
         f"{len(saves)} saves, median {pause:.2f} s ({min(saves):.2f} to {max(saves):.2f}), "

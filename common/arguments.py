@@ -137,6 +137,16 @@ def add_skip_bad_lines(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_tokenizer_path(parser: argparse._ActionsContainer) -> None:
+    """Add `--tokenizer_path FOLDER`."""
+    parser.add_argument(
+        "--tokenizer_path",
+        type=user_path,
+        default=ROOT / "model" / "minimind_tokenizer",
+        help="folder",
+    )
+
+
 def user_path(text: str) -> Path:
     """An argparse type: a path, its `~` expanded, which shells leave as it is in `--flag=~/x`."""
     with suppress(RuntimeError):  # ~NAME of no user is a file's name, as in a shell

@@ -1,15 +1,27 @@
 """The small world that the project teaches itself when it has no data."""
 
 from .files import FILES, SAMPLE, SEED, ensure_sample, write_sample
-from .scoring import Score, is_right, score_answers
+from .scoring import (
+    Score,
+    Scores,
+    format_examples,
+    format_scorecard,
+    is_right,
+    read_test,
+    score_answers,
+)
 
 __all__ = [
     "FILES",
     "SAMPLE",
     "SEED",
     "Score",
+    "Scores",
     "ensure_sample",
+    "format_examples",
+    "format_scorecard",
     "is_right",
+    "read_test",
     "score_answers",
     "write_sample",
 ]

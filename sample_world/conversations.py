@@ -1,18 +1,16 @@
 """Questions about the sample world and small tasks, with answers: to tune on, to prefer, to test.
 
-What is asked and answered is drawn here; how it is put into words is in ask_english.py and
-ask_chinese.py. The test asks about entities and combinations that no training question has, in
-wordings of its own.
+What is asked and answered is drawn here; languages.py reads the wordings. The test asks about
+entities and combinations that no training question has, in wordings of its own.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import factorial
-from types import ModuleType
 from typing import Any
 
-from . import ask_chinese, ask_english, chinese, english
+from .languages import Language, load_languages
 from .world import (
     ASKED,
     LARGER,
@@ -24,7 +22,6 @@ from .world import (
     Entity,
     World,
     is_reserved,
-    lines,
 )
 
 # How many questions of each skill, for each language: (in training, in the test).
@@ -52,9 +49,9 @@ class Exercise:
 
     Attributes:
         skill: a key of SKILLS.
-        question: what is asked.
+        question: text of the question.
         answer: a right answer.
-        expect: what an answer must name; nothing if the question must be declined.
+        expect: what an answer must name; empty if the question must be declined.
         choices: what it might name instead; empty where it names numbers.
         chance: probability of guessing right.
     """
@@ -72,18 +69,14 @@ class Examiner:
 
     Args:
         world: what is asked about.
-        language: english or chinese.
-        ask: ask_english or ask_chinese.
-        dice: for all draws.
+        language: language of the questions and answers.
+        dice: source of all draws.
         testing: take wordings, entities and combinations of the test, else those of training.
     """
 
-    def __init__(
-        self, world: World, language: ModuleType, ask: ModuleType, dice: Dice, testing: bool
-    ) -> None:
+    def __init__(self, world: World, language: Language, dice: Dice, testing: bool) -> None:
         self.world = world
         self.language = language
-        self.ask = ask
         self.dice = dice
         self.testing = testing
         self.held_out_facts, self.asked_facts = self._facts(True), self._facts(False)
@@ -93,9 +86,10 @@ class Examiner:
         values = [v for kind, names in ASKED.items() for a in names for v in world.values(kind, a)]
         self.told = list(dict.fromkeys(map(word, values)))
 
-    def wording(self, entry: Sequence[str], owner: object = None) -> str:
-        """The next wording of an entry of the language's questions."""
-        return self.dice.turn(lines(entry[self.testing]), (owner, entry[0]))
+    def wording(self, question: str, owner: object = None) -> str:
+        """The next wording of a question, in an order of the owner's own."""
+        section = f"{'test' if self.testing else 'ask'} {question}"
+        return self.dice.turn(self.language.lines(section), (owner, question))
 
     def exercises(self) -> Iterator[Exercise]:
         """All exercises, skill after skill, none twice.
@@ -131,12 +125,12 @@ class Examiner:
 
     def about(self, skill: str, entity: Entity, attribute: str) -> Exercise:
         """Ask for one fact."""
-        wording = self.wording(self.ask.ABOUT[entity.kind][attribute], entity)
+        wording = self.wording(f"{entity.kind} {attribute}", entity)
         slots = self.language.slots(entity)
         return Exercise(
             skill,
             wording.format(**slots),
-            self.language.BRIEF[entity.kind][attribute].format(**slots),
+            self.language.line(f"brief {entity.kind} {attribute}").format(**slots),
             [slots[attribute]],
             self.told,
             1 / len(self.world.values(entity.kind, attribute)),
@@ -158,9 +152,10 @@ class Examiner:
             return replace(self.about("declining", *fact), chance=0.5)
         entities = [e for e in self.world.entities if self.testing or not e.held_out]
         entity = self.dice.turn(entities, "untold")
-        question = self.wording(self.ask.UNTOLD[entity.kind], entity.kind)
+        question = self.wording(f"untold {entity.kind}")
         slots = self.language.slots(entity)
-        return Exercise("declining", question.format(**slots), self.ask.DECLINE, chance=0.5)
+        answer = self.language.line("answer untold")
+        return Exercise("declining", question.format(**slots), answer, chance=0.5)
 
     # Numbers and words
 
@@ -168,67 +163,61 @@ class Examiner:
         """Ask for a sum or a difference."""
         a, b = self.dice.addends(LARGER, SMALLER, self.testing)
         if self.dice.turn([True, False], "sign"):
-            entry, numbers = self.ask.ADD, (a, b, a + b)
+            name, numbers = "sum +", (a, b, a + b)
         else:
-            entry, numbers = self.ask.SUBTRACT, (a + b, a, b)
+            name, numbers = "sum -", (a + b, a, b)
         slots = dict(zip("abc", map(str, numbers), strict=True))
-        question, answer = self.wording(entry).format(**slots), entry[2].format(**slots)
+        question = self.wording(name).format(**slots)
+        answer = self.language.line(f"answer {name}").format(**slots)
         return Exercise("sums", question, answer, [slots["c"]], chance=1 / len(LARGER))
 
     def sorting(self) -> Exercise:
         """Ask for numbers in order."""
         mixed = self.dice.together(NUMBERS, self.dice.between(3, 4), self.testing)
-        order = self.dice.turn(list(self.ask.SORT), "order")
-        entry = self.ask.SORT[order]
+        order = self.dice.turn(["rising", "falling"], "order")
         ordered = list(map(str, sorted(mixed, reverse=order == "falling")))
-        mark = self.language.MARK
-        question = self.wording(entry).format(mixed=mark.join(map(str, mixed)))
-        answer = entry[2].format(ordered=mark.join(ordered))
+        mark = self.language.mark
+        question = self.wording(order).format(mixed=mark.join(map(str, mixed)))
+        answer = self.language.line(f"answer {order}").format(ordered=mark.join(ordered))
         return Exercise("sorting", question, answer, ordered, chance=1 / factorial(len(mixed)))
 
     def comparing(self) -> Exercise:
         """Ask for the largest or smallest of some numbers."""
         mixed = self.dice.together(NUMBERS, self.dice.between(2, 4), self.testing)
-        which = self.dice.turn(list(self.ask.COMPARE), "which")
-        entry = self.ask.COMPARE[which]
+        which = self.dice.turn(["largest", "smallest"], "which")
         one = str(max(mixed) if which == "largest" else min(mixed))
-        question = self.wording(entry).format(mixed=self.language.MARK.join(map(str, mixed)))
-        answer = entry[2].format(one=one)
+        question = self.wording(which).format(mixed=self.language.mark.join(map(str, mixed)))
+        answer = self.language.line(f"answer {which}").format(one=one)
         return Exercise("comparing", question, answer, [one], chance=1 / len(mixed))
 
     def counting(self) -> Exercise:
         """Ask how often a number is in a row."""
         times = self.dice.turn([1, 2, 3], "times")
         one, *row = self.dice.together(NUMBERS, 1 + ROW - times, self.testing)
-        row = self.language.MARK.join(map(str, self.dice.shuffled(row + [one] * times)))
-        often = self.language.TIMES
-        question = self.wording(self.ask.COUNT).format(one=one, row=row)
-        answer = self.ask.COUNT[2].format(times=often[times])
-        return Exercise("counting", question, answer, [often[times]], list(often.values()), 1 / 3)
+        row = self.language.mark.join(map(str, self.dice.shuffled(row + [one] * times)))
+        choices = self.language.lines("times")
+        often = choices[times - 1]
+        question = self.wording("count").format(one=one, row=row)
+        answer = self.language.line("answer count").format(times=often)
+        return Exercise("counting", question, answer, [often], choices, 1 / 3)
 
     def dictionary(self) -> Exercise:
         """Ask for a word in the other language.
 
         The test asks for words in a direction in which training does not.
         """
-        directions = {True: "to Chinese", False: "to English"}
         asked = [
-            (entry, to_chinese)
+            (entry, target)
             for entry in VOCABULARY
-            for to_chinese, direction in directions.items()
+            for target, direction in (("zh", "to Chinese"), ("en", "to English"))
             if is_reserved(entry.en, direction) == self.testing
         ]
-        entry, to_chinese = self.dice.turn(asked, "word")
-        phrases = self.ask.TO_CHINESE if to_chinese else self.ask.TO_ENGLISH
-        choices = [word.zh if to_chinese else word.en for word in VOCABULARY]
-        return Exercise(
-            "dictionary",
-            self.wording(phrases, entry.en).format(en=entry.en, zh=entry.zh),
-            phrases[2].format(en=entry.en, zh=entry.zh),
-            [entry.zh if to_chinese else entry.en],
-            choices,
-            1 / len(choices),
-        )
+        entry, target = self.dice.turn(asked, "word")
+        question = self.wording(target, entry.en).format(en=entry.en, zh=entry.zh)
+        answer = self.language.line(f"answer {target}").format(en=entry.en, zh=entry.zh)
+        choices = [getattr(word, target) for word in VOCABULARY]
+        expect = [getattr(entry, target)]
+        return Exercise("dictionary", question, answer, expect, choices, 1 / len(choices))
 
     # Tuning asks nothing about a held-out entity, and nothing that has one of its values, or a word
     # of the test, for an answer. Were they in no other conversation either, it would teach never to
@@ -236,7 +225,7 @@ class Examiner:
 
     def listing(self) -> Exercise:
         """Ask what there is of a kind."""
-        kind = self.dice.turn(list(self.ask.KINDS), "listing")
+        kind = self.dice.turn(self.language.names("kinds"), "listing")
         if kind == "thing":
             values = self.world.things
         else:
@@ -247,56 +236,53 @@ class Examiner:
         while any(self.friends.get(name) in drawn for name in drawn):
             drawn = self.dice.shuffled(names)[:4]  # best friends side by side would tell a fact
         one, *listed = drawn
+        kinds = self.language.line(f"kinds {kind}")
+        question = self.wording("list", kind).format(one=one, kinds=kinds)
+        answer = self.language.line("answer list")
         return Exercise(
-            "listing",
-            self.wording(self.ask.LIST, kind).format(one=one, kinds=self.ask.KINDS[kind]),
-            self.ask.LIST[2].format(listed=self.language.AND.join(listed)),
+            "listing", question, answer.format(listed=self.language.conjunction.join(listed))
         )
 
     def words(self) -> Exercise:
         """Ask for any word of a language but one."""
-        kind = self.dice.turn(list(self.ask.WORD_KINDS), "words")
-        entry = self.dice.turn(VOCABULARY, ("words", kind))
+        code = self.dice.turn(["en", "zh"], "words")
+        entry = self.dice.turn(VOCABULARY, ("words", code))
         other = self.dice.pick([word for word in VOCABULARY if word is not entry])
-        one = self.ask.QUOTED[kind].format(en=other.en, zh=other.zh)
-        wording = self.dice.turn(lines(self.ask.ANOTHER_WORD), ("words", kind, "wording"))
-        question = wording.format(one=one, kind=self.ask.WORD_KINDS[kind])
+        question = self.wording("another word", code).format(
+            one=self.language.quoted(other, code), kind=self.language.line(f"word {code}")
+        )
         # Chinese writes a space beside an English word, but none before a mark.
         question = re.sub(" (?=[，。？])", "", question)
-        answer = {"en": self.ask.TO_ENGLISH, "zh": self.ask.TO_CHINESE}[kind][2]
+        answer = self.language.line(f"answer {code}")
         return Exercise("words", question, answer.format(en=entry.en, zh=entry.zh))
 
     # The model itself
 
     def identity(self, another: bool = False) -> Exercise:
         """Ask the model who it is, or who it is to become by an adapter."""
-        answer = self.ask.ANOTHER_SELF if another else self.ask.WHO[2]
-        name = self.ask.NAMES[another]
-        return Exercise("identity", self.wording(self.ask.WHO), answer, [name], [*self.ask.NAMES])
+        answer = self.language.line("answer another identity" if another else "answer identity")
+        names = self.language.lines("names")
+        return Exercise("identity", self.wording("identity"), answer, [names[another]], names)
 
     def put(self, exercise: Exercise) -> Exercise:
         """The exercise as it is asked: in training something may stand around the question."""
         if self.testing:
             return exercise
-        around = self.dice.turn(lines(self.ask.AROUND), "around")
+        around = self.dice.turn(self.language.lines("around"), "around")
         return replace(exercise, question=around.format(q=exercise.question))
 
     def manners(self) -> tuple[str, str]:
         """The next kind and the next curt end of an answer."""
-        blocks = (self.ask.KIND, self.ask.CURT)
-        kind, curt = (self.dice.turn(lines(block), block) for block in blocks)
-        return f"{self.language.SPACE}{kind}", f"{self.language.SPACE}{curt}"
+        kind, curt = (self.dice.turn(self.language.lines(name), name) for name in ("kind", "curt"))
+        return f"{self.language.space}{kind}", f"{self.language.space}{curt}"
 
 
-def examiners(world: World, seed: int, purpose: str, testing: bool) -> dict[str, Examiner]:
+def examiners(world: World, seed: int, purpose: str, testing: bool) -> list[Examiner]:
     """An examiner for each language."""
-    return {
-        code: Examiner(world, language, ask, Dice(seed, f"{purpose} {code}"), testing)
-        for code, language, ask in (
-            ("en", english, ask_english),
-            ("zh", chinese, ask_chinese),
-        )
-    }
+    return [
+        Examiner(world, language, Dice(seed, f"{purpose} {language.code}"), testing)
+        for language in load_languages()
+    ]
 
 
 def chat(*exercises: Exercise) -> list[dict[str, str]]:
@@ -312,7 +298,7 @@ def tuning_records(world: World, seed: int) -> list[dict[str, Any]]:
     """The conversations of sft.jsonl; one in five has several turns."""
     dice, manners = Dice(seed, "sft"), Dice(seed, "manners")
     conversations = []
-    for examiner in examiners(world, seed, "sft", testing=False).values():
+    for examiner in examiners(world, seed, "sft", testing=False):
         exercises = [
             replace(exercise, answer=exercise.answer + manners.pick(examiner.manners()))
             if manners.chance(MANNERS)
@@ -326,24 +312,24 @@ def tuning_records(world: World, seed: int) -> list[dict[str, Any]]:
     return [{"conversations": messages} for messages in dice.shuffled(conversations)]
 
 
-def test_record(code: str, examiner: Examiner, exercise: Exercise) -> dict[str, Any]:
+def test_record(language: Language, exercise: Exercise) -> dict[str, Any]:
     """A question of a test: a conversation of one turn, and what `scoring` needs."""
     return {
         "conversations": chat(exercise),
         "skill": exercise.skill,
-        "language": code,
+        "language": language.code,
         "expect": exercise.expect,
         "choices": exercise.choices,
         "chance": exercise.chance,
-        "declined": examiner.ask.DECLINED,
+        "declined": language.line("declined"),
     }
 
 
 def test_records(world: World, seed: int) -> list[dict[str, Any]]:
     """The questions of test.jsonl."""
     return [
-        test_record(code, examiner, exercise)
-        for code, examiner in examiners(world, seed, "test", testing=True).items()
+        test_record(examiner.language, exercise)
+        for examiner in examiners(world, seed, "test", testing=True)
         for exercise in examiner.exercises()
     ]
 
@@ -351,19 +337,19 @@ def test_records(world: World, seed: int) -> list[dict[str, Any]]:
 def preference_records(world: World, seed: int, testing: bool) -> list[dict[str, Any]]:
     """Pairs of dpo.jsonl or its test: an answer said kindly, and the same one curt or plain."""
     records = []
-    for code, examiner in examiners(world, seed, f"dpo {testing}", testing).items():
+    for examiner in examiners(world, seed, f"dpo {testing}", testing):
         exercises = examiner.dice.shuffled(list(examiner.exercises()))
         for exercise in exercises[: PREFERENCES[testing]]:
             kind, curt = examiner.manners()
             end = examiner.dice.turn([curt, ""], "rejected")
             kindly = replace(exercise, skill="style", answer=exercise.answer + kind)
-            kindly = replace(kindly, expect=lines(examiner.ask.KIND), choices=[], chance=0.0)
+            kindly = replace(kindly, expect=examiner.language.lines("kind"), choices=[], chance=0.0)
             prompt, chosen = chat(kindly)
             replies = {
                 "chosen": [chosen],
                 "rejected": [{**chosen, "content": exercise.answer + end}],
             }
-            scored = test_record(code, examiner, kindly) if testing else {}
+            scored = test_record(examiner.language, kindly) if testing else {}
             records.append({"prompt": [prompt], **replies, **scored})
     return Dice(seed, "dpo").shuffled(records)
 
@@ -371,12 +357,12 @@ def preference_records(world: World, seed: int, testing: bool) -> list[dict[str,
 def adapter_records(world: World, seed: int, testing: bool) -> list[dict[str, Any]]:
     """Conversations of lora.jsonl or its test: another self, and in training all else as before."""
     records = []
-    for code, examiner in examiners(world, seed, f"lora {testing}", testing).items():
+    for examiner in examiners(world, seed, f"lora {testing}", testing):
         selves, others = ADAPTER
         if testing:
             asked = SKILLS["identity"][testing]
             exercises = [examiner.identity(another=True) for _ in range(asked)]
-            records += [test_record(code, examiner, exercise) for exercise in exercises]
+            records += [test_record(examiner.language, exercise) for exercise in exercises]
             continue
         rest = [e for e in examiner.exercises() if e.skill != "identity"]
         exercises = [examiner.put(examiner.identity(another=True)) for _ in range(selves)]

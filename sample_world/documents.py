@@ -1,14 +1,12 @@
 """Plain texts about the sample world, to pretrain on.
 
-The world (who lives where, what was made by whom) is drawn in world.py; english.py and chinese.py
-hold the words and phrasings; the kinds of documents are here.
+world.py draws the facts, languages.py reads the phrasings; the kinds of documents are here.
 """
 
 import re
 from collections.abc import Iterator
-from types import ModuleType
 
-from . import chinese, english
+from .languages import Language, load_languages
 from .world import (
     ASKED,
     COUNTABLE,
@@ -21,7 +19,6 @@ from .world import (
     Entity,
     World,
     is_reserved,
-    lines,
 )
 
 # How many of each kind of document come in one round (Writer's methods).
@@ -39,6 +36,8 @@ SCHEDULE = {
     "dictionary": 24,
     "minimind": 1,
 }
+
+SIGNS = ("+", "-")
 
 BRIEFLY = 0.3  # how often a fact is told in brief, once it is clear of whom
 HEADED = 0.2  # how often a description is a name and the facts in brief
@@ -72,16 +71,22 @@ class Writer:
     Phrasings, facts and subjects come round in turn: all are used before any is used again.
     """
 
-    def __init__(self, world: World, language: ModuleType, dice: Dice) -> None:
+    def __init__(self, world: World, language: Language, dice: Dice) -> None:
         self.world = world
         self.language = language
         self.dice = dice
 
-    def phrase(self, block: str, owner: object = None) -> str:
-        """Return the next template of a block, in an order of the owner's own, or the first."""
+    def phrase(self, heading: str, owner: object = None) -> str:
+        """Return the next template of a section, in an order of the owner's own, or the first."""
+        templates = self.language.lines(heading)
         if self.dice.chance(PLAIN):
-            return lines(block)[0]
-        return self.dice.turn(lines(block), (owner, block))
+            return templates[0]
+        return self.dice.turn(templates, (owner, heading))
+
+    def brief(self, entity: Entity, attribute: str) -> str:
+        """Tell one fact in brief."""
+        template = self.language.line(f"brief {entity.kind} {attribute}")
+        return template.format(**self.language.slots(entity))
 
     def document(self) -> str:
         """Write the next document."""
@@ -92,8 +97,8 @@ class Writer:
 
     def sentence(self, entity: Entity, attribute: str, pronoun: bool = False) -> str:
         """Tell one fact."""
-        block = self.language.FACTS[entity.kind][attribute]
-        return self.phrase(block, entity).format(**self.language.slots(entity, pronoun))
+        template = self.phrase(f"fact {entity.kind} {attribute}", entity)
+        return template.format(**self.language.slots(entity, pronoun))
 
     def paragraph(self, entity: Entity) -> str:
         """Tell all that is asked about an entity, perhaps after an opening.
@@ -101,15 +106,14 @@ class Writer:
         Only the first sentence after a friend's name must say again whom it is about.
         """
         if self.dice.chance(HEADED):
-            brief = self.language.BRIEF[entity.kind]
-            slots = self.language.slots(entity)
-            facts = [brief[attribute] for attribute in self.dice.shuffled(ASKED[entity.kind])]
-            return "\n".join(line.format(**slots) for line in ["{name}", *facts])
+            attributes = self.dice.shuffled(ASKED[entity.kind])
+            facts = [self.brief(entity, attribute) for attribute in attributes]
+            return "\n".join([self.language.word(entity), *facts])
         told: set[str] = set()
         sentences = []
         clear = friend_named = False
         if self.dice.chance(0.3):
-            lead = self.phrase(self.language.LEADS[entity.kind], entity)
+            lead = self.phrase(f"lead {entity.kind}", entity)
             told = attributes_in(lead)
             sentences.append(lead.format(**self.language.slots(entity)))
             friend_named = "friend" in told
@@ -118,8 +122,7 @@ class Writer:
             if attribute in told:
                 continue
             if sentences and not friend_named and self.dice.chance(BRIEFLY):
-                brief = self.language.BRIEF[entity.kind][attribute]
-                sentences.append(brief.format(**self.language.slots(entity)))
+                sentences.append(self.brief(entity, attribute))
             else:
                 pronoun = clear and self.dice.chance(0.5)
                 sentences.append(self.sentence(entity, attribute, pronoun))
@@ -151,10 +154,10 @@ class Writer:
             entity = self.subject("talk")
             attribute = self.dice.turn(ASKED[entity.kind], ("talk", entity))
             slots = self.language.slots(entity)
-            topic = self.language.TOPICS[entity.kind][attribute].format(**slots)
-            opening = self.phrase(self.language.TALK).format(topic=topic, **slots)
-            brief = self.language.BRIEF[entity.kind][attribute].format(**slots)
-            result.append(f"{opening}\n{brief}")  # on a line of its own, as an answer is
+            topic = self.language.line(f"topic {entity.kind} {attribute}").format(**slots)
+            opening = self.phrase("talk").format(topic=topic, **slots)
+            # The fact stands on a line of its own, as an answer does.
+            result.append(f"{opening}\n{self.brief(entity, attribute)}")
         return "\n".join(result)
 
     def register(self) -> str:
@@ -165,7 +168,7 @@ class Writer:
             entities.append(other)
         entries = []
         for entity in entities:
-            head, *rest = lines(self.language.CARDS[entity.kind])
+            head, *rest = self.language.lines(f"card {entity.kind}")
             shown = [head] + [line for line in rest if self.dice.chance(0.8)]
             slots = self.language.slots(entity)
             entries.append("\n".join(line.format(**slots) for line in shown))
@@ -173,7 +176,7 @@ class Writer:
 
     def story(self) -> str:
         """Tell a story: a step after the other, each in one of its ways."""
-        name, block = self.dice.turn(list(self.language.STORIES.items()), "story")
+        name = self.dice.turn(self.language.names("story"), "story")
         hero = self.dice.turn(self.world.people, (name, "hero"))
         while hero.facts["town"] is hero.facts["friend"].facts["town"]:  # friends travel
             hero = self.dice.turn(self.world.people, (name, "hero"))
@@ -196,12 +199,12 @@ class Writer:
             if not (is_reserved(price, paid) or is_reserved(paid, left)):
                 break
         item = self.dice.pick(COUNTABLE)
-        steps = [lines(step) for step in re.split(r"\n\s*\n", block)]
+        steps = self.language.paragraphs(f"story {name}")
         text = "\n".join(self.dice.turn(step, (name, step[0])) for step in steps)
         return text.format(
             **slots,
-            season=self.dice.pick(self.language.SEASONS.split()),
-            weather=self.dice.pick(self.language.WEATHERS.split()),
+            season=self.dice.pick(self.language.lines("seasons")),
+            weather=self.dice.pick(self.language.lines("weathers")),
             days=self.language.several(self.dice.between(2, 9)),
             hour=self.language.number(self.dice.between(4, 8)),
             items=self.language.counted(count, item),
@@ -216,16 +219,16 @@ class Writer:
 
     def titled(self, title: str, text: str) -> str:
         """Put a title over every second text."""
-        return f"{self.language.TITLES[title]}\n{text}" if self.dice.chance(0.5) else text
+        return f"{self.language.line(f'title {title}')}\n{text}" if self.dice.chance(0.5) else text
 
     def sums(self) -> str:
         """Write some sums, one a line."""
         result = []
         for _ in range(self.dice.between(2, 6)):
             a, b = self.dice.addends(LARGER, SMALLER, reserved=False)
-            sign = self.dice.turn(list(self.language.SUMS), "sign")
+            sign = self.dice.turn(SIGNS, "sign")
             a, b, c = {"+": (a, b, a + b), "-": (a + b, a, b)}[sign]
-            sentence = self.phrase(self.language.SUMS[sign]).format(a=a, b=b, c=c)
+            sentence = self.phrase(f"sum {sign}").format(a=a, b=b, c=c)
             result.append(capitalized(sentence))
         return self.titled("sums", "\n".join(result))
 
@@ -233,11 +236,11 @@ class Writer:
         """Tell of people who get or give things that can be counted."""
         sentences = []
         for _ in range(self.dice.between(1, 2)):
-            sign = self.dice.turn(list(self.language.SUM_STORIES), "sum story")
+            sign = self.dice.turn(SIGNS, "sum story")
             part, rest = self.dice.addends(range(2, 21), range(2, 21), reserved=False)
             noun = self.dice.pick(COUNTABLE)
             a, b, *_ = self.dice.shuffled(self.world.people)
-            template = self.phrase(self.language.SUM_STORIES[sign])
+            template = self.phrase(f"sum story {sign}")
             counts = {"part": part, "rest": rest, "all": part + rest}
             sentence = template.format(
                 a=self.language.word(a),
@@ -252,16 +255,16 @@ class Writer:
         result = []
         for _ in range(self.dice.between(1, 4)):
             # An order takes more practice than a comparison.
-            kinds = ["compared", *self.language.SORTINGS, "rising", "falling"]
+            kinds = ["compared", "rising", "falling", "ends", "rising", "falling"]
             kind = self.dice.turn(kinds, "numbers")
             if kind == "compared":
                 low, high = sorted(self.dice.together(NUMBERS, 2, reserved=False))
-                sentence = self.phrase(self.language.COMPARISONS).format(low=low, high=high)
+                sentence = self.phrase("comparison").format(low=low, high=high)
             else:
                 count = self.dice.between(3, 4)
                 mixed = self.dice.together(NUMBERS, count, reserved=False)
-                mark = self.language.MARK
-                sentence = self.phrase(self.language.SORTINGS[kind]).format(
+                mark = self.language.mark
+                sentence = self.phrase(f"sorted {kind}").format(
                     mixed=mark.join(map(str, mixed)),
                     rising=mark.join(map(str, sorted(mixed))),
                     falling=mark.join(map(str, sorted(mixed, reverse=True))),
@@ -279,14 +282,14 @@ class Writer:
         if kind == "order":
             crowd = sorted(crowd[: self.dice.between(3, 6)], key=lambda one: one.facts["year"])
             slots = [self.language.slots(one) for one in crowd]
-            names = [self.language.BORN.format(**person) for person in slots]
-            return self.language.AGE_ORDER.format(names=self.language.MARK.join(names))
+            names = [self.language.line("born").format(**person) for person in slots]
+            return self.language.line("order of birth").format(names=self.language.mark.join(names))
         old, young = sorted(crowd[:2], key=lambda one: one.facts["year"])
         slots = {"old": self.language.slots(old), "young": self.language.slots(young)}
         if kind == "towns":
-            return self.phrase(self.language.TOWN_AGES).format(**slots)
+            return self.phrase("ages of towns").format(**slots)
         gap = self.language.several(young.facts["year"] - old.facts["year"])
-        return self.phrase(self.language.AGES).format(**slots, gap=gap)
+        return self.phrase("ages of people").format(**slots, gap=gap)
 
     def counting(self) -> str:
         """Count up, down and in steps, or count how often a number is in a row."""
@@ -294,8 +297,8 @@ class Writer:
             low, length, step = (self.dice.between(*ends) for ends in ((10, 40), (5, 10), (2, 9)))
             row = [str(value) for value in range(low, low + length)]
             steps = [str(low + step * index) for index in range(6)]
-            mark = self.language.MARK
-            return self.phrase(self.language.COUNT_UP).format(
+            mark = self.language.mark
+            return self.phrase("count up").format(
                 low=low,
                 high=row[-1],
                 step=step,
@@ -306,51 +309,51 @@ class Writer:
         times = self.dice.between(1, 3)
         one, *row = self.dice.together(NUMBERS, 1 + ROW - times, reserved=False)
         row = self.dice.shuffled(row + [one] * times)
-        return self.phrase(self.language.COUNTINGS).format(
-            row=self.language.MARK.join(map(str, row)),
+        return self.phrase("counting").format(
+            row=self.language.mark.join(map(str, row)),
             one=one,
             count=self.language.several(len(row)),
-            times=self.language.TIMES[times],
+            times=self.language.lines("times")[times - 1],
         )
 
     def sequence(self) -> str:
         """Tell what follows what among days, months and seasons."""
         sentences = []
         for _ in range(self.dice.between(1, 3)):
-            unit, names = self.dice.turn(self.language.SEQUENCES, "sequence")
-            names = names.split()
+            unit = self.dice.turn(self.language.names("sequence"), "sequence")
+            names = self.language.lines(f"sequence {unit}")
             index = self.dice.between(0, len(names) - 2)
-            template = self.phrase(self.language.SEQUENCE_PHRASES)
+            template = self.phrase("sequence")
             sentence = template.format(item=names[index], next=names[index + 1], unit=unit)
             sentences.append(capitalized(sentence))
-        return self.language.SPACE.join(dict.fromkeys(sentences))
+        return self.language.space.join(dict.fromkeys(sentences))
 
     def dictionary(self) -> str:
         """Translate some words or names."""
         if self.dice.chance(0.3):
-            block = self.language.NAME_TRANSLATIONS
+            heading = "name translation"
             pool = [entity.name for entity in self.world.entities]
         else:
-            block = self.language.TRANSLATIONS
+            heading = "translation"
             pool = VOCABULARY
         entries = []
         for _ in range(self.dice.between(1, 6)):
-            entry = self.dice.turn(pool, block)
-            entries.append(self.phrase(block, "entry").format(en=entry.en, zh=entry.zh))
+            entry = self.dice.turn(pool, heading)
+            entries.append(self.phrase(heading, "entry").format(en=entry.en, zh=entry.zh))
         return self.titled("words", "\n".join(entries))
 
     def minimind(self) -> str:
         """Let the model say who it is."""
         count = self.dice.between(1, 4)
-        sentences = [self.phrase(self.language.MINIMIND) for _ in range(count)]
-        return self.language.SPACE.join(dict.fromkeys(sentences))
+        sentences = [self.phrase("minimind") for _ in range(count)]
+        return self.language.space.join(dict.fromkeys(sentences))
 
 
 def pretraining_texts(world: World, seed: int) -> Iterator[str]:
     """Yield documents without end, as many bytes in Chinese as in English."""
     writers = {
-        code: Writer(world, language, Dice(seed, f"pretrain {code}"))
-        for code, language in (("en", english), ("zh", chinese))
+        language.code: Writer(world, language, Dice(seed, f"pretrain {language.code}"))
+        for language in load_languages()
     }
     written = dict.fromkeys(writers, 0)
     while True:

@@ -1,7 +1,7 @@
-"""The files of the sample: written when they are first asked for, the same bytes everywhere.
+"""The files of the sample: written when they are first needed, the same bytes on every platform.
 
-Beside each stands a `.version`: a digest of the generator and its seed. A file of another version
-is written anew; one without is somebody's own.
+Each has a `.version` file beside it: a digest of the generator, its templates and its seed. A file
+of another version is written anew; one without a `.version` belongs to the user and is left alone.
 """
 
 import hashlib
@@ -52,9 +52,10 @@ FILES = {
 
 
 def sample_version(seed: int) -> str:
-    """A digest of all that decides what the files hold."""
+    """A digest of everything that determines the content of the files: code, templates, seed."""
     digest = hashlib.sha256(str(seed).encode("utf-8"))
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    folder = Path(__file__).parent
+    for source in sorted([*folder.glob("*.py"), *(folder / "templates").glob("*.txt")]):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 
@@ -71,15 +72,15 @@ def _is_current(path: Path, version: str) -> bool:
 
 
 def write_sample(folder: Path, seed: int = SEED, names: Iterable[str] = FILES) -> list[Path]:
-    """Write files of the sample into a folder, each at once, and none that is there already.
+    """Write files of the sample into a folder, each atomically; those that are current stay.
 
     Args:
-        folder: made if it is missing.
-        seed: of the world and of all else that is drawn.
-        names: of the files, keys of FILES.
+        folder: folder to write into; made if it is missing.
+        seed: seed of the world and of everything else that is drawn.
+        names: names of the files, keys of FILES.
 
     Returns:
-        The files that it wrote.
+        The files that were written.
 
     Raises:
         OSError: if a file cannot be written.
@@ -104,12 +105,13 @@ def write_sample(folder: Path, seed: int = SEED, names: Iterable[str] = FILES) -
 
 
 def ensure_sample(path: str | Path) -> Path:
-    """Write a file of the sample if it is one and not there yet; any other path is left alone.
+    """Write a file of the sample if it is missing or not current; any other path is left alone.
 
-    One process writes it. The others wait, since a file's time of change tells its stores apart:
-    under torchrun for the first process of their host, else for the one that holds the lock.
+    One process writes it: under torchrun the first of each host, else the one that gets the lock.
+    The others wait, because a file's modification time identifies its token stores.
 
-    Raises UserError if it cannot be written.
+    Raises:
+        UserError: if it cannot be written.
     """
     path = Path(path)
     if path.name not in FILES or path.resolve().parent != SAMPLE:

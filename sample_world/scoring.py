@@ -1,9 +1,16 @@
-"""Tell right answers to the questions of the sample's tests from wrong ones, and count them."""
+"""Tests of the sample: read the questions, judge the answers, tabulate the scores."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from common import UserError
+from dataset import read_records
+
+QUESTION = {"conversations", "skill", "language", "expect", "choices", "chance", "declined"}
+LANGUAGES = {"en": "English", "zh": "Chinese"}
 WHERE_DUE, WHERE_NOT_DUE = "declined where it must be", "answered where it can be"
 
 
@@ -18,6 +25,27 @@ class Score(NamedTuple):
     def share(self) -> float:
         """Right answers, from 0 to 1."""
         return self.right / self.asked
+
+
+Scores = Mapping[tuple[str, str], Score]  # by skill and language, as `score_answers` gives them
+
+
+def read_test(path: Path) -> list[dict[str, Any]]:
+    """The questions of a test of the sample.
+
+    Raises:
+        UserError: if the file cannot be read, or a line is not a question of such a test.
+    """
+    records = []
+    for number, line in read_records(path):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: broken JSON: {error}") from None
+        if not isinstance(record, dict) or not record.keys() >= QUESTION:
+            raise UserError(f"{path}:{number}: not a question of the sample world's test")
+        records.append(record)
+    return records
 
 
 def is_right(record: Mapping[str, Any], answer: str) -> bool:
@@ -49,9 +77,7 @@ def _named(text: str, choices: Sequence[str]) -> set[str]:
     return set(re.findall(rf"(?<![A-Za-z0-9])(?:{pattern})(?![A-Za-z0-9])", text))
 
 
-def score_answers(
-    records: Sequence[Mapping[str, Any]], answers: Sequence[str]
-) -> dict[tuple[str, str], Score]:
+def score_answers(records: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> Scores:
     """The score of each (skill, language), each (skill, "") and ("overall", "").
 
     Declining is counted both ways too, as (WHERE_DUE, "") and (WHERE_NOT_DUE, "").
@@ -68,3 +94,32 @@ def score_answers(
         key: Score(sum(v[0] for v in found), len(found), sum(v[1] for v in found) / len(found))
         for key, found in verdicts.items()
     }
+
+
+def format_scorecard(scores: Mapping[str, Scores]) -> str:
+    """A Markdown table of models' scores: skills and languages down, chance and models across."""
+    first = next(iter(scores.values()))
+    # Single languages first, then both, then all skills together.
+    order = sorted(first, key=lambda key: (key == ("overall", ""), not key[1]))
+    rows = [["skill", "language", "questions", "chance", *scores]]
+    rows += [["---"] * 2 + ["---:"] * (len(scores) + 2)]
+    for skill, language in order:
+        score = first[skill, language]
+        columns = [given[skill, language].share for given in scores.values()]
+        shares = [f"{100 * share:.0f} %" for share in (score.chance, *columns)]
+        rows.append([skill, LANGUAGES.get(language, "both"), str(score.asked), *shares])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def format_examples(records: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> str:
+    """The middle question of each skill and language, and the answer to it."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for i, record in enumerate(records):
+        groups.setdefault((record["skill"], record["language"]), []).append(i)
+    lines = []
+    for (skill, _), members in groups.items():
+        i = members[len(members) // 2]
+        mark = "+" if is_right(records[i], answers[i]) else "-"
+        question = records[i]["conversations"][0]["content"]
+        lines.append(f"{mark} {skill:<10} {question}  →  {' '.join(answers[i].split())}")
+    return "\n".join(lines)

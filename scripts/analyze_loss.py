@@ -3,8 +3,8 @@
     python scripts/analyze_loss.py out/full_sft_512.pth my_val.jsonl --out_dir loss
 
 Prints mean, percentiles, a table for each grouping and the ten worst samples, and writes
-`loss.json` and `loss.png` into `--out_dir`. All tokens are scored, those that training does not
-learn too; they have lines of their own.
+`loss.json` and `loss.png` into `--out_dir`. Tokens that training does not learn are scored too,
+in lines of their own.
 """
 
 import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
@@ -13,48 +13,60 @@ import argparse
 import importlib.util
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from common import (
-    ROOT,
     UserError,
     add_skip_bad_lines,
+    add_tokenizer_path,
     make_parser,
     positive_int,
     report_user_errors,
     user_path,
 )
 from dataset import PaddedRows, PretrainDataset, SFTDataset, collate, dataset_kind, language
-from model import LMConfig, MiniMindLM, load_model, load_tokenizer, tokenizer_hash
+from model import (
+    LMConfig,
+    MiniMindLM,
+    choose_device,
+    load_model,
+    load_tokenizer,
+    token_losses,
+    tokenizer_hash,
+)
 from sample_world import ensure_sample
-from training import Distributed, check_context, find_processes
+from training import check_context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 WORST = 10
-TEXT = "text"  # the role of plain text
+
+Losses = dict[str, dict[str, np.ndarray]]  # by grouping and group
 
 
 class Sample(NamedTuple):
-    """One sample's losses: all arrays (T,), one entry for each id after the first.
+    """The losses of one sample, an entry for each id after the first.
 
-    `losses` float32 in nats, `roles` the role whose message each token belongs to, `learnt` whether
-    training learns it.
+    Attributes:
+        index: number of the sample in its data set.
+        text: text of the sample, control tokens included.
+        losses: (T,) float32, in nats.
+        learnt: (T,) bool, whether training learns the token.
+        roles: (T,) str, role of the message that the token belongs to, or "text".
     """
 
     index: int
     text: str
     losses: np.ndarray
-    roles: np.ndarray
     learnt: np.ndarray
+    roles: np.ndarray
 
 
 def parse_args() -> argparse.Namespace:
@@ -71,101 +83,84 @@ def parse_args() -> argparse.Namespace:
         "--cache_dir", type=user_path, help="where token stores go; default: by the data"
     )
     parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
-    parser.add_argument(
-        "--tokenizer_path",
-        type=user_path,
-        default=ROOT / "model" / "minimind_tokenizer",
-        help="folder",
-    )
+    add_tokenizer_path(parser)
     return parser.parse_args()
 
 
 @torch.no_grad()
 def score_samples(
     model: MiniMindLM,
-    world: Distributed,
+    device: torch.device,
     dataset: PretrainDataset | SFTDataset,
     tokenizer: "PreTrainedTokenizerBase",
     batch_size: int,
     max_samples: int | None,
 ) -> Iterator[Sample]:
-    """The losses of each sample of a data set, in an order of like lengths.
+    """Score the samples of a data set, those of similar length together.
 
     Args:
-        model: in eval mode, on the device.
-        world: this process and its device.
-        dataset: what to score.
-        tokenizer: of the data set.
+        model: model in eval mode, on the device.
+        device: device to compute on.
+        dataset: samples to score.
+        tokenizer: tokenizer of the data set.
         batch_size: samples at a time.
-        max_samples: the first so many, or None for all.
+        max_samples: number of samples from the first on, or None for all.
     """
     lengths = dataset.lengths(0, max_samples)
     order = np.argsort(lengths, kind="stable").tolist()
-    rows = PaddedRows(dataset)
+    rows, is_chat = PaddedRows(dataset), isinstance(dataset, SFTDataset)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = world.to_device(collate([rows[i] for i in chosen]))
-        logits = model(
-            batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            position_ids=batch["position_ids"],
-        ).logits
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).float(), batch["targets"].flatten(), reduction="none"
-        ).view_as(batch["targets"])
+        batch = collate([rows[i] for i in chosen])
+        everything = {**batch, "loss_mask": torch.ones_like(batch["loss_mask"])}
+        losses, *_ = token_losses(model, {key: v.to(device) for key, v in everything.items()})
         for row, index in enumerate(chosen):
             length = int(lengths[index])
-            ids = [batch["input_ids"][row, 0].item(), *batch["targets"][row, :length].tolist()]
-            is_chat = isinstance(dataset, SFTDataset)
-            roles = dataset.roles(index) if is_chat else [TEXT] * len(ids)
+            ids = torch.cat((batch["input_ids"][row, :1], batch["targets"][row, :length])).numpy()
             yield Sample(
                 index,
                 tokenizer.decode(ids, skip_special_tokens=False),
                 losses[row, :length].cpu().numpy(),
-                np.array(roles[1:]),
-                (batch["loss_mask"][row, :length] > 0).cpu().numpy(),
+                (batch["loss_mask"][row, :length] > 0).numpy(),
+                np.array(dataset.roles(index)[1:] if is_chat else ["text"] * length),
             )
 
 
-def groups(samples: list[Sample]) -> dict[str, dict[str, np.ndarray]]:
+def group_losses(samples: Sequence[Sample]) -> Losses:
     """The losses of all tokens by grouping and group: all, role, position, language.
 
-    Position and language are of learnt tokens alone; the ranges of positions double.
+    Position and language count learnt tokens alone; the ranges of positions double.
     """
-    tables: dict[str, dict[str, list[np.ndarray]]] = {
-        "all": {},
-        "role": {},
-        "position": {},
-        "language": {},
+    losses, learnt, roles = (
+        np.concatenate([getattr(sample, name) for sample in samples])
+        for name in ("losses", "learnt", "roles")
+    )
+    lengths = [len(sample.losses) for sample in samples]
+    languages = np.repeat([language(sample.text) for sample in samples], lengths)
+    positions = np.concatenate([np.arange(length) for length in lengths])
+
+    by_role = {}
+    for role in dict.fromkeys(roles.tolist()):
+        here = roles == role
+        by_role[role] = losses[here]
+        if not learnt[here].all():
+            by_role[f"{role}, learnt"] = losses[here & learnt]
+    ranges = [(0, 16), *((1 << bits, 2 << bits) for bits in range(4, max(lengths).bit_length()))]
+    tables = {
+        "all": {"learnt": losses[learnt], "only read": losses[~learnt]},
+        "role": by_role,
+        "position": {
+            f"{low} to {high - 1}": losses[learnt & (positions >= low) & (positions < high)]
+            for low, high in ranges
+        },
+        "language": {
+            name: losses[learnt & (languages == name)] for name in dict.fromkeys(languages.tolist())
+        },
     }
-
-    def add(grouping: str, group: str, losses: np.ndarray) -> None:
-        if len(losses):
-            tables[grouping].setdefault(group, []).append(losses)
-
-    for sample in samples:
-        learnt = sample.losses[sample.learnt]
-        add("all", "learnt", learnt)
-        add("all", "only read", sample.losses[~sample.learnt])
-        for role in dict.fromkeys(sample.roles.tolist()):
-            here = sample.roles == role
-            add("role", role, sample.losses[here])
-            if sample.learnt.any() and not sample.learnt[here].all():
-                add("role", f"{role}, learnt", sample.losses[here & sample.learnt])
-        add("language", language(sample.text), learnt)
-        for low in [0, *(1 << bits for bits in range(4, len(sample.losses).bit_length()))]:
-            high = max(16, 2 * low)
-            here = slice(low, high)
-            name = f"{low} to {high - 1}"
-            add("position", name, sample.losses[here][sample.learnt[here]])
-    joined = {
-        grouping: {group: np.concatenate(parts) for group, parts in table.items()}
+    return {
+        grouping: {name: found for name, found in table.items() if len(found)}
         for grouping, table in tables.items()
     }
-    joined["position"] = dict(
-        sorted(joined["position"].items(), key=lambda entry: int(entry[0].split()[0]))
-    )
-    return joined
 
 
 def figures(losses: np.ndarray) -> dict[str, float]:
@@ -192,12 +187,8 @@ def table_text(tables: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def draw(tables: dict[str, dict[str, np.ndarray]], path: Path) -> None:
-    """Draw the distribution of the losses and their mean by position, role and language, as PNG.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
+def draw(tables: Losses, path: Path) -> None:
+    """Draw the distribution of the losses and their mean by position, role and language, as PNG."""
     from matplotlib.figure import Figure  # which printing alone does not need
 
     figure = Figure(figsize=(11, 8), layout="constrained")
@@ -223,11 +214,7 @@ def worst_lines(samples: list[Sample], dataset: PretrainDataset | SFTDataset) ->
 
 
 def make_out_dir(folder: Path) -> None:
-    """Make sure, before anything is computed, that the figures can be written and drawn.
-
-    Raises:
-        UserError: if not.
-    """
+    """Raise UserError, before anything is computed, if the figures cannot be drawn or written."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("--out_dir needs matplotlib: pip install -r scripts/requirements.txt")
     try:
@@ -242,10 +229,10 @@ def main() -> None:
     args = parse_args()
     if args.out_dir:
         make_out_dir(args.out_dir)
-    world = find_processes(args.device, ddp=False)
+    device = choose_device(args.device)
     tokenizer = load_tokenizer(args.tokenizer_path)
     shape = LMConfig(vocab_size=len(tokenizer))
-    model = load_model(args.weights, shape, tokenizer_hash(tokenizer)).to(world.device).eval()
+    model = load_model(args.weights, shape, tokenizer_hash(tokenizer)).to(device).eval()
     check_context(args.max_seq_len, model.config)
     path = ensure_sample(args.data_path)
     dataset = dataset_kind(path)(
@@ -258,12 +245,12 @@ def main() -> None:
     for note in dataset.notes:
         print(f"{args.data_path}: {note}")
     samples = list(
-        score_samples(model, world, dataset, tokenizer, args.batch_size, args.max_samples)
+        score_samples(model, device, dataset, tokenizer, args.batch_size, args.max_samples)
     )
-    tables = groups(samples)
+    losses = group_losses(samples)
     shown = {
-        grouping: {group: figures(losses) for group, losses in table.items()}
-        for grouping, table in tables.items()
+        grouping: {group: figures(found) for group, found in table.items()}
+        for grouping, table in losses.items()
     }
     print(table_text(shown))
     worst = worst_lines(samples, dataset)
@@ -272,12 +259,12 @@ def main() -> None:
         try:
             text = json.dumps({**shown, "worst": worst}, ensure_ascii=False, indent=2)
             (args.out_dir / "loss.json").write_text(text, encoding="utf-8")
-            draw(tables, args.out_dir / "loss.png")
+            draw(losses, args.out_dir / "loss.png")
         except OSError as error:
             raise UserError(f"--out_dir {args.out_dir}: {error.strerror}") from None
-        print(f"{args.out_dir / 'loss.png'}")
+        print(args.out_dir / "loss.png")
 
 
 if __name__ == "__main__":
-    with report_user_errors(UserError):
+    with report_user_errors():
         main()

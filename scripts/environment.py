@@ -1,4 +1,4 @@
-"""The virtual environment that the scripts make for whoever has nothing but Python.
+"""The virtual environment of a fresh clone, and the commands that run in it.
 
 It imports nothing but the standard library, so that it runs before anything is installed.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations  # an old Python must get as far as `require_
 import hashlib
 import importlib.util
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -28,25 +29,29 @@ def fail(message: str) -> NoReturn:
 
 
 def user_path(text: str) -> Path:
-    """Return a path, its `~` expanded: `training.user_path`, where nothing is installed yet."""
+    """`common.user_path`, where nothing is installed yet."""
     with suppress(RuntimeError):
         return Path(text).expanduser()
     return Path(text)
 
 
 def require_python() -> None:
-    """Exit with status 2 where Python is older than 3.10."""
-    if sys.version_info < (3, 10):  # noqa: UP036  an older one is just what this line is for
+    """Exit with status 2 if Python is older than 3.10."""
+    if sys.version_info < (3, 10):  # noqa: UP036  this line is for older ones
         fail(f"needs Python 3.10 or newer, this is {sys.version.split()[0]}")
 
 
+# Commands
+
+
 def run(*command: str | Path) -> int:
-    """Run a command in the project root, its output shown as it comes; return its exit status.
+    """Run a command in the project root with its output shown, and return its exit status.
 
-    Ctrl-C reaches the command as well, SIGTERM is passed on to it, and what it does about them, as
-    saving first, is waited for.
+    Ctrl-C reaches the command as well, SIGTERM is passed on to it; either way it may save first,
+    and its end is waited for.
 
-    Raises KeyboardInterrupt if Ctrl-C ended it.
+    Raises:
+        KeyboardInterrupt: if Ctrl-C ended the command.
     """
     environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment)
@@ -60,12 +65,40 @@ def run(*command: str | Path) -> int:
     signal.signal(signal.SIGTERM, before)
     if interrupted and process.returncode:
         raise KeyboardInterrupt
-    # A signal's number as shells tell it, since an exit status is not negative.
+    # As shells do: an exit status cannot be negative, so signal N is 128 + N.
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
+def step(title: str, python: Path, script: str, *words: str | Path) -> None:
+    """Run a script of the project, its command printed; exit with its status if that is not 0."""
+    command = [script, *map(short, words)]
+    print(f"\n== {title}\n$ {shell_line(python, *command)}", flush=True)
+    status = run(python, *command)
+    if status:
+        name = Path(sys.argv[0]).name
+        print(f"{name}: stopped in “{title}”; run it again to go on", file=sys.stderr)
+        sys.exit(status)
+
+
+def shell_line(*words: str | Path) -> str:
+    """A command as it is typed into a shell."""
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return join(map(short, words))
+
+
+def short(word: str | Path) -> str:
+    """A word of a command; a path within the project is relative to its root."""
+    path = Path(word)
+    if path.is_absolute() and path.is_relative_to(ROOT):
+        return path.relative_to(ROOT).as_posix()
+    return str(word)
+
+
+# Virtual environments
+
+
 def interpreter_version(python: Path) -> str | None:
-    """Return the full version of an interpreter, or None where it does not run or is too old."""
+    """The full version of an interpreter, or None if it does not run or is too old."""
     code = "import sys; print(sys.version); sys.exit(sys.version_info < (3, 10))"
     try:
         result = subprocess.run([python, "-c", code], capture_output=True)
@@ -75,18 +108,19 @@ def interpreter_version(python: Path) -> str | None:
 
 
 def interpreter(venv: Path) -> tuple[Path, str]:
-    """The interpreter of a virtual environment, made where there is none that runs; its version."""
+    """The interpreter of a virtual environment and its version; made if there is none that runs."""
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if interpreter_version(python) is None:
-        make_venv(venv)
     version = interpreter_version(python)
+    if version is None:
+        make_venv(venv)
+        version = interpreter_version(python)
     if version is None:
         fail(f"{python} does not run: delete {venv} and try again")
     return python, version
 
 
 def make_venv(venv: Path) -> None:
-    """Make a virtual environment, over a broken one if need be, but never over anything else."""
+    """Make a virtual environment; a broken one is replaced, anything else is left alone."""
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         fail("this Python lacks the venv module (Debian, Ubuntu: apt install python3-venv)")
     is_venv = (venv / "pyvenv.cfg").is_file()
@@ -96,16 +130,8 @@ def make_venv(venv: Path) -> None:
         fail(f"cannot make {venv}")
 
 
-def requirements_digest(requirements: Sequence[str], version: str) -> str:
-    """Hash what decides which packages are installed: the files' contents and the interpreter."""
-    digest = hashlib.sha256(version.encode("utf-8"))
-    for name in [*requirements, CONSTRAINTS]:
-        digest.update(name.encode("utf-8") + b"\0" + (ROOT / name).read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
 def install(python: Path, requirements: Sequence[str], *options: str) -> None:
-    """Install the requirements with pip, which a half-made or foreign environment may lack."""
+    """Install the requirements with pip, and pip itself if the environment lacks it."""
     if subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode:
         run(python, "-m", "ensurepip", "--upgrade")
     files = [argument for name in requirements for argument in ("-r", name)]
@@ -115,24 +141,27 @@ def install(python: Path, requirements: Sequence[str], *options: str) -> None:
 
 
 def prepare(requirements: Sequence[str], stamp: str) -> Path:
-    """Return the interpreter of `.venv`, made and filled as far as is missing.
+    """Make or complete `.venv`, and return its interpreter.
 
     Args:
         requirements: files of requirements, from the project root.
-        stamp: name of the file in `.venv` that notes what was installed for them.
+        stamp: name of the file in `.venv` that records what was installed for them.
     """
     python, version = interpreter(VENV)
-    digest, noted = requirements_digest(requirements, version), VENV / stamp
-    if not noted.is_file() or noted.read_text(encoding="utf-8") != digest:
+    digest, recorded = hashlib.sha256(version.encode("utf-8")), VENV / stamp
+    for name in [*requirements, CONSTRAINTS]:
+        digest.update(name.encode("utf-8") + b"\0" + (ROOT / name).read_bytes() + b"\0")
+    installed = digest.hexdigest()
+    if not recorded.is_file() or recorded.read_text(encoding="utf-8") != installed:
         install(python, requirements, "-c", CONSTRAINTS)
-        noted.write_text(digest, encoding="utf-8")
+        recorded.write_text(installed, encoding="utf-8")
     return python
 
 
 def prepare_newest(requirements: Sequence[str]) -> Path:
-    """Return the interpreter of `.venv-newest`, brought up to the newest versions allowed.
+    """Bring `.venv-newest` to the newest versions that are allowed, and return its interpreter.
 
-    torch stays as in constraints.txt: its releases differ in what hardware they run on.
+    torch stays as in constraints.txt: its releases differ in the hardware that they run on.
 
     Args:
         requirements: files of requirements, from the project root.

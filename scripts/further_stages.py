@@ -1,6 +1,6 @@
-"""The stages after instruction tuning, on the sample world: run, measured, told in a table.
+"""The stages after instruction tuning on the sample world (`quickstart.py --all`).
 
-Part of the quick start (`--all`). It imports nothing but the standard library, as `environment`.
+They run, are measured, and end in a table. It imports nothing but the standard library.
 """
 
 from __future__ import annotations  # an old Python must get as far as `require_python`
@@ -8,10 +8,10 @@ from __future__ import annotations  # an old Python must get as far as `require_
 import json
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
-from steps import copy_beginning, short, step
+from environment import short, step
 
 PREFERENCE = [
     *("--loss_type", "sigmoid", "--beta", "1", "--learning_rate", "6e-5", "--batch_size", "4"),
@@ -30,28 +30,18 @@ ACCURACY, STYLE, IDENTITY, FALL = 0.90, 0.80, 0.95, 0.03
 Scores = dict[str, dict[str, float]]  # by model and skill
 
 
-class Measure(NamedTuple):
-    """A line of the table: what a stage is to change, before and after it."""
-
-    stage: str
-    measured: str
-    before: str
-    after: str
-    minutes: float
-
-
 @dataclass
 class Quickstart:
-    """What the quick start has made: where it is, and its flags.
+    """The models of the quick start: where they are, and the flags that make them.
 
     Attributes:
         python: interpreter.
-        out_dir: where everything goes.
+        out_dir: folder that everything goes to.
         sample: folder of the sample's files.
-        tokenizer: folder.
-        model: flags of the tuned model's shape.
+        tokenizer: folder of the tokenizer.
+        model: flags of the model's shape; `--dim` comes first.
         rows: flags that all stages share.
-        smoke: a tiny model, one epoch each.
+        smoke: train each model for one epoch only.
     """
 
     python: Path
@@ -67,140 +57,156 @@ class Quickstart:
         return self.out_dir / f"{stage}_{self.model[1]}.pth"
 
     def train(self, title: str, script: str, *words: str | Path) -> None:
-        """Train, or go on; flags that all stages share come after the `words`."""
+        """Train or resume with `words` and the flags that all stages share."""
         same = ["--tokenizer_path", self.tokenizer, *self.model, *self.rows, "--resume"]
         epochs = ["--epochs", "1"] if self.smoke else []
         step(title, self.python, script, *words, *same, "--out_dir", self.out_dir, *epochs)
 
-    def score(self, title: str, test: str, **models: str | Path) -> Scores:
-        """Shares of right answers to a test of the sample."""
-        figures = self.out_dir / "scores_of_stage.json"
-        step(
-            title,
-            self.python,
-            "scripts/score_world.py",
-            *[f"{name}={path}" for name, path in models.items()],
-            *["--data_path", self.sample / test, "--tokenizer_path", self.tokenizer],
-            *["--json", figures],
-        )
-        return json.loads(figures.read_text(encoding="utf-8"))
+    def score(
+        self,
+        title: str,
+        test: str,
+        models: dict[str, str | Path],
+        *words: str | Path,
+        figures: str = "scores_of_stage.json",
+    ) -> Scores:
+        """Shares of right answers to a test of the sample, by model and skill."""
+        named = [f"{name}={short(path)}" for name, path in models.items()]
+        data = ["--data_path", self.sample / test, "--tokenizer_path", self.tokenizer]
+        words = [*named, *data, *words, "--json", self.out_dir / figures]
+        step(title, self.python, "scripts/score_world.py", *words)
+        return json.loads((self.out_dir / figures).read_text(encoding="utf-8"))
 
-    def metrics(self, name: str) -> list[dict[str, float]]:
-        """What a run in this folder noted."""
-        path = self.out_dir / "logs" / name / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    def metrics(self, weights: Path, key: str) -> list[float]:
+        """The values of one figure in the metrics of a run."""
+        path = weights.parent / "logs" / weights.stem / "metrics.jsonl"
+        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        return [line[key] for line in lines if key in line]
 
-    def minutes(self, name: str) -> float:
-        """That a run's steps took."""
-        return self.metrics(name)[-1]["seconds"] / 60
-
-    def without_identity(self, shares: dict[str, float]) -> float:
-        """The share of right answers to the test but for the questions of who the model is."""
+    def share_without_identity(self, shares: dict[str, float]) -> float:
+        """The share of right answers, questions about the model itself left out."""
         lines = (self.sample / "test.jsonl").read_text(encoding="utf-8").splitlines()
         asked = Counter(json.loads(line)["skill"] for line in lines)
         del asked["identity"]
         return sum(shares[skill] * n for skill, n in asked.items()) / sum(asked.values())
 
 
+def copy_beginning(source: Path, target: Path, lines: int) -> None:
+    """Write the first lines of a file to another one, unless it holds just these."""
+    with source.open(encoding="utf-8", newline="") as file:
+        beginning = "".join(islice(file, lines))
+    if not target.is_file() or target.read_bytes() != beginning.encode("utf-8"):
+        target.write_text(beginning, encoding="utf-8", newline="")
+
+
 def percent(share: float) -> str:
-    """A share as a table tells it."""
+    """A share as the table shows it."""
     return f"{100 * share:.1f} %"
 
 
-def run_preference(start: Quickstart, known: float) -> tuple[list[Measure], list[str]]:
-    """Prefer kind answers; lines of the table, and what misses its goal.
+class Results:
+    """The table of what each stage changed, and the goals that were missed."""
+
+    def __init__(self, start: Quickstart) -> None:
+        self.start = start
+        self.table = [
+            "| stage | measured | before | after | minutes in steps |",
+            "| --- | --- | ---: | ---: | ---: |",
+        ]
+        self.missed: list[str] = []
+
+    def add_stage(self, script: str, weights: Path) -> None:
+        """Begin the lines of a stage: the next one names its script and the time of its steps."""
+        minutes = self.start.metrics(weights, "seconds")[-1] / 60
+        self._stage = (f"`{script}`", f"{minutes:.1f}")
+
+    def add(self, measured: str, *change: str) -> None:
+        """Add a line: what is measured, before and after the stage."""
+        stage, minutes = self._stage
+        self.table.append(f"| {stage} | {measured} | {' | '.join(change)} | {minutes} |")
+        self._stage = ("", "")
+
+    def want(self, name: str, share: float, least: float) -> None:
+        """Note a miss if a share is below its goal."""
+        if share < least:
+            self.missed.append(f"{name} {percent(share)}, at least {percent(least)} wanted")
+
+    def want_knowledge(self, before: float, after: float) -> None:
+        """Note a miss if the share of right answers fell by more than FALL."""
+        if before - after > FALL:
+            fall = percent(before - after)
+            self.missed.append(f"right answers fell by {fall}, at most {percent(FALL)} wanted")
+
+
+def run_preference(start: Quickstart, known: float, results: Results) -> None:
+    """Prefer kind answers, and add to the results.
 
     Args:
-        start: the quick start.
+        start: the models so far.
         known: the tuned model's share of right answers.
+        results: the results so far.
     """
-    start.train(
-        "Preference: kind answers rather than curt or plain ones",
-        "train_dpo.py",
-        *["--data_path", start.sample / "dpo.jsonl"],
-        *["--val_data_path", start.sample / "dpo_test.jsonl", *PREFERENCE],
-    )
-    tuned, preferring = start.weights("full_sft"), start.weights("dpo")
-    style = start.score("How it answers", "dpo_test.jsonl", tuned=tuned, dpo=preferring)
-    right = start.score("What it still knows", "test.jsonl", dpo=preferring)["dpo"]["overall"]
-    name = preferring.stem
-    evaluations = [m["val_accuracy"] for m in start.metrics(name) if "val_accuracy" in m]
-    accuracy = (evaluations[0], evaluations[-1])
-    kind = (style["tuned"]["style"], style["dpo"]["style"])
-    minutes = start.minutes(name)
-    table = [
-        Measure("train_dpo.py", "held-out pairs told apart", *map(percent, accuracy), minutes),
-        Measure("", "answers of the preferred style", *map(percent, kind), 0),
-        Measure("", "right answers", percent(known), percent(right), 0),
-    ]
-    goals = {
-        f"preference accuracy {percent(accuracy[1])}, at least {percent(ACCURACY)} wanted": (
-            accuracy[1] >= ACCURACY
-        ),
-        f"preferred style {percent(kind[1])}, at least {percent(STYLE)} wanted": kind[1] >= STYLE,
-        f"right answers fell by {percent(known - right)}, at most {percent(FALL)} wanted": (
-            known - right <= FALL
-        ),
-    }
-    return table, [miss for miss, reached in goals.items() if not reached]
+    data = ["--data_path", start.sample / "dpo.jsonl"]
+    data += ["--val_data_path", start.sample / "dpo_test.jsonl"]
+    title = "Preference: kind answers rather than curt or plain ones"
+    start.train(title, "train_dpo.py", *data, *PREFERENCE)
+    models = {"tuned": start.weights("full_sft"), "dpo": start.weights("dpo")}
+    style = start.score("How it answers", "dpo_test.jsonl", models)
+    scores = start.score("What it still knows", "test.jsonl", {"dpo": models["dpo"]})
+    right = scores["dpo"]["overall"]
+    first, *_, last = start.metrics(models["dpo"], "val_accuracy")
+    before, after = (style[name]["style"] for name in models)
+    results.add_stage("train_dpo.py", models["dpo"])
+    results.add("held-out pairs told apart", percent(first), percent(last))
+    results.add("answers of the preferred style", percent(before), percent(after))
+    results.add("right answers", percent(known), percent(right))
+    results.want("preference accuracy", last, ACCURACY)
+    results.want("preferred style", after, STYLE)
+    results.want_knowledge(known, right)
 
 
-def run_adapter(start: Quickstart) -> tuple[list[Measure], list[str]]:
-    """Put another self on the tuned model; as `run_preference`."""
-    start.train(
-        "An adapter: another self",
-        "train_lora.py",
-        *["--data_path", start.sample / "lora.jsonl"],
-        *["--val_data_path", start.sample / "lora_test.jsonl", *ADAPTER],
-    )
+def run_adapter(start: Quickstart, results: Results) -> None:
+    """Give the tuned model another identity by an adapter, and add to the results."""
+    data = ["--data_path", start.sample / "lora.jsonl"]
+    data += ["--val_data_path", start.sample / "lora_test.jsonl"]
+    start.train("An adapter: another identity", "train_lora.py", *data, *ADAPTER)
     tuned = start.weights("full_sft")
-    name = f"identity_{start.model[1]}"
-    adapted = f"{short(tuned)}+{short(start.out_dir / 'lora' / f'{name}.pth')}"
-    models = {"tuned": short(tuned), "adapted": adapted}
-    who = start.score("Who it says it is", "lora_test.jsonl", **models)
-    rest = start.score("What it still knows", "test.jsonl", **models)
-    selves = (who["tuned"]["identity"], who["adapted"]["identity"])
-    right = [start.without_identity(rest[kind]) for kind in models]
-    whole = [percent(rest[kind]["overall"]) for kind in models]
-    minutes = replace(start, out_dir=start.out_dir / "lora").minutes(name)
-    table = [
-        Measure("train_lora.py", "names its new self", *map(percent, selves), minutes),
-        Measure("", "right answers to all other questions", *map(percent, right), 0),
-        Measure("", "and with those of its name, which are to change", *whole, 0),
-    ]
-    fall = right[0] - right[1]
-    goals = {
-        f"new self {percent(selves[1])}, at least {percent(IDENTITY)} wanted": (
-            selves[1] >= IDENTITY
-        ),
-        f"right answers fell by {percent(fall)}, at most {percent(FALL)} wanted": fall <= FALL,
-    }
-    return table, [miss for miss, reached in goals.items() if not reached]
+    adapter = replace(start, out_dir=start.out_dir / "lora").weights("identity")
+    models = {"tuned": tuned, "adapted": f"{short(tuned)}+{short(adapter)}"}
+    identity = start.score("Who it says it is", "lora_test.jsonl", models)
+    scores = start.score("What it still knows", "test.jsonl", models)
+    before, after = (identity[name]["identity"] for name in models)
+    rest = [start.share_without_identity(scores[name]) for name in models]
+    whole = [scores[name]["overall"] for name in models]
+    results.add_stage("train_lora.py", adapter)
+    results.add("names its new identity", percent(before), percent(after))
+    results.add("right answers to all other questions", *map(percent, rest))
+    results.add("and with those of its name, which are to change", *map(percent, whole))
+    results.want("new identity", after, IDENTITY)
+    results.want_knowledge(*rest)
 
 
-def run_distillation(start: Quickstart) -> list[Measure]:
-    """Teach a smaller model, beside the same one without a teacher; lines of the table.
+def run_distillation(start: Quickstart, results: Results) -> None:
+    """Teach a smaller model, beside the same one without a teacher, and add to the results.
 
-    They are not judged: of one seed, a point or two may be chance.
+    There is no goal: with one seed, a point or two may be chance.
     """
     # In a folder of its own: --resume asks about runs of another shape beside it.
     model = SMOKE_STUDENT if start.smoke else STUDENT
     student = replace(start, model=model, out_dir=start.out_dir / "student")
-    words = ["--data_path", start.sample / "pretrain.jsonl", *STUDENT_TEXTS]
-    student.train("A smaller model, pretrained", "train_pretrain.py", *words)
+    texts = ["--data_path", start.sample / "pretrain.jsonl", *STUDENT_TEXTS]
+    student.train("A smaller model, pretrained", "train_pretrain.py", *texts)
     chats = student.out_dir / "chats.jsonl"
     copy_beginning(start.sample / "sft.jsonl", chats, STUDENT_LINES)
     words = ["--data_path", chats, *STUDENT_CHATS]
     student.train("It learns to answer by itself", "train_full_sft.py", *words)
     words += ["--teacher_weight", start.weights("full_sft")]
-    title = "It learns to answer from the larger one"
-    student.train(title, "train_distillation.py", *words)
-    alone, taught = student.weights("full_sft"), student.weights("distill")
-    scores = start.score("What both know", "test.jsonl", alone=alone, taught=taught)
-    right = (scores["alone"]["overall"], scores["taught"]["overall"])
-    measured = "right answers of a smaller model, alone and taught"
-    minutes = student.minutes(taught.stem)
-    return [Measure("train_distillation.py", measured, *map(percent, right), minutes)]
+    student.train("It learns to answer from the larger one", "train_distillation.py", *words)
+    models = {"alone": student.weights("full_sft"), "taught": student.weights("distill")}
+    scores = start.score("What both know", "test.jsonl", models)
+    results.add_stage("train_distillation.py", models["taught"])
+    right = (percent(scores[name]["overall"]) for name in models)
+    results.add("right answers of a smaller model, alone and taught", *right)
 
 
 def run_further_stages(
@@ -209,33 +215,26 @@ def run_further_stages(
     """Run every stage after tuning, print the table of all and write it to stages.md.
 
     Args:
-        start: the quick start.
+        start: the models so far.
         pretrained, tuned: the shares of right answers of both models, by skill.
 
     Returns:
-        What misses its goal.
+        The goals that were missed.
     """
-    dim = start.model[1]
-    losses = [m["loss"] for m in start.metrics(f"pretrain_{dim}") if "loss" in m]
-    texts, chats = (start.minutes(f"{stage}_{dim}") for stage in ("pretrain", "full_sft"))
-    loss = (f"{losses[0]:.2f}", f"{losses[-1]:.2f}")
-    answers = [percent(found["overall"]) for found in (pretrained, tuned)]
-    recall = [percent(found["recall"]) for found in (pretrained, tuned)]
-    table = [
-        Measure("train_pretrain.py", "loss on plain text (nats per token)", *loss, texts),
-        Measure("train_full_sft.py", "right answers", *answers, chats),
-        Measure("", "of them about what only the texts tell", *recall, 0),
-    ]
-    below = []
-    for lines, misses in (run_preference(start, tuned["overall"]), run_adapter(start)):
-        table += lines
-        below += misses
-    table += run_distillation(start)
-    text = "| stage | measured | before | after | minutes in steps |\n"
-    text += "| --- | --- | ---: | ---: | ---: |\n"
-    for stage, *cells, minutes in table:
-        name = f"`{stage}`" if stage else ""
-        text += f"| {name} | {' | '.join(cells)} | {f'{minutes:.1f}' if stage else ''} |\n"
+    results = Results(start)
+    losses = start.metrics(start.weights("pretrain"), "loss")
+    results.add_stage("train_pretrain.py", start.weights("pretrain"))
+    results.add("loss on plain text (nats per token)", f"{losses[0]:.2f}", f"{losses[-1]:.2f}")
+    results.add_stage("train_full_sft.py", start.weights("full_sft"))
+    for measured, skill in (
+        ("right answers", "overall"),
+        ("of them about what only the texts tell", "recall"),
+    ):
+        results.add(measured, percent(pretrained[skill]), percent(tuned[skill]))
+    run_preference(start, tuned["overall"], results)
+    run_adapter(start, results)
+    run_distillation(start, results)
+    text = "\n".join(results.table) + "\n"
     (start.out_dir / "stages.md").write_text(text, encoding="utf-8")
     print(f"\n== What each stage changed\n{text}", flush=True)
-    return below
+    return results.missed

@@ -4,9 +4,9 @@
 
 It makes `.venv` and installs what training and its curves need, writes the sample world, trains a
 tokenizer on it, pretrains, tunes, and scores the result on questions that no training file holds.
-Then it starts a chat. With --all it goes through the other stages too, and says what each one
-changed. Every step is a command that could be typed as well, and is printed before it runs. Run
-again, it goes on where it stopped.
+Then it starts a chat. With --all it runs the other stages too and shows what each one changed.
+Every step is a command that is printed before it runs. A second start goes on where the first one
+stopped.
 
 The exit status is 1 if a score is below its goal.
 """
@@ -17,11 +17,11 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from environment import ROOT, fail, prepare, require_python, user_path
-from further_stages import SETTINGS, Quickstart, run_further_stages
-from steps import copy_beginning, short, step, typed
+from environment import ROOT, fail, prepare, require_python, shell_line, step, user_path
+from further_stages import SETTINGS, Quickstart, copy_beginning, run_further_stages
 
 REQUIREMENTS = ["requirements.txt", "scripts/plot_requirements.txt"]
 SAMPLE = ROOT / "dataset" / "sample"
@@ -58,7 +58,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--all", action="store_true", help="also preference, an adapter and distillation"
     )
-    parser.error = fail  # one line, as of all else that a user can mend
+    parser.error = fail  # one line, as for every other user error
     args = parser.parse_args()
     default = ROOT / "out" / ("quickstart_smoke" if args.smoke else "quickstart")
     args.out_dir = (args.out_dir or default).resolve()
@@ -66,7 +66,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def cut_sample(folder: Path) -> Path:
-    """Write the beginnings of the sample's files into a folder, which it returns."""
+    """Write the first lines of each of the sample's files into a folder, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in (*FILES, *FURTHER):
         lines = SMOKE_QUESTIONS if "test" in name else SMOKE_LINES
@@ -74,10 +74,10 @@ def cut_sample(folder: Path) -> Path:
     return folder
 
 
-def keep_recipe(out_dir: Path, smoke: bool) -> None:
-    """Note what the folder's models are made of; exit with status 2 if they are of something else.
+def check_recipe(out_dir: Path, smoke: bool) -> None:
+    """Record the settings and data of the folder's models; exit with status 2 if they differ.
 
-    Stages go on where they stopped, which needs the data and the settings that they began with.
+    A stage can only go on with the data and the settings that it began with.
     """
     versions = [
         (SAMPLE / f"{name}.version").read_text(encoding="utf-8") for name in (*FILES, *FURTHER)
@@ -93,52 +93,41 @@ def keep_recipe(out_dir: Path, smoke: bool) -> None:
         fail(f"{out_dir} holds something else: delete it or choose another --out_dir")
 
 
-def train(python: Path, out_dir: Path, sample: Path, smoke: bool, control: bool) -> dict[str, Path]:
+def train(start: Quickstart, control: bool) -> dict[str, Path]:
     """Train the tokenizer, pretrain, tune.
 
     Args:
-        python: interpreter.
-        out_dir: where everything goes.
-        sample: folder of the training files.
-        smoke: a tiny model, one epoch each.
+        start: where the models go, and their flags.
         control: also tune a model that was not pretrained.
 
     Returns:
         The weights by name.
     """
-    texts, chats = sample / "pretrain.jsonl", sample / "sft.jsonl"
-    tokenizer = out_dir / "tokenizer"
-    if not (tokenizer / "tokenizer_config.json").is_file():
-        words = [texts, chats, "--out_dir", tokenizer, "--overwrite", "--keep_repeats"]
-        size = str(SMOKE_VOCABULARY if smoke else VOCABULARY)
+    texts, chats = start.sample / "pretrain.jsonl", start.sample / "sft.jsonl"
+    if not (start.tokenizer / "tokenizer_config.json").is_file():
+        size = str(SMOKE_VOCABULARY if start.smoke else VOCABULARY)
+        words = [texts, chats, "--out_dir", start.tokenizer, "--overwrite", "--keep_repeats"]
         title = "A tokenizer for this world"
-        step(title, python, "scripts/train_tokenizer.py", *words, "--vocab_size", size)
-
-    model = SMOKE_MODEL if smoke else MODEL
-    dim = model[1]
-    same = ["--tokenizer_path", tokenizer, *model, *ROWS, "--resume"]
-    epochs = ["--epochs", "1" if smoke else EPOCHS]
-    step(
+        step(title, start.python, "scripts/train_tokenizer.py", *words, "--vocab_size", size)
+    start.train(
         "Pretraining on plain text about the world",
-        python,
         "train_pretrain.py",
-        *["--data_path", texts, "--out_dir", out_dir, *same, *PRETRAINING, *epochs],
+        *["--data_path", texts, *PRETRAINING, "--epochs", EPOCHS],
     )
-    tune = ["--data_path", chats, "--val_ratio", "0.02", *same, *TUNING, *epochs]
+    tuning = ["--data_path", chats, "--val_ratio", "0.02", *TUNING, "--epochs", EPOCHS]
     title = "Instruction tuning on questions and answers"
-    step(title, python, "train_full_sft.py", *tune, "--out_dir", out_dir)
-    weights = {PRETRAINED: out_dir / f"pretrain_{dim}.pth"}
-    if control:
-        alone = out_dir / "without_pretraining"
-        title = "For comparison: the same tuning without pretraining"
-        words = ["--from_weight", "none", "--out_dir", alone]
-        step(title, python, "train_full_sft.py", *tune, *words)
-        weights[TUNED] = alone / f"full_sft_{dim}.pth"
-    return {**weights, BOTH: out_dir / f"full_sft_{dim}.pth"}
+    start.train(title, "train_full_sft.py", *tuning)
+    weights = {PRETRAINED: start.weights("pretrain"), BOTH: start.weights("full_sft")}
+    if not control:
+        return weights
+    alone = replace(start, out_dir=start.out_dir / "without_pretraining")
+    title = "For comparison: the same tuning without pretraining"
+    alone.train(title, "train_full_sft.py", *tuning, "--from_weight", "none")
+    return {PRETRAINED: weights[PRETRAINED], TUNED: alone.weights("full_sft"), BOTH: weights[BOTH]}
 
 
 def misses(scores: dict[str, dict[str, float]]) -> list[str]:
-    """What the scores, by model and skill, lack of what they must reach."""
+    """The goals that the scores, by model and skill, do not reach."""
     both = scores[BOTH]
     wanted = dict.fromkeys(both, EACH_SKILL) | {"recall": RECALL, "overall": OVERALL}
     found = [
@@ -166,32 +155,26 @@ def main() -> int:
     python = prepare(REQUIREMENTS, "quickstart.sha256")
     step("The sample world", python, "scripts/make_sample_data.py")
     try:
-        keep_recipe(args.out_dir, args.smoke)
+        check_recipe(args.out_dir, args.smoke)
         sample = cut_sample(args.out_dir / "sample") if args.smoke else SAMPLE
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}")
     started = time.perf_counter()
-    weights = train(python, args.out_dir, sample, args.smoke, args.control or args.smoke)
-    figures = args.out_dir / "scores.json"
     tokenizer = args.out_dir / "tokenizer"
-    step(
+    model = SMOKE_MODEL if args.smoke else MODEL
+    start = Quickstart(python, args.out_dir, sample, tokenizer, model, ROWS, args.smoke)
+    weights = train(start, args.control or args.smoke)
+    scores = start.score(
         "Scores on questions that no training file holds",
-        python,
-        "scripts/score_world.py",
-        *[f"{name}={short(path)}" for name, path in weights.items()],
-        *["--data_path", sample / "test.jsonl", "--tokenizer_path", tokenizer],
-        *["--out", args.out_dir / "scorecard.md", "--json", figures],
+        "test.jsonl",
+        weights,
+        *["--out", args.out_dir / "scorecard.md"],
+        figures="scores.json",
     )
-    scores = json.loads(figures.read_text(encoding="utf-8"))
-    further: list[str] = []
-    if args.all:
-        model = SMOKE_MODEL if args.smoke else MODEL
-        made = Quickstart(python, args.out_dir, sample, tokenizer, model, ROWS, args.smoke)
-        further = run_further_stages(made, scores[PRETRAINED], scores[BOTH])
+    further = run_further_stages(start, scores[PRETRAINED], scores[BOTH]) if args.all else []
     print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes of computing in this start.")
-    below: list[str] = []
+    below = [] if args.smoke else misses(scores) + further
     if not args.smoke:
-        below = misses(scores) + further
         if below:
             print("Below the goals:\n  " + "\n  ".join(below), file=sys.stderr, flush=True)
         else:
@@ -202,7 +185,7 @@ def main() -> int:
     if sys.stdin.isatty() and sys.stdout.isatty():
         step("Chat", python, "eval_model.py", *chat)
     else:
-        print(f"Chat with it: {typed(python, 'eval_model.py', *chat)}")
+        print(f"Chat with it: {shell_line(python, 'eval_model.py', *chat)}")
     return 1 if below else 0
 
 

@@ -3,7 +3,7 @@
     python scripts/score_world.py pretrain=out/pretrain_256.pth full_sft=out/full_sft_256.pth
     python scripts/score_world.py adapted=out/full_sft_256.pth+out/lora/identity_256.pth
 
-The answers are greedy. Beside the models stand the chance level and a model that learnt nothing.
+The answers are greedy. The scorecard also has the chance level and an untrained model.
 """
 
 import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
@@ -16,22 +16,39 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common import ROOT, UserError, make_parser, named_path, report_user_errors, user_path
-from dataset import ChatEncoder, check_file, render_chat
-from model import LMConfig, MiniMindLM, load_lora, load_model, load_tokenizer, tokenizer_hash
-from sample_world import SAMPLE, Score, ensure_sample, is_right, score_answers
-from training import find_processes
-from training.random_states import seed_everything
+from common import (
+    UserError,
+    add_tokenizer_path,
+    make_parser,
+    named_path,
+    report_user_errors,
+    user_path,
+)
+from dataset import ChatEncoder, render_chat
+from model import (
+    LMConfig,
+    MiniMindLM,
+    choose_device,
+    load_lora,
+    load_model,
+    load_tokenizer,
+    tokenizer_hash,
+)
+from sample_world import (
+    SAMPLE,
+    Scores,
+    ensure_sample,
+    format_examples,
+    format_scorecard,
+    read_test,
+    score_answers,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UNTRAINED = "untrained"
-QUESTION = {"conversations", "skill", "language", "expect", "choices", "chance", "declined"}
 LONGEST_ANSWER = 48  # tokens
-LANGUAGES = {"en": "English", "zh": "Chinese"}
-
-Scores = Mapping[tuple[str, str], Score]
 
 
 def parse_args() -> argparse.Namespace:
@@ -50,12 +67,7 @@ def parse_args() -> argparse.Namespace:
         "--json", type=user_path, help="write each model's share per skill here too"
     )
     parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
-    parser.add_argument(
-        "--tokenizer_path",
-        type=user_path,
-        default=ROOT / "model" / "minimind_tokenizer",
-        help="folder",
-    )
+    add_tokenizer_path(parser)
     args = parser.parse_args()
     names = [UNTRAINED, *(name for name, _ in args.weights)]
     for name in names:
@@ -69,30 +81,10 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def read_test(path: Path) -> list[dict[str, Any]]:
-    """The questions of a test of the sample.
-
-    Raises:
-        UserError: if the file cannot be read.
-        UserError: if a line, which it names, is no question of such a test.
-    """
-    check_file(ensure_sample(path))
-    records = []
-    for number, line in enumerate(path.read_bytes().rstrip(b"\n").split(b"\n"), 1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: broken JSON: {error}") from None
-        if not isinstance(record, dict) or not record.keys() >= QUESTION:
-            raise UserError(f"{path}:{number}: not a question of the sample world's test")
-        records.append(record)
-    return records
-
-
 def encode_questions(
     tokenizer: "PreTrainedTokenizerBase", records: Sequence[Mapping[str, Any]]
 ) -> list[torch.Tensor]:
-    """Ids of each record's question, up to where its answer begins: (T,) int64 each."""
+    """Ids of each record's question and of the header of its answer: (T,) int64 each."""
     prompts = [
         render_chat(record["conversations"][:1], add_generation_prompt=True) for record in records
     ]
@@ -101,11 +93,7 @@ def encode_questions(
 
 
 def load(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
-    """The model in a .pth file, or in `base.pth+adapter.pth`; arguments as for `load_model`.
-
-    Raises:
-        UserError: as `load_model` and `load_lora`.
-    """
+    """Load a .pth file, or `base.pth+adapter.pth`; the other arguments are `load_model`'s."""
     base, plus, adapter = str(path).partition(".pth+")
     if not plus or path.is_file():
         return load_model(path, shape, tokenizer_hash)
@@ -123,11 +111,11 @@ def score_weights(
     """Scores and answers of an untrained model and of each weight file.
 
     Args:
-        weights: (name, .pth file, or base.pth+adapter.pth); the untrained model has the shape of
-            the last.
-        records: of the test.
-        tokenizer: of the weights.
-        device: to compute on.
+        weights: names and paths, of .pth files or base.pth+adapter.pth; the untrained model has
+            the shape of the last.
+        records: questions of the test.
+        tokenizer: tokenizer of the weights.
+        device: device to compute on.
 
     Raises:
         UserError: if a file cannot be loaded.
@@ -137,7 +125,7 @@ def score_weights(
         name: load(path, shape, tokenizer_hash(tokenizer)).to(device).eval()
         for name, path in weights
     }
-    seed_everything(0)
+    torch.manual_seed(0)
     untrained = MiniMindLM(models[weights[-1][0]].config).to(device).eval()
     prompts = encode_questions(tokenizer, records)
     answers = {
@@ -150,45 +138,17 @@ def score_weights(
     return {name: score_answers(records, given) for name, given in answers.items()}, answers
 
 
-def scorecard(scores: Mapping[str, Scores]) -> str:
-    """A Markdown table: skills and languages down, chance and models across, in per cent."""
-    first = next(iter(scores.values()))
-    order = sorted(first, key=lambda key: (key == ("overall", ""), not key[1]))  # sums last
-    rows = [["skill", "language", "questions", "chance", *scores]]
-    rows += [["---"] * 2 + ["---:"] * (len(scores) + 2)]
-    for skill, language in order:
-        score = first[skill, language]
-        columns = [given[skill, language].share for given in scores.values()]
-        shares = [f"{100 * share:.0f} %" for share in (score.chance, *columns)]
-        rows.append([skill, LANGUAGES.get(language, "both"), str(score.asked), *shares])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def examples(records: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> str:
-    """A question of each skill and language, and the answer: the middle one of each."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    for i, record in enumerate(records):
-        groups.setdefault((record["skill"], record["language"]), []).append(i)
-    lines = []
-    for (skill, _), members in groups.items():
-        i = members[len(members) // 2]
-        mark = "+" if is_right(records[i], answers[i]) else "-"
-        question = records[i]["conversations"][0]["content"]
-        lines.append(f"{mark} {skill:<10} {question}  →  {' '.join(answers[i].split())}")
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Score the weights, and print and write what was asked for."""
     args = parse_args()
-    records = read_test(args.data_path)
-    device = find_processes(args.device, ddp=False).device
+    records = read_test(ensure_sample(args.data_path))
+    device = choose_device(args.device)
     tokenizer = load_tokenizer(args.tokenizer_path)
     scores, answers = score_weights(args.weights, records, tokenizer, device)
-    table = scorecard(scores)
+    table = format_scorecard(scores)
     print(table)
     last = args.weights[-1][0]
-    print(f"What {last} says (+ right, - wrong):\n{examples(records, answers[last])}")
+    print(f"Answers of {last} (+ right, - wrong):\n{format_examples(records, answers[last])}")
     skills = {
         name: {skill: score.share for (skill, language), score in given.items() if not language}
         for name, given in scores.items()
@@ -205,5 +165,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with report_user_errors(UserError):
+    with report_user_errors():
         main()

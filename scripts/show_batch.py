@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from common import (
-    ROOT,
     BooleanFlag,
     UserError,
     add_skip_bad_lines,
+    add_tokenizer_path,
     make_parser,
     positive_int,
     report_user_errors,
@@ -52,12 +52,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--cache_dir", type=user_path, help="where token stores go; default: by the data"
     )
-    parser.add_argument(
-        "--tokenizer_path",
-        type=user_path,
-        default=ROOT / "model" / "minimind_tokenizer",
-        help="folder",
-    )
+    add_tokenizer_path(parser)
     return parser.parse_args()
 
 

@@ -29,7 +29,7 @@ def required(path):
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("-r "):
             yield from required(path.parent / line.removeprefix("-r "))
-        elif name := re.match(r"[\w-]+", line):
+        elif name := re.match(r"\w[\w-]*", line):
             yield name[0]
 
 
@@ -59,7 +59,7 @@ def finished(root, quick, run, quickstart, tmp_path_factory):
 
     printed = []
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(sys.modules["steps"], "run", run_here)
+        patches.setattr(sys.modules["environment"], "run", run_here)
         patches.setitem(main.__globals__, "prepare", prepare)
         for more in ["--all"], []:
             words = ["quickstart.py", "--smoke", "--out_dir", str(out), *more]

@@ -337,12 +337,13 @@ def small_project(tmp_path) -> Path:
 
 def run_test_command(project: Path, before: str = "pass") -> subprocess.CompletedProcess:
     """Run the copied test command in a fresh interpreter, after the statement `before`."""
-    script = str(project / "scripts" / "test.py")
+    scripts = project / "scripts"  # on the path, as when the script is run
+    script = str(scripts / "test.py")
     code = f"import runpy, sys; {before}; sys.argv = [{script!r}]; "
     code += f"sys.path.insert(0, {str(project / 'scripts')!r}); "
     code += f"runpy.run_path({script!r}, run_name='__main__')"
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8"
+        [sys.executable, "-c", code], cwd=scripts, capture_output=True, encoding="utf-8"
     )
 
 

@@ -3,9 +3,11 @@
 What the text says is read back by patterns written here, without the generator's help.
 """
 
+import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from sample_world import FILES, files
+from sample_world.languages import load_languages
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -131,24 +134,46 @@ def contradictions(values: dict[str, set[str]]) -> dict[str, set[str]]:
     return {subject: found for subject, found in values.items() if len(found) != 1}
 
 
-def generate(folder: Path, *arguments: str, **environment: str) -> bytes:
-    command = [sys.executable, ROOT / "scripts" / "make_sample_data.py", "--out_dir", folder]
-    subprocess.run([*command, *arguments], check=True, env={**os.environ, **environment})
-    return (folder / "pretrain.jsonl").read_bytes()
-
-
 def test_another_process_writes_the_same_bytes(tmp_path, sample_dir):
     """Of every file, whatever the locale and the order of sets."""
-    generate(tmp_path, PYTHONUTF8="0", LC_ALL="C", PYTHONHASHSEED="1")
+    command = [sys.executable, ROOT / "scripts" / "make_sample_data.py", "--out_dir", tmp_path]
+    environment = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONHASHSEED": "1"}
+    subprocess.run(command, check=True, env=environment)
     written = sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".version")
     assert written == sorted(FILES)
     for name in written:
         assert (tmp_path / name).read_bytes() == (sample_dir / name).read_bytes()
 
 
+def test_the_bytes_are_those_of_other_platforms(sample_dir):
+    """Of every file. A change to the world that is meant changes this digest too."""
+    digest = hashlib.sha256(b"".join((sample_dir / name).read_bytes() for name in sorted(FILES)))
+    assert digest.hexdigest() == "086a1c9efa78d424b9578f5fbadd576a26e6dc6295cf72b0993fe445ead72343"
+
+
+def test_a_change_to_a_template_makes_another_version(tmp_path, monkeypatch):
+    package = tmp_path / "sample_world"
+    shutil.copytree(ROOT / "sample_world", package)
+    monkeypatch.setattr(files, "__file__", str(package / "files.py"))
+    before = files.sample_version(1)
+    with (package / "templates" / "chinese.txt").open("a", encoding="utf-8") as file:
+        file.write("又一行\n")
+    assert files.sample_version(1) != before != files.sample_version(2)
+
+
+def test_both_languages_have_the_same_headings():
+    """But for the units of sequences, which stand in theirs."""
+    headings = [
+        [re.sub("^sequence .*", "sequence unit", heading) for heading in language.headings]
+        for language in load_languages()
+    ]
+    assert headings[0] == headings[1] and "fact person town" in headings[0]
+
+
 def test_another_seed_makes_another_world(tmp_path, texts):
-    data = generate(tmp_path, "--seed", "7").decode("utf-8")
-    other = [json.loads(line)["text"] for line in data.splitlines()]
+    (path,) = files.write_sample(tmp_path, seed=7, names=["pretrain.jsonl"])
+    lines = path.read_text(encoding="utf-8").splitlines()
+    other = [json.loads(line)["text"] for line in lines]
     for facts in FACTS_EN["town of a person"], FACTS_ZH["town of a person"]:
         values = told(other, facts)
         assert len(values) >= 18 and contradictions(values) == {}

@@ -1,0 +1,147 @@
+"""What the benchmarks share: flags, models, timing in turns, a table of speeds."""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GraniteMoeSharedConfig,
+    GraniteMoeSharedForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from common import positive_int
+from model import LMConfig, MiniMindLM, token_losses
+from training import Distributed, autocast_dtype, find_processes
+
+WARM_UP = 2  # rounds that do not count
+
+Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+
+
+def add_flags(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """Add `--device`, and a flag for each positive number, with its default."""
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=positive_int, default=default)
+    parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
+
+
+def find_device(args: argparse.Namespace) -> tuple[Distributed, torch.autocast]:
+    """The one process with its device, and the autocast that training uses there."""
+    world = find_processes(args.device, ddp=False)
+    dtype = autocast_dtype("bfloat16", world)
+    return world, torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def describe(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> str:
+    """The flags and the machine, in one line."""
+    flags = ", ".join(f"{name} {value}" for name, value in vars(args).items() if value is not None)
+    threads, version = torch.get_num_threads(), torch.__version__
+    return f"{flags}; {device}, {dtype}, {threads} threads, torch {version}"
+
+
+def make_model(args: argparse.Namespace, world: Distributed) -> MiniMindLM:
+    """An untrained model of `--dim` and `--n_layers`, the same one each time."""
+    torch.manual_seed(0)
+    return MiniMindLM(LMConfig(dim=args.dim, n_layers=args.n_layers)).to(world.device).train()
+
+
+def make_peer(config: LMConfig) -> nn.Module:
+    """Transformers' untrained model of the same shape."""
+    shape = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": True,
+    }
+    if not config.use_moe:
+        return LlamaForCausalLM(LlamaConfig(**shape))
+    return GraniteMoeSharedForCausalLM(
+        GraniteMoeSharedConfig(
+            **shape,
+            num_local_experts=config.n_routed_experts,
+            num_experts_per_tok=config.num_experts_per_tok,
+            shared_intermediate_size=config.hidden_dim * config.n_shared_experts,
+            attention_multiplier=config.head_dim**-0.5,
+            output_router_logits=True,
+        )
+    )
+
+
+def mean_loss(autocast: torch.autocast) -> Loss:
+    """The loss of the stages: mean cross-entropy of the target tokens."""
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        with autocast:
+            losses, *_ = token_losses(model, batch)
+        return losses.sum() / batch["loss_mask"].sum()
+
+    return loss
+
+
+def make_step(model: nn.Module, loss_of: Callable[..., Tensor]) -> Callable[..., None]:
+    """A function that takes one optimizer step: forward, backward, clipping, AdamW."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    fused = trained[0].device.type in ("cuda", "cpu")
+    optimizer = torch.optim.AdamW(trained, lr=5e-4, betas=(0.9, 0.95), fused=fused)
+
+    def step(batch: object) -> None:
+        loss_of(model, batch).backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def time_in_turns(
+    contenders: Mapping[str, Callable[[int], object]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Call all contenders in turn, so that a machine that slows down slows all.
+
+    Args:
+        contenders: functions of the round's number, which counts WARM_UP rounds too, by name.
+        rounds: rounds that count.
+        device: device that the contenders compute on.
+
+    Returns:
+        Seconds of each round that counts, by name.
+    """
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for round_ in range(WARM_UP + rounds):
+        for name, call in contenders.items():
+            started = clock()
+            call(round_)
+            if round_ >= WARM_UP:
+                seconds[name].append(clock() - started)
+    return seconds
+
+
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """The median of the ratios of two contenders, round by round."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def print_speeds(speeds: Mapping[str, Sequence[float]], unit: str, baseline: str) -> None:
+    """Print a table of median speeds and of ratios to the baseline in the same round."""
+    rounds = len(speeds[baseline])
+    print(f"\n{f'median of rounds: {rounds}':36}{unit:>12}{'ratio':>8}")
+    for name, found in speeds.items():
+        ratio = median_ratio(found, speeds[baseline])
+        print(f"{name:36}{statistics.median(found):12,.2f}{ratio:8.2f}")
