@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from common import UserError
 from dataset import make_loader
 from diagnosis.report import write_report
-from model import load_trained_state
+from model import load_trained_state, mean_scores
 
 from .distributed import Distributed
 from .guards import find_sample
@@ -27,41 +27,9 @@ from .saving import Saver
 from .schedule import warmup_steps
 from .setup import Rows, Setup, Splits, Stage
 from .signals import StopSignal
-from .validation import Batch, Score, evaluate
+from .step import Batch, Score, StepTotals
 
 STEPS_BEFORE_ESTIMATE = 5
-
-
-class StepTotals:
-    """Sums over the micro-batches of an optimizer step, without gradients.
-
-    Args:
-        world: this process; `add_up` adds over all of them.
-    """
-
-    def __init__(self, world: Distributed):
-        self.world = world
-        self.losses: list[Tensor] = []  # of each micro-batch
-        self.figures: list[dict[str, Tensor]] = []
-        self.expert_load: Tensor | None = None
-
-    def add(
-        self, losses: Tensor, aux_loss: Tensor, expert_load: Tensor | None, **figures: Tensor
-    ) -> None:
-        """Count a micro-batch: its losses, its share of the auxiliary loss, its figures."""
-        values = {"loss": losses, "aux_loss": aux_loss, **figures}
-        self.figures.append({name: value.detach().sum() for name, value in values.items()})
-        self.losses.append(self.figures[-1]["loss"])
-        if expert_load is not None:
-            self.expert_load = (
-                expert_load if self.expert_load is None else self.expert_load + expert_load
-            )
-
-    def add_up(self) -> dict[str, float]:
-        """The sums over all micro-batches of all processes, by name."""
-        sums = torch.stack([torch.stack(list(each.values())) for each in self.figures]).sum(0)
-        totals = self.world.all_reduce_sum(sums.to(self.world.sum_dtype)).tolist()
-        return dict(zip(self.figures[0], totals, strict=True))
 
 
 @dataclass
@@ -285,12 +253,45 @@ class Run:
         self.record.log(state, self.epoch, **figures)
         state.tally = Tally()
 
+    @torch.no_grad()
+    def evaluate(
+        self, model: nn.Module, sets: dict[str, Rows], prefix: str
+    ) -> dict[str, float] | None:
+        """Score the model on data sets, each on its own if there are several, and on all together.
+
+        Args:
+            model: what is called.
+            sets: the data sets by name.
+            prefix: "val" or "test", which the names of the scores begin with.
+
+        Returns:
+            As `mean_scores`; None if a signal to stop came.
+        """
+        world, was_training = self.world, model.training
+        model.eval()
+        sums = {}
+        for name, rows in sets.items():
+            totals: dict[str, Tensor] = {}
+            for batch in self.loader(rows):
+                if self.check_signal():
+                    return None
+                with self.autocast:
+                    scores = self.score(model, world.to_device(batch))
+                for figure, values in scores.items():
+                    totals[figure] = totals.get(figure, 0) + values.sum(dtype=world.sum_dtype)
+            values = world.all_reduce_sum(torch.stack(list(totals.values()))).tolist()
+            sums[name] = dict(zip(totals, values, strict=True))
+            if self.stage.scores_text:
+                sums[name]["text_bytes"] = rows.dataset.text_bytes
+        model.train(was_training)
+        return mean_scores(sums, prefix)
+
     def validate_if_due(self, model: nn.Module) -> None:
         """Evaluate after the steps that ask for it, each once, and draw the consequences."""
         val, state = self.data.val, self.state
         if not val or not self.due(self.args.eval_interval) or state.evaluated_at == state.step:
             return
-        scores = evaluate(self, model, val, self.score, "val")
+        scores = self.evaluate(model, val, "val")
         if scores is None:
             return
         args = self.args
@@ -378,7 +379,7 @@ class Run:
         if self.state.best_saved:
             model = copy.deepcopy(model)
             load_trained_state(model, self.saver.best_state())
-        scores = evaluate(self, model, {"": rows}, self.score, "test")
+        scores = self.evaluate(model, {"": rows}, "test")
         if scores is not None:
             self.record.log_scores(self.state, self.epoch, **scores)
             self.state.tested = True
@@ -396,22 +397,3 @@ def peak_memory(device: torch.device) -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
-
-
-def count_targets(batches: Sequence[Batch], world: Distributed) -> tuple[float, float, float]:
-    """What a step over all processes learns from: weights of its targets, targets, rows with text.
-
-    Args:
-        batches: this process's micro-batches: loss_mask and attention_mask (B, T).
-        world: this process.
-    """
-    masks = [batch["loss_mask"] for batch in batches]
-    rows = [rows_with_text(batch) for batch in batches]  # the others are padding
-    counts = (sum(m.sum() for m in masks), sum((m > 0).sum() for m in masks), sum(rows))
-    weights, targets, n_rows = world.all_reduce_sum(torch.stack(counts)).tolist()
-    return weights, targets, n_rows
-
-
-def rows_with_text(batch: Batch) -> Tensor:
-    """How many rows of a batch are not padding: a scalar int64."""
-    return batch["attention_mask"].any(1).sum()

@@ -18,7 +18,7 @@ from .saving import Saver, load_resume
 from .schedule import get_lr, warmup_steps
 from .setup import Rows, Setup, Splits
 from .signals import StopSignal
-from .validation import Score
+from .step import Score
 
 
 def start_run(
