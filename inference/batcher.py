@@ -1,4 +1,4 @@
-"""Many texts at a time on one model: rows join and leave between steps."""
+"""Continuous batching: requests join and leave a model's sampling loop between its steps."""
 
 import threading
 import time
@@ -19,7 +19,7 @@ class Closed(Exception):
 
 
 class QueueFull(Exception):
-    """There is no place for another text; `seconds` is a guess of when there will be."""
+    """There is no room for another request; `seconds` is a guess of when there will be."""
 
     def __init__(self, seconds: float):
         super().__init__("the queue is full")
@@ -52,7 +52,7 @@ class GenerationRequest(Continuation):
     Attributes:
         emit: called, on the batcher's thread, with the list of the prompt's Tokens where
             `prompt_logprobs` asks for it, with every new Token (the end token only with
-            `logprobs`), and then with how the text ended: "stop" (the end token), "length" (the
+            `logprobs`), and then with the reason of its end: "stop" (the end token), "length" (the
             limit, the context or the deadline was reached), "cancelled", or an exception: QueueFull
             if it never began.
         seed: of the sampling; None for another text every time.
@@ -74,18 +74,18 @@ class GenerationRequest(Continuation):
     prompt_tokens: list[Token] = field(default_factory=list)
 
     def ended(self, now: float) -> str | None:
-        """How it ends without another token, if it does."""
+        """Return why it ends without another token, if it does."""
         if self.cancelled:
             return "cancelled"
         return "length" if now >= self.deadline else None
 
 
 class Batcher:
-    """Generates the texts of jobs, several at a time, each as if it were alone.
+    """Generates the texts of several requests at a time, each as if it were alone.
 
     Each round takes at most one part of one new prompt and then one step of all texts, so that no
-    prompt delays the others for longer than one part takes. Jobs start in the order in which they
-    came.
+    prompt delays the others for longer than one part takes. Requests start in the order of their
+    arrival.
 
     Args:
         chat_model: the model; its decoder needs one row more than `rows`, where prompts begin.
@@ -101,8 +101,8 @@ class Batcher:
         self.loop = SamplingLoop(self.decoder)
         self.waiting: deque[GenerationRequest] = deque()
         self._starting: tuple[GenerationRequest, Iterator[Tensor]] | None = None
-        self._seconds = 1.0  # that a job takes from its start, a running mean
-        # Held to change any of the three above that hold jobs, and the two below.
+        self._seconds = 1.0  # that a request takes from its start, a running mean
+        # Held to change any of the three above that hold requests, and the two below.
         self._work = threading.Condition()
         self._closed = self._retired = False
         self._thread = threading.Thread(
@@ -112,32 +112,32 @@ class Batcher:
 
     @property
     def active(self) -> list[GenerationRequest]:
-        """The jobs whose texts are growing, each in its row of the decoder."""
+        """The requests that have a row of the decoder, in the order of the rows."""
         return self.loop.active
 
     @property
     def load(self) -> int:
-        """Jobs that are not done."""
+        """Number of requests that are not done."""
         return len(self.waiting) + len(self.active) + (self._starting is not None)
 
-    def submit(self, jobs: Sequence[GenerationRequest]) -> None:
-        """Take jobs, all or none.
+    def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        """Take requests, all or none.
 
         Raises:
             Closed: if the batcher has ended.
-            QueueFull: if there are not so many places.
+            QueueFull: if there is not enough room.
         """
         with self._work:
             if self._closed:
                 raise Closed
-            excess = self.load + len(jobs) - self.rows - self.queue
+            excess = self.load + len(requests) - self.rows - self.queue
             if excess > 0:
                 raise QueueFull(self._seconds * max(1, excess / self.rows))
-            self.waiting.extend(jobs)
+            self.waiting.extend(requests)
             self._work.notify()
 
     def close(self, only_if_idle: bool = False) -> bool:
-        """End, and all jobs with it; or if told, only where there are none: whether it did."""
+        """End, with all requests, and return True; with `only_if_idle`, only if there are none."""
         with self._work:
             if only_if_idle and self.load:
                 return False
@@ -147,7 +147,7 @@ class Batcher:
         return True
 
     def retire(self) -> None:
-        """End as soon as there are no jobs; until then further ones are taken."""
+        """End as soon as there are no requests; until then accept further ones."""
         with self._work:
             self._retired = True
             self._work.notify()
@@ -169,17 +169,17 @@ class Batcher:
                 self._end_all(error)
         self._end_all(Closed())
 
-    def _end_all(self, how: Exception) -> None:
+    def _end_all(self, reason: Exception) -> None:
         with self._work:
             starting = [] if self._starting is None else [self._starting[0]]
-            jobs = [*self.active, *starting, *self.waiting]
+            requests = [*self.active, *starting, *self.waiting]
             self.waiting.clear()
             self.active.clear()
             self._starting = None
         self.decoder.release()
         self.decoder.prefix_cache.clear()
-        for job in jobs:
-            job.emit(how)
+        for request in requests:
+            request.emit(reason)
 
     @torch.no_grad()
     def _round(self) -> None:
@@ -189,119 +189,125 @@ class Batcher:
             self._sample(list(self.active), self.loop.step())
 
     def _drop_ended(self) -> None:
-        """Let go of jobs that nobody waits for, and of those whose time is over."""
+        """Drop requests that are cancelled or past their deadline."""
         now = time.monotonic()
         with self._work:
-            ended = [(job, how) for job in self.waiting if (how := job.ended(now))]
-            for job, _ in ended:
-                self.waiting.remove(job)
-            ended = [(j, QueueFull(self._seconds) if h == "length" else h) for j, h in ended]
-            if self._starting is not None and (how := self._starting[0].ended(now)):
-                ended.append((self._starting[0], how))
+            ended = [
+                (request, reason) for request in self.waiting if (reason := request.ended(now))
+            ]
+            for request, _ in ended:
+                self.waiting.remove(request)
+            ended = [(r, QueueFull(self._seconds) if why == "length" else why) for r, why in ended]
+            if self._starting is not None and (reason := self._starting[0].ended(now)):
+                ended.append((self._starting[0], reason))
                 self._starting = None
-        for job, how in ended:
-            job.emit(how)
-        for job in list(self.active):
-            if how := job.ended(now):
-                self._end(job, how)
+        for request, reason in ended:
+            request.emit(reason)
+        for request in list(self.active):
+            if reason := request.ended(now):
+                self._end(request, reason)
 
     def _start_next(self) -> None:
-        """Take the next part of a prompt; when it is whole, the text joins the others."""
+        """Compute the next part of a prompt; after the last one, the text joins the others."""
         with self._work:
             if self._starting is None:
                 if not self.waiting or len(self.active) == self.rows:
                     return
-                job = self.waiting.popleft()
-                parts = self.decoder.prefill_in_chunks(self.rows, job.ids, job.prompt_logprobs)
-                self._starting = job, parts
-                job.began = time.monotonic()
-            job, parts = self._starting
+                request = self.waiting.popleft()
+                parts = self.decoder.prefill_in_chunks(
+                    self.rows, request.ids, request.prompt_logprobs
+                )
+                self._starting = request, parts
+                request.began = time.monotonic()
+            request, parts = self._starting
         try:
             logits = next(parts)
-            if job.prompt_logprobs:
-                self._score_prompt(job, logits)
+            if request.prompt_logprobs:
+                self._score_prompt(request, logits)
                 logits = logits[-1]
-            if len(self.decoder.tokens[self.rows]) < len(job.ids):
+            if len(self.decoder.tokens[self.rows]) < len(request.ids):
                 return
-            if job.prompt_logprobs:
-                job.emit(job.prompt_tokens)
-            if job.max_new_tokens == 0:
+            if request.prompt_logprobs:
+                request.emit(request.prompt_tokens)
+            if request.max_new_tokens == 0:
                 with self._work:
                     self._starting = None
-                job.emit("length")
+                request.emit("length")
                 return
-            self._prepare(job)
+            self._prepare(request)
             self.decoder.move(self.rows, len(self.active))
-        except Exception as error:  # of this job alone: the others go on
+        except Exception as error:  # fails this request alone: the others go on
             with self._work:
                 self._starting = None
             self.decoder.tokens[self.rows] = []
-            job.emit(error)
+            request.emit(error)
             return
         with self._work:
-            self.active.append(job)
+            self.active.append(request)
             self._starting = None
-        self._sample([job], logits[None])
+        self._sample([request], logits[None])
 
-    def _score_prompt(self, job: GenerationRequest, logits: Tensor) -> None:
-        """Note the log-probabilities that logits (T, vocab_size) give the prompt's next tokens."""
-        if not job.prompt_tokens:
-            job.prompt_tokens.append(Token(job.ids[0]))
-        start = len(job.prompt_tokens)
-        tokens = job.ids[start : start + len(logits)]  # after the last one there is none
+    def _score_prompt(self, request: GenerationRequest, logits: Tensor) -> None:
+        """Compute the prompt's next Tokens from the logits (T, vocab_size) before them."""
+        if not request.prompt_tokens:
+            request.prompt_tokens.append(Token(request.ids[0]))
+        start = len(request.prompt_tokens)
+        tokens = request.ids[start : start + len(logits)]  # none after the last one
         if tokens:
-            job.prompt_tokens += with_logprobs(tokens, logits[: len(tokens)], job.logprobs)
+            request.prompt_tokens += with_logprobs(tokens, logits[: len(tokens)], request.logprobs)
 
-    def _prepare(self, job: GenerationRequest) -> None:
-        job.end_tokens = frozenset([self.chat_model.tokenizer.eos_token_id])
-        if job.sampling.do_sample:
-            job.generator = torch.Generator(self.decoder.device)
-            if job.seed is None:
-                job.generator.seed()
+    def _prepare(self, request: GenerationRequest) -> None:
+        request.end_tokens = frozenset([self.chat_model.tokenizer.eos_token_id])
+        if request.sampling.do_sample:
+            request.generator = torch.Generator(self.decoder.device)
+            if request.seed is None:
+                request.generator.seed()
             else:
-                job.generator.manual_seed(job.seed)
+                request.generator.manual_seed(request.seed)
 
-    def _sample(self, jobs: Sequence[GenerationRequest], logits: Tensor) -> None:
-        """Sample and emit the next token of active jobs, and end those that are finished.
+    def _sample(self, requests: Sequence[GenerationRequest], logits: Tensor) -> None:
+        """Sample and emit the next token of active requests, and end those that are finished.
 
         Args:
-            jobs: n of them.
-            logits: theirs, (n, vocab_size).
+            requests: n active requests.
+            logits: their logits, (n, vocab_size).
         """
         groups: dict[tuple[Sampling, torch.Generator | None], list[int]] = {}
-        for i, job in enumerate(jobs):
-            groups.setdefault((job.sampling, job.generator), []).append(i)
+        for i, request in enumerate(requests):
+            groups.setdefault((request.sampling, request.generator), []).append(i)
         for group in groups.values():
             failure: Exception | None = None
             try:
-                self.loop.sample([jobs[i] for i in group], logits[group])
-            except Exception as error:  # of these jobs alone
+                self.loop.sample(
+                    [requests[i] for i in group], torch.stack([logits[i] for i in group])
+                )
+            except Exception as error:  # fails these requests alone
                 failure = error
             for i in group:
-                how = failure or self._emit_token(jobs[i], logits[i])
-                if how is not None:
-                    self._end(jobs[i], how)
+                reason = failure or self._emit_token(requests[i], logits[i])
+                if reason is not None:
+                    self._end(requests[i], reason)
 
-    def _emit_token(self, job: GenerationRequest, logits: Tensor) -> str | Exception | None:
-        """Emit a job's newest token: how the text ended with it, if it did."""
+    def _emit_token(self, request: GenerationRequest, logits: Tensor) -> str | Exception | None:
+        """Emit a request's newest token, and return why the text ends with it, if it does."""
         try:
-            token = Token(job.new_tokens[-1])
-            if job.logprobs is not None:
-                token = with_logprobs([token.token], logits[None], job.logprobs)[0]
-            if job.finish_reason != "stop" or job.logprobs is not None:
-                job.emit(token)
-        except Exception as error:  # of this job alone
+            token = Token(request.new_tokens[-1])
+            if request.logprobs is not None:
+                token = with_logprobs([token.token], logits[None], request.logprobs)[0]
+            if request.finish_reason != "stop" or request.logprobs is not None:
+                request.emit(token)
+        except Exception as error:  # fails this request alone
             return error
-        return job.finish_reason
+        return request.finish_reason
 
-    def _end(self, job: GenerationRequest, how: str | Exception) -> None:
-        """Free a job's row, whose keys and values stay in the prefix cache."""
-        row = self.active.index(job)
+    def _end(self, request: GenerationRequest, reason: str | Exception) -> None:
+        """Free a request's row, whose keys and values stay in the prefix cache."""
+        row = self.active.index(request)
         self.decoder.cache_prefix(row)
         with self._work:
             self.loop.remove(row)
-        self._seconds += 0.1 * (time.monotonic() - job.began - self._seconds)
-        job.emit(how)
+        self._seconds += 0.1 * (time.monotonic() - request.began - self._seconds)
+        request.emit(reason)
 
 
 def with_logprobs(tokens: Sequence[int], logits: Tensor, top: int) -> list[Token]:

@@ -86,7 +86,6 @@ class Decoder(ABC):
         ids = list(ids)
         if not ids:
             raise ValueError("the prompt is empty: give at least one token")
-        self._check(len(ids))
         self._make_room(len(ids))
         # The last token is always computed, since its logits are needed.
         shared = 0 if all_logits else self._copy_prefix(row, ids[:-1])
@@ -125,7 +124,6 @@ class Decoder(ABC):
             ValueError: if a row is full.
         """
         lengths = [len(row) for row in self.tokens[: len(tokens)]]
-        self._check(max(lengths) + 1)
         self._make_room(max(lengths) + 1)
         logits = self._step(tokens, lengths)
         for row, token in enumerate(tokens):
@@ -150,16 +148,14 @@ class Decoder(ABC):
         self.tokens = [[] for _ in self.tokens]
         self.caches = []
 
-    def _check(self, length: int) -> None:
+    def _make_room(self, length: int) -> None:
+        """Make sure that every row has slots for so many tokens."""
         if length > self.max_seq_len:
             raise ValueError(
                 f"{length} tokens exceed the context of max_seq_len {self.max_seq_len}"
             )
-
-    def _make_room(self, slots: int) -> None:
-        """Make sure that every row has at least so many slots."""
-        if slots > self.capacity:
-            self._resize(min(self.max_seq_len, max(slots, 2 * self.capacity, 128)))
+        if length > self.capacity:
+            self._resize(min(self.max_seq_len, max(length, 2 * self.capacity, 128)))
 
     def _resize(self, capacity: int) -> None:
         """Reallocate the caches with `capacity` slots, and copy what they hold."""

@@ -1,4 +1,4 @@
-"""How the network generates: the loop that samples token after token, and what calls it."""
+"""Generation: the loop that samples token after token, and the methods that run it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -88,14 +88,12 @@ class SamplingLoop:
         for row, token in zip(rows, tokens, strict=True):
             row.append(token, self.decoder.max_seq_len)
 
-    def remove(self, index: int) -> Continuation:
+    def remove(self, index: int) -> None:
         """Take a row out of the loop; the last one takes its place."""
         last = self.active.pop()
         self.decoder.move(len(self.active), index)
-        if index == len(self.active):
-            return last
-        removed, self.active[index] = self.active[index], last
-        return removed
+        if index < len(self.active):
+            self.active[index] = last
 
 
 @torch.no_grad()
@@ -160,8 +158,8 @@ class GenerationMixin(nn.Module):
             seed: makes a generator.
             stream: return an iterator over new tokens, (B · num_return_sequences,) each, as they
                 are sampled.
-            decoder: what to compute with, with room for so many rows. Prompts that begin as what it
-                holds are not computed again. Default: a new TorchDecoder.
+            decoder: computes the tokens, in at least as many rows. A beginning of a prompt that it
+                holds already is not computed again. Default: a new TorchDecoder.
             sampling: do_sample, temperature, top_k, top_p, min_p, repetition_penalty,
                 frequency_penalty, presence_penalty: see `Sampling`.
 

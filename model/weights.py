@@ -234,7 +234,7 @@ def load_weights(path: Path, model: nn.Module, tokenizer_hash: str) -> None:
     state = read_state(path, of_model=True)
     difference = first_difference(path, state, model)
     if difference:
-        hint = "" if about else "; no .json beside it says its shape"
+        hint = "" if about else "; there is no .json beside it with its shape"
         raise UserError(f"{path}: weights of another model: {difference}{hint}")
     model.load_state_dict(state)
 

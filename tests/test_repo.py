@@ -1,6 +1,7 @@
 """Rules that hold for the whole repository, read from its files; and the one test command."""
 
 import ast
+import graphlib
 import json
 import os
 import re
@@ -174,6 +175,32 @@ def wrong_imports(path: str, tree: ast.AST) -> list[str]:
     ]
 
 
+def import_circle(sources: dict[str, ast.Module]) -> list[str]:
+    """Modules that import each other in a circle, imports for type checkers included."""
+    modules = {
+        path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path
+        for path in sources
+    }
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        folders = list(PurePosixPath(path).parent.parts)
+        imported = set()
+        for node in ast.walk(sources[path]):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                package = folders[: len(folders) - node.level + 1] if node.level else []
+                base = ".".join(package + ([node.module] if node.module else []))
+                names = {f"{base}.{alias.name}" for alias in node.names}
+                imported |= names & modules.keys() or {base}
+        graph[module] = (imported & modules.keys()) - {module}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
 def test_no_file_is_large(project_files):
     assert oversized(project_files, SIZE_LIMIT) == []
 
@@ -290,6 +317,22 @@ def test_an_open_with_encoding_or_bytes_passes(source):
 def test_imports_point_one_way(sources):
     found = {path: wrong_imports(path, tree) for path, tree in sources.items()}
     assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+def test_no_imports_go_in_a_circle(sources):
+    assert import_circle(sources) == []
+
+
+def test_a_circle_of_imports_is_found():
+    sources = {
+        "model/__init__.py": "from .model import MiniMindLM",
+        "model/model.py": "from . import decoder",
+        "model/decoder.py": "if TYPE_CHECKING:\n    from .model import MiniMindLM",
+    }
+    trees = {path: ast.parse(text) for path, text in sources.items()}
+    assert set(import_circle(trees)) == {"model.model", "model.decoder"}
+    trees["model/decoder.py"] = ast.parse("import torch")
+    assert import_circle(trees) == []
 
 
 @pytest.mark.parametrize(
