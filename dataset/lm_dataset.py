@@ -4,7 +4,7 @@ Items are in file order and unpacked; `dataset.packing` makes rows and batches o
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from .chat import ChatEncoder
 from .reader import read_records
 from .stored import CHUNK, ChatDataset, StoredDataset
 from .text import TextEncoder
-from .token_store import ROLES, Encoded, Encoder, TokenStore
+from .token_store import ROLES, Encoded, Encoder
 from .turns import Spans, Turns, equal_answers, find_turns, keep_answers, keep_prompts
 
 if TYPE_CHECKING:
@@ -39,22 +39,12 @@ class PretrainDataset(StoredDataset):
         cache_dir, skip_bad_lines: see `TokenStore.open_or_build`.
     """
 
+    _ENCODER = TextEncoder
     _COLUMNS = {"text_bytes": INDEX_DTYPE}
 
-    def __init__(
-        self,
-        path: str | Path,
-        tokenizer: "PreTrainedTokenizerBase",
-        max_length: int,
-        *,
-        cache_dir: str | Path | None = None,
-        skip_bad_lines: float = 0.0,
-    ) -> None:
-        encoder = TextEncoder(tokenizer)
-        store = TokenStore.open_or_build(
-            path, encoder, cache_dir=cache_dir, skip_bad_lines=skip_bad_lines
-        )
-        super().__init__(store, encoder, max_length, f"{max_length}")
+    @property
+    def _options(self) -> str:
+        return f"{self.max_length}"
 
     @property
     def n_documents(self) -> int:
@@ -139,12 +129,13 @@ class SFTDataset(ChatDataset):
             raise ValueError(f"loss_weighting is {loss_weighting!r}, not 'token' or 'sample'")
         self.max_turns = max_turns
         self.loss_weighting = loss_weighting
-        encoder = ChatEncoder(tokenizer)
-        store = TokenStore.open_or_build(
-            path, encoder, cache_dir=cache_dir, skip_bad_lines=skip_bad_lines
+        super().__init__(
+            path, tokenizer, max_length, cache_dir=cache_dir, skip_bad_lines=skip_bad_lines
         )
-        options = f"{max_length}_{max_turns or 'all'}_{loss_weighting}"
-        super().__init__(store, encoder, max_length, options)
+
+    @property
+    def _options(self) -> str:
+        return f"{self.max_length}_{self.max_turns or 'all'}_{self.loss_weighting}"
 
     @property
     def n_tokens(self) -> int:
@@ -211,14 +202,17 @@ class RLAIFDataset(ChatDataset):
         cache_dir: str | Path | None = None,
         skip_bad_lines: float = 0.0,
     ) -> None:
+        super().__init__(
+            path, tokenizer, max_length, cache_dir=cache_dir, skip_bad_lines=skip_bad_lines
+        )
         encoder = ChatEncoder(tokenizer)
         self._backend = tokenizer.backend_tokenizer
         self._header_length, self._newline_length = encoder.header_length, encoder.newline_length
         self._end_think = encoder.end_think
-        store = TokenStore.open_or_build(
-            path, encoder, cache_dir=cache_dir, skip_bad_lines=skip_bad_lines
-        )
-        super().__init__(store, encoder, max_length, f"prompts_{max_length}")
+
+    @property
+    def _options(self) -> str:
+        return f"prompts_{self.max_length}"
 
     def __getitem__(self, index: int) -> dict[str, str]:
         return {"prompt": self._decode(self.prompt_ids(index)), "answer": self._answer(index)}
@@ -239,7 +233,7 @@ class RLAIFDataset(ChatDataset):
             return self._decode(ids[thoughts[0] + 1 :]).removeprefix("\n")
         return self._decode(ids)
 
-    def _decode(self, ids: Any) -> str:
+    def _decode(self, ids: np.ndarray | torch.Tensor) -> str:
         return self._backend.decode(ids.tolist(), skip_special_tokens=False)
 
     def _keep(

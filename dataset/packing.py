@@ -16,6 +16,7 @@ of its own would.
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,7 @@ def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     return default_collate([pad_row(row, length) for row in rows])
 
 
+@dataclass(eq=False)
 class RowBatches(Sampler[list[int]]):
     """The rows of each micro-batch of one epoch, for one process: a DataLoader's `batch_sampler`.
 
@@ -193,28 +195,16 @@ class RowBatches(Sampler[list[int]]):
     stay together, and the runs of the epoch are permuted once more.
     """
 
-    def __init__(
-        self,
-        n_rows: int,
-        batch_size: int,
-        *,
-        seed: int,
-        epoch: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start: int = 0,
-        shuffle: bool = True,
-        lengths: np.ndarray | None = None,
-    ) -> None:
-        self.n_rows = n_rows
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = epoch
-        self.rank = rank
-        self.world_size = world_size
-        self.start = start
-        self.shuffle = shuffle
-        self.lengths = lengths
+    n_rows: int
+    batch_size: int
+    _: KW_ONLY
+    seed: int
+    epoch: int
+    rank: int = 0
+    world_size: int = 1
+    start: int = 0
+    shuffle: bool = True
+    lengths: np.ndarray | None = None
 
     def __len__(self) -> int:
         return -(-max(0, self.n_rows - self.start) // (self.batch_size * self.world_size))

@@ -13,7 +13,7 @@ from .chat import ChatEncoder, Piece, render_chat
 from .packing import collate, make_row
 from .records import parse_preference
 from .stored import ChatDataset
-from .token_store import Encoded, Parsed, TokenStore
+from .token_store import Encoded, Parsed
 from .turns import Spans, Turns, keep_prompts
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class DPODataset(ChatDataset):
         cache_dir, skip_bad_lines: see `TokenStore.open_or_build`.
     """
 
+    _ENCODER = PreferenceEncoder
     _DOCUMENTS = len(SIDES)
     _COLUMNS = {**ChatDataset._COLUMNS, "targets": LENGTH_DTYPE}
     _COUNTED = PreferenceEncoder.counted
@@ -93,12 +94,14 @@ class DPODataset(ChatDataset):
     ) -> None:
         self.max_prompt_length = max_prompt_length
         self.max_completion_length = max_completion_length
-        encoder = PreferenceEncoder(tokenizer)
-        store = TokenStore.open_or_build(
-            path, encoder, cache_dir=cache_dir, skip_bad_lines=skip_bad_lines
+        max_length = max_prompt_length + max_completion_length
+        super().__init__(
+            path, tokenizer, max_length, cache_dir=cache_dir, skip_bad_lines=skip_bad_lines
         )
-        options = f"{max_prompt_length}_{max_completion_length}"
-        super().__init__(store, encoder, max_prompt_length + max_completion_length, options)
+
+    @property
+    def _options(self) -> str:
+        return f"{self.max_prompt_length}_{self.max_completion_length}"
 
     @property
     def n_tokens(self) -> int:

@@ -222,11 +222,7 @@ def _as_messages(value: Any, role: str, name: str) -> list[Any]:
     """Messages, one message, or a string that one of `role` says, as an array of messages."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
-    if isinstance(value, dict):
-        return [value]
-    if not isinstance(value, list):
-        raise RecordError(f"{name} is {_json_type(value)}, not a string or an array of messages")
-    return value
+    return [value] if isinstance(value, dict) else _expect(value, list, name)
 
 
 def is_empty_answer(message: dict[str, Any]) -> bool:
@@ -350,11 +346,9 @@ def _alpaca_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _parse_messages(items: Any, name: str, answered: bool = True) -> list[dict[str, Any]]:
     """The messages of a record, in an order that makes sense, an answer among them."""
-    if not isinstance(items, list):
-        raise RecordError(f"{name} is {_json_type(items)}, not an array")
     messages: list[dict[str, Any]] = []
     open_calls = 0
-    for number, item in enumerate(items, 1):
+    for number, item in enumerate(_expect(items, list, name), 1):
         where = f"message {number}"
         message = _parse_message(item, where)
         role = message["role"]
@@ -401,11 +395,7 @@ def _role_name(item: dict[str, Any]) -> Any:
 
 def _parse_message(item: Any, where: str) -> dict[str, Any]:
     """One message with role and content, or ShareGPT's from and value."""
-    if not isinstance(item, dict):
-        raise RecordError(f"{where} is {_json_type(item)}, not an object")
-    name = _role_name(item)
-    if not isinstance(name, str):
-        raise RecordError(f"{where}: its role is {_json_type(name)}, not a string")
+    name = _expect(_role_name(_expect(item, dict, where)), str, f"{where}: its role")
     if name not in _ROLES:
         raise RecordError(f"{where}: unknown role {json.dumps(name)[:40]}")
     content = item.get("content", item.get("value"))
@@ -437,12 +427,7 @@ def _parse_message(item: Any, where: str) -> dict[str, Any]:
 
 def _find_calls(item: dict[str, Any], where: str) -> list[Any]:
     """The calls of an assistant's message: an array, the JSON of one, or one "function_call"."""
-    calls = item.get("tool_calls")
-    if isinstance(calls, str):
-        calls = _parse_json(calls, f"{where}: its tool_calls") if calls.strip() else None
-    calls = calls or []
-    if not isinstance(calls, list):
-        raise RecordError(f"{where}: its tool_calls are {_json_type(calls)}, not an array")
+    calls = _parse_array(item.get("tool_calls"), f'{where}: "tool_calls"')
     if not item.get("function_call"):
         return calls
     if calls:
@@ -458,31 +443,30 @@ def _as_calls(value: Any, name: str) -> list[Any]:
 
 def _parse_call(call: Any, where: str) -> dict[str, Any]:
     """Name and arguments of a call, alone or under "function"."""
-    function = isinstance(call, dict) and (call.get("function") or call)
-    if not isinstance(function, dict):
-        raise RecordError(f"{where}: a tool call is not an object")
+    call = _expect(call, dict, f"{where}: a tool call")
+    function = _expect(call.get("function") or call, dict, f"{where}: a tool call")
     name = _check_string(function.get("name"), f"{where}: the name of a tool call")
     arguments = function.get("arguments")
-    if arguments is None:
-        arguments = {}
-    if not isinstance(arguments, (dict, str)):
-        raise RecordError(
-            f"{where}: the arguments of a tool call are {_json_type(arguments)}, not an object"
-        )
-    _check_json(arguments, f"{where}: the arguments of a tool call")
+    where = f'{where}: "arguments" of a tool call'
+    if not isinstance(arguments, str):
+        arguments = _expect({} if arguments is None else arguments, dict, where)
+    _check_json(arguments, where)
     return {"name": name, "arguments": arguments}
 
 
 def _parse_tools(tools: Any, name: str) -> list[dict[str, Any]]:
     """The schemas of tools: an array or the JSON of one."""
-    if isinstance(tools, str):
-        tools = _parse_json(tools, name) if tools.strip() else None
-    tools = tools or []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RecordError(f"{name} is not an array of objects")
-    if tools:
-        _check_json(tools, name)
+    tools = _parse_array(tools, name)
+    for tool in tools:
+        _check_json(_expect(tool, dict, f"one of {name}"), name)
     return tools
+
+
+def _parse_array(value: Any, name: str) -> list[Any]:
+    """An array or the JSON of one, where it is given."""
+    if isinstance(value, str):
+        value = _parse_json(value, name) if value.strip() else None
+    return _expect(value or [], list, name)
 
 
 def _parse_flag(value: Any, name: str) -> bool | None:
@@ -519,8 +503,7 @@ def _check_weight(value: Any, where: str) -> float:
 
 def _check_text(value: Any, name: str) -> str:
     """`value` if it is a string with something in it that UTF-8 can hold."""
-    _check_string(value, name)
-    if not value:
+    if not _check_string(value, name):
         raise RecordError(f"{name} is empty")
     if value.isspace():
         raise RecordError(f"{name} is blank")
@@ -529,10 +512,8 @@ def _check_text(value: Any, name: str) -> str:
 
 def _check_string(value: Any, name: str) -> str:
     """`value` if it is a string that UTF-8 can hold."""
-    if not isinstance(value, str):
-        raise RecordError(f"{name} is {_json_type(value)}, not a string")
     try:
-        value.encode("utf-8")
+        _expect(value, str, name).encode("utf-8")
     except UnicodeEncodeError as error:
         code, at = ord(value[error.start]), error.start + 1
         raise RecordError(
@@ -565,9 +546,7 @@ def _parse_object(line: bytes) -> dict[str, Any]:
         raise RecordError("broken JSON: nested too deeply") from None
     except ValueError:  # Python's limit on the digits of an integer
         raise RecordError("broken JSON: a number of several thousand digits") from None
-    if not isinstance(record, dict):
-        raise RecordError(f"{_json_type(record)}, not a JSON object")
-    return record
+    return _expect(record, dict, "the record")
 
 
 def _is_cut_off(text: str, error: json.JSONDecodeError) -> bool:
@@ -578,9 +557,12 @@ def _is_cut_off(text: str, error: json.JSONDecodeError) -> bool:
     return error.msg.startswith("Invalid \\uXXXX escape") and len(escape) < _ESCAPE_LENGTH
 
 
-def _json_type(value: Any) -> str:
-    """What JSON calls the type of a parsed value."""
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", str: "a string", list: "an array", dict: "an object"}
-    return names.get(type(value), "a number")
+_JSON_NAMES = {bool: "a boolean", str: "a string", list: "an array", dict: "an object"}
+
+
+def _expect(value: Any, kind: type, name: str) -> Any:
+    """`value` if it is of that kind: dict, list or str. Raises RecordError."""
+    if not isinstance(value, kind):
+        found = "null" if value is None else _JSON_NAMES.get(type(value), "a number")
+        raise RecordError(f"{name} is {found}, not {_JSON_NAMES[kind]}")
+    return value

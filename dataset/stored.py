@@ -4,6 +4,8 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -14,6 +16,9 @@ from .arrays import INDEX_DTYPE, LENGTH_DTYPE, ArrayWriter
 from .chat import ChatEncoder
 from .token_store import Encoded, Encoder, TokenStore
 from .turns import Spans, Turns, find_turns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHUNK = 1 << 16  # documents, or rows of a table, looked at together
 CHUNK_TOKENS = 1 << 20  # or tokens, where they are looked at, too
@@ -32,26 +37,42 @@ class StoredDataset(Dataset, ABC):
         part: which records of the file are used.
 
     Raises:
-        UserError: if there are no items, or the table cannot be written.
+        UserError: see `TokenStore.open_or_build`; also if there are no items.
         ValueError: for a max_length below 2.
     """
 
+    _ENCODER: Callable[["PreTrainedTokenizerBase"], Encoder]
     _COLUMNS: dict[str, np.dtype] = {}  # of the table, for sums
     _COUNTED: tuple[str, ...] = ()  # what the encoder counts and is of interest
     _DOCUMENTS = 1  # of each record in the store, and of each item
 
-    def __init__(self, store: TokenStore, encoder: Encoder, max_length: int, options: str) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: "PreTrainedTokenizerBase",
+        max_length: int,
+        *,
+        cache_dir: str | Path | None = None,
+        skip_bad_lines: float = 0.0,
+    ) -> None:
         if max_length < 2:
             raise ValueError(f"max_length is {max_length}; an item needs at least two ids")
-        self.store = store
+        encoder = self._ENCODER(tokenizer)
         self.max_length = max_length
-        self._options = options  # all that the items depend on, besides store and part
+        self.store = TokenStore.open_or_build(
+            path, encoder, cache_dir=cache_dir, skip_bad_lines=skip_bad_lines
+        )
 
         def write(writer: ArrayWriter) -> dict[str, int]:
             self._write_items(writer, encoder)
             return self._count(np.ones(self._n_records, dtype=bool))
 
         self._use("all", write)
+
+    @property
+    @abstractmethod
+    def _options(self) -> str:
+        """All that the items depend on, besides `store` and `part`; fit for a file name."""
 
     @abstractmethod
     def _write_items(self, writer: ArrayWriter, encoder: Encoder) -> None:
@@ -185,6 +206,7 @@ class StoredDataset(Dataset, ABC):
 class ChatDataset(StoredDataset):
     """The conversations of a file: an item for each of which something can be used."""
 
+    _ENCODER = ChatEncoder
     _COLUMNS = {"dropped_turns": LENGTH_DTYPE, "cut_answers": LENGTH_DTYPE}
     _COUNTED = ("unanswered_turns",)
     _REASONS = {

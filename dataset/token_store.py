@@ -99,10 +99,12 @@ class Encoder(Protocol):
 
 
 class TokenStore:
-    """The documents of one data file as token ids on disk, in the arrays described above.
+    """The documents of one data file as token ids on disk.
 
     Attributes:
         path: the file.
+        arrays: the arrays that this module's docstring describes, by name.
+        ids, offsets, lines: three of these.
         bad_lines: the lines that gave no document.
         content: identifies the documents, wherever the file lies: a sha256 of their ids.
     """
@@ -110,8 +112,13 @@ class TokenStore:
     def __init__(self, path: Path, files: ArrayFolder) -> None:
         self.path = path
         self._files = files
-        self.content: str = files.meta["content"]
+        self.arrays = files.arrays
+        self.ids, self.offsets, self.lines = (self.arrays[n] for n in ("ids", "offsets", "lines"))
         self.bad_lines = BadLines(**files.meta["bad_lines"])
+        self.content: str = files.meta["content"]
+
+    def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path, ArrayFolder]]:
+        return TokenStore, (self.path, self._files)
 
     @classmethod
     def open_or_build(
@@ -149,26 +156,6 @@ class TokenStore:
         if len(store.lines) == 0:
             raise UserError(f"{path}: not one good line in {store.bad_lines.total:,}")
         return store
-
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        """All arrays of the store by name."""
-        return self._files.arrays
-
-    @property
-    def ids(self) -> np.ndarray:
-        """Ids of all documents in file order."""
-        return self.arrays["ids"]
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """(documents + 1,) where each document starts in `ids`, and the end."""
-        return self.arrays["offsets"]
-
-    @property
-    def lines(self) -> np.ndarray:
-        """(documents,) the line of each, from 1."""
-        return self.arrays["lines"]
 
     def read(self, first: int, stop: int) -> Encoded:
         """The documents from `first` up to `stop`, as the encoder gave them."""
@@ -220,28 +207,26 @@ def _fill_store(
     content = hashlib.sha256()
     writer.append(offsets=[0])
     with _progress(path, before.st_size) as progress:
-        for batch in _read_batches(path, encoder, bad_lines, batch_bytes):
-            encoded = encoder.encode([parsed.record for parsed in batch.parsed])
+        for lines, parsed, n_bytes in _read_batches(path, encoder, bad_lines, batch_bytes):
+            encoded = encoder.encode([p.record for p in parsed])
             offsets = end + encoded.offsets[1:]
             content.update(np.ascontiguousarray(encoded.ids))
             content.update(offsets)
-            each = len(encoded.lengths) // max(1, len(batch.parsed))  # documents of a record
+            columns = {"lines": lines, "bytes": [p.text_bytes for p in parsed]}
+            columns |= {n: [p.counts[i] for p in parsed] for i, n in enumerate(encoder.counted)}
+            each = len(encoded.lengths) // max(1, len(parsed))  # documents of a record
             writer.append(
                 ids=encoded.ids,
                 offsets=offsets,
-                lines=np.repeat(batch.lines, each),
-                bytes=np.repeat([parsed.text_bytes for parsed in batch.parsed], each),
+                **{name: np.repeat(values, each) for name, values in columns.items()},
             )
-            for i, name in enumerate(encoder.counted):
-                counts = [parsed.counts[i] for parsed in batch.parsed]
-                writer.append(**{name: np.repeat(counts, each)})
             if encoder.is_chat:
                 content.update(encoded.weights)
                 writer.append(
                     weights=encoded.weights, messages=end + encoded.messages, roles=encoded.roles
                 )
             end += len(encoded.ids)
-            progress.update(batch.file_bytes)
+            progress.update(n_bytes)
     after = path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise UserError(f"{path}: changed while it was being read; start again")
@@ -253,18 +238,13 @@ def _fill_store(
     }
 
 
-class _Batch(NamedTuple):
-    """Consecutive records: the good ones and their lines; the bytes of all."""
-
-    lines: list[int]
-    parsed: list[Parsed]
-    file_bytes: int
-
-
 def _read_batches(
     path: Path, encoder: Encoder, bad_lines: BadLines, batch_bytes: int
-) -> Iterator[_Batch]:
-    """Parse the file in batches of at least `batch_bytes`, the last one excepted."""
+) -> Iterator[tuple[list[int], list[Parsed], int]]:
+    """Parse the file in batches of at least `batch_bytes`, the last one excepted.
+
+    Yields the lines of the good records, these records, and the bytes of all.
+    """
     lines: list[int] = []
     parsed: list[Parsed] = []
     file_bytes = 0
@@ -273,14 +253,13 @@ def _read_batches(
         bad_lines.total += 1
         try:
             parsed.append(encoder.parse(content))
+            lines.append(line)
         except RecordError as error:
             bad_lines.add(line, str(error))
-        else:
-            lines.append(line)
         if file_bytes >= batch_bytes:
-            yield _Batch(lines, parsed, file_bytes)
+            yield lines, parsed, file_bytes
             lines, parsed, file_bytes = [], [], 0
-    yield _Batch(lines, parsed, file_bytes)
+    yield lines, parsed, file_bytes
 
 
 def _progress(path: Path, size: int) -> tqdm:

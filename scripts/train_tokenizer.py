@@ -35,11 +35,11 @@ import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
 import argparse
 import hashlib
 import json
-import math
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import islice
+from math import floor
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -47,6 +47,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from common import (
     UserError,
     make_parser,
+    number,
+    positive_float,
     report_user_errors,
     user_path,
     write_atomically,
@@ -54,17 +56,12 @@ from common import (
 from dataset import LANGUAGES, RecordError, check_file, language, read_records, record_text
 
 CONTROL_TOKENS = [
-    "<pad>",
-    "<s>",
-    "</s>",
-    "<tool_call>",
-    "</tool_call>",
-    "<tool_response>",
-    "</tool_response>",
-    "<think>",
-    "</think>",
+    *("<pad>", "<s>", "</s>"),
+    *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+    *("<think>", "</think>"),
     *(f"<|reserved_{i}|>" for i in range(7)),
 ]
+SMALLEST = len(CONTROL_TOKENS) + len(pre_tokenizers.ByteLevel.alphabet())  # entries
 PRE_TOKENS = r"\n|\p{N}|[^\n\p{N}\p{L}\p{M}]*[\p{L}\p{M}]+|[^\n\p{N}\p{L}\p{M}]+"
 MAX_TOKEN_BYTES = 16
 DISTINCT_LINES = 500_000  # how many lines back a repetition is noticed; about 70 MB
@@ -144,11 +141,11 @@ TOKENIZER_CONFIG = {
 
 def read_texts(path: Path) -> Iterator[str]:
     """The text of each record of a file, in order. Raises UserError: `file:line: reason`."""
-    for number, line in read_records(path):
+    for line, record in read_records(path):
         try:
-            yield record_text(line)
+            yield record_text(record)
         except RecordError as error:
-            raise UserError(f"{path}:{number}: {error}") from None
+            raise UserError(f"{path}:{line}: {error}") from None
 
 
 def training_texts(files: list[tuple[Path, float]], keep_repeats: bool = False) -> Iterator[str]:
@@ -171,7 +168,7 @@ def training_texts(files: list[tuple[Path, float]], keep_repeats: bool = False) 
 
     for path, weight in files:
         for i, text in enumerate(read_texts(path)):
-            times = math.floor((i + 1) * weight) - math.floor(i * weight)
+            times = floor((i + 1) * weight) - floor(i * weight)
             if times and not keep_repeats:
                 text = "\n".join(filter(is_new, text.split("\n")))
             for _ in range(times):
@@ -230,26 +227,24 @@ def report(tokenizer: Tokenizer, paths: list[Path]) -> None:
         print(f"{path.name:32}" + "".join(cells))
 
 
-def weighted_path(argument: str) -> tuple[Path, float]:
-    """`PATH` or `PATH=WEIGHT`; a path that exists may itself hold an equals sign."""
-    path, _, weight = argument.rpartition("=")
-    if not path or user_path(argument).exists():
-        return user_path(argument), 1.0
-    try:
-        number = float(weight)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise UserError(f"{argument}: the weight must be a number above 0")
-    return user_path(path), number
+def weighted_path(text: str) -> tuple[Path, float]:
+    """An argparse type: `PATH` or `PATH=WEIGHT`; a path that exists may hold an equals sign."""
+    path, _, weight = text.rpartition("=")
+    if not path or user_path(text).exists():
+        return user_path(text), 1.0
+    return user_path(path), positive_float(weight)
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line. Raises UserError before anything is trained or written."""
     parser = make_parser("Train a byte-level BPE tokenizer on JSONL files.")
-    parser.add_argument("files", nargs="+", metavar="FILE[=WEIGHT]", help="training text")
+    parser.add_argument(
+        "files", nargs="+", type=weighted_path, metavar="FILE[=WEIGHT]", help="training text"
+    )
     parser.add_argument("--out_dir", type=user_path, required=True, help="folder to save it in")
-    parser.add_argument("--vocab_size", type=int, default=6400, help="number of entries")
+    parser.add_argument(
+        "--vocab_size", type=number(int, SMALLEST), default=6400, help="number of entries"
+    )
     parser.add_argument(
         "--eval",
         nargs="+",
@@ -263,13 +258,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace the tokenizer in out_dir")
     args = parser.parse_args()
 
-    args.files = [weighted_path(argument) for argument in args.files]
     args.eval = args.eval or [path for path, _ in args.files]
     for path in [*(path for path, _ in args.files), *args.eval]:
         check_file(path)
-    smallest = len(CONTROL_TOKENS) + len(pre_tokenizers.ByteLevel.alphabet())
-    if args.vocab_size < smallest:
-        raise UserError(f"--vocab_size {args.vocab_size}: at least {smallest} are needed")
     if args.out_dir.exists() and not args.out_dir.is_dir():
         raise UserError(f"--out_dir {args.out_dir}: is not a folder")
     for name in (VOCABULARY_FILE, CONFIG_FILE):

@@ -204,8 +204,6 @@ def test_a_tilde_means_home_in_every_path(parser_of, script, monkeypatch):
             continue
         names.append(name)
         kind = action.type or str
-        if (script, name) == ("scripts/train_tokenizer.py", "files"):  # read after parsing
-            kind = runpy.run_path(str(ROOT / script))["weighted_path"]
         with contextlib.suppress(ValueError, argparse.ArgumentTypeError):
             parts = kind("~/x")
             parts = parts if isinstance(parts, tuple) else (parts,)

@@ -21,9 +21,9 @@ BAD_LINES = {
     "column counts characters": ('{"text": "中文" 1}'.encode(), "at column 15"),
     "control character": (b'{"text": "a\tb"}', "Invalid control character at column 12"),
     "two objects": (b'{"text": "a"}{"text": "b"}', "Extra data at column 14"),
-    "array": (b'["text"]', "an array, not a JSON object"),
-    "string": (b'"text"', "a string, not a JSON object"),
-    "null": (b"null", "null, not a JSON object"),
+    "array": (b'["text"]', "an array, not an object"),
+    "string": (b'"text"', "a string, not an object"),
+    "null": (b"null", "null, not an object"),
     "missing": (b'{"content": "a"}', '"text" is missing'),
     "text is null": (b'{"text": null}', '"text" is null, not a string'),
     "text is a number": (b'{"text": 1}', '"text" is a number, not a string'),
@@ -431,7 +431,7 @@ BAD_CHATS = {
     "surrogate in reasoning": (turn(reasoning_content="\ud83d"), "reasoning_content holds a lone"),
     "surrogate in arguments": (
         turn(tool_calls=[{"name": "f", "arguments": {"\ud83d": 1}}]),
-        "the arguments of a tool call holds a lone surrogate",
+        '"arguments" of a tool call holds a lone surrogate',
     ),
     "surrogate in tools": (
         {**turn(), "tools": [{"a": "\ud83d"}]},
@@ -439,17 +439,20 @@ BAD_CHATS = {
     ),
     "surrogate in JSON in tools": (
         {**turn(), "tools": r'["\ud83d"]'},
-        '"tools" is not an array of',
+        'one of "tools" is a string, not an object',
     ),
     "surrogate in system": ({**turn(), "system": "\ud83d"}, '"system" holds a lone surrogate'),
     "reasoning is a number": (turn(reasoning_content=1), "reasoning_content is a number"),
-    "calls are an object": (turn(tool_calls=CALL), "its tool_calls are an object, not an array"),
-    "call is a string": (turn(tool_calls=["f"]), "a tool call is not an object"),
-    "function is a string": (turn(tool_calls=[{"function": "f"}]), "a tool call is not an object"),
+    "calls are an object": (turn(tool_calls=CALL), '"tool_calls" is an object, not an array'),
+    "call is a string": (turn(tool_calls=["f"]), "a tool call is a string, not an object"),
+    "function is a string": (
+        turn(tool_calls=[{"function": "f"}]),
+        "a tool call is a string, not an object",
+    ),
     "call without a name": (turn(tool_calls=[{"arguments": {}}]), "name of a tool call is null"),
     "arguments are an array": (
         turn(tool_calls=[{"name": "f", "arguments": []}]),
-        "the arguments of a tool call are an array, not an object",
+        '"arguments" of a tool call is an array, not an object',
     ),
     "function_call is prose": (
         sharegpt(("human", "q"), ("function_call", "f(1)")),
@@ -484,9 +487,9 @@ BAD_CHATS = {
     ),
     "calls as JSON of an object": (
         turn(tool_calls=json.dumps(CALL)),
-        "message 2: its tool_calls are an object, not an array",
+        'message 2: "tool_calls" is an object, not an array',
     ),
-    "calls are prose": (turn(tool_calls="f(1)"), "message 2: its tool_calls is not the JSON"),
+    "calls are prose": (turn(tool_calls="f(1)"), 'message 2: "tool_calls" is not the JSON'),
     "calls and a function_call": (
         turn(tool_calls=[CALL], function_call=CALL),
         "message 2: both tool_calls and a function_call",
@@ -506,7 +509,7 @@ BAD_CHATS = {
     ),
     "tools are prose": ({**turn(), "tools": "none"}, '"tools" is not the JSON that it should be'),
     "tools are deep": ({**turn(), "tools": "[" * 100_000}, '"tools" is not the JSON'),
-    "tools are an object": ({**turn(), "tools": CALL}, '"tools" is not an array of objects'),
+    "tools are an object": ({**turn(), "tools": CALL}, '"tools" is an object, not an array'),
     "weight is a string": (turn(weight="1"), "message 2: its weight is not a number from 0 to 1,0"),
     "weight is true": (turn(weight=True), "weight is not a number"),
     "weight is negative": (turn(weight=-1), "weight is not a number"),
@@ -523,7 +526,7 @@ BAD_CHATS = {
         {"instruction": "q", "output": "a", "history": [[1, 2]]},
         "message 1: its content is a number",
     ),
-    "a list": ([USER, ANSWER], "an array, not a JSON object"),
+    "a list": ([USER, ANSWER], "an array, not an object"),
 }
 
 

@@ -18,7 +18,7 @@ from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from common import UserError
+from common import UserError, report_user_errors
 from dataset import language as language_of
 from dataset import record_text
 
@@ -563,18 +563,18 @@ def test_language(text, language):
     assert language_of(text) == language
 
 
-USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+ASKED, ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
 @pytest.mark.parametrize(
     ("record", "text"),
     [
         ({"text": "a\nb "}, "a\nb "),
-        ({"conversations": [USER, ASSISTANT]}, "a\nb"),
-        ({"messages": [{"from": "human", "value": "a"}, ASSISTANT], "system": "s"}, "s\na\nb"),
-        ({"messages": [USER, {**ASSISTANT, "tool_calls": [{"name": "f"}]}]}, "a\nb"),
-        ({"messages": [USER, {**ASSISTANT, "reasoning_content": "r"}]}, "a\nr\nb"),
-        ({"chosen": [USER, ASSISTANT], "rejected": [USER, {**ASSISTANT, "content": "c"}]}, "a\nb"),
+        ({"conversations": [ASKED, ANSWERED]}, "a\nb"),
+        ({"messages": [{"from": "human", "value": "a"}, ANSWERED], "system": "s"}, "s\na\nb"),
+        ({"messages": [ASKED, {**ANSWERED, "tool_calls": [{"name": "f"}]}]}, "a\nb"),
+        ({"messages": [ASKED, {**ANSWERED, "reasoning_content": "r"}]}, "a\nr\nb"),
+        ({"chosen": [ASKED, ANSWERED], "rejected": [ASKED, {**ANSWERED, "content": "c"}]}, "a\nb"),
         ({"prompt": "a", "chosen": "good", "rejected": "bad"}, "a\ngood"),
         ({"instruction": "i", "input": "", "output": "o"}, "i\no"),
     ],
@@ -620,22 +620,24 @@ def test_a_bad_line_ends_the_script_and_nothing_is_written(corpus, tmp_path):
     ("arguments", "message"),
     [
         (["{corpus}", "--vocab_size", "6400"], "--vocab_size 6400: the text yields only"),
-        (["{corpus}", "--vocab_size", "271"], "--vocab_size 271: at least 272 are needed"),
-        (["{corpus}=0"], "corpus.jsonl=0: the weight must be a number above 0"),
-        (["{corpus}=inf"], "corpus.jsonl=inf: the weight must be a number above 0"),
-        (["{corpus}=x"], "corpus.jsonl=x: the weight must be a number above 0"),
+        (["{corpus}", "--vocab_size", "271"], "--vocab_size: must be at least 272, not 271"),
+        (["{corpus}=0"], "must be above 0, not 0"),
+        (["{corpus}=inf"], "must be above 0, not inf"),
+        (["{corpus}=x"], "'x' is not a number"),
         (["none.jsonl"], "none.jsonl: no such file"),
         (["{corpus}", "--eval", "none.jsonl"], "none.jsonl: no such file"),
         (["{corpus}", "--out_dir", "{corpus}"], "corpus.jsonl: is not a folder"),
     ],
 )
-def test_mistakes_on_the_command_line(arguments, message, corpus, tmp_path, monkeypatch):
+def test_mistakes_on_the_command_line(arguments, message, corpus, tmp_path, monkeypatch, capsys):
     arguments = [argument.format(corpus=corpus) for argument in arguments]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", "--out_dir", "out", *arguments])
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(SystemExit) as caught, report_user_errors():
         script.main()
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
     assert not Path("out").exists()
 
 
