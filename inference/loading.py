@@ -106,25 +106,6 @@ def is_pretrained(path: Path) -> bool:
     return stage == PRETRAINED
 
 
-def newest_weights(spec: WeightSpec) -> Path:
-    """The newest chat weights of the given shape, or the newest pretrained ones.
-
-    Raises:
-        UserError: if there are none.
-    """
-    found: dict[bool, Path] = {}
-    for path, about in list_weights(spec.out_dir):
-        if spec.matches(about["config"]):
-            found.setdefault(about["stage"] != PRETRAINED, path)
-    if not found:
-        flags = "".join(f" of --{name} {value}" for name, value in spec.shape.items())
-        raise UserError(
-            f"--out_dir {spec.out_dir}: no weights{flags} there; train some, or name a file with "
-            "--weight"
-        )
-    return found.get(True) or found[False]
-
-
 def name_patterns(name: str, dim: str = r"\d+") -> tuple[re.Pattern[str], ...]:
     """Patterns of the file names that `name` may mean, the likelier first.
 
@@ -137,7 +118,9 @@ def name_patterns(name: str, dim: str = r"\d+") -> tuple[re.Pattern[str], ...]:
 
 
 def find_weights(spec: WeightSpec, shape: LMConfig) -> Path:
-    """The file that `spec.weight` names: a path, or the newest of a name that has the given shape.
+    """The file that `spec.weight` names; without a name, the newest chat weights or other ones.
+
+    Of several files of a name, the newest of the given shape is meant.
 
     Args:
         spec: which weights.
@@ -146,10 +129,20 @@ def find_weights(spec: WeightSpec, shape: LMConfig) -> Path:
     Raises:
         UserError: if there is none.
     """
+    found = list_weights(spec.out_dir)
+    matching = [(path, about) for path, about in found if spec.matches(about["config"])]
+    if spec.weight is None:
+        if not matching:
+            flags = "".join(f" of --{name} {value}" for name, value in spec.shape.items())
+            raise UserError(
+                f"--out_dir {spec.out_dir}: no weights{flags} there; train some, or name a file "
+                "with --weight"
+            )
+        return min(matching, key=lambda entry: entry[1]["stage"] == PRETRAINED)[0]
     if not spec.weight.endswith(".pth"):
         for pattern in name_patterns(spec.weight):
-            for path, about in list_weights(spec.out_dir):
-                if pattern.fullmatch(path.stem) and spec.matches(about["config"]):
+            for path, _ in matching:
+                if pattern.fullmatch(path.stem):
                     return path
     return resolve_weights("--weight", spec.weight, spec.out_dir, shape)
 
@@ -239,7 +232,7 @@ def load_chat_model(
     if spec.weight is None and adapter is not None:
         path, model = load_base(adapter, spec.out_dir, hash_)
     else:
-        path = newest_weights(spec) if spec.weight is None else find_weights(spec, shape)
+        path = find_weights(spec, shape)
         model = load_model(path, shape, hash_)
     name, chats = path.stem, not is_pretrained(path)
     if adapter is not None:

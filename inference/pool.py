@@ -110,7 +110,8 @@ class ModelPool:
         self._loads: dict[str, Future[Batcher]] = {}  # that have begun or wait for others
         self._loader = ThreadPoolExecutor(1, "loader")
         self._lock = threading.Lock()  # held to read or change the three above
-        self._tokenizer_files = tokenizer_files(spec.tokenizer_path)
+        names = ("tokenizer.json", "tokenizer_config.json")  # these determine what it does
+        self._tokenizer_files = [spec.tokenizer_path / name for name in names]
         self._tokenizer_versions = file_versions(self._tokenizer_files)
         self._tokenizer = tokenizer_hash(load_tokenizer(spec.tokenizer_path))
 
@@ -308,11 +309,6 @@ def modified(path: Path) -> float:
     """Time of the last change of a file, or of the newest file in a folder. Raises OSError."""
     files = [path, *path.iterdir()] if path.is_dir() else [path]
     return max(file.stat().st_mtime for file in files)
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The files in a tokenizer's folder that determine what it does."""
-    return [folder / "tokenizer.json", folder / "tokenizer_config.json"]
 
 
 def file_versions(files: Iterable[Path]) -> tuple[Version, ...]:

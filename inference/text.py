@@ -1,4 +1,4 @@
-"""New tokens to text, as they come."""
+"""Decode new tokens to text, as they come."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,16 +10,16 @@ if TYPE_CHECKING:
 
 
 class TextStream:
-    """Turns tokens into pieces of text, and notices where the text must stop.
+    """Decodes tokens to pieces of text, and ends the text before a stop string.
 
-    A piece holds whole characters, and is held back while it may be the beginning of a stop string.
+    A piece consists of whole characters. What may be the beginning of a stop string is held back.
 
     Args:
-        tokenizer: of the tokens.
-        stop: strings at which the text ends; they are not part of it.
+        tokenizer: tokenizer of the tokens.
+        stop: strings before which the text ends.
 
     Attributes:
-        stopped: whether a stop string came.
+        stopped: whether the text has ended before a stop string.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop: Sequence[str] = ()):
@@ -27,39 +27,39 @@ class TextStream:
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
         self._text = ""  # all so far
-        self._given = 0  # characters of it that were handed out
+        self._n_returned = 0  # characters of it that were returned
         self._stop = tuple(stop)
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """The text that a further token makes certain; empty once the text has stopped."""
+        """Add a token, and return the text that it makes certain; none once the text has ended."""
         self._ids.append(token)
         self._text += self._decoder.step(self._tokenizer, token) or ""
-        return self._hand_out(self._held_back())
+        return self._release(self._held_back())
 
     def finish(self) -> str:
-        """What was held back, when no token follows; the bytes of half a character as �."""
+        """Return what was held back, when no token follows; half a character becomes �."""
         if not self.stopped:
             self._text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        return self._hand_out(0)
+        return self._release(0)
 
-    def _hand_out(self, held_back: int) -> str:
+    def _release(self, held_back: int) -> str:
         if self.stopped:
             return ""
-        ends = [self._text.find(s, max(0, self._given - len(s) + 1)) for s in self._stop]
+        ends = [self._text.find(s, max(0, self._n_returned - len(s) + 1)) for s in self._stop]
         ends = [end for end in ends if end >= 0]
         if ends:
             self.stopped = True
             self._text = self._text[: min(ends)]
             held_back = 0
-        piece = self._text[self._given : len(self._text) - held_back]
-        self._given += len(piece)
+        piece = self._text[self._n_returned : len(self._text) - held_back]
+        self._n_returned += len(piece)
         return piece
 
     def _held_back(self) -> int:
-        """How many last characters may begin a stop string."""
+        """Number of last characters that may begin a stop string."""
         longest = max((len(s) - 1 for s in self._stop), default=0)
-        for length in range(min(longest, len(self._text) - self._given), 0, -1):
+        for length in range(min(longest, len(self._text) - self._n_returned), 0, -1):
             if any(s.startswith(self._text[-length:]) for s in self._stop):
                 return length
         return 0

@@ -32,16 +32,10 @@ router = APIRouter()
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for.
+    """The most that a request may have: in its prompt, in each choice, in all, and in its body."""
 
-    Attributes:
-        max_prompt, max_tokens: tokens of a prompt, and new tokens of a choice.
-        max_seconds: time of the generation.
-        max_bytes: size of the body.
-    """
-
-    max_prompt: int
-    max_tokens: int
+    max_prompt: int  # tokens
+    max_tokens: int  # new ones
     max_seconds: float
     max_bytes: int
 

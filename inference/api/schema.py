@@ -112,12 +112,6 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
-class ResponseFormat(Body):
-    """The format of an answer, which can only be text."""
-
-    type: Literal["text"]
-
-
 class BaseRequest(Body):
     """The parameters that both kinds of request have."""
 
@@ -155,7 +149,6 @@ class ChatRequest(BaseRequest):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: ResponseFormat | None = None
     # Not offered:
     audio: only({}) = None
     function_call: only("none", "auto") = None
@@ -163,6 +156,7 @@ class ChatRequest(BaseRequest):
     modalities: only([], ["text"]) = None
     moderation: only({}) = None
     reasoning_effort: only("none") = None
+    response_format: only({"type": "text"}) = None
     store: only(False) = None
     tool_choice: only("none", "auto") = None
     tools: only([]) = None
