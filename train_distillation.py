@@ -9,7 +9,7 @@ number is --dim; a mixture of experts ends in _moe) and becomes out/distill_512.
 the same tokenizer and any shape; the .json beside its weights tells it.
 """
 
-import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
+import common.interrupt  # for Ctrl-C during the imports below
 
 import argparse
 import math
@@ -28,15 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (
-    UserError,
-    make_parser,
-    name_or_path,
-    positive_float,
-    positive_int,
-    report_user_errors,
-    unit_interval,
-)
+import training
 from dataset import (
     PackedRows,
     PaddedRows,
@@ -54,34 +46,6 @@ from model import (
     weights_hash,
 )
 from sample_world import SAMPLE, ensure_sample
-from training import (
-    CHAT_IDENTITY,
-    Distributed,
-    Run,
-    Setup,
-    Splits,
-    Stage,
-    StepTotals,
-    StopSignal,
-    add_chat_arguments,
-    add_stage_arguments,
-    check_context,
-    check_resume,
-    check_stage_arguments,
-    count_targets,
-    explain_out_of_memory,
-    find_resume,
-    get_lr,
-    load_first_weights,
-    lock_run,
-    make_optimizer,
-    open_process_group,
-    open_splits,
-    prepare,
-    rows_with_text,
-    score_tokens,
-    start_run,
-)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,8 +56,8 @@ LEARNING_RATES = ((1e7, 1e-5, 3e-3), (6e7, 1e-5, 5e-4), (math.inf, 5e-6, 1e-4))
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = make_parser("Teach a MiniMind what another one knows, on conversations.")
-    add_stage_arguments(
+    parser = common.make_parser("Teach a MiniMind what another one knows, on conversations.")
+    training.add_stage_arguments(
         parser,
         data_path=SAMPLE / "sft.jsonl",
         from_weight="pretrain",
@@ -107,32 +71,35 @@ def parse_args() -> argparse.Namespace:
     teaching = parser.add_argument_group("teacher")
     teaching.add_argument(
         "--teacher_weight",
-        type=name_or_path,
+        type=common.name_or_path,
         required=True,
         help="a stage's name, or its .pth file with a .json beside it",
     )
     teaching.add_argument(
         "--alpha",
-        type=unit_interval,
+        type=common.unit_interval,
         default=0.5,
         help="share of the loss that the data's own answers have",
     )
     teaching.add_argument(
-        "--temperature", type=positive_float, default=2.0, help="softens both models' distributions"
+        "--temperature",
+        type=common.positive_float,
+        default=2.0,
+        help="softens both models' distributions",
     )
     teaching.add_argument(
         "--cache_teacher",
-        type=positive_int,
+        type=common.positive_int,
         metavar="TOP",
         help="ask the teacher once, and keep its likeliest tokens for each target beside the data",
     )
-    add_chat_arguments(parser)
+    training.add_chat_arguments(parser)
     args = parser.parse_args()
-    check_stage_arguments(args)
+    training.check_stage_arguments(args)
     return args
 
 
-def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> Splits:
+def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> training.Splits:
     """The rows to train on, to validate on and to test on.
 
     Scores are means over tokens, whatever --loss_weighting is, so that they can be compared.
@@ -149,10 +116,7 @@ def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") ->
             loss_weighting="token" if scored else args.loss_weighting,
         )
 
-    def make_rows(dataset: SFTDataset) -> PackedRows | PaddedRows:
-        return PackedRows(dataset, args.max_seq_len) if args.packing else PaddedRows(dataset)
-
-    return open_splits(args, open_file, make_rows)
+    return training.open_splits(args, open_file)
 
 
 def target_logits(
@@ -243,7 +207,7 @@ def open_teacher(
     """
     path = resolve_weights("--teacher_weight", args.teacher_weight, args.out_dir, shape)
     teacher = load_model(path, shape, tokenizer_hash(tokenizer))
-    check_context(args.max_seq_len, teacher.config)
+    training.check_context(args.max_seq_len, teacher.config)
     return teacher.eval()
 
 
@@ -252,7 +216,7 @@ def ask_teacher(
     teacher: nn.Module,
     rows: PackedRows | PaddedRows,
     args: argparse.Namespace,
-    world: Distributed,
+    world: training.Distributed,
     dtype: torch.dtype,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, list[int]]]:
     """The teacher's likeliest tokens for the targets of all rows, as `TeacherTopK` keeps them."""
@@ -273,7 +237,7 @@ def ask_teacher(
 
 
 def train_epoch(
-    run: Run,
+    run: training.Run,
     model: nn.Module,
     teacher: nn.Module | None,
     optimizer: torch.optim.Optimizer,
@@ -288,12 +252,12 @@ def train_epoch(
     world = run.world
     model.train()
     for batches in run.accumulations(model):
-        weights, tokens, rows = count_targets(batches, world)
-        lr = get_lr(*run.schedule)
+        weights, tokens, rows = training.count_targets(batches, world)
+        lr = training.get_lr(*run.schedule)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr / run.args.learning_rate
 
-        totals = StepTotals(world)
+        totals = training.StepTotals(world)
         for i, batch in enumerate(batches):
             # DDP averages gradients over processes, once for all micro-batches of a step.
             sync_gradients = not world.is_distributed or i == len(batches) - 1
@@ -302,7 +266,7 @@ def train_epoch(
                     losses, figures, aux_loss, expert_load = student_losses(
                         model, teacher, batch, run.args
                     )
-                aux_loss = aux_loss * rows_with_text(batch) / rows
+                aux_loss = aux_loss * training.rows_with_text(batch) / rows
                 loss = losses.sum() / weights + aux_loss
                 scaler.scale(loss * world.world_size).backward()
             totals.add(losses, aux_loss, expert_load, **figures)
@@ -320,20 +284,20 @@ def train_epoch(
 
 
 def train(
-    setup: Setup,
+    setup: training.Setup,
     teacher: MiniMindLM | None,
-    data: Splits,
+    data: training.Splits,
     resume: dict[str, Any] | None,
-    stop: StopSignal,
+    stop: training.StopSignal,
 ) -> int:
     """Go through the epochs, test, save and report; the exit status."""
     args, world = setup.args, setup.world
     raw_model = setup.raw_model.to(world.device)
     if teacher is not None:
         teacher.to(world.device)
-    optimizer = make_optimizer(raw_model, args)
+    optimizer = training.make_optimizer(raw_model, args)
     scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
-    run = start_run(setup, data, resume, stop, optimizer, scaler, score_tokens)
+    run = training.start_run(setup, data, resume, stop, optimizer, scaler, training.score_tokens)
     if run is None:
         return 0
     model = torch.compile(raw_model) if args.compile else raw_model
@@ -350,35 +314,37 @@ def train(
 def main() -> int:
     """Check what can be checked at once, then open the data, then train; the exit status."""
     args = parse_args()
-    identity = ("alpha", "temperature", "cache_teacher", *CHAT_IDENTITY)
-    setup = prepare(args, Stage("distill", LEARNING_RATES, identity, collate_with_teacher))
+    identity = ("alpha", "temperature", "cache_teacher", *training.CHAT_IDENTITY)
+    setup = training.prepare(
+        args, training.Stage("distill", LEARNING_RATES, identity, collate_with_teacher)
+    )
     teacher = open_teacher(args, setup.raw_model.config, setup.tokenizer)
     setup.frozen["--teacher_weight"] = weights_hash(teacher)
     size = sum(p.numel() for p in teacher.parameters())
     note = f"teacher {args.teacher_weight}: {size / 1e6:.2f} M parameters"
     if args.cache_teacher and args.cache_teacher > len(setup.tokenizer):
-        raise UserError(
+        raise common.UserError(
             f"--cache_teacher {args.cache_teacher}: there are {len(setup.tokenizer)} tokens"
         )
     if not args.cache_teacher:
         note += f"; {4 * size / 1e9:.2f} GB, and its logits, come on top of the memory below"
     setup.notes.append(note)
-    with lock_run(setup.path, setup.world, args.dry_run):
-        resume = find_resume(setup)
+    with training.lock_run(setup.path, setup.world, args.dry_run):
+        resume = training.find_resume(setup)
         if resume is None:
-            load_first_weights(setup)
+            training.load_first_weights(setup)
         data = open_data(args, setup.tokenizer)
-        check_resume(setup, resume, data.train)
+        training.check_resume(setup, resume, data.train)
         if args.cache_teacher and not args.dry_run:
             # Before the processes connect: the others wait for a file, which no time-out ends.
             key = f"{setup.frozen['--teacher_weight'][:16]}_{args.temperature:g}_{setup.dtype}"
             ask = partial(ask_teacher, teacher, data.train, args, setup.world, setup.dtype)
             rows = TeacherTopK(data.train, key.replace("torch.", ""), args.cache_teacher, ask)
             data, teacher, ask = replace(data, train=rows), None, None
-        with open_process_group(setup.world), StopSignal() as stop:
+        with training.open_process_group(setup.world), training.StopSignal() as stop:
             return train(setup, teacher, data, resume, stop)
 
 
 if __name__ == "__main__":
-    with report_user_errors(), explain_out_of_memory():
+    with common.report_user_errors(), training.explain_out_of_memory():
         sys.exit(main())

@@ -10,7 +10,7 @@ reference gives every reply is computed once and kept beside the data: in traini
 model in memory.
 """
 
-import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
+import common.interrupt  # for Ctrl-C during the imports below
 
 import argparse
 import copy
@@ -26,38 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (
-    UserError,
-    half_open_unit_interval,
-    make_parser,
-    positive_float,
-    positive_int,
-    report_user_errors,
-)
+import training
 from dataset import DPODataset, PairRows, collate_pairs
 from model import weights_hash
 from sample_world import SAMPLE, ensure_sample
-from training import (
-    Run,
-    Setup,
-    Splits,
-    Stage,
-    StepTotals,
-    StopSignal,
-    add_stage_arguments,
-    check_resume,
-    check_stage_arguments,
-    explain_out_of_memory,
-    find_resume,
-    get_lr,
-    load_first_weights,
-    lock_run,
-    make_optimizer,
-    open_process_group,
-    open_splits,
-    prepare,
-    start_run,
-)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,8 +42,8 @@ BETA = {"sigmoid_norm": 0.5, "sigmoid": 0.1, "ipo": 0.1}  # by --loss_type
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = make_parser("Teach MiniMind which of two replies is preferred (DPO).")
-    add_stage_arguments(
+    parser = common.make_parser("Teach MiniMind which of two replies is preferred (DPO).")
+    training.add_stage_arguments(
         parser,
         data_path=SAMPLE / "dpo.jsonl",
         from_weight="full_sft",
@@ -93,34 +65,36 @@ def parse_args() -> argparse.Namespace:
     )
     pairs.add_argument(
         "--beta",
-        type=positive_float,
+        type=common.positive_float,
         help="strength of the KL penalty; default: "
         + ", ".join(f"{beta:g} for {name}" for name, beta in BETA.items()),
     )
     pairs.add_argument(
         "--label_smoothing",
-        type=half_open_unit_interval,
+        type=common.half_open_unit_interval,
         default=0.0,
         help="the share of pairs that may be the wrong way round (cDPO); not for ipo",
     )
     pairs.add_argument(
-        "--max_prompt_length", type=positive_int, help="tokens of a prompt; default: half of a row"
+        "--max_prompt_length",
+        type=common.positive_int,
+        help="tokens of a prompt; default: half of a row",
     )
     pairs.add_argument(
         "--max_completion_length",
-        type=positive_int,
+        type=common.positive_int,
         help="tokens of a reply; default: what is left",
     )
     args = parser.parse_args()
-    check_stage_arguments(args)
+    training.check_stage_arguments(args)
     if args.from_weight == "none":
-        raise UserError("--from_weight none: a preference needs a model to compare with")
+        raise common.UserError("--from_weight none: a preference needs a model to compare with")
     if args.beta is None:
         args.beta = BETA[args.loss_type]
     if args.label_smoothing >= 0.5:
-        raise UserError(f"--label_smoothing {args.label_smoothing:g}: must be below 0.5")
+        raise common.UserError(f"--label_smoothing {args.label_smoothing:g}: must be below 0.5")
     if args.label_smoothing and args.loss_type == "ipo":
-        raise UserError("--label_smoothing: ipo has none")
+        raise common.UserError("--label_smoothing: ipo has none")
     set_lengths(args)
     return args
 
@@ -135,7 +109,7 @@ def set_lengths(args: argparse.Namespace) -> None:
     for name, other in (("max_prompt_length", "reply"), ("max_completion_length", "prompt")):
         length = getattr(args, name)
         if length is not None and length >= row:
-            raise UserError(
+            raise common.UserError(
                 f"--{name} {length} leaves no room for a {other} in a row of --max_seq_len {row}"
             )
     if args.max_prompt_length is None:
@@ -145,13 +119,13 @@ def set_lengths(args: argparse.Namespace) -> None:
         args.max_completion_length = row - args.max_prompt_length
     prompt, reply = args.max_prompt_length, args.max_completion_length
     if min(prompt, reply) < 1 or prompt + reply > row:
-        raise UserError(
+        raise common.UserError(
             f"--max_prompt_length {prompt} and --max_completion_length {reply} do not share a row "
             f"of --max_seq_len {row}"
         )
 
 
-def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> Splits:
+def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> training.Splits:
     """The pairs to train on, to validate on and to test on."""
 
     def open_file(path: Path, scored: bool) -> DPODataset:
@@ -164,7 +138,7 @@ def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") ->
             skip_bad_lines=args.skip_bad_lines,
         )
 
-    return open_splits(args, open_file, PairRows)
+    return training.open_splits(args, open_file, PairRows)
 
 
 def reply_logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -259,7 +233,10 @@ def is_real(batch: dict[str, Tensor]) -> Tensor:
 
 
 def train_epoch(
-    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    run: training.Run,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
 ) -> None:
     """Take the steps that are left of the epoch, or until the run ends.
 
@@ -272,11 +249,11 @@ def train_epoch(
     for batches in run.accumulations(model):
         counts = [torch.stack((is_real(b).sum(), b["loss_mask"].sum())) for b in batches]
         pairs, tokens = world.all_reduce_sum(sum(counts)).tolist()
-        lr = get_lr(*run.schedule)
+        lr = training.get_lr(*run.schedule)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr / run.args.learning_rate
 
-        totals = StepTotals(world)
+        totals = training.StepTotals(world)
         for i, batch in enumerate(batches):
             # DDP averages gradients over processes, once for all micro-batches of a step.
             sync_gradients = not world.is_distributed or i == len(batches) - 1
@@ -301,7 +278,7 @@ def train_epoch(
 
 
 @torch.no_grad()
-def score_reference(run: Run, reference: nn.Module, key: str, rows: PairRows) -> bool:
+def score_reference(run: training.Run, reference: nn.Module, key: str, rows: PairRows) -> bool:
     """Compute what the reference gives every reply, and keep it beside the data as `key`.
 
     Returns:
@@ -327,7 +304,12 @@ def score_reference(run: Run, reference: nn.Module, key: str, rows: PairRows) ->
     return True
 
 
-def train(setup: Setup, data: Splits, resume: dict[str, Any] | None, stop: StopSignal) -> int:
+def train(
+    setup: training.Setup,
+    data: training.Splits,
+    resume: dict[str, Any] | None,
+    stop: training.StopSignal,
+) -> int:
     """Go through the epochs, test, save and report; the exit status."""
     args, world = setup.args, setup.world
     setup.frozen = world.broadcast(setup.frozen)
@@ -348,14 +330,14 @@ def train(setup: Setup, data: Splits, resume: dict[str, Any] | None, stop: StopS
         reference.load_state_dict(world.broadcast(reference.state_dict()))
         reference.to(world.device)
     raw_model = setup.raw_model.to(world.device)
-    optimizer = make_optimizer(raw_model, args)
+    optimizer = training.make_optimizer(raw_model, args)
     scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
 
     def score(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         losses, figures, *_ = pair_losses(model, batch, args)
         return {"loss": losses, **figures, "targets": is_real(batch)}
 
-    run = start_run(setup, data, resume, stop, optimizer, scaler, score)
+    run = training.start_run(setup, data, resume, stop, optimizer, scaler, score)
     if run is None:
         return 0
     # Asked again: two parts may be of one file.
@@ -378,20 +360,20 @@ def main() -> int:
     args = parse_args()
     lengths = ("max_prompt_length", "max_completion_length")
     identity = (*lengths, "loss_type", "beta", "label_smoothing")
-    stage = Stage(
+    stage = training.Stage(
         "dpo", LEARNING_RATES, identity, collate_pairs, sequences_per_row=2, scores_text=False
     )
-    setup = prepare(args, stage)
-    with lock_run(setup.path, setup.world, args.dry_run):
-        load_first_weights(setup)
+    setup = training.prepare(args, stage)
+    with training.lock_run(setup.path, setup.world, args.dry_run):
+        training.load_first_weights(setup)
         setup.frozen["--from_weight"] = weights_hash(setup.raw_model)
-        resume = find_resume(setup)
+        resume = training.find_resume(setup)
         data = open_data(args, setup.tokenizer)
-        check_resume(setup, resume, data.train)
-        with open_process_group(setup.world), StopSignal() as stop:
+        training.check_resume(setup, resume, data.train)
+        with training.open_process_group(setup.world), training.StopSignal() as stop:
             return train(setup, data, resume, stop)
 
 
 if __name__ == "__main__":
-    with report_user_errors(), explain_out_of_memory():
+    with common.report_user_errors(), training.explain_out_of_memory():
         sys.exit(main())

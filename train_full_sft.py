@@ -8,7 +8,7 @@ Only the assistant's tokens are learnt. It starts from out/pretrain_512.pth (the
 mixture of experts ends in _moe) and writes out/full_sft_512.pth.
 """
 
-import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
+import common.interrupt  # for Ctrl-C during the imports below
 
 import argparse
 import math
@@ -21,36 +21,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import make_parser, report_user_errors
-from dataset import PackedRows, PaddedRows, SFTDataset
+import training
+from dataset import SFTDataset
 from model import token_losses
 from sample_world import SAMPLE, ensure_sample
-from training import (
-    CHAT_IDENTITY,
-    Run,
-    Setup,
-    Splits,
-    Stage,
-    StepTotals,
-    StopSignal,
-    add_chat_arguments,
-    add_stage_arguments,
-    check_resume,
-    check_stage_arguments,
-    count_targets,
-    explain_out_of_memory,
-    find_resume,
-    get_lr,
-    load_first_weights,
-    lock_run,
-    make_optimizer,
-    open_process_group,
-    open_splits,
-    prepare,
-    rows_with_text,
-    score_tokens,
-    start_run,
-)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,8 +35,8 @@ LEARNING_RATES = ((1e7, 1e-5, 3e-3), (6e7, 1e-5, 5e-4), (math.inf, 5e-6, 1e-4))
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = make_parser("Tune all weights of MiniMind on a JSONL file of conversations.")
-    add_stage_arguments(
+    parser = common.make_parser("Tune all weights of MiniMind on a JSONL file of conversations.")
+    training.add_stage_arguments(
         parser,
         data_path=SAMPLE / "sft.jsonl",
         from_weight="pretrain",
@@ -73,13 +47,13 @@ def parse_args() -> argparse.Namespace:
         grad_clip=1.0,
         max_seq_len=512,
     )
-    add_chat_arguments(parser)
+    training.add_chat_arguments(parser)
     args = parser.parse_args()
-    check_stage_arguments(args)
+    training.check_stage_arguments(args)
     return args
 
 
-def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> Splits:
+def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> training.Splits:
     """The rows to train on, to validate on and to test on.
 
     Scores are means over tokens, whatever --loss_weighting is, so that they can be compared.
@@ -96,14 +70,14 @@ def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") ->
             loss_weighting="token" if scored else args.loss_weighting,
         )
 
-    def make_rows(dataset: SFTDataset) -> PackedRows | PaddedRows:
-        return PackedRows(dataset, args.max_seq_len) if args.packing else PaddedRows(dataset)
-
-    return open_splits(args, open_file, make_rows)
+    return training.open_splits(args, open_file)
 
 
 def train_epoch(
-    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    run: training.Run,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
 ) -> None:
     """Take the steps that are left of the epoch, or until the run ends.
 
@@ -114,19 +88,19 @@ def train_epoch(
     world = run.world
     model.train()
     for batches in run.accumulations(model):
-        weights, tokens, rows = count_targets(batches, world)
-        lr = get_lr(*run.schedule)
+        weights, tokens, rows = training.count_targets(batches, world)
+        lr = training.get_lr(*run.schedule)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr / run.args.learning_rate
 
-        totals = StepTotals(world)
+        totals = training.StepTotals(world)
         for i, batch in enumerate(batches):
             # DDP averages gradients over processes, once for all micro-batches of a step.
             sync_gradients = not world.is_distributed or i == len(batches) - 1
             with nullcontext() if sync_gradients else model.no_sync():
                 with run.autocast:
                     losses, aux_loss, expert_load = token_losses(model, batch)
-                aux_loss = aux_loss * rows_with_text(batch) / rows
+                aux_loss = aux_loss * training.rows_with_text(batch) / rows
                 loss = losses.sum() / weights + aux_loss
                 scaler.scale(loss * world.world_size).backward()
             totals.add(losses, aux_loss, expert_load)
@@ -143,13 +117,18 @@ def train_epoch(
         )
 
 
-def train(setup: Setup, data: Splits, resume: dict[str, Any] | None, stop: StopSignal) -> int:
+def train(
+    setup: training.Setup,
+    data: training.Splits,
+    resume: dict[str, Any] | None,
+    stop: training.StopSignal,
+) -> int:
     """Go through the epochs, test, save and report; the exit status."""
     args, world = setup.args, setup.world
     raw_model = setup.raw_model.to(world.device)
-    optimizer = make_optimizer(raw_model, args)
+    optimizer = training.make_optimizer(raw_model, args)
     scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
-    run = start_run(setup, data, resume, stop, optimizer, scaler, score_tokens)
+    run = training.start_run(setup, data, resume, stop, optimizer, scaler, training.score_tokens)
     if run is None:
         return 0
     model = torch.compile(raw_model) if args.compile else raw_model
@@ -164,17 +143,19 @@ def train(setup: Setup, data: Splits, resume: dict[str, Any] | None, stop: StopS
 def main() -> int:
     """Check what can be checked at once, then open the data, then train; the exit status."""
     args = parse_args()
-    setup = prepare(args, Stage("full_sft", LEARNING_RATES, identity=CHAT_IDENTITY))
-    with lock_run(setup.path, setup.world, args.dry_run):
-        resume = find_resume(setup)
+    setup = training.prepare(
+        args, training.Stage("full_sft", LEARNING_RATES, identity=training.CHAT_IDENTITY)
+    )
+    with training.lock_run(setup.path, setup.world, args.dry_run):
+        resume = training.find_resume(setup)
         if resume is None:
-            load_first_weights(setup)
+            training.load_first_weights(setup)
         data = open_data(args, setup.tokenizer)
-        check_resume(setup, resume, data.train)
-        with open_process_group(setup.world), StopSignal() as stop:
+        training.check_resume(setup, resume, data.train)
+        with training.open_process_group(setup.world), training.StopSignal() as stop:
             return train(setup, data, resume, stop)
 
 
 if __name__ == "__main__":
-    with report_user_errors(), explain_out_of_memory():
+    with common.report_user_errors(), training.explain_out_of_memory():
         sys.exit(main())

@@ -8,7 +8,7 @@
 The weights go to out/pretrain_512.pth (the number is --dim; a mixture of experts ends in _moe).
 """
 
-import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
+import common.interrupt  # for Ctrl-C during the imports below
 
 import argparse
 import math
@@ -21,34 +21,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import make_parser, report_user_errors
-from dataset import PackedRows, PaddedRows, PretrainDataset
+import training
+from dataset import PretrainDataset
 from model import token_losses
 from sample_world import SAMPLE, ensure_sample
-from training import (
-    Run,
-    Setup,
-    Splits,
-    Stage,
-    StepTotals,
-    StopSignal,
-    add_stage_arguments,
-    check_resume,
-    check_stage_arguments,
-    count_targets,
-    explain_out_of_memory,
-    find_resume,
-    get_lr,
-    load_first_weights,
-    lock_run,
-    make_optimizer,
-    open_process_group,
-    open_splits,
-    prepare,
-    rows_with_text,
-    score_tokens,
-    start_run,
-)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,8 +35,8 @@ LEARNING_RATES = ((1e7, 1e-4, 5e-3), (6e7, 1e-4, 2e-3), (math.inf, 5e-5, 1e-3))
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = make_parser("Pretrain MiniMind on a JSONL file of {'text'} lines.")
-    add_stage_arguments(
+    parser = common.make_parser("Pretrain MiniMind on a JSONL file of {'text'} lines.")
+    training.add_stage_arguments(
         parser,
         data_path=SAMPLE / "pretrain.jsonl",
         from_weight="none",
@@ -72,11 +48,11 @@ def parse_args() -> argparse.Namespace:
         max_seq_len=512,
     )
     args = parser.parse_args()
-    check_stage_arguments(args)
+    training.check_stage_arguments(args)
     return args
 
 
-def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> Splits:
+def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> training.Splits:
     """The rows to train on, to validate on and to test on."""
 
     def open_file(path: Path, scored: bool) -> PretrainDataset:
@@ -88,14 +64,14 @@ def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") ->
             skip_bad_lines=args.skip_bad_lines,
         )
 
-    def make_rows(dataset: PretrainDataset) -> PackedRows | PaddedRows:
-        return PackedRows(dataset, args.max_seq_len) if args.packing else PaddedRows(dataset)
-
-    return open_splits(args, open_file, make_rows)
+    return training.open_splits(args, open_file)
 
 
 def train_epoch(
-    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    run: training.Run,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
 ) -> None:
     """Take the steps that are left of the epoch, or until the run ends.
 
@@ -106,19 +82,19 @@ def train_epoch(
     world = run.world
     model.train()
     for batches in run.accumulations(model):
-        weights, tokens, rows = count_targets(batches, world)
-        lr = get_lr(*run.schedule)
+        weights, tokens, rows = training.count_targets(batches, world)
+        lr = training.get_lr(*run.schedule)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr / run.args.learning_rate
 
-        totals = StepTotals(world)
+        totals = training.StepTotals(world)
         for i, batch in enumerate(batches):
             # DDP averages gradients over processes, once for all micro-batches of a step.
             sync_gradients = not world.is_distributed or i == len(batches) - 1
             with nullcontext() if sync_gradients else model.no_sync():
                 with run.autocast:
                     losses, aux_loss, expert_load = token_losses(model, batch)
-                aux_loss = aux_loss * rows_with_text(batch) / rows
+                aux_loss = aux_loss * training.rows_with_text(batch) / rows
                 loss = losses.sum() / weights + aux_loss
                 scaler.scale(loss * world.world_size).backward()
             totals.add(losses, aux_loss, expert_load)
@@ -135,13 +111,18 @@ def train_epoch(
         )
 
 
-def train(setup: Setup, data: Splits, resume: dict[str, Any] | None, stop: StopSignal) -> int:
+def train(
+    setup: training.Setup,
+    data: training.Splits,
+    resume: dict[str, Any] | None,
+    stop: training.StopSignal,
+) -> int:
     """Go through the epochs, test, save and report; the exit status."""
     args, world = setup.args, setup.world
     raw_model = setup.raw_model.to(world.device)
-    optimizer = make_optimizer(raw_model, args)
+    optimizer = training.make_optimizer(raw_model, args)
     scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
-    run = start_run(setup, data, resume, stop, optimizer, scaler, score_tokens)
+    run = training.start_run(setup, data, resume, stop, optimizer, scaler, training.score_tokens)
     if run is None:
         return 0
     model = torch.compile(raw_model) if args.compile else raw_model
@@ -157,17 +138,17 @@ def train(setup: Setup, data: Splits, resume: dict[str, Any] | None, stop: StopS
 def main() -> int:
     """Check what can be checked at once, then open the data, then train; the exit status."""
     args = parse_args()
-    setup = prepare(args, Stage("pretrain", LEARNING_RATES))
-    with lock_run(setup.path, setup.world, args.dry_run):
-        resume = find_resume(setup)
+    setup = training.prepare(args, training.Stage("pretrain", LEARNING_RATES))
+    with training.lock_run(setup.path, setup.world, args.dry_run):
+        resume = training.find_resume(setup)
         if resume is None:
-            load_first_weights(setup)
+            training.load_first_weights(setup)
         data = open_data(args, setup.tokenizer)
-        check_resume(setup, resume, data.train)
-        with open_process_group(setup.world), StopSignal() as stop:
+        training.check_resume(setup, resume, data.train)
+        with training.open_process_group(setup.world), training.StopSignal() as stop:
             return train(setup, data, resume, stop)
 
 
 if __name__ == "__main__":
-    with report_user_errors(), explain_out_of_memory():
+    with common.report_user_errors(), training.explain_out_of_memory():
         sys.exit(main())

@@ -1,6 +1,6 @@
 """A stage as somebody might add it: next-token prediction that keeps the logits small (z-loss)."""
 
-import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
+import common.interrupt  # for Ctrl-C during the imports below
 
 import math
 import sys
@@ -9,26 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import make_parser, report_user_errors
+import training
 from dataset import PackedRows, PretrainDataset
-from training import (
-    Run,
-    Stage,
-    StepTotals,
-    StopSignal,
-    add_stage_arguments,
-    check_resume,
-    check_stage_arguments,
-    count_targets,
-    find_resume,
-    get_lr,
-    lock_run,
-    make_optimizer,
-    open_process_group,
-    open_splits,
-    prepare,
-    start_run,
-)
 
 
 def z_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -45,15 +27,15 @@ def score(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"loss": z_losses(model, batch), "targets": batch["loss_mask"]}
 
 
-def train_epoch(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def train_epoch(run: training.Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Take the steps that are left of the epoch."""
     model.train()
     for batches in run.accumulations(model):
-        weights, tokens, _ = count_targets(batches, run.world)
-        lr = get_lr(*run.schedule)
+        weights, tokens, _ = training.count_targets(batches, run.world)
+        lr = training.get_lr(*run.schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        totals = StepTotals(run.world)
+        totals = training.StepTotals(run.world)
         for batch in batches:
             losses = z_losses(model, batch)
             (losses.sum() / weights).backward()
@@ -70,8 +52,8 @@ def train_epoch(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 def main() -> int:
     """What every stage does around its step."""
-    parser = make_parser("A toy.")
-    add_stage_arguments(
+    parser = common.make_parser("A toy.")
+    training.add_stage_arguments(
         parser,
         data_path=None,
         from_weight="none",
@@ -83,21 +65,21 @@ def main() -> int:
         max_seq_len=32,
     )
     args = parser.parse_args()
-    check_stage_arguments(args)
-    setup = prepare(args, Stage("toy", ((math.inf, 0, 1),)))
-    with lock_run(setup.path, setup.world, args.dry_run):
-        resume = find_resume(setup)
-        data = open_splits(
+    training.check_stage_arguments(args)
+    setup = training.prepare(args, training.Stage("toy", ((math.inf, 0, 1),)))
+    with training.lock_run(setup.path, setup.world, args.dry_run):
+        resume = training.find_resume(setup)
+        data = training.open_splits(
             args,
             lambda path, scored: PretrainDataset(path, setup.tokenizer, 33),
             lambda dataset: PackedRows(dataset, 32),
         )
-        check_resume(setup, resume, data.train)
-        with open_process_group(setup.world), StopSignal() as stop:
+        training.check_resume(setup, resume, data.train)
+        with training.open_process_group(setup.world), training.StopSignal() as stop:
             model = setup.raw_model.to(setup.world.device)
-            optimizer = make_optimizer(model, args)
+            optimizer = training.make_optimizer(model, args)
             scaler = torch.amp.GradScaler(setup.world.device.type, enabled=False)
-            run = start_run(setup, data, resume, stop, optimizer, scaler, score)
+            run = training.start_run(setup, data, resume, stop, optimizer, scaler, score)
             if run is None:
                 return 0
             run.validate_if_due(model)
@@ -107,5 +89,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    with report_user_errors():
+    with common.report_user_errors():
         sys.exit(main())

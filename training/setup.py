@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -246,7 +247,7 @@ class Splits:
 def open_splits(
     args: argparse.Namespace,
     open_file: Callable[[Path, bool], StoredDataset],
-    make_rows: Callable[[StoredDataset], Rows],
+    make_rows: Callable[[StoredDataset], Rows] | None = None,
 ) -> Splits:
     """Open the data that the flags name, the smaller files first: their errors show sooner.
 
@@ -254,11 +255,14 @@ def open_splits(
         args: the flags.
         open_file: gives the data set of a file; its second argument is True where the data set is
             scored and not learnt from.
-        make_rows: packs or pads a data set.
+        make_rows: makes rows of a data set; None: packed or padded, as --packing is.
 
     Raises:
         UserError: naming what is wrong with a file.
     """
+    if make_rows is None:
+        row_length = args.max_seq_len
+        make_rows = partial(PackedRows, row_length=row_length) if args.packing else PaddedRows
     test = make_rows(open_file(args.test_data_path, True)) if args.test_data_path else None
     val = {name: make_rows(open_file(path, True)) for name, path in args.val_data_path}
     train = open_file(args.data_path, False)
