@@ -1,6 +1,7 @@
 """What goes into the network: JSONL lines, token ids and loss masks, packed batches."""
 
 from .chat import ChatEncoder, render_chat
+from .fields import RecordError
 from .lm_dataset import PretrainDataset, RLAIFDataset, SFTDataset, dataset_kind
 from .packing import PackedRows, PaddedRows, RowBatches, collate, make_loader
 from .preference import DPODataset, PairRows, collate_pairs
@@ -8,7 +9,6 @@ from .reader import check_file, read_records
 from .records import (
     BadLines,
     Conversation,
-    RecordError,
     parse_chat,
     parse_preference,
     parse_question,

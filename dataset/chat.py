@@ -16,7 +16,9 @@ from jinja2 import TemplateError
 
 from common import UserError
 
-from .records import RecordError, is_empty_answer, parse_chat
+from .fields import RecordError
+from .messages import is_empty_answer
+from .records import parse_chat
 from .text import TextTokenizer
 from .token_store import ROLES, Encoded, Parsed
 
@@ -60,7 +62,7 @@ def render_chat(
     The targets are all that follows the header of an assistant message, `</s>` included.
 
     Args:
-        messages: as those of `dataset.records.Conversation`.
+        messages: messages in the form that `dataset.records.Conversation` describes.
         tools: JSON schemas.
         add_generation_prompt: whether to end with the header of the assistant's next message.
     """

@@ -104,8 +104,8 @@ class SFTDataset(ChatDataset):
         cache_dir, skip_bad_lines: see `TokenStore.open_or_build`.
         max_turns: how many of the last turns, each a user's message and what follows it, to use;
             None: all.
-        loss_weighting: "token" gives each target the weight of its message (1 unless the file says
-            otherwise); "sample" divides that among the targets of an answer.
+        loss_weighting: "token" gives each target the weight of its message (1 unless the record
+            sets it); "sample" divides that among the targets of an answer.
     """
 
     _COLUMNS = {**ChatDataset._COLUMNS, "targets": LENGTH_DTYPE, "text_bytes": np.dtype("<f8")}

@@ -37,11 +37,13 @@ Row = dict[str, torch.Tensor | int]
 class PackedRows(Dataset):
     """Rows of exactly `row_length` positions, each of one or several whole items.
 
-    Every item of the data set is in one row. Which items share a row is settled once and kept on
-    disk, so that the number of rows is the same in each epoch. `key` tells these rows from others
-    of the same store.
+    Every item of the data set is in one row. Which items share a row is decided once and stored, so
+    that the number of rows is the same in each epoch. `key` differs from that of other rows of the
+    same store.
 
-    Raises ValueError if an item may be longer than a row, UserError if the plan cannot be written.
+    Raises:
+        ValueError: if an item may be longer than a row.
+        UserError: if the plan cannot be written.
     """
 
     def __init__(self, dataset: StoredDataset, row_length: int) -> None:
@@ -90,7 +92,7 @@ class PackedRows(Dataset):
 class PaddedRows(Dataset):
     """Each item as a row of its own; `collate` pads the rows of a batch to the longest.
 
-    `key` tells these rows from others of the same store.
+    `key` differs from that of other rows of the same store.
     """
 
     def __init__(self, dataset: StoredDataset) -> None:
@@ -257,7 +259,7 @@ def make_loader(
 
     Args:
         rows: rows of any kind.
-        batch_size, seed, epoch, rank, world_size, start, shuffle, lengths: as for `RowBatches`.
+        batch_size, seed, epoch, rank, world_size, start, shuffle, lengths: see `RowBatches`.
         collate_fn: makes a batch of rows.
         num_workers: processes that read ahead; None: 2 for a GPU, else none.
         on_cuda: whether the batches go to a GPU, and so into pinned memory.

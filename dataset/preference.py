@@ -181,7 +181,7 @@ class PairRows(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`chosen` and `rejected`, rows as those of `dataset.packing`, and `reference`, (2,)."""
+        """`chosen` and `rejected`, rows as `make_row` makes them, and `reference`, (2,)."""
         pair = self.dataset[index]
         sides = {
             side: make_row([tuple(pair[f"{name}_{side}"] for name in ("x", "y", "mask"))], index)

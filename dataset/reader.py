@@ -9,9 +9,9 @@ from typing import BinaryIO, NamedTuple
 
 from common import UserError
 
-from .records import MAX_LINE_BYTES
+from .fields import MAX_LINE_BYTES
 
-HEAD_BYTES = 1 << 16  # looked at to tell what a file is
+HEAD_BYTES = 1 << 16  # that the format of a file is detected from
 CHUNK_BYTES = 1 << 20
 
 _BOM = b"\xef\xbb\xbf"
@@ -40,7 +40,7 @@ def read_records(path: Path) -> Iterator[Record]:
     long. The file is never in memory as a whole.
 
     Raises:
-        UserError: as `check_file`; or an array is cut off, or broken such that it cannot be told
+        UserError: see `check_file`; also if an array is cut off, or broken such that it is unclear
             where its next element begins.
     """
     try:
@@ -53,8 +53,8 @@ def check_file(path: Path) -> FileFormat:
     """The format of a file whose records can be read.
 
     Raises:
-        UserError: the file is missing, a folder, empty, or of another format, which is named with
-            what to do about it.
+        UserError: if the file is missing, a folder, empty, or of another format; the text names the
+            format and what to do about it.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a JSONL file")
@@ -86,13 +86,13 @@ def _read_lines(path: Path) -> Iterator[Record]:
                 line = file.readline(MAX_LINE_BYTES + 1)
 
 
-_TOKEN = re.compile(rb'[",\[\]{}]')  # what tells where the elements of an array begin
+_TOKEN = re.compile(rb'[",\[\]{}]')  # what separates the elements of an array
 
 
 def _read_array(path: Path) -> Iterator[Record]:
     """The elements of a JSON array: what stands between the commas that no other bracket encloses.
 
-    An element that is broken in itself is given as any other. Where it cannot be told where the
+    An element that is broken in itself is yielded as any other. Where it is unclear where the
     next one begins, UserError is raised: to go on would lose the rest of the file.
     """
     with path.open("rb") as file:
@@ -109,8 +109,8 @@ def _read_array(path: Path) -> Iterator[Record]:
                 if newline >= 0:
                     at = line + buffer.count(b"\n", start, newline)
                     raise UserError(
-                        f"{path}:{at}: broken JSON: a string without an end; where the array goes "
-                        "on cannot be told"
+                        f"{path}:{at}: broken JSON: a string without an end; it is unclear where "
+                        "the array goes on"
                     )
                 if end < len(buffer):
                     position = end + 1

@@ -33,8 +33,9 @@ from tqdm import tqdm
 from common import UserError
 
 from .arrays import INDEX_DTYPE, ArrayFolder, ArrayWriter, build_once
+from .fields import RecordError
 from .reader import check_file, read_records
-from .records import BadLines, RecordError
+from .records import BadLines
 
 FORMAT_VERSION = 3
 BATCH_BYTES = 1 << 21  # of lines encoded at a time; the library's results take 50 times as much
@@ -80,7 +81,7 @@ class Encoder(Protocol):
     """How the records of a file become ids.
 
     Attributes:
-        key: tells apart everything that changes the ids: kind of record, options, tokenizer.
+        key: differs wherever the ids would: by kind of record, options, tokenizer.
         dtype: of the ids.
         is_chat: whether the documents are conversations.
         counted: names of what `parse` counts.

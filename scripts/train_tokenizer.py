@@ -24,7 +24,7 @@ How text is cut before merging (PRE_TOKENS), and why:
   ids. (Merges of parts of characters could break this; the tests check the shipped ones.)
 
 What is counted: each distinct line once (DISTINCT_LINES), since a page header that recurs two
-thousand times says nothing about language; and no token grows beyond MAX_TOKEN_BYTES. Where lines
+thousand times is no sample of the language; and no token grows beyond MAX_TOKEN_BYTES. Where lines
 recur on purpose, as the facts of a small world do, --keep_repeats counts all of them. The weights
 in the command above keep the manuals, most of the text there is, from filling the vocabulary; they
 were chosen by bytes per token on held-out files of all three kinds.

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common import UserError
 from dataset import ChatEncoder, parse_chat, render_chat
-from dataset.records import RecordError
+from dataset.fields import RecordError
 from dataset.token_store import ROLES
 
 encoder = ChatEncoder(tokenizer)

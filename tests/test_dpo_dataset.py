@@ -9,7 +9,7 @@ import torch
 
 from common import UserError
 from dataset import DPODataset, PairRows, RowBatches, collate_pairs, make_loader, parse_preference
-from dataset.records import RecordError
+from dataset.fields import RecordError
 
 SIDES = ("chosen", "rejected")
 

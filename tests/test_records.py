@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import UserError
+from dataset.fields import RecordError
 from dataset.records import (
     BadLines,
-    RecordError,
     parse_chat,
     parse_preference,
     parse_question,

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from common import UserError
 from dataset import PackedRows, PaddedRows, RLAIFDataset, SFTDataset, collate, parse_chat, stored
-from dataset.chat import ChatEncoder
+from dataset.chat import ChatEncoder, render_chat
+from dataset.turns import fit_prompt
 
 START, END = 1, 2
 NEWLINE = encode_text("\n")
@@ -655,6 +656,8 @@ def test_prompts_and_answers(tmp_path):
 def test_prompts_that_are_too_long(tmp_path):
     path = write(tmp_path / "data.jsonl", [THREE, {"messages": exchange("4")}])
     last = PROMPT - SYSTEM
+    chat = [{"role": "system", "content": "00000"}, *THREE["messages"][:-1]]
+    whole = ChatEncoder(tokenizer).encode([render_chat(chat, add_generation_prompt=True)])
     for max_length, kept in [
         (PROMPT + 2 * EXCHANGE, "123"),
         (PROMPT + 2 * EXCHANGE - 1, "23"),
@@ -667,6 +670,9 @@ def test_prompts_that_are_too_long(tmp_path):
         assert len(dataset) == 1 + bool(kept)
         if kept:
             assert dataset.prompt_ids(0).tolist() == kept_ids(kept)[:-12]
+        # In a chat the same turns stay, and the last one where not even that fits.
+        assert fit_prompt(whole, max_length).tolist() == kept_ids(kept or "3")[:-12]
+        if kept:
             assert dataset[0]["answer"] == "3" * 10
         assert dataset[-1]["answer"] == "4" * 10
         assert dataset.counts["dropped_turns"] == (3 - len(kept) if kept else 0)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common import UserError
-from dataset import reader, records
+from dataset import fields, reader
 from dataset.records import parse_text
 from dataset.text import PIECE_CHARS, TextEncoder, TextTokenizer
 from dataset.token_store import Encoded, Parsed, TokenStore
@@ -128,7 +128,7 @@ def test_lines_longer_than_the_read_buffer(tmp_path):
 
 
 def test_a_line_without_end_is_left_out(tmp_path, monkeypatch):
-    for module in (reader, records):
+    for module in (reader, fields):
         monkeypatch.setattr(module, "MAX_LINE_BYTES", 100)
     path = tmp_path / "data.jsonl"
     write_lines(path, ["a", "b" * 88, "c" * 87, "d" * 1000, "e"])  # and 13 bytes around each

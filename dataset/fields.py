@@ -1,0 +1,109 @@
+"""JSON values of a record, each checked: one that cannot be used raises RecordError."""
+
+import json
+from typing import Any
+
+MAX_LINE_BYTES = 1 << 30
+
+_BOM = "\ufeff"
+_ESCAPE_LENGTH = len("\\u0000")
+_JSON_NAMES = {bool: "a boolean", str: "a string", list: "an array", dict: "an object"}
+
+
+class RecordError(ValueError):
+    """Why one line cannot be used: a short reason, without file name and line number."""
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """The JSON object on a line; its line end, and a byte order mark before it, are left out."""
+    if len(line) > MAX_LINE_BYTES:
+        raise RecordError(f"longer than {MAX_LINE_BYTES:,} bytes")
+    try:
+        text = line.rstrip(b"\r\n").decode("utf-8").removeprefix(_BOM)
+    except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data":
+            raise RecordError("cut off in the middle of a character; truncated?") from None
+        raise RecordError(f"invalid UTF-8 at byte {error.start + 1}") from None
+    if not text.strip():
+        raise RecordError("blank line")
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        if _is_cut_off(text, error):
+            raise RecordError(f"JSON ends too early, at column {len(text)}; truncated?") from None
+        what = error.msg.removesuffix(" at")
+        where = f"line {error.lineno} of the record, " if error.lineno > 1 else ""
+        raise RecordError(f"broken JSON: {what} at {where}column {error.colno}") from None
+    except RecursionError:
+        raise RecordError("broken JSON: nested too deeply") from None
+    except ValueError:  # Python's limit on the digits of an integer
+        raise RecordError("broken JSON: a number of several thousand digits") from None
+    return expect(record, dict, "the record")
+
+
+def _is_cut_off(text: str, error: json.JSONDecodeError) -> bool:
+    """Whether more characters could have made the text valid."""
+    if error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()):
+        return True
+    escape = text[error.pos :]
+    return error.msg.startswith("Invalid \\uXXXX escape") and len(escape) < _ESCAPE_LENGTH
+
+
+def expect(value: Any, kind: type, name: str) -> Any:
+    """`value` if it is of that kind: dict, list or str. Raises RecordError."""
+    if not isinstance(value, kind):
+        found = "null" if value is None else _JSON_NAMES.get(type(value), "a number")
+        raise RecordError(f"{name} is {found}, not {_JSON_NAMES[kind]}")
+    return value
+
+
+def check_string(value: Any, name: str) -> str:
+    """`value` if it is a string that UTF-8 can hold."""
+    try:
+        expect(value, str, name).encode("utf-8")
+    except UnicodeEncodeError as error:
+        code, at = ord(value[error.start]), error.start + 1
+        raise RecordError(
+            f"{name} holds a lone surrogate, \\u{code:04x}, at character {at}"
+        ) from None
+    return value
+
+
+def check_text(value: Any, name: str) -> str:
+    """`value` if it is a string with something in it that UTF-8 can hold."""
+    if not check_string(value, name):
+        raise RecordError(f"{name} is empty")
+    if value.isspace():
+        raise RecordError(f"{name} is blank")
+    return value
+
+
+def check_json(value: Any, name: str) -> None:
+    """Raise RecordError if the JSON of `value` cannot be written in UTF-8."""
+    try:
+        check_string(json.dumps(value, ensure_ascii=False), name)
+    except RecursionError:
+        raise RecordError(f"{name} is nested too deeply") from None
+
+
+def parse_json(text: Any, name: str) -> Any:
+    """What the JSON in a string means."""
+    check_string(text, name)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise RecordError(f"{name} is not the JSON that it should be") from None
+
+
+def parse_array(value: Any, name: str) -> list[Any]:
+    """An array or the JSON of one, where it is given."""
+    if isinstance(value, str):
+        value = parse_json(value, name) if value.strip() else None
+    return expect(value or [], list, name)
+
+
+def parse_flag(value: Any, name: str) -> bool | None:
+    """A flag that may be absent or null."""
+    if value is not None and value not in (0, 1):
+        raise RecordError(f"{name} is neither true or 1 nor false or 0")
+    return None if value is None else bool(value)
