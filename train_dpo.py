@@ -105,24 +105,17 @@ def set_lengths(args: argparse.Namespace) -> None:
     Raises:
         UserError: if the two do not fit.
     """
-    row = args.max_seq_len
-    for name, other in (("max_prompt_length", "reply"), ("max_completion_length", "prompt")):
-        length = getattr(args, name)
-        if length is not None and length >= row:
-            raise common.UserError(
-                f"--{name} {length} leaves no room for a {other} in a row of --max_seq_len {row}"
-            )
-    if args.max_prompt_length is None:
-        reply = args.max_completion_length
-        args.max_prompt_length = row // 2 if reply is None else row - reply
-    if args.max_completion_length is None:
-        args.max_completion_length = row - args.max_prompt_length
-    prompt, reply = args.max_prompt_length, args.max_completion_length
+    row, prompt, reply = args.max_seq_len, args.max_prompt_length, args.max_completion_length
+    if prompt is None:
+        prompt = row // 2 if reply is None else row - reply
+    if reply is None:
+        reply = row - prompt
     if min(prompt, reply) < 1 or prompt + reply > row:
         raise common.UserError(
             f"--max_prompt_length {prompt} and --max_completion_length {reply} do not share a row "
             f"of --max_seq_len {row}"
         )
+    args.max_prompt_length, args.max_completion_length = prompt, reply
 
 
 def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> training.Splits:

@@ -32,8 +32,7 @@ from sample_world import SAMPLE, ensure_sample
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# (parameters up to, lowest, highest): learning rates outside make a warning. Adapters, which start
-# at nothing, take ten times those of the whole model.
+# (parameters up to, lowest, highest): learning rates outside make a warning.
 LEARNING_RATES = ((1e7, 1e-4, 3e-2), (6e7, 1e-4, 5e-3), (math.inf, 5e-5, 1e-3))
 
 
@@ -46,9 +45,7 @@ def adapter_name(text: str) -> str:
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = common.make_parser(
-        "Train an adapter (LoRA) of MiniMind on a JSONL file of conversations."
-    )
+    parser = common.make_parser("Train a LoRA adapter of MiniMind on conversations.")
     training.add_stage_arguments(
         parser,
         data_path=SAMPLE / "lora.jsonl",
@@ -61,15 +58,13 @@ def parse_args() -> argparse.Namespace:
         max_seq_len=512,
     )
     lora = parser.add_argument_group("adapter")
-    lora.add_argument(
-        "--lora_name", type=adapter_name, default="identity", help="what to call it, in its file"
-    )
+    lora.add_argument("--lora_name", type=adapter_name, default="identity", help="of its file")
     lora.add_argument("--lora_rank", type=common.positive_int, default=8, help="inner width")
     lora.add_argument(
         "--lora_alpha",
         type=common.positive_float,
         default=16.0,
-        help="scale: alpha / rank multiplies",
+        help="scale of the product: alpha / rank",
     )
     lora.add_argument(
         "--lora_dropout",

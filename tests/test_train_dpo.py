@@ -423,11 +423,11 @@ def test_a_signal_in_the_reference_pass_ends_the_run_before_its_first_step(
         (["--label_smoothing", 0.5], "--label_smoothing 0.5: must be below 0.5"),
         (["--loss_type", "ipo", "--label_smoothing", 0.1], "--label_smoothing: ipo has none"),
         (["--beta", 0], "argument --beta: must be above 0, not 0"),
-        (["--max_prompt_length", 96], "--max_prompt_length 96 leaves no room for a reply"),
         (
-            ["--max_completion_length", 200],
-            "--max_completion_length 200 leaves no room for a prompt in a row of --max_seq_len 96",
+            ["--max_prompt_length", 96],
+            "--max_prompt_length 96 and --max_completion_length 0 do not",
         ),
+        (["--max_completion_length", 200], "--max_completion_length 200 do not share a row"),
         (
             ["--max_prompt_length", 50, "--max_completion_length", 50],
             "do not share a row of --max_seq_len 96",
