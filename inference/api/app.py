@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import aclosing, asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TextIO, TypeVar
 
@@ -212,15 +212,14 @@ async def stream_events(
 
     held: list[list[Token]] = [[] for _ in range(len(choices))]  # not yet a whole character
     try:
-        async with aclosing(choices.stream()) as chunks:
-            for index in range(len(choices)):
-                if (first := format_.first_delta(index)) is not None:
-                    yield event([first])
-            async for chunk in chunks:
-                held[chunk.index] += chunk.tokens
-                if chunk.text or chunk.finish_reason:
-                    chunk.tokens, held[chunk.index] = held[chunk.index], []
-                    yield event([format_.delta(chunk)])
+        for index in range(len(choices)):
+            if (first := format_.first_delta(index)) is not None:
+                yield event([first])
+        async for chunk in choices.stream():
+            held[chunk.index] += chunk.tokens
+            if chunk.text or chunk.finish_reason:
+                chunk.tokens, held[chunk.index] = held[chunk.index], []
+                yield event([format_.delta(chunk)])
         if include_usage:
             yield event([], choices.usage)
         yield "data: [DONE]\n\n"

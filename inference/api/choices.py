@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -106,7 +106,7 @@ class Choices:
             self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
     async def stream(self) -> AsyncIterator[Chunk]:
-        """Stream the chunks of all choices. However this ends, their generation ends with it.
+        """Stream the chunks of all choices.
 
         Raises:
             QueueFull: if the time is over before a token is generated, or before all prompts are
@@ -115,37 +115,38 @@ class Choices:
         """
         running = set(range(len(self)))
         unscored = set(running) if self._scores_prompts else set()
-        try:
-            for index, prompt in enumerate(self._prompts):
-                if prompt.echo is not None and not self._scores_prompts:
-                    yield Chunk(index, prompt.echo)
-            while running:
-                index, event = await self._events.get()
-                if index not in running:
-                    continue
-                text = self._texts[index]
-                if isinstance(event, list):
-                    unscored.remove(index)
-                    yield self._scored_prompt(index, event)
-                elif isinstance(event, Token):
-                    self.first_token_time = self.first_token_time or time.perf_counter()
-                    self.completion_tokens += event.token != self._eos
-                    yield Chunk(index, text.add(event.token), [event])
-                    if text.stopped:
-                        self._requests[index].cancelled = True
-                        running.remove(index)
-                        yield Chunk(index, finish_reason="stop")
-                elif isinstance(event, str) and index not in unscored:
+        for index, prompt in enumerate(self._prompts):
+            if prompt.echo is not None and not self._scores_prompts:
+                yield Chunk(index, prompt.echo)
+        while running:
+            index, event = await self._events.get()
+            if index not in running:
+                continue
+            text = self._texts[index]
+            if isinstance(event, list):
+                unscored.remove(index)
+                yield self._scored_prompt(index, event)
+            elif isinstance(event, Token):
+                self.first_token_time = self.first_token_time or time.perf_counter()
+                self.completion_tokens += event.token != self._eos
+                yield Chunk(index, text.add(event.token), [event])
+                if text.stopped:
+                    self._requests[index].cancelled = True
                     running.remove(index)
-                    yield Chunk(index, text.finish(), finish_reason=event)
-                elif isinstance(event, QueueFull) and self.completion_tokens and not unscored:
-                    running.remove(index)
-                    yield Chunk(index, finish_reason="length")
-                else:
-                    raise event if isinstance(event, Exception) else QueueFull(1.0)
-        finally:
-            for request in self._requests:
-                request.cancelled = True
+                    yield Chunk(index, finish_reason="stop")
+            elif isinstance(event, str) and index not in unscored:
+                running.remove(index)
+                yield Chunk(index, text.finish(), finish_reason=event)
+            elif isinstance(event, QueueFull) and self.completion_tokens and not unscored:
+                running.remove(index)
+                yield Chunk(index, finish_reason="length")
+            else:
+                raise event if isinstance(event, Exception) else QueueFull(1.0)
+
+    def cancel(self) -> None:
+        """End the generation of all choices within one step."""
+        for request in self._requests:
+            request.cancelled = True
 
     def _scored_prompt(self, index: int, tokens: list[Token]) -> Chunk:
         prompt = self._prompts[index]
@@ -157,10 +158,9 @@ class Choices:
     async def collect(self) -> list[Chunk]:
         """Wait for all choices and return each as one chunk. Raises the errors of `stream`."""
         choices = [Chunk(index) for index in range(len(self))]
-        async with aclosing(self.stream()) as chunks:
-            async for chunk in chunks:
-                choice = choices[chunk.index]
-                choice.text += chunk.text
-                choice.tokens += chunk.tokens
-                choice.finish_reason = chunk.finish_reason
+        async for chunk in self.stream():
+            choice = choices[chunk.index]
+            choice.text += chunk.text
+            choice.tokens += chunk.tokens
+            choice.finish_reason = chunk.finish_reason
         return choices

@@ -63,8 +63,11 @@ class RequestMiddleware:
                 await ApiError(500, "The server failed.").response()(scope, receive, send_and_note)
             raise
         finally:
+            choices = state.get("choices")
+            if choices is not None:  # nobody waits for them any more
+                choices.cancel()
             if status is not None:
-                self.metrics.observe(scope["path"], status, start, state.get("choices"))
+                self.metrics.observe(scope["path"], status, start, choices)
             if self.log is not None:
                 print(log_line(scope, status, start, state), file=self.log, flush=True)
 
