@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -287,7 +287,6 @@ def train(
     setup: training.Setup,
     teacher: MiniMindLM | None,
     data: training.Splits,
-    resume: dict[str, Any] | None,
     stop: training.StopSignal,
 ) -> int:
     """Go through the epochs, test, save and report; the exit status."""
@@ -297,7 +296,7 @@ def train(
         teacher.to(world.device)
     optimizer = training.make_optimizer(raw_model, args)
     scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
-    run = training.start_run(setup, data, resume, stop, optimizer, scaler, training.score_tokens)
+    run = training.start_run(setup, data, stop, optimizer, scaler, training.score_tokens)
     if run is None:
         return 0
     model = torch.compile(raw_model) if args.compile else raw_model
@@ -330,11 +329,11 @@ def main() -> int:
         note += f"; {4 * size / 1e9:.2f} GB, and its logits, come on top of the memory below"
     setup.notes.append(note)
     with training.lock_run(setup.path, setup.world, args.dry_run):
-        resume = training.find_resume(setup)
-        if resume is None:
+        training.find_resume(setup)
+        if setup.resume is None:
             training.load_first_weights(setup)
         data = open_data(args, setup.tokenizer)
-        training.check_resume(setup, resume, data.train)
+        training.check_resume(setup, data.train)
         if args.cache_teacher and not args.dry_run:
             # Before the processes connect: the others wait for a file, which no time-out ends.
             key = f"{setup.frozen['--teacher_weight'][:16]}_{args.temperature:g}_{setup.dtype}"
@@ -342,7 +341,7 @@ def main() -> int:
             rows = TeacherTopK(data.train, key.replace("torch.", ""), args.cache_teacher, ask)
             data, teacher, ask = replace(data, train=rows), None, None
         with training.open_process_group(setup.world), training.StopSignal() as stop:
-            return train(setup, teacher, data, resume, stop)
+            return train(setup, teacher, data, stop)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -297,12 +297,7 @@ def score_reference(run: training.Run, reference: nn.Module, key: str, rows: Pai
     return True
 
 
-def train(
-    setup: training.Setup,
-    data: training.Splits,
-    resume: dict[str, Any] | None,
-    stop: training.StopSignal,
-) -> int:
+def train(setup: training.Setup, data: training.Splits, stop: training.StopSignal) -> int:
     """Go through the epochs, test, save and report; the exit status."""
     args, world = setup.args, setup.world
     setup.frozen = world.broadcast(setup.frozen)
@@ -330,7 +325,7 @@ def train(
         losses, figures, *_ = pair_losses(model, batch, args)
         return {"loss": losses, **figures, "targets": is_real(batch)}
 
-    run = training.start_run(setup, data, resume, stop, optimizer, scaler, score)
+    run = training.start_run(setup, data, stop, optimizer, scaler, score)
     if run is None:
         return 0
     # Asked again: two parts may be of one file.
@@ -360,11 +355,11 @@ def main() -> int:
     with training.lock_run(setup.path, setup.world, args.dry_run):
         training.load_first_weights(setup)
         setup.frozen["--from_weight"] = weights_hash(setup.raw_model)
-        resume = training.find_resume(setup)
+        training.find_resume(setup)
         data = open_data(args, setup.tokenizer)
-        training.check_resume(setup, resume, data.train)
+        training.check_resume(setup, data.train)
         with training.open_process_group(setup.world), training.StopSignal() as stop:
-            return train(setup, data, resume, stop)
+            return train(setup, data, stop)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -117,18 +117,13 @@ def train_epoch(
         )
 
 
-def train(
-    setup: training.Setup,
-    data: training.Splits,
-    resume: dict[str, Any] | None,
-    stop: training.StopSignal,
-) -> int:
+def train(setup: training.Setup, data: training.Splits, stop: training.StopSignal) -> int:
     """Go through the epochs, test, save and report; the exit status."""
     args, world = setup.args, setup.world
     raw_model = setup.raw_model.to(world.device)
     optimizer = training.make_optimizer(raw_model, args)
     scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
-    run = training.start_run(setup, data, resume, stop, optimizer, scaler, training.score_tokens)
+    run = training.start_run(setup, data, stop, optimizer, scaler, training.score_tokens)
     if run is None:
         return 0
     model = torch.compile(raw_model) if args.compile else raw_model
@@ -147,13 +142,13 @@ def main() -> int:
         args, training.Stage("full_sft", LEARNING_RATES, identity=training.CHAT_IDENTITY)
     )
     with training.lock_run(setup.path, setup.world, args.dry_run):
-        resume = training.find_resume(setup)
-        if resume is None:
+        training.find_resume(setup)
+        if setup.resume is None:
             training.load_first_weights(setup)
         data = open_data(args, setup.tokenizer)
-        training.check_resume(setup, resume, data.train)
+        training.check_resume(setup, data.train)
         with training.open_process_group(setup.world), training.StopSignal() as stop:
-            return train(setup, data, resume, stop)
+            return train(setup, data, stop)
 
 
 if __name__ == "__main__":

@@ -68,18 +68,18 @@ def main() -> int:
     training.check_stage_arguments(args)
     setup = training.prepare(args, training.Stage("toy", ((math.inf, 0, 1),)))
     with training.lock_run(setup.path, setup.world, args.dry_run):
-        resume = training.find_resume(setup)
+        training.find_resume(setup)
         data = training.open_splits(
             args,
             lambda path, scored: PretrainDataset(path, setup.tokenizer, 33),
             lambda dataset: PackedRows(dataset, 32),
         )
-        training.check_resume(setup, resume, data.train)
+        training.check_resume(setup, data.train)
         with training.open_process_group(setup.world), training.StopSignal() as stop:
             model = setup.raw_model.to(setup.world.device)
             optimizer = training.make_optimizer(model, args)
             scaler = torch.amp.GradScaler(setup.world.device.type, enabled=False)
-            run = training.start_run(setup, data, resume, stop, optimizer, scaler, score)
+            run = training.start_run(setup, data, stop, optimizer, scaler, score)
             if run is None:
                 return 0
             run.validate_if_due(model)

@@ -68,6 +68,7 @@ class Setup:
         path: file that the weights are written to.
         frozen: by flag, hashes of weights that the run needs and does not train; the main
             process's count.
+        resume: a resume file's content, None for a new run; the main process's counts.
         notes: lines that the run reports first.
     """
 
@@ -79,6 +80,7 @@ class Setup:
     raw_model: MiniMindLM
     path: Path
     frozen: dict[str, str] = field(default_factory=dict)
+    resume: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -158,23 +160,22 @@ def load_first_weights(setup: Setup) -> None:
         load_weights(path, setup.raw_model, setup.tokenizer_hash)
 
 
-def find_resume(setup: Setup) -> dict[str, Any] | None:
-    """The resume file's content that the run goes on from; None for a new run.
-
-    On other processes than the main one None, too: they get it from there.
+def find_resume(setup: Setup) -> None:
+    """Read what the run goes on from into `setup.resume`, on the main process.
 
     Raises:
         UserError: for --resume where only another --dim or --use_moe has something to resume, or a
             new run whose files cannot be written.
     """
     if not setup.world.is_main:
-        return None
+        return
     args, path = setup.args, setup.path
     newest, _ = resume_paths(path)
     resume, notes = read_resume(path)
     if args.resume and resume is not None:
         setup.notes += [*notes, f"--resume: going on after step {resume['state'].step}"]
-        return resume
+        setup.resume = resume
+        return
     if args.resume:
         end = rf"{f'_{args.run_name}' if args.run_name else ''}_resume\.pth"
         name = re.compile(rf"{re.escape(Path(setup.stage.name).name)}_\d+(_moe)?{end}")
@@ -193,17 +194,16 @@ def find_resume(setup: Setup) -> dict[str, Any] | None:
             f"with it; this new run {'deletes' if args.overwrite else 'moves'} it"
         )
     check_output(path, setup.raw_model)
-    return None
 
 
-def check_resume(setup: Setup, resume: dict[str, Any] | None, rows: Rows) -> None:
+def check_resume(setup: Setup, rows: Rows) -> None:
     """Make sure that a run can go on with these flags and rows; nothing for a new run.
 
     Raises:
         UserError: naming every flag that differs, or what cannot be written.
     """
-    if resume is not None:
-        check_identity(setup.path, resume, setup.identity(rows))
+    if setup.resume is not None:
+        check_identity(setup.path, setup.resume, setup.identity(rows))
         check_output(setup.path, setup.raw_model)
 
 

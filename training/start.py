@@ -2,7 +2,6 @@
 
 import math
 import uuid
-from typing import Any
 
 import torch
 
@@ -24,7 +23,6 @@ from .step import Score
 def start_run(
     setup: Setup,
     data: Splits,
-    resume: dict[str, Any] | None,
     stop: StopSignal,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -35,7 +33,6 @@ def start_run(
     Args:
         setup: what the stage begins with, the model on its device.
         data: the rows to train on, to validate on and to test on.
-        resume: a resume file's content, or None for a new run; the main process's counts.
         stop: whether a signal came.
         optimizer, scaler: as the training step uses them.
         score: of a batch, for validation and test.
@@ -49,7 +46,7 @@ def start_run(
     args, world, path, raw_model = setup.args, setup.world, setup.path, setup.raw_model
     seed_everything(args.seed + world.rank)  # for dropout, which differs between processes
     rows_per_step = args.batch_size * args.accumulation_steps * world.world_size
-    resume = world.broadcast(resume)
+    resume = world.broadcast(setup.resume)
     notes = setup.notes
     if resume is None:
         state = TrainState(run_id=uuid.uuid4().hex, rows_per_step=rows_per_step)
