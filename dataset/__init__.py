@@ -8,7 +8,6 @@ from .preference import DPODataset, PairRows, collate_pairs
 from .reader import check_file, read_records
 from .records import (
     BadLines,
-    Conversation,
     parse_chat,
     parse_preference,
     parse_question,
@@ -23,7 +22,6 @@ __all__ = [
     "LANGUAGES",
     "BadLines",
     "ChatEncoder",
-    "Conversation",
     "DPODataset",
     "PackedRows",
     "PaddedRows",

@@ -4,7 +4,7 @@ import argparse
 import socket
 from pathlib import Path
 
-from common import ROOT, UserError, name_or_path, user_path
+from common import UserError, add_tokenizer_path, name_or_path, user_path
 from model import choose_device
 
 from .loading import WeightSpec
@@ -22,12 +22,7 @@ def add_model_arguments(
         "--quantize", choices=("int8",), help="weights of 8 bits: faster on a CPU, nearly as good"
     )
     parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
-    parser.add_argument(
-        "--tokenizer_path",
-        type=user_path,
-        default=ROOT / "model" / "minimind_tokenizer",
-        help="folder",
-    )
+    add_tokenizer_path(parser)
 
 
 def open_pool(args: argparse.Namespace, rows: int, queue: int, loaded: int) -> ModelPool:

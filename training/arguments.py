@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from common import (
-    ROOT,
     BooleanFlag,
     UserError,
     add_skip_bad_lines,
+    add_tokenizer_path,
     half_open_unit_interval,
     name_or_path,
     named_path,
@@ -81,12 +81,7 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
         default=defaults["from_weight"],
         help="weights to start from: a .pth file, a stage's or a run's name, or none",
     )
-    model.add_argument(
-        "--tokenizer_path",
-        type=user_path,
-        default=ROOT / "model" / "minimind_tokenizer",
-        help="folder",
-    )
+    add_tokenizer_path(model)
 
     data = parser.add_argument_group("data")
     data.add_argument(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common import UserError, write_atomically
 from dataset import PackedRows, PaddedRows, PairRows, TeacherTopK, collate
-from dataset.lm_dataset import StoredDataset
+from dataset.stored import StoredDataset
 from diagnosis.plan import LearningRates
 from model import (
     LMConfig,
