@@ -5,9 +5,9 @@
     torchrun --nproc_per_node 4 train_dpo.py --data_path my.jsonl
 
 It starts from out/full_sft_512.pth (the number is --dim; a mixture of experts ends in _moe), which
-is also the frozen reference that the model is compared with, and writes out/dpo_512.pth. What the
-reference gives every reply is computed once and kept beside the data: in training there is one
-model in memory.
+is also the frozen reference that the model is compared with, and writes out/dpo_512.pth. The
+reference's log-probabilities are computed once and cached beside the data, so that training holds
+one model in memory.
 """
 
 import common.interrupt  # for Ctrl-C during the imports below
@@ -42,7 +42,7 @@ BETA = {"sigmoid_norm": 0.5, "sigmoid": 0.1, "ipo": 0.1}  # by --loss_type
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = common.make_parser("Teach MiniMind which of two replies is preferred (DPO).")
+    parser = common.make_parser("Tune MiniMind on pairs of a preferred and a rejected reply (DPO).")
     training.add_stage_arguments(
         parser,
         data_path=SAMPLE / "dpo.jsonl",
@@ -73,17 +73,17 @@ def parse_args() -> argparse.Namespace:
         "--label_smoothing",
         type=common.half_open_unit_interval,
         default=0.0,
-        help="the share of pairs that may be the wrong way round (cDPO); not for ipo",
+        help="assumed share of pairs whose labels are swapped (cDPO); not for ipo",
     )
     pairs.add_argument(
         "--max_prompt_length",
         type=common.positive_int,
-        help="tokens of a prompt; default: half of a row",
+        help="most tokens of a prompt; default: half of a row",
     )
     pairs.add_argument(
         "--max_completion_length",
         type=common.positive_int,
-        help="tokens of a reply; default: what is left",
+        help="most tokens of a reply; default: the rest of the row",
     )
     args = parser.parse_args()
     training.check_stage_arguments(args)
@@ -272,7 +272,7 @@ def train_epoch(
 
 @torch.no_grad()
 def score_reference(run: training.Run, reference: nn.Module, key: str, rows: PairRows) -> bool:
-    """Compute what the reference gives every reply, and keep it beside the data as `key`.
+    """Compute the reference's log-probability of every reply; cache them beside the data as `key`.
 
     Returns:
         Whether that is done; False if a signal to stop came.
@@ -290,9 +290,9 @@ def score_reference(run: training.Run, reference: nn.Module, key: str, rows: Pai
         scores[batch["sample"][real]] = logps.view(2, -1).T[real].to(scores.dtype)
     rows.keep_reference(key, world.all_reduce_sum(scores).cpu().numpy())
     seconds = time.perf_counter() - started
-    run.record.say(
+    run.record.print(
         f"reference on {rows.dataset.store.path}: {len(rows):,} pairs in {seconds:.1f} s "
-        f"({len(rows) / seconds:.0f} pairs/s), kept beside the data"
+        f"({len(rows) / seconds:.0f} pairs/s), cached beside the data"
     )
     return True
 

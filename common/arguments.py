@@ -125,7 +125,7 @@ def add_skip_bad_lines(parser: argparse._ActionsContainer) -> None:
         const=FEW_BAD_LINES,
         default=0.0,
         metavar="SHARE",
-        help="go on without lines that have errors, if at most this share has; "
+        help="leave out lines that have errors, if at most this share has; "
         f"{FEW_BAD_LINES} if no number",
     )
     parser.add_argument(
@@ -143,7 +143,7 @@ def add_tokenizer_path(parser: argparse._ActionsContainer) -> None:
         "--tokenizer_path",
         type=user_path,
         default=ROOT / "model" / "minimind_tokenizer",
-        help="folder",
+        help="folder of the tokenizer",
     )
 
 

@@ -83,7 +83,7 @@ class Conversation(NamedTuple):
 
     A system message is the first. A user and the assistant take turns; after an assistant's calls
     may come as many tool messages, which the assistant answers. There is an assistant message, but
-    the last message may be one that nobody answers.
+    the last message may be one without an answer.
     """
 
     messages: list[dict[str, Any]]

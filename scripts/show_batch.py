@@ -1,4 +1,4 @@
-"""Show what training sees: the text of a sample or a packed row, and which of it is learnt.
+"""Show the input of training: the text of a sample or a packed row, and which of it is learnt.
 
     python scripts/show_batch.py dataset/sample/sft.jsonl
     python scripts/show_batch.py my.jsonl --packed --index 7

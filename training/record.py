@@ -1,4 +1,4 @@
-"""What a run says of itself: a progress bar, a log, a metrics file and, on request, wandb."""
+"""The output of a run: a progress bar, a log, a metrics file and, on request, wandb."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ BAR_FORMAT = "{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{pos
 
 
 def start_wandb(args: argparse.Namespace, name: str, run_id: str | None) -> Any:
-    """Begin a run of wandb, or go on with the run `run_id`; WANDB_MODE=offline keeps it here.
+    """Begin a run of wandb, or continue the run `run_id`; WANDB_MODE=offline uploads nothing.
 
     Raises:
         UserError: if wandb is not installed, or does not let the run begin.
@@ -81,7 +81,7 @@ def _write_json(path: Path, contents: dict[str, Any]) -> None:
 
 
 def _launcher() -> list[str]:
-    """The words in front of the script's name; torchrun tells processes about itself."""
+    """The words in front of the script's name; torchrun describes itself in the environment."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ["python"]
     hosts, processes = (os.environ[name] for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
@@ -202,7 +202,7 @@ class Record:
     def estimate(self, step: int, gpu_price: float | None) -> None:
         """Report how long the rest of the run takes, and what it costs."""
         left = self.total_steps - step
-        self.say(cost_line(self.seconds_per_step(step), left, gpu_price, self.world.world_size))
+        self.print(cost_line(self.seconds_per_step(step), left, gpu_price, self.world.world_size))
 
     def log(self, state: TrainState, epoch: int, **figures: float) -> None:
         """Report training steps: to the screen, the files and wandb.
@@ -222,20 +222,20 @@ class Record:
             self._write_log(f"step {step}/{self.total_steps}  {shown}")
         else:
             left = self.seconds_per_step(step) * (self.total_steps - step)
-            self.say(f"step {step}/{self.total_steps}  {shown}  left {format_duration(left)}")
+            self.print(f"step {step}/{self.total_steps}  {shown}  left {format_duration(left)}")
         self._write(state, epoch, figures)
 
     def log_scores(self, state: TrainState, epoch: int, **scores: float) -> None:
         """Report an evaluation, on a line of its own."""
         shown = "  ".join(f"{name} {_format(value)}" for name, value in scores.items())
-        self.say(f"step {state.step}/{self.total_steps}  {shown}")
+        self.print(f"step {state.step}/{self.total_steps}  {shown}")
         self._write(state, epoch, scores)
 
     def seconds_per_step(self, step: int) -> float:
         """Wall-clock seconds of a step since this process began, evaluations and saves included."""
         return (time.perf_counter() - self.started) / max(1, step - self.first_step)
 
-    def say(self, message: str) -> None:
+    def print(self, message: str) -> None:
         """Print a line without breaking the bar, and log it."""
         if self.bar is not None:
             self.bar.write(message)

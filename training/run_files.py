@@ -188,7 +188,7 @@ def _await_silence(path: Path, weights: Path, holder: dict[str, Any]) -> None:
             return os.fstat(file.fileno()).st_mtime_ns
 
     print(
-        f"{path}: left by a run on {holder['host']}; waiting {SILENCE:g} s for a sign of life",
+        f"{path}: left by a run on {holder['host']}; waiting {SILENCE:g} s to see if it lives",
         file=sys.stderr,
     )
     with suppress(FileNotFoundError):

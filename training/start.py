@@ -30,7 +30,7 @@ def start_run(
     scaler: torch.amp.GradScaler,
     score: Score,
 ) -> Run | None:
-    """Put a run where it starts or goes on, report what it will do, and open its record.
+    """Start or resume a run: report its plan and open its record.
 
     Args:
         setup: what the stage begins with, the model on its device.
@@ -38,7 +38,7 @@ def start_run(
         resume: a resume file's content, or None for a new run; the main process's counts.
         stop: whether a signal came.
         optimizer, scaler: as the training step uses them.
-        score: of a batch, for validation and test.
+        score: computes the figures of a batch, for validation and test.
 
     Returns:
         None if there is nothing to do: the run is finished, or --dry_run was given.
@@ -112,9 +112,9 @@ def start_run(
     except OSError as error:
         raise UserError(f"--out_dir {folder}: {error.strerror or error}") from None
     for note in notes:
-        record.say(note)
+        record.print(note)
     saved_as = "newest" if resume is None else resume["saved_as"]
-    saver = Saver(setup, setup.identity(data.train), optimizer, scaler, record.say, saved_as)
+    saver = Saver(setup, setup.identity(data.train), optimizer, scaler, record.print, saved_as)
     return Run(setup, data, state, saver, record, stop, score, plan.peak_tokens_per_second())
 
 
