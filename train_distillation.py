@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -287,7 +287,7 @@ def train(
     setup: training.Setup,
     teacher: MiniMindLM | None,
     data: training.Splits,
-    resume: dict[str, Any] | None,
+    resume: training.Resume | None,
     stop: training.StopSignal,
 ) -> int:
     """Go through the epochs, test, save and report; the exit status."""

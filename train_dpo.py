@@ -19,7 +19,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -300,7 +300,7 @@ def score_reference(run: training.Run, reference: nn.Module, key: str, rows: Pai
 def train(
     setup: training.Setup,
     data: training.Splits,
-    resume: dict[str, Any] | None,
+    resume: training.Resume | None,
     stop: training.StopSignal,
 ) -> int:
     """Go through the epochs, test, save and report; the exit status."""

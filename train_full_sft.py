@@ -15,7 +15,7 @@ import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -120,7 +120,7 @@ def train_epoch(
 def train(
     setup: training.Setup,
     data: training.Splits,
-    resume: dict[str, Any] | None,
+    resume: training.Resume | None,
     stop: training.StopSignal,
 ) -> int:
     """Go through the epochs, test, save and report; the exit status."""

@@ -4,6 +4,7 @@ from .arguments import CHAT_IDENTITY, add_chat_arguments, add_stage_arguments, c
 from .distributed import Distributed, autocast_dtype, find_processes, open_process_group
 from .guards import explain_out_of_memory
 from .optimizer import make_optimizer
+from .resume import Resume
 from .run import Run
 from .run_files import lock_run
 from .schedule import get_lr
@@ -25,6 +26,7 @@ from .step import StepTotals, count_targets, rows_with_text, score_tokens
 __all__ = [
     "CHAT_IDENTITY",
     "Distributed",
+    "Resume",
     "Run",
     "Setup",
     "Splits",

@@ -1,4 +1,4 @@
-"""What a stage begins with: processes, tokenizer, model, data, and the run to go on with."""
+"""What a stage begins with: processes, tokenizer, model, data, and the run to resume."""
 
 import argparse
 import re
@@ -30,7 +30,7 @@ from model.weights import first_difference, read_state
 from .arguments import MOE_DEFAULTS
 from .distributed import Distributed, autocast_dtype, find_processes
 from .random_states import seed_everything
-from .resume import check_identity, json_arguments, read_resume, resume_paths
+from .resume import Resume, check_identity, json_arguments, read_resume, resume_paths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -158,8 +158,8 @@ def load_first_weights(setup: Setup) -> None:
         load_weights(path, setup.raw_model, setup.tokenizer_hash)
 
 
-def find_resume(setup: Setup) -> dict[str, Any] | None:
-    """The resume file's content that the run goes on from; None for a new run.
+def find_resume(setup: Setup) -> Resume | None:
+    """The contents of the resume file that the run continues from; None for a new run.
 
     On other processes than the main one None, too: they get it from there.
 
@@ -173,7 +173,7 @@ def find_resume(setup: Setup) -> dict[str, Any] | None:
     newest, _ = resume_paths(path)
     resume, notes = read_resume(path)
     if args.resume and resume is not None:
-        setup.notes += [*notes, f"--resume: going on after step {resume['state'].step}"]
+        setup.notes += [*notes, f"--resume: going on after step {resume.state.step}"]
         return resume
     if args.resume:
         end = rf"{f'_{args.run_name}' if args.run_name else ''}_resume\.pth"
@@ -187,17 +187,17 @@ def find_resume(setup: Setup) -> dict[str, Any] | None:
             )
         nothing = f"--resume: nothing to go on from in {path.parent}: a new run starts"
         setup.notes += [*notes, nothing]
-    elif resume is not None and resume["state"].epoch < resume["arguments"]["epochs"]:
+    elif resume is not None and resume.state.epoch < resume.arguments["epochs"]:
         setup.notes.append(
-            f"{newest} holds an unfinished run, at step {resume['state'].step}: --resume goes on "
+            f"{newest} holds an unfinished run, at step {resume.state.step}: --resume goes on "
             f"with it; this new run {'deletes' if args.overwrite else 'moves'} it"
         )
     check_output(path, setup.raw_model)
     return None
 
 
-def check_resume(setup: Setup, resume: dict[str, Any] | None, rows: Rows) -> None:
-    """Make sure that a run can go on with these flags and rows; nothing for a new run.
+def check_resume(setup: Setup, resume: Resume | None, rows: Rows) -> None:
+    """Make sure that a run can continue with these flags and rows; nothing for a new run.
 
     Raises:
         UserError: naming every flag that differs, or what cannot be written.

@@ -2,7 +2,6 @@
 
 import math
 import uuid
-from typing import Any
 
 import torch
 
@@ -11,7 +10,7 @@ from diagnosis.plan import Plan
 
 from .random_states import seed_everything, set_random_states
 from .record import Record, start_wandb, write_config
-from .resume import TrainState, changed_arguments, json_arguments
+from .resume import Resume, TrainState, changed_arguments, json_arguments
 from .run import Run
 from .run_files import check_lock, make_way
 from .saving import Saver, load_resume
@@ -24,7 +23,7 @@ from .step import Score
 def start_run(
     setup: Setup,
     data: Splits,
-    resume: dict[str, Any] | None,
+    resume: Resume | None,
     stop: StopSignal,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -35,7 +34,7 @@ def start_run(
     Args:
         setup: what the stage begins with, the model on its device.
         data: the rows to train on, to validate on and to test on.
-        resume: a resume file's content, or None for a new run; the main process's counts.
+        resume: a resume file's contents, or None for a new run; the main process's counts.
         stop: whether a signal came.
         optimizer, scaler: as the training step uses them.
         score: computes the figures of a batch, for validation and test.
@@ -54,11 +53,11 @@ def start_run(
     if resume is None:
         state = TrainState(run_id=uuid.uuid4().hex, rows_per_step=rows_per_step)
     else:
-        state = resume["state"]
+        state = resume.state
         load_resume(setup, resume, optimizer, scaler)
-        if world.rank < len(resume["random"]):
-            set_random_states(resume["random"][world.rank], world.device)
-        notes = notes + changed_arguments(resume["arguments"], json_arguments(args))
+        if world.rank < len(resume.random):
+            set_random_states(resume.random[world.rank], world.device)
+        notes = notes + changed_arguments(resume.arguments, json_arguments(args))
     state.use_validation(" ".join(rows.dataset.fingerprint for rows in data.val.values()))
     if resume is not None and is_finished(setup, state, data):
         world.log(f"{path}: this run is finished, at step {state.step}; nothing to do")
@@ -113,7 +112,7 @@ def start_run(
         raise UserError(f"--out_dir {folder}: {error.strerror or error}") from None
     for note in notes:
         record.print(note)
-    saved_as = "newest" if resume is None else resume["saved_as"]
+    saved_as = "newest" if resume is None else resume.saved_as
     saver = Saver(setup, setup.identity(data.train), optimizer, scaler, record.print, saved_as)
     return Run(setup, data, state, saver, record, stop, score, plan.peak_tokens_per_second())
 
@@ -134,8 +133,8 @@ def steps_left(state: TrainState, n_rows: int, rows_per_step: int, epochs: int) 
     Args:
         state: where it stands.
         n_rows: rows of an epoch.
-        rows_per_step: of all processes together.
-        epochs: of the run.
+        rows_per_step: rows of a step, of all processes together.
+        epochs: epochs of the run.
     """
     if state.epoch >= epochs:
         return 0
