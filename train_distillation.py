@@ -122,7 +122,7 @@ def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") ->
 def target_logits(
     model: nn.Module, batch: dict[str, Tensor], where: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a model predicts at the N positions `where` of a flattened batch: (N, vocab) fp32.
+    """A model's logits at the N positions `where` of a flattened batch: (N, vocab) fp32.
 
     Also the auxiliary loss (0 for dense models) and (layers, experts) the load of each expert.
     """
@@ -135,7 +135,7 @@ def target_logits(
 
 
 def find_targets(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """What is learnt of a flattened batch: positions, ids (N,) int64, and weights (N,) fp32."""
+    """The targets of a flattened batch: positions, ids (N,) int64, and weights (N,) fp32."""
     where = batch["loss_mask"].flatten().nonzero().squeeze(1)
     return where, batch["targets"].flatten()[where], batch["loss_mask"].flatten()[where]
 
@@ -174,7 +174,7 @@ def student_losses(
     Args:
         model: the student.
         teacher: in eval mode; None if the batch holds its tokens.
-        batch: as `dataset.packing.collate`, or `collate_with_teacher`.
+        batch: rows that `collate_with_teacher` has stacked.
         args: the flags.
 
     Returns:

@@ -160,7 +160,7 @@ def preference_losses(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """How far the model is from preferring each chosen reply, beyond what the reference does.
+    """The loss of each pair, of log-probabilities beyond those of the reference.
 
     With s the log-probability of a reply minus the reference's, and d the chosen one's s minus the
     rejected one's: −log σ(beta · d) (DPO, https://arxiv.org/abs/2305.18290), or with
@@ -172,7 +172,7 @@ def preference_losses(
         logps: (2B,) summed log-probabilities, of the chosen replies, then of the rejected ones.
         reference: (2B,) the same from the reference.
         lengths: (2B,) tokens of each reply.
-        loss_type, beta, label_smoothing: as the flags.
+        loss_type, beta, label_smoothing: the flags of these names.
 
     Returns:
         (B,) the losses, and what to watch, (B,) each, without gradients: `chosen_reward` and
@@ -208,7 +208,7 @@ def pair_losses(
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
     """The loss of every pair and its figures, (B,) fp32 each, 0 for a pair that is padding.
 
-    Also the auxiliary loss and the load of each expert, as `reply_logps`.
+    Also the auxiliary loss and the load of each expert; see `reply_logps`.
     """
     logps, aux_loss, expert_load = reply_logps(model, batch)
     lengths = batch["loss_mask"].sum(1)

@@ -1,4 +1,4 @@
-"""What goes into the network: JSONL lines, token ids and loss masks, packed batches."""
+"""What goes into the model: JSONL lines, token ids and loss masks, packed batches."""
 
 from .chat import ChatEncoder, render_chat
 from .fields import RecordError

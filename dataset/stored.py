@@ -1,4 +1,4 @@
-"""What the data sets have in common: a token store, and a table of the items made of it."""
+"""The base of the data sets: a token store, and a table of the items made of it."""
 
 import copy
 from abc import ABC, abstractmethod

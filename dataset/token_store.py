@@ -82,7 +82,7 @@ class Encoder(Protocol):
 
     Attributes:
         key: differs wherever the ids would: by kind of record, options, tokenizer.
-        dtype: of the ids.
+        dtype: dtype of the ids.
         is_chat: whether the documents are conversations.
         counted: names of what `parse` counts.
     """

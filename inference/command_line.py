@@ -26,7 +26,7 @@ def add_model_arguments(
 
 
 def open_pool(args: argparse.Namespace, rows: int, queue: int, loaded: int) -> ModelPool:
-    """The models that the flags of `add_model_arguments` name; other arguments as of ModelPool."""
+    """The models that the flags of `add_model_arguments` name; for the others see ModelPool."""
     spec = WeightSpec(args.out_dir, args.tokenizer_path, weight=args.weight)
     return ModelPool(spec, choose_device(args.device), args.quantize, rows, queue, loaded)
 

@@ -64,7 +64,7 @@ def painted(
     Args:
         ids: (T,) int64.
         learnt: (T,) bool, whether each id is a target.
-        tokenizer: of the ids.
+        tokenizer: tokenizer of the ids.
         colours: whether to write ANSI colours; else learnt runs are put in brackets.
     """
     special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -1,4 +1,4 @@
-"""What keeps a run from wasting its time: loss spikes are noticed, lack of memory is explained."""
+"""Detection of loss spikes, their samples, and an explanation where memory runs out."""
 
 import math
 from collections.abc import Iterator, Sequence

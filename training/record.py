@@ -155,13 +155,13 @@ class LineFile:
 class Record:
     """Shows progress on a terminal, prints plain lines elsewhere, and keeps log and figures.
 
-    Only the main process reports.
+    Only the main process has output.
 
     Args:
         world: this process.
         folder: gets metrics.jsonl (an object per report) and training_log.txt.
         total_steps: optimizer steps of the run.
-        step: of them, those taken before.
+        step: optimizer steps taken before.
         metrics_bytes: the length to cut metrics.jsonl to, for a run that is resumed.
         wandb_run: a run of wandb, or None.
     """
@@ -209,8 +209,8 @@ class Record:
 
         Args:
             state: where the run stands.
-            epoch: of the last step, from 0.
-            figures: by name.
+            epoch: epoch of the last step, from 0.
+            figures: values by name.
         """
         step = state.step
         shown = "  ".join(f"{name} {_format(value)}" for name, value in figures.items() if value)
@@ -284,7 +284,7 @@ def cost_line(seconds_per_step: float, steps_left: int, gpu_price: float | None,
     """How long the rest of a run takes and, with a price, what it costs.
 
     Args:
-        seconds_per_step: as measured so far.
+        seconds_per_step: mean so far.
         steps_left: optimizer steps.
         gpu_price: price of one GPU for an hour, in any currency, or None.
         gpus: number of GPUs that are paid for.

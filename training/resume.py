@@ -1,4 +1,4 @@
-"""The resume file: everything that a run needs to go on as if it had never stopped.
+"""The resume file: everything that a run needs to continue as if it had never stopped.
 
 `{stage}_{dim}{_moe}_resume.pth` beside the weights, and the one before it, `…_resume.prev.pth`.
 """
@@ -167,7 +167,7 @@ class Resume(NamedTuple):
     Attributes:
         state: where the run stands.
         arguments: its flags, as JSON values.
-        identity: by flag, what may not change when it is resumed.
+        identity: what may not change when it is resumed, by flag.
         model, optimizer, scaler: their state_dicts.
         random: the states of each process's random generators.
         saved_as: the file that holds the run's last save, if there is one. "previous": the newest

@@ -44,7 +44,7 @@ class Run:
         record: reports to screen, log, metrics and wandb.
         stop: whether a signal came.
         score: computes the figures of a batch, for validation and test.
-        peak_tokens_per_second: of all processes, were every operation at their GPUs' peak; or None.
+        peak_tokens_per_second: speed of all processes at an MFU of 100 %; None if unknown.
         ending: why the run stops before its last step; None while it goes on.
         exit_status: what the process ends with, then.
     """
@@ -79,7 +79,7 @@ class Run:
 
     @property
     def stage(self) -> Stage:
-        """What is special about the stage."""
+        """What the shared code needs to know of the stage."""
         return self.setup.stage
 
     @property
@@ -124,7 +124,7 @@ class Run:
     def loader(
         self, rows: Rows, epoch: int = 0, start: int = 0, shuffle: bool = False
     ) -> DataLoader:
-        """This process's micro-batches of rows; arguments as for `RowBatches`."""
+        """This process's micro-batches of rows; arguments: see `RowBatches`."""
         return make_loader(
             rows,
             self.args.batch_size,
@@ -178,7 +178,7 @@ class Run:
         Args:
             batches: this process's micro-batches.
             totals: sums over these micro-batches.
-            sums: as `totals.add_up()` gave them: `loss`, `aux_loss`, further figures of the stage.
+            sums: result of `totals.add_up()`: `loss`, `aux_loss`, further figures of the stage.
             targets: what the loss is a mean over: the sum of target tokens' weights in the loss
                 mask, or the number of pairs.
             tokens: target tokens of all processes.

@@ -24,7 +24,7 @@ class Saver:
 
     Attributes:
         setup: what the run began with.
-        identity: by flag, what may not change when the run is resumed.
+        identity: what may not change when the run is resumed, by flag.
         optimizer, scaler: their states go into the resume file.
         report: takes a line for the user.
         saved_as: the file that holds this run's last save, see `Resume`.

@@ -66,7 +66,7 @@ class Setup:
     Attributes:
         raw_model: the model without wrappers.
         path: file that the weights are written to.
-        frozen: by flag, hashes of weights that the run needs and does not train; the main
+        frozen: hashes of weights that the run needs and does not train, by flag; the main
             process's count.
         notes: lines that the run reports first.
     """
@@ -149,7 +149,7 @@ def load_first_weights(setup: Setup) -> None:
     """Load the weights that --from_weight names, if any, on the main process.
 
     Raises:
-        UserError: as `resolve_weights` and `load_weights`.
+        UserError: if there is no such file, or it cannot be loaded into this model.
     """
     args = setup.args
     if args.from_weight != "none" and setup.world.is_main:
