@@ -235,7 +235,7 @@ def train_epoch(
 
     The loss of a step is the mean over all pairs of its accumulation, of every micro-batch and
     every process: so they are counted everywhere first, and each micro-batch adds its share of the
-    gradient. The auxiliary loss is a mean over pairs alike.
+    gradient. The auxiliary loss is likewise a mean over pairs.
     """
     world = run.world
     model.train()

@@ -208,7 +208,7 @@ class Record:
         """Report training steps: to the screen, the files and wandb.
 
         Args:
-            state: where the run stands.
+            state: progress of the run.
             epoch: epoch of the last step, from 0.
             figures: values by name.
         """

@@ -90,7 +90,7 @@ class Tally:
 
 @dataclass
 class TrainState:
-    """Where a run stands.
+    """The progress of a run.
 
     Attributes:
         run_id: tells runs in the same folder apart.
@@ -165,7 +165,7 @@ class Resume(NamedTuple):
     """The contents of a resume file.
 
     Attributes:
-        state: where the run stands.
+        state: progress of the run.
         arguments: its flags, as JSON values.
         identity: what may not change when it is resumed, by flag.
         model, optimizer, scaler: their state_dicts.

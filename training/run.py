@@ -1,4 +1,4 @@
-"""A run in progress: where it stands, and what happens around its optimizer steps."""
+"""A run in progress: its loops over steps, and what happens around them."""
 
 import argparse
 import copy
@@ -39,7 +39,7 @@ class Run:
     Attributes:
         setup: what the run began with.
         data: the rows to train on, to validate on and to test on.
-        state: where the run stands.
+        state: progress of the run.
         saver: writes its files.
         record: reports to screen, log, metrics and wandb.
         stop: whether a signal came.

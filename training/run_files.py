@@ -205,7 +205,7 @@ def _beat(path: Path, ended: threading.Event) -> None:
             os.utime(path)
 
 
-def make_way(weights: Path, out_dir: Path, overwrite: bool) -> list[str]:
+def move_earlier_run(weights: Path, out_dir: Path, overwrite: bool) -> list[str]:
     """Move what an earlier run of this name has left to `out_dir`/replaced/NAME-TIME, or delete it.
 
     There it lies as it did in `out_dir`, so that every tool takes that folder for its --out_dir.

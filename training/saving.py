@@ -48,7 +48,7 @@ class Saver:
         """Write the weights, numbered ones if asked for, and the resume file.
 
         Args:
-            state: where the run stands.
+            state: progress of the run.
             numbered: whether …_step{N}.pth is written, and whether --save_total_limit counts it.
         """
         world = self.setup.world

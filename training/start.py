@@ -12,7 +12,7 @@ from .random_states import seed_everything, set_random_states
 from .record import Record, start_wandb, write_config
 from .resume import Resume, TrainState, changed_arguments, json_arguments
 from .run import Run
-from .run_files import check_lock, make_way
+from .run_files import check_lock, move_earlier_run
 from .saving import Saver, load_resume
 from .schedule import get_lr, warmup_steps
 from .setup import Rows, Setup, Splits
@@ -70,7 +70,7 @@ def start_run(
     if world.is_main and not args.dry_run:
         check_lock(path)
         if resume is None:
-            notes = notes + make_way(path, args.out_dir, args.overwrite)
+            notes = notes + move_earlier_run(path, args.out_dir, args.overwrite)
     folder = path.parent / "logs" / path.stem
     total_steps = state.step + steps_left(state, len(data.train), rows_per_step, args.epochs)
     warmup = warmup_steps(args.warmup_iters, args.warmup_ratio, total_steps)
@@ -131,7 +131,7 @@ def steps_left(state: TrainState, n_rows: int, rows_per_step: int, epochs: int) 
     """Optimizer steps from here to the end of a run.
 
     Args:
-        state: where it stands.
+        state: progress of the run.
         n_rows: rows of an epoch.
         rows_per_step: rows of a step, of all processes together.
         epochs: epochs of the run.
