@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -79,7 +79,9 @@ def make_parser(description: str) -> StageParser:
     )
 
 
-def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False):
+def number(
+    kind: type, low: float, high: float = float("inf"), open_low: bool = False
+) -> Callable[[str], Any]:
     """An argparse type for numbers within bounds."""
 
     def parse(text: str) -> Any:

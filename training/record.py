@@ -114,7 +114,7 @@ class LineFile:
     def __init__(self, path: Path, length: int | None = None):
         self.path = path
         self._file = path.open("ab", buffering=0)
-        self._complained = False
+        self._warned = False
         if length is not None and self.size > length:
             self._file.truncate(length)
 
@@ -132,22 +132,22 @@ class LineFile:
         except OSError as error:
             with suppress(OSError):
                 self._file.truncate(before)
-            self._complain(error)
+            self._warn_once(error)
 
     def sync(self) -> None:
         """Wait until the lines are on disk."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            self._complain(error)
+            self._warn_once(error)
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
-    def _complain(self, error: OSError) -> None:
-        if not self._complained:
-            self._complained = True
+    def _warn_once(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
             with suppress(OSError):
                 print(f"{self.path}: cannot be written ({error.strerror})", file=sys.stderr)
 

@@ -64,13 +64,13 @@ def lock_run(weights: Path, world: Distributed, dry_run: bool) -> Iterator[None]
         # A forked loader process outlives a main process that is killed by some seconds.
         os.register_at_fork(after_in_child=file.close)
     ended = threading.Event()
-    heart = threading.Thread(target=_beat, args=(path, ended), daemon=True)
-    heart.start()
+    heartbeat = threading.Thread(target=_beat, args=(path, ended), daemon=True)
+    heartbeat.start()
     try:
         yield
     finally:
         ended.set()
-        heart.join()
+        heartbeat.join()
         _release(path, file)
 
 
