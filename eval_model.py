@@ -1,4 +1,4 @@
-"""Talk to a trained model, let a pretrained one write, or score either.
+"""Chat with a trained model, continue texts with a pretrained one, or score either.
 
     python eval_model.py                          (chat with the newest weights in out/)
     python eval_model.py --lora_name identity --quantize int8     (on what it was trained on)
@@ -47,16 +47,16 @@ from model import choose_device
 
 # Flags that /set changes too: type, default, help.
 SETTINGS: dict[str, tuple[Callable[[str], Any], float, str]] = {
-    "max_new_tokens": (positive_int, 512, "of an answer"),
+    "max_new_tokens": (positive_int, 512, "most new tokens of an answer"),
     "temperature": (non_negative_float, 0.8, "0: greedy"),
-    "top_k": (non_negative_int, 0, "likeliest tokens to draw from; 0: all"),
+    "top_k": (non_negative_int, 0, "sample from this many most probable tokens; 0: all"),
     "top_p": (
         positive_unit_interval,
         0.9,
-        "draw from the likeliest tokens that reach this probability together",
+        "sample from the fewest tokens whose probabilities sum to this",
     ),
-    "min_p": (unit_interval, 0.0, "drop tokens below this share of the likeliest one's"),
-    "repetition_penalty": (positive_float, 1.0, "above 1: of tokens that occurred before"),
+    "min_p": (unit_interval, 0.0, "drop tokens below this share of the highest probability"),
+    "repetition_penalty": (positive_float, 1.0, "above 1: lowers tokens that occurred before"),
 }
 HELP = '''\
 /help                    this text
@@ -73,7 +73,7 @@ Ctrl-C                   stops an answer'''
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = make_parser("Talk to a trained MiniMind, or score it.")
+    parser = make_parser("Chat with a trained MiniMind, or score it.")
     models = parser.add_argument_group("model")
     add_model_arguments(
         models,
@@ -84,16 +84,16 @@ def parse_args() -> argparse.Namespace:
         "--lora_name", type=name_or_path, help="an adapter's name, or its .pth file: use it as well"
     )
     models.add_argument(
-        "--dim", type=positive_int, help="of the weights; 512 for those without a .json"
+        "--dim", type=positive_int, help="width of the weights; 512 for those without a .json"
     )
-    models.add_argument("--n_layers", type=positive_int, help="of the weights; likewise 8")
+    models.add_argument("--n_layers", type=positive_int, help="blocks of the weights; likewise 8")
     models.add_argument(
         "--use_moe", action=BooleanFlag, help="whether they are a mixture of experts"
     )
     writing = parser.add_argument_group("writing")
     for name, (kind, default, help_) in SETTINGS.items():
         writing.add_argument(f"--{name}", type=kind, default=default, help=help_)
-    writing.add_argument("--seed", type=seed, help="default: another text every time")
+    writing.add_argument("--seed", type=seed, help="default: a new one each time")
     writing.add_argument("--system", help="system message")
     writing.add_argument(
         "--history_cnt",
@@ -139,7 +139,7 @@ class Chat:
         chat_model: the model that answers.
         settings: values by the names of SETTINGS.
         generator: source of randomness.
-        conversation: what was said so far.
+        conversation: the messages so far.
         history_cnt: how many exchanges stay in the prompt; None for as many as fit.
     """
 
@@ -289,7 +289,7 @@ def converse(chat: Chat) -> None:
     if chat_model.encoder is None:
         print(f"{chat_model.name}: type a beginning and press Enter; Ctrl-D leaves.")
     else:
-        print(f"{chat_model.name}: say something and press Enter; /help lists commands.")
+        print(f"{chat_model.name}: type a message and press Enter; /help lists commands.")
     for text in typed_texts():
         try:
             if text.startswith("/") and chat_model.encoder is not None:

@@ -1,4 +1,4 @@
-"""Distillation: a student learns to answer as the data do, and as a larger model would.
+"""Distillation: a student learns from the data's answers and from a larger model's distribution.
 
     python train_distillation.py --teacher_weight out/full_sft_768.pth
     python train_distillation.py --teacher_weight out/full_sft_640_moe.pth --cache_teacher 32
@@ -6,7 +6,7 @@
 
 The student, of the shape that --dim and the other flags give, starts from out/pretrain_512.pth (the
 number is --dim; a mixture of experts ends in _moe) and becomes out/distill_512.pth. The teacher has
-the same tokenizer and any shape; the .json beside its weights tells it.
+the same tokenizer and any shape, which the .json file beside its weights holds.
 """
 
 import common.interrupt  # for Ctrl-C during the imports below
@@ -56,7 +56,7 @@ LEARNING_RATES = ((1e7, 1e-5, 3e-3), (6e7, 1e-5, 5e-4), (math.inf, 5e-6, 1e-4))
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = common.make_parser("Teach a MiniMind what another one knows, on conversations.")
+    parser = common.make_parser("Distill a MiniMind into a smaller one, on conversations.")
     training.add_stage_arguments(
         parser,
         data_path=SAMPLE / "sft.jsonl",
@@ -79,19 +79,19 @@ def parse_args() -> argparse.Namespace:
         "--alpha",
         type=common.unit_interval,
         default=0.5,
-        help="share of the loss that the data's own answers have",
+        help="weight of the cross-entropy with the data; the rest is that of the KL divergence",
     )
     teaching.add_argument(
         "--temperature",
         type=common.positive_float,
         default=2.0,
-        help="softens both models' distributions",
+        help="divides the logits of both models in the KL divergence",
     )
     teaching.add_argument(
         "--cache_teacher",
         type=common.positive_int,
         metavar="TOP",
-        help="ask the teacher once, and keep its likeliest tokens for each target beside the data",
+        help="run the teacher once, and cache its TOP most probable tokens of each target",
     )
     training.add_chat_arguments(parser)
     args = parser.parse_args()
@@ -122,7 +122,7 @@ def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") ->
 def target_logits(
     model: nn.Module, batch: dict[str, Tensor], where: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a model predicts at the N positions `where` of a flattened batch: (N, vocab) fp32.
+    """A model's logits at the N positions `where` of a flattened batch: (N, vocab) fp32.
 
     Also the auxiliary loss (0 for dense models) and (layers, experts) the load of each expert.
     """
@@ -135,7 +135,7 @@ def target_logits(
 
 
 def find_targets(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """What is learnt of a flattened batch: positions, ids (N,) int64, and weights (N,) fp32."""
+    """The targets of a flattened batch: positions, ids (N,) int64, and weights (N,) fp32."""
     where = batch["loss_mask"].flatten().nonzero().squeeze(1)
     return where, batch["targets"].flatten()[where], batch["loss_mask"].flatten()[where]
 
@@ -147,7 +147,7 @@ def divergence(
 
     Args:
         student: (N, vocab) logits.
-        teacher: the same of the teacher; or the ids of its likeliest tokens and their
+        teacher: the same of the teacher; or the ids of its most probable tokens and their
             log-probabilities at this temperature, (N, top) each. Then all other tokens count as
             one, which makes the divergence smaller, or at top = vocab the same.
         temperature: above 0.
@@ -173,8 +173,8 @@ def student_losses(
 
     Args:
         model: the student.
-        teacher: in eval mode; None if the batch holds what it says.
-        batch: as `dataset.packing.collate`, or `collate_with_teacher`.
+        teacher: in eval mode; None if the batch holds its tokens.
+        batch: rows that `collate_with_teacher` has stacked.
         args: the flags.
 
     Returns:
@@ -200,7 +200,7 @@ def student_losses(
 def open_teacher(
     args: argparse.Namespace, shape: LMConfig, tokenizer: "PreTrainedTokenizerBase"
 ) -> MiniMindLM:
-    """The teacher on the CPU, in eval mode; `shape` is its own where no .json tells it.
+    """The teacher on the CPU, in eval mode; `shape` is used where it has no .json file.
 
     Raises:
         UserError: if the file cannot be used, or rows are longer than the teacher's context.
@@ -212,14 +212,14 @@ def open_teacher(
 
 
 @torch.no_grad()
-def ask_teacher(
+def score_rows(
     teacher: nn.Module,
     rows: PackedRows | PaddedRows,
     args: argparse.Namespace,
     world: training.Distributed,
     dtype: torch.dtype,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, list[int]]]:
-    """The teacher's likeliest tokens for the targets of all rows, as `TeacherTopK` keeps them."""
+    """The teacher's most probable tokens for every target, as `TeacherTopK` takes them."""
     started, device = time.perf_counter(), world.device
     teacher.to(device)
     on_cuda = device.type == "cuda"
@@ -233,7 +233,7 @@ def ask_teacher(
             logits, *_ = target_logits(teacher, batch, find_targets(batch)[0])
         top = F.log_softmax(logits / args.temperature, dim=-1).topk(args.cache_teacher)
         yield top.indices.cpu().numpy(), top.values.cpu().numpy(), counts
-    world.log(f"teacher: asked about {len(rows):,} rows in {time.perf_counter() - started:.1f} s")
+    world.log(f"teacher: scored {len(rows):,} rows in {time.perf_counter() - started:.1f} s")
 
 
 def train_epoch(
@@ -247,7 +247,7 @@ def train_epoch(
 
     The loss of a step is the mean over all target tokens of its accumulation, of every micro-batch
     and every process, weighted by the loss mask: so they are counted everywhere first, and each
-    micro-batch adds its share of the gradient. The auxiliary loss is a mean over rows alike.
+    micro-batch adds its share of the gradient. The auxiliary loss is likewise a mean over rows.
     """
     world = run.world
     model.train()
@@ -337,9 +337,9 @@ def main() -> int:
         if args.cache_teacher and not args.dry_run:
             # Before the processes connect: the others wait for a file, which no time-out ends.
             key = f"{setup.frozen['--teacher_weight'][:16]}_{args.temperature:g}_{setup.dtype}"
-            ask = partial(ask_teacher, teacher, data.train, args, setup.world, setup.dtype)
-            rows = TeacherTopK(data.train, key.replace("torch.", ""), args.cache_teacher, ask)
-            data, teacher, ask = replace(data, train=rows), None, None
+            score = partial(score_rows, teacher, data.train, args, setup.world, setup.dtype)
+            rows = TeacherTopK(data.train, key.replace("torch.", ""), args.cache_teacher, score)
+            data, teacher, score = replace(data, train=rows), None, None
         with training.open_process_group(setup.world), training.StopSignal() as stop:
             return train(setup, teacher, data, stop)
 

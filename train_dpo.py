@@ -5,9 +5,9 @@
     torchrun --nproc_per_node 4 train_dpo.py --data_path my.jsonl
 
 It starts from out/full_sft_512.pth (the number is --dim; a mixture of experts ends in _moe), which
-is also the frozen reference that the model is compared with, and writes out/dpo_512.pth. What the
-reference gives every reply is computed once and kept beside the data: in training there is one
-model in memory.
+is also the frozen reference that the model is compared with, and writes out/dpo_512.pth. The
+reference's log-probabilities are computed once and cached beside the data, so that training holds
+one model in memory.
 """
 
 import common.interrupt  # for Ctrl-C during the imports below
@@ -42,7 +42,7 @@ BETA = {"sigmoid_norm": 0.5, "sigmoid": 0.1, "ipo": 0.1}  # by --loss_type
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = common.make_parser("Teach MiniMind which of two replies is preferred (DPO).")
+    parser = common.make_parser("Tune MiniMind on pairs of a preferred and a rejected reply (DPO).")
     training.add_stage_arguments(
         parser,
         data_path=SAMPLE / "dpo.jsonl",
@@ -73,17 +73,17 @@ def parse_args() -> argparse.Namespace:
         "--label_smoothing",
         type=common.half_open_unit_interval,
         default=0.0,
-        help="the share of pairs that may be the wrong way round (cDPO); not for ipo",
+        help="assumed share of pairs whose labels are swapped (cDPO); not for ipo",
     )
     pairs.add_argument(
         "--max_prompt_length",
         type=common.positive_int,
-        help="tokens of a prompt; default: half of a row",
+        help="most tokens of a prompt; default: half of a row",
     )
     pairs.add_argument(
         "--max_completion_length",
         type=common.positive_int,
-        help="tokens of a reply; default: what is left",
+        help="most tokens of a reply; default: the rest of the row",
     )
     args = parser.parse_args()
     training.check_stage_arguments(args)
@@ -160,7 +160,7 @@ def preference_losses(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """How far the model is from preferring each chosen reply, beyond what the reference does.
+    """The loss of each pair, of log-probabilities beyond those of the reference.
 
     With s the log-probability of a reply minus the reference's, and d the chosen one's s minus the
     rejected one's: −log σ(beta · d) (DPO, https://arxiv.org/abs/2305.18290), or with
@@ -172,7 +172,7 @@ def preference_losses(
         logps: (2B,) summed log-probabilities, of the chosen replies, then of the rejected ones.
         reference: (2B,) the same from the reference.
         lengths: (2B,) tokens of each reply.
-        loss_type, beta, label_smoothing: as the flags.
+        loss_type, beta, label_smoothing: the flags of these names.
 
     Returns:
         (B,) the losses, and what to watch, (B,) each, without gradients: `chosen_reward` and
@@ -208,7 +208,7 @@ def pair_losses(
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
     """The loss of every pair and its figures, (B,) fp32 each, 0 for a pair that is padding.
 
-    Also the auxiliary loss and the load of each expert, as `reply_logps`.
+    Also the auxiliary loss and the load of each expert; see `reply_logps`.
     """
     logps, aux_loss, expert_load = reply_logps(model, batch)
     lengths = batch["loss_mask"].sum(1)
@@ -235,7 +235,7 @@ def train_epoch(
 
     The loss of a step is the mean over all pairs of its accumulation, of every micro-batch and
     every process: so they are counted everywhere first, and each micro-batch adds its share of the
-    gradient. The auxiliary loss is a mean over pairs alike.
+    gradient. The auxiliary loss is likewise a mean over pairs.
     """
     world = run.world
     model.train()
@@ -272,7 +272,7 @@ def train_epoch(
 
 @torch.no_grad()
 def score_reference(run: training.Run, reference: nn.Module, key: str, rows: PairRows) -> bool:
-    """Compute what the reference gives every reply, and keep it beside the data as `key`.
+    """Compute the reference's log-probability of every reply; cache them beside the data as `key`.
 
     Returns:
         Whether that is done; False if a signal to stop came.
@@ -290,9 +290,9 @@ def score_reference(run: training.Run, reference: nn.Module, key: str, rows: Pai
         scores[batch["sample"][real]] = logps.view(2, -1).T[real].to(scores.dtype)
     rows.keep_reference(key, world.all_reduce_sum(scores).cpu().numpy())
     seconds = time.perf_counter() - started
-    run.record.say(
+    run.record.print(
         f"reference on {rows.dataset.store.path}: {len(rows):,} pairs in {seconds:.1f} s "
-        f"({len(rows) / seconds:.0f} pairs/s), kept beside the data"
+        f"({len(rows) / seconds:.0f} pairs/s), cached beside the data"
     )
     return True
 

@@ -58,7 +58,7 @@ def parse_args() -> argparse.Namespace:
         max_seq_len=512,
     )
     lora = parser.add_argument_group("adapter")
-    lora.add_argument("--lora_name", type=adapter_name, default="identity", help="of its file")
+    lora.add_argument("--lora_name", type=adapter_name, default="identity", help="file name")
     lora.add_argument("--lora_rank", type=common.positive_int, default=8, help="inner width")
     lora.add_argument(
         "--lora_alpha",
@@ -70,21 +70,21 @@ def parse_args() -> argparse.Namespace:
         "--lora_dropout",
         type=common.half_open_unit_interval,
         default=0.0,
-        help="on what the adapter reads",
+        help="of the adapter's input",
     )
     lora.add_argument(
         "--lora_target",
         nargs="+",
         choices=TARGETS,
         default=TARGETS,
-        help="projections that it sits on, in every layer and every expert",
+        help="projections that get one, in every layer and every expert",
     )
     training.add_chat_arguments(parser)
     args = parser.parse_args()
     training.check_stage_arguments(args)
     args.lora_target = [name for name in TARGETS if name in args.lora_target]
     if args.from_weight == "none":
-        raise common.UserError("--from_weight none: an adapter needs weights to sit on")
+        raise common.UserError("--from_weight none: an adapter needs weights to adapt")
     return args
 
 
@@ -118,7 +118,7 @@ def train_epoch(
 
     The loss of a step is the mean over all target tokens of its accumulation, of every micro-batch
     and every process, weighted by the loss mask: so they are counted everywhere first, and each
-    micro-batch adds its share of the gradient. The auxiliary loss is a mean over rows alike.
+    micro-batch adds its share of the gradient. The auxiliary loss is likewise a mean over rows.
     """
     world = run.world
     model.train()

@@ -77,7 +77,7 @@ def train_epoch(
 
     The loss of a step is the mean over all target tokens of its accumulation, of every micro-batch
     and every process, weighted by the loss mask: so they are counted everywhere first, and each
-    micro-batch adds its share of the gradient. The auxiliary loss is a mean over rows alike.
+    micro-batch adds its share of the gradient. The auxiliary loss is likewise a mean over rows.
     """
     world = run.world
     model.train()

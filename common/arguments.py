@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -79,7 +79,9 @@ def make_parser(description: str) -> StageParser:
     )
 
 
-def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False):
+def number(
+    kind: type, low: float, high: float = float("inf"), open_low: bool = False
+) -> Callable[[str], Any]:
     """An argparse type for numbers within bounds."""
 
     def parse(text: str) -> Any:
@@ -125,7 +127,7 @@ def add_skip_bad_lines(parser: argparse._ActionsContainer) -> None:
         const=FEW_BAD_LINES,
         default=0.0,
         metavar="SHARE",
-        help="go on without lines that have errors, if at most this share has; "
+        help="leave out lines that have errors, if at most this share has; "
         f"{FEW_BAD_LINES} if no number",
     )
     parser.add_argument(
@@ -143,7 +145,7 @@ def add_tokenizer_path(parser: argparse._ActionsContainer) -> None:
         "--tokenizer_path",
         type=user_path,
         default=ROOT / "model" / "minimind_tokenizer",
-        help="folder",
+        help="folder of the tokenizer",
     )
 
 

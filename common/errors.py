@@ -15,7 +15,7 @@ LESS_MEMORY = (
 
 
 class UserError(Exception):
-    """Something that the user can mend; its text names the flag or the file, a line for each.
+    """An error that the user can fix; its text names the flag or the file, a line for each.
 
     Under torchrun rank 0 prints it, `every_rank` what may happen on one process only.
     """
@@ -26,8 +26,8 @@ class UserError(Exception):
 
 
 @contextmanager
-def report_user_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """End with exit status 2 and the error's text, no traceback, on UserError and `kinds`.
+def report_user_errors() -> Iterator[None]:
+    """End with exit status 2 and the error's text, no traceback, on UserError.
 
     Ctrl-C ends with 130. What is printed inside may be any text.
     """
@@ -37,8 +37,8 @@ def report_user_errors(*kinds: type[Exception]) -> Iterator[None]:
         stream.reconfigure(encoding="utf-8", errors="replace")  # Windows consoles may differ
     try:
         yield
-    except (UserError, *kinds) as error:
-        exit_with(str(error), every_rank=getattr(error, "every_rank", False))
+    except UserError as error:
+        exit_with(str(error), every_rank=error.every_rank)
     except KeyboardInterrupt:
         sys.exit(130)
 

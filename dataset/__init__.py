@@ -1,4 +1,4 @@
-"""What goes into the network: JSONL lines, token ids and loss masks, packed batches."""
+"""What goes into the model: JSONL lines, token ids and loss masks, packed batches."""
 
 from .chat import ChatEncoder, render_chat
 from .fields import RecordError
@@ -8,7 +8,6 @@ from .preference import DPODataset, PairRows, collate_pairs
 from .reader import check_file, read_records
 from .records import (
     BadLines,
-    Conversation,
     parse_chat,
     parse_preference,
     parse_question,
@@ -23,7 +22,6 @@ __all__ = [
     "LANGUAGES",
     "BadLines",
     "ChatEncoder",
-    "Conversation",
     "DPODataset",
     "PackedRows",
     "PaddedRows",

@@ -62,7 +62,7 @@ def render_chat(
     The targets are all that follows the header of an assistant message, `</s>` included.
 
     Args:
-        messages: messages in the form that `dataset.records.Conversation` describes.
+        messages: messages in the form that `dataset.records.ParsedChat` describes.
         tools: JSON schemas.
         add_generation_prompt: whether to end with the header of the assistant's next message.
     """

@@ -188,7 +188,7 @@ class RowBatches(Sampler[list[int]]):
     All processes walk through one order of the rows, a permutation that follows from `seed` and
     `epoch` alone (the order in the file without `shuffle`). A micro-batch takes the next
     `batch_size` rows for each of the `world_size` processes; the last one is split as evenly as
-    can be, and may leave a process an empty list. So an accumulation window holds the same rows
+    can be, and may leave a process an empty list. So an accumulation holds the same rows
     however it is split into batches and processes, and no row is dropped or repeated.
 
     `start` is the number of rows that the epoch has already used, for resuming. With `lengths`,

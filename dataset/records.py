@@ -73,7 +73,7 @@ def parse_text(line: bytes) -> str:
     return check_text(record["text"], '"text"')
 
 
-class Conversation(NamedTuple):
+class ParsedChat(NamedTuple):
     """The messages of a chat and the tools in it, whatever the shape of the record was.
 
     `messages` are dicts as `apply_chat_template` takes them. Each has `role` (system, user,
@@ -83,7 +83,7 @@ class Conversation(NamedTuple):
 
     A system message is the first. A user and the assistant take turns; after an assistant's calls
     may come as many tool messages, which the assistant answers. There is an assistant message, but
-    the last message may be one that nobody answers.
+    the last message may be one without an answer.
     """
 
     messages: list[dict[str, Any]]
@@ -106,7 +106,7 @@ def record_text(line: bytes) -> str:
 class Preference(NamedTuple):
     """Two continuations of one prompt, of which the first is preferred.
 
-    `chosen` and `rejected` are messages as in a Conversation, and begin with the same
+    `chosen` and `rejected` are messages as in a ParsedChat, and begin with the same
     `shared` ones, a user's among them; an assistant's follows in both. `tools` are JSON schemas.
     `scores` rate the chosen and the rejected reply, where the record has such numbers.
     """
@@ -200,7 +200,7 @@ def _repeats(side: list[Any], prompt: list[Any]) -> bool:
     return first[: len(second)] == second
 
 
-def parse_chat(line: bytes) -> Conversation:
+def parse_chat(line: bytes) -> ParsedChat:
     """The conversation on one line, of any of these shapes. Raises RecordError.
 
         {"conversations": [{"role": "user", "content": "…"}, …]}    or "messages"
@@ -226,10 +226,10 @@ def parse_chat(line: bytes) -> Conversation:
     if parse_flag(record.get("mask_history"), '"mask_history"'):
         _mask_history(messages)
     messages = _add_system(record, messages)
-    return Conversation(messages, _take_tools(record, messages))
+    return ParsedChat(messages, _take_tools(record, messages))
 
 
-def parse_question(line: bytes) -> tuple[Conversation, str | None]:
+def parse_question(line: bytes) -> tuple[ParsedChat, str | None]:
     """What is to be answered on one line, and the answer that it gives itself, if it does.
 
     The line has a form that `parse_chat` reads, but needs no answer; or in place of the
@@ -251,7 +251,7 @@ def parse_question(line: bytes) -> tuple[Conversation, str | None]:
         reference = messages.pop()["content"] or None
     if not messages or messages[-1]["role"] == "system":
         raise RecordError("nothing to be answered")
-    return Conversation(messages, tools), reference
+    return ParsedChat(messages, tools), reference
 
 
 def _add_system(record: dict[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What the data sets have in common: a token store, and a table of the items made of it."""
+"""The base of the data sets: a token store, and a table of the items made of it."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -210,7 +210,7 @@ class ChatDataset(StoredDataset):
     _COLUMNS = {"dropped_turns": LENGTH_DTYPE, "cut_answers": LENGTH_DTYPE}
     _COUNTED = ("unanswered_turns",)
     _REASONS = {
-        "unanswered_turns": "last turns left out: nobody answers them",
+        "unanswered_turns": "last turns left out: they have no answer",
         "dropped_turns": "turns left out: their conversations are longer than --max_seq_len",
         "cut_answers": "last answers cut: longer than --max_seq_len",
         "left_out": "conversations left out: nothing to learn, or nothing of that fits",

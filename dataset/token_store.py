@@ -82,7 +82,7 @@ class Encoder(Protocol):
 
     Attributes:
         key: differs wherever the ids would: by kind of record, options, tokenizer.
-        dtype: of the ids.
+        dtype: dtype of the ids.
         is_chat: whether the documents are conversations.
         counted: names of what `parse` counts.
     """
@@ -129,7 +129,6 @@ class TokenStore:
         *,
         cache_dir: str | Path | None = None,
         skip_bad_lines: float = 0.0,
-        batch_bytes: int = BATCH_BYTES,
     ) -> "TokenStore":
         """Open the store of a data file, and build it first if need be.
 
@@ -138,7 +137,6 @@ class TokenStore:
             encoder: makes ids of its lines.
             cache_dir: folder that the store is in; None: that of the file.
             skip_bad_lines: the largest share of bad lines to leave out.
-            batch_bytes: of lines encoded at a time.
 
         Raises:
             UserError: if the file cannot be used, more of its lines are bad, no good line is left,
@@ -151,7 +149,7 @@ class TokenStore:
         counted = ("offsets", "lines", "bytes", *encoder.counted)
         dtypes = {"ids": encoder.dtype, **dict.fromkeys(counted, INDEX_DTYPE)}
         dtypes |= CHAT_DTYPES if encoder.is_chat else {}
-        fill = partial(_fill_store, path, encoder, batch_bytes)
+        fill = partial(_fill_store, path, encoder)
         store = cls(path, build_once(folder, dtypes, fill))
         store.bad_lines.check(path, skip_bad_lines)
         if len(store.lines) == 0:
@@ -198,9 +196,7 @@ def _store_key(path: Path, encoder: Encoder) -> str:
     return digest.hexdigest()[:16]
 
 
-def _fill_store(
-    path: Path, encoder: Encoder, batch_bytes: int, writer: ArrayWriter
-) -> dict[str, Any]:
+def _fill_store(path: Path, encoder: Encoder, writer: ArrayWriter) -> dict[str, Any]:
     """Write the store's arrays and return its meta."""
     before = path.stat()
     bad_lines = BadLines()
@@ -208,7 +204,7 @@ def _fill_store(
     content = hashlib.sha256()
     writer.append(offsets=[0])
     with _progress(path, before.st_size) as progress:
-        for lines, parsed, n_bytes in _read_batches(path, encoder, bad_lines, batch_bytes):
+        for lines, parsed, n_bytes in _read_batches(path, encoder, bad_lines):
             encoded = encoder.encode([p.record for p in parsed])
             offsets = end + encoded.offsets[1:]
             content.update(np.ascontiguousarray(encoded.ids))
@@ -240,9 +236,9 @@ def _fill_store(
 
 
 def _read_batches(
-    path: Path, encoder: Encoder, bad_lines: BadLines, batch_bytes: int
+    path: Path, encoder: Encoder, bad_lines: BadLines
 ) -> Iterator[tuple[list[int], list[Parsed], int]]:
-    """Parse the file in batches of at least `batch_bytes`, the last one excepted.
+    """Parse the file in batches of at least BATCH_BYTES, the last one excepted.
 
     Yields the lines of the good records, these records, and the bytes of all.
     """
@@ -257,7 +253,7 @@ def _read_batches(
             lines.append(line)
         except RecordError as error:
             bad_lines.add(line, str(error))
-        if file_bytes >= batch_bytes:
+        if file_bytes >= BATCH_BYTES:
             yield lines, parsed, file_bytes
             lines, parsed, file_bytes = [], [], 0
     yield lines, parsed, file_bytes

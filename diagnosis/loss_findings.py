@@ -99,9 +99,9 @@ def _first_loss(line: dict[str, float], vocab_size: int) -> Finding:
     limit = uniform - FIRST_LOSS_MARGIN if steps == 1 else FIRST_LINE_SHARE * uniform
     if steps <= FIRST_LINE_STEPS and loss < limit:
         return Finding(
-            f"{here}, far below {start}. Either the model sees what it should predict (targets not "
-            "shifted, attention to later tokens), or the mask leaves only easy targets, or the "
-            "data repeat one text. Inspect a few samples."
+            f"{here}, far below {start}. Either the input holds its targets (they are not shifted, "
+            "or attention reaches later tokens), or the mask leaves only easy targets, or the data "
+            "repeat one text. Inspect a few samples."
         )
     return Finding(f"{here}, against {start}.", stands_out=False)
 

@@ -65,12 +65,12 @@ def estimate_memory(
 
 
 def _norm_bytes(config: LMConfig, device: torch.device) -> int:
-    """What a norm keeps of a token: its fp32 input and, where it is not fused, its output."""
+    """What a norm saves of a token: its fp32 input and, where it is not fused, its output."""
     return (2 if device.type == "cpu" else 1) * 4 * config.dim
 
 
 def _layer_bytes(config: LMConfig, row_length: int, autocast: bool, device: torch.device) -> int:
-    """What autograd keeps of a token for one layer's backward pass.
+    """What autograd saves of a token for one layer's backward pass.
 
     Each term is a tensor that some operation saves; tensors that several operations share count
     once. Left out are those of a few numbers a token: rotary angles, norms' scales, routing.
@@ -78,15 +78,15 @@ def _layer_bytes(config: LMConfig, row_length: int, autocast: bool, device: torc
     dim, width = config.dim, 2 if autocast else 4  # width: bytes of a number in a matrix product
     noise = (width if device.type == "cpu" else 1) if config.dropout else 0  # of dropout, a number
 
-    # Linear layers keep their input: wq, wk and wv one tensor, of which autocast makes three.
-    kept = 2 * _norm_bytes(config, device) + (3 * width if autocast else 4) * dim
+    # Linear layers save their input: wq, wk and wv one tensor, of which autocast makes three.
+    saved = 2 * _norm_bytes(config, device) + (3 * width if autocast else 4) * dim
     # Two dropouts on the residual branches.
-    kept += 2 * noise * dim
+    saved += 2 * noise * dim
     # Rotated q, and the attention's output in the layout that wo reads.
-    kept += 2 * width * dim
+    saved += 2 * width * dim
     if config.flash_attn and not (noise and device.type == "cpu"):
         # k and v; the output in the kernel's layout.
-        kept += width * (2 * config.n_kv_heads * config.head_dim + dim)
+        saved += width * (2 * config.n_kv_heads * config.head_dim + dim)
     else:
         # k and v repeated for each query head; of each query and key the softmax in fp32, and the
         # weights that multiply v if they are another tensor. PyTorch's fallback, where no fused
@@ -94,18 +94,18 @@ def _layer_bytes(config: LMConfig, row_length: int, autocast: bool, device: torc
         product = 4 if config.flash_attn else width
         weights = product if autocast or noise else 0
         noise = product if noise and device.type == "cpu" else noise
-        kept += 2 * width * dim + config.n_heads * row_length * (4 + weights + noise)
+        saved += 2 * width * dim + config.n_heads * row_length * (4 + weights + noise)
 
     # w1's output, its silu, w3's output and the product of the two, which is w2's input.
     hidden = 4 * width * config.hidden_dim
     inputs = (2 * width if autocast else 4) * dim  # of w1 and w3
     if not config.use_moe:
-        return kept + inputs + hidden
+        return saved + inputs + hidden
     # A token's vector is gathered for each of its experts, and each one's output kept to be
     # weighted. The gate reads the norm's output in fp32; so does the shared expert, or casts it.
-    kept += config.num_experts_per_tok * (inputs + hidden + width * dim)
-    kept += 4 * dim + config.n_shared_experts * hidden
-    return kept + (inputs if autocast and config.n_shared_experts else 0)
+    saved += config.num_experts_per_tok * (inputs + hidden + width * dim)
+    saved += 4 * dim + config.n_shared_experts * hidden
+    return saved + (inputs if autocast and config.n_shared_experts else 0)
 
 
 def device_memory(device: torch.device) -> float | None:

@@ -192,11 +192,11 @@ def setting_warnings(
         if getattr(args, name) == 0:
             yield (
                 f"--{name} 0: the first updates are the least reliable and take the whole "
-                "--learning_rate, which may spoil the weights: leave it out (3 % is usual)"
+                "--learning_rate, which may damage the weights: leave it out (3 % is usual)"
             )
     if total_steps < FEW_STEPS:
         yield (
-            f"fewer than {FEW_STEPS} steps ({total_steps:,}) teach little: lower --batch_size or "
+            f"fewer than {FEW_STEPS} steps ({total_steps:,}) change little: lower --batch_size or "
             "--accumulation_steps, or take more --epochs or more data"
         )
     head = args.dim // args.n_heads
@@ -224,7 +224,7 @@ def setting_warnings(
         span = 1 / (1 - args.beta2)
         yield f"--beta2 {args.beta2:g} averages over {span:,.0f} steps, which is slow: try 0.95"
     if args.grad_clip > 10:
-        yield f"--grad_clip {args.grad_clip:g} lets a bad batch ruin the run: try 1"
+        yield f"--grad_clip {args.grad_clip:g} hardly limits the update of a bad batch: try 1"
     patience = args.early_stopping_patience
     if args.epochs > 10 and not patience:
         yield (

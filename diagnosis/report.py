@@ -44,9 +44,9 @@ def write_report(folder: Path) -> str:
     The run may be finished or not. Besides metrics.jsonl the folder holds config.json, of which
     these keys are read; each may be missing, as in a folder of an older release:
         command, launcher: the words of the script's command, and those in front of them.
-        versions, commit: of packages by name, and of the code.
-        arguments: by name, the flags; read are from_weight, use_moe and n_routed_experts.
-        vocab_size: of the tokenizer.
+        versions, commit: versions of packages by name, and the commit of the code.
+        arguments: the flags by name; from_weight, use_moe and n_routed_experts are read.
+        vocab_size: entries of the tokenizer.
         ending: how the run ended, such as "finished" or "stopped by SIGTERM at step 120"; added
             when it has ended.
 

@@ -3,13 +3,9 @@
 from .chat_model import ChatModel
 from .command_line import add_model_arguments, listen, open_pool
 from .loading import WeightSpec, load_chat_model
-from .pool import ModelPool
-from .text import TextStream
 
 __all__ = [
     "ChatModel",
-    "ModelPool",
-    "TextStream",
     "WeightSpec",
     "add_model_arguments",
     "listen",

@@ -64,7 +64,7 @@ def read_questions(
 
 
 def parse_line(chat_model: ChatModel, line: bytes, system: str | None) -> Question:
-    """The question on a line; arguments as of `read_questions`. Raises RecordError."""
+    """The question on a line; for arguments see `read_questions`. Raises RecordError."""
     reference = None
     if chat_model.encoder is None:
         text = parse_text(line)

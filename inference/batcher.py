@@ -55,7 +55,7 @@ class GenerationRequest(Continuation):
             `logprobs`), and then with the reason of its end: "stop" (the end token), "length" (the
             limit, the context or the deadline was reached), "cancelled", or an exception: QueueFull
             if it never began.
-        seed: of the sampling; None for another text every time.
+        seed: seed of the sampling; None for a new one each time.
         logprobs: how many of the likeliest tokens come with each token, or None.
         prompt_logprobs: whether the prompt's tokens come with theirs too.
         deadline: `time.monotonic()` at which the text ends, however long it is.

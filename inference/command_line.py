@@ -4,7 +4,7 @@ import argparse
 import socket
 from pathlib import Path
 
-from common import ROOT, UserError, name_or_path, user_path
+from common import UserError, add_tokenizer_path, name_or_path, user_path
 from model import choose_device
 
 from .loading import WeightSpec
@@ -13,25 +13,20 @@ from .pool import ModelPool
 
 def add_model_arguments(
     parser: argparse._ActionsContainer,
-    weight_help: str = "the name of one of them, a .pth file, or a folder: offer it alone",
+    weight_help: str = "offer this model alone: a name, a .pth file or a folder",
 ) -> None:
-    """Add the flags that say which models there are and what computes them."""
-    parser.add_argument("--out_dir", type=user_path, default=Path("out"), help="where weights are")
+    """Add the flags that select the models and what computes them."""
+    parser.add_argument("--out_dir", type=user_path, default=Path("out"), help="weight folder")
     parser.add_argument("--weight", type=name_or_path, help=weight_help)
     parser.add_argument(
-        "--quantize", choices=("int8",), help="weights of 8 bits: faster on a CPU, nearly as good"
+        "--quantize", choices=("int8",), help="8-bit weights: faster on a CPU, nearly as good"
     )
     parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
-    parser.add_argument(
-        "--tokenizer_path",
-        type=user_path,
-        default=ROOT / "model" / "minimind_tokenizer",
-        help="folder",
-    )
+    add_tokenizer_path(parser)
 
 
 def open_pool(args: argparse.Namespace, rows: int, queue: int, loaded: int) -> ModelPool:
-    """The models that the flags of `add_model_arguments` name; other arguments as of ModelPool."""
+    """The models that the flags of `add_model_arguments` name; for the others see ModelPool."""
     spec = WeightSpec(args.out_dir, args.tokenizer_path, weight=args.weight)
     return ModelPool(spec, choose_device(args.device), args.quantize, rows, queue, loaded)
 

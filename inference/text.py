@@ -1,4 +1,4 @@
-"""Decode new tokens to text, as they come."""
+"""Decoding of new tokens to text, token by token."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

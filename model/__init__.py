@@ -9,7 +9,6 @@ from .loss import mean_scores, token_losses
 from .model import MiniMindLM
 from .model_lora import (
     active_lora,
-    adapters,
     apply_lora,
     lora_state,
     merge_lora,
@@ -42,7 +41,6 @@ __all__ = [
     "SamplingLoop",
     "TorchDecoder",
     "active_lora",
-    "adapters",
     "apply_lora",
     "choose_device",
     "load_lora",

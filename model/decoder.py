@@ -34,7 +34,7 @@ class Decoder(ABC):
         device: device of the logits.
 
     Attributes:
-        tokens: of each row, the tokens whose keys and values are computed.
+        tokens: the tokens of each row whose keys and values are computed.
         caches: keys and values, tensors of (rows, heads, slots, head_dim). All rows have as many
             slots as the longest one ever needed, and some to grow into.
         prefix_cache: tokens of finished rows, each with its part of every cache.

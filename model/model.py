@@ -194,9 +194,8 @@ class MoEGate(nn.Module):
             loss (scalar, alpha included), and the number of (token, choice) pairs per expert
             (n_experts,) int64, without padding.
         """
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # rounded to bf16, scores would change routes
+        # In fp32: rounded to bf16, scores would change routes.
+        with torch.autocast(x.device.type, enabled=False):
             scores = F.linear(x.float(), self.weight.float()).softmax(-1)  # (B, T, n_experts)
         weights, experts = scores.topk(self.top_k, dim=-1)
         if self.top_k > 1 and self.norm_topk_prob:

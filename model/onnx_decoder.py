@@ -55,9 +55,8 @@ class OnnxDecoder(Decoder):
         self.cache_names = [
             name for i in range(self.config.n_layers) for name in (f"keys.{i}", f"values.{i}")
         ]
-        self.bound: tuple[int, int] | None = (
-            None  # first row and number of rows of the caches bound
-        )
+        # First row and number of rows of the caches that are bound.
+        self.bound: tuple[int, int] | None = None
 
     def _new_caches(self, capacity: int) -> list[Tensor]:
         config = self.config

@@ -62,7 +62,7 @@ def save_weights(
         path: the .pth file.
         model: the raw model, not its DDP or compiled wrapper.
         config: configuration of the model.
-        stage: pretrain, full_sft, dpo or distill.
+        stage: name of the training stage.
         tokenizer_hash: hash of the tokenizer of its ids.
         dtype: dtype of the saved tensors.
 
@@ -248,7 +248,8 @@ def load_model(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
         tokenizer_hash: hash of the tokenizer in use.
 
     Raises:
-        UserError: if there is no such file, and as `load_weights` and `read_about`.
+        UserError: if there is no such file, it or its JSON file is damaged, or it belongs to
+            another tokenizer.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")

@@ -76,7 +76,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("data_path", type=user_path, help="JSONL file of texts or conversations")
     parser.add_argument("--out_dir", type=user_path, help="where loss.json and loss.png go")
     parser.add_argument("--max_seq_len", type=positive_int, default=512, help="positions of a row")
-    parser.add_argument("--max_samples", type=positive_int, help="use the first so many")
+    parser.add_argument("--max_samples", type=positive_int, help="score the first ones only")
     parser.add_argument("--batch_size", type=positive_int, default=8)
     add_skip_bad_lines(parser)
     parser.add_argument(

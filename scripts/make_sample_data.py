@@ -14,7 +14,7 @@ from sample_world import SAMPLE, SEED, write_sample
 
 
 def main() -> None:
-    """Write all files and say how large they are."""
+    """Write all files and print their sizes."""
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--out_dir", type=user_path, default=SAMPLE)
     parser.add_argument("--seed", type=seed, default=SEED)

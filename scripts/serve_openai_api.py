@@ -1,10 +1,10 @@
-"""Serve models by OpenAI's API: any of its clients can talk to them.
+"""Serve models by OpenAI's API: any of its clients can use them.
 
     python scripts/serve_openai_api.py                    (http://127.0.0.1:8000/v1)
     python scripts/serve_openai_api.py --quantize int8 --api_key secret --host 0.0.0.0
 
-It offers every weight in out/ and every adapter in out/lora/; a request's `model` says which.
-Requests are written together, each as if it were alone. /docs describes the API, /metrics counts.
+It offers all weights in out/ and all adapters in out/lora/; a request's `model` selects one.
+Requests are batched without changing their texts. /docs describes the API, /metrics has figures.
 """
 
 import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
@@ -32,13 +32,13 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser("Serve MiniMind by OpenAI's API.")
     models = parser.add_argument_group("models")
     add_model_arguments(models)
-    models.add_argument("--max_models", type=positive_int, default=2, help="that stay in memory")
+    models.add_argument("--max_models", type=positive_int, default=2, help="most in memory")
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", help="0.0.0.0: also other machines")
     network.add_argument("--port", type=port, default=8000, help="0: any that is free")
     network.add_argument(
         "--api_key",
-        help="what clients must send; MINIMIND_API_KEY sets it unseen by the machine's other users",
+        help="key that clients must send; in MINIMIND_API_KEY, other users cannot see it",
     )
     network.add_argument(
         "--cors_origin", action="append", default=[], help="a page that may call from a browser"
@@ -46,10 +46,10 @@ def parse_args() -> argparse.Namespace:
     network.add_argument(
         "--log_requests",
         action="store_true",
-        help="print a line for each: time, method, path, status, model, tokens, seconds; no texts",
+        help="print for each request: time, method, path, status, model, tokens, seconds; no texts",
     )
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--max_batch", type=positive_int, default=32, help="texts written together")
+    limits.add_argument("--max_batch", type=positive_int, default=32, help="texts of a batch")
     limits.add_argument(
         "--max_queue", type=non_negative_int, default=64, help="texts that may wait"
     )
@@ -57,8 +57,8 @@ def parse_args() -> argparse.Namespace:
     limits.add_argument(
         "--max_tokens", type=positive_int, default=2048, help="new tokens of a text"
     )
-    limits.add_argument("--max_seconds", type=positive_float, default=300.0, help="of a request")
-    limits.add_argument("--max_bytes", type=positive_int, default=1_000_000, help="of a request")
+    limits.add_argument("--max_seconds", type=positive_float, default=300.0, help="per request")
+    limits.add_argument("--max_bytes", type=positive_int, default=1_000_000, help="per request")
     args = parser.parse_args()
     if args.api_key is None:
         args.api_key = os.environ.get("MINIMIND_API_KEY")

@@ -1,4 +1,4 @@
-"""Show what training sees: the text of a sample or a packed row, and which of it is learnt.
+"""Show the input of training: the text of a sample or a packed row, and which of it is learnt.
 
     python scripts/show_batch.py dataset/sample/sft.jsonl
     python scripts/show_batch.py my.jsonl --packed --index 7
@@ -64,7 +64,7 @@ def painted(
     Args:
         ids: (T,) int64.
         learnt: (T,) bool, whether each id is a target.
-        tokenizer: of the ids.
+        tokenizer: tokenizer of the ids.
         colours: whether to write ANSI colours; else learnt runs are put in brackets.
     """
     special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -139,5 +139,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with report_user_errors(UserError):
+    with report_user_errors():
         main()

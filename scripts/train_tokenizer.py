@@ -285,5 +285,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with report_user_errors(UserError):
+    with report_user_errors():
         main()

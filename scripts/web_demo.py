@@ -1,4 +1,4 @@
-"""Talk to models in a browser.
+"""Chat with models in a browser.
 
     python scripts/web_demo.py                                   (the weights in out/)
     python scripts/web_demo.py --endpoint http://127.0.0.1:8000/v1   (any OpenAI server)
@@ -20,10 +20,10 @@ from inference.backends import Backend, Endpoint, LocalModels
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = make_parser("Talk to MiniMind in a browser.")
+    parser = make_parser("Chat with MiniMind in a browser.")
     add_model_arguments(parser)
     parser.add_argument("--endpoint", help="a server's address with /v1, instead of weights here")
-    parser.add_argument("--api_key", help="what that server asks for; default: OPENAI_API_KEY")
+    parser.add_argument("--api_key", help="key for that server; default: OPENAI_API_KEY")
     parser.add_argument("--chats_dir", type=user_path, help="default: chats in --out_dir")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: also other machines")
     parser.add_argument("--port", type=port, default=8501)

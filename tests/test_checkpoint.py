@@ -7,7 +7,7 @@ import torch
 
 from common import SaveError, UserError, write_atomically
 from model import LMConfig, MiniMindLM, load_model, load_weights, save_weights, weights_path
-from training import check_output
+from training.setup import check_output
 
 TINY = LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64)
 

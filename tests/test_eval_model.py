@@ -21,9 +21,10 @@ from test_train_full_sft import chat, write_chats
 from tiny_models import greedy_answer, llama_with_weights_of, random_model, save_tuned
 from transformers import AutoTokenizer
 
-from inference import ChatModel, TextStream
+from inference import ChatModel
 from inference.answers import Question, new_file
 from inference.scoring import compare_answers, rouge_scorer
+from inference.text import TextStream
 from model import MiniMindLM, apply_lora, save_lora
 
 

@@ -30,7 +30,7 @@ from interruptions import (
 from dataset import RowBatches
 from model import MiniMindLM
 from training import Run
-from training.resume import TrainState, save_resume
+from training.resume import Resume, TrainState, save_resume
 from training.resume import read_resume as find_valid
 
 ROWS = [*SHAPE, "--max_seq_len", "32", "--batch_size", "2", "--accumulation_steps", "2"]
@@ -243,7 +243,7 @@ def test_any_flipped_bit_is_noticed_or_harmless(tmp_path):
     weights, path = tmp_path / "x.pth", tmp_path / "x_resume.pth"
     tensors = {f"tensor{i}": torch.arange(i, 20.0) for i in range(5)}
     state = TrainState(run_id="1", rows_per_step=4, step=3)
-    save_resume(weights, state, {}, {}, tensors, {}, {}, [], saved_as="newest")
+    save_resume(weights, Resume(state, {}, {}, tensors, {}, {}, [], "newest"))
     good = path.read_bytes()
     generator = random.Random(0)
     for _ in range(1500):
@@ -257,8 +257,8 @@ def test_any_flipped_bit_is_noticed_or_harmless(tmp_path):
             assert str(path) in notes[0]
             assert len(notes[0].splitlines()) == 1
         else:
-            assert contents["state"] == state, place
-            assert_same(contents["model"], tensors, str(place))
+            assert contents.state == state, place
+            assert_same(contents.model, tensors, str(place))
 
 
 def other_ids(tokenizer_dir, folder):

@@ -380,7 +380,7 @@ def test_a_prompt_that_is_not_scored_in_time_is_told_so(folder, tokenizer_dir, m
         ([[1, 2], [3, 1.5]], "Invalid 'prompt.1.1': "),
         ([True], "Invalid 'prompt.0': "),
         (["a", [1]], "Invalid 'prompt.1': "),
-        ([[1]] * 100, "So many texts at a time (100) never fit."),
+        ([[1]] * 100, "100 texts are more than this server takes at a time."),
         ([1] * 3000, "A prompt may have 2048 tokens, this one has 3000."),
     ],
 )

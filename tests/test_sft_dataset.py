@@ -246,7 +246,7 @@ def test_nobody_answers_the_last_turn(tmp_path):
     assert ids_of(dataset[0]) == exchange_ids("1")
     assert ids_of(dataset[1]) == ids_of(dataset[2]) == template_ids([question, call])
     assert dataset.counts["unanswered_turns"] == 2
-    assert dataset.notes == ["2 last turns left out: nobody answers them"]
+    assert dataset.notes == ["2 last turns left out: they have no answer"]
 
 
 def test_a_cut_within_what_a_tool_says_leaves_the_call(tmp_path):

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common import UserError
-from dataset import fields, reader
+from dataset import fields, reader, token_store
 from dataset.records import parse_text
 from dataset.text import PIECE_CHARS, TextEncoder, TextTokenizer
 from dataset.token_store import Encoded, Parsed, TokenStore
@@ -79,13 +79,12 @@ def snapshot(folder):
 
 
 @pytest.mark.parametrize("batch_bytes", [1, 100, 1 << 20])
-def test_store_holds_every_document_with_its_line(tmp_path, batch_bytes):
+def test_store_holds_every_document_with_its_line(tmp_path, batch_bytes, monkeypatch):
+    monkeypatch.setattr(token_store, "BATCH_BYTES", batch_bytes)
     lines = [b'{"text": "o e"}', b"{]", '{"text": "二"}'.encode(), b"", b'{"text": "3\\n"}']
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\n".join(lines))
-    store = TokenStore.open_or_build(
-        path, ByteEncoder(), skip_bad_lines=True, batch_bytes=batch_bytes
-    )
+    store = TokenStore.open_or_build(path, ByteEncoder(), skip_bad_lines=True)
     ids = np.frombuffer(b"o e" + "二".encode() + b"3\n", np.uint8).astype(int) + 100_000
     assert store.ids.dtype == np.uint32
     assert store.ids.tolist() == ids.tolist()
@@ -200,13 +199,14 @@ def test_settings_of_the_tokenizer_do_not_reach_the_store(tokenizer_dir):
 
 
 @pytest.mark.parametrize("batch_bytes", [1, 64, 1 << 20])
-def test_every_kind_of_bad_line_is_reported_with_its_number(tmp_path, batch_bytes):
+def test_every_kind_of_bad_line_is_reported_with_its_number(tmp_path, batch_bytes, monkeypatch):
+    monkeypatch.setattr(token_store, "BATCH_BYTES", batch_bytes)
     for name, (bad, reason) in BAD_LINES.items():
         path = tmp_path / f"{name.replace(' ', '_')}.jsonl"
         good = b'{"text": "fine"}\n'
         path.write_bytes(b"\xef\xbb\xbf" + good * 7 + bad + b"\n" + good * 3 + bad)
         with pytest.raises(UserError) as error:
-            TokenStore.open_or_build(path, ByteEncoder(), batch_bytes=batch_bytes)
+            TokenStore.open_or_build(path, ByteEncoder())
         report = str(error.value).splitlines()
         assert report[0].startswith(f"{path}:8: ")
         assert reason in report[0]
@@ -465,6 +465,6 @@ def test_a_file_that_grows_meanwhile_is_an_error(data):
             return super().encode(records)
 
     with pytest.raises(UserError, match="changed while"):
-        TokenStore.open_or_build(data, Appending(), batch_bytes=1 << 20)
+        TokenStore.open_or_build(data, Appending())
     assert not stores(data.parent)
     assert not leftovers(data.parent)

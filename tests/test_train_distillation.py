@@ -223,7 +223,7 @@ def test_what_is_kept_of_a_row_is_what_the_teacher_says_of_its_targets(
         patches.setattr(sys, "argv", ["train_distillation.py", *words, "--max_seq_len", "96"])
         args = train_distillation.parse_args()
     world = find_processes("cpu", ddp=False)
-    ask = functools.partial(train_distillation.ask_teacher, model, rows, args, world, torch.float32)
+    ask = functools.partial(train_distillation.score_rows, model, rows, args, world, torch.float32)
     taught = TeacherTopK(rows, "key", 3, ask)
     assert len(taught) == len(rows) > 5
     batch = collate_with_teacher([taught[i] for i in (4, 0, 2)])
@@ -249,7 +249,7 @@ def test_the_teacher_is_asked_once(distill, teacher, student, data, tokenizer, t
     words += ["--out_dir", tmp_path / "out", "--cache_teacher", 8]
 
     def asked(*more):
-        return "teacher: asked about " in distill(*words, *more).stdout
+        return "teacher: scored " in distill(*words, *more).stdout
 
     assert asked("--teacher_weight", teacher)
     assert not asked("--teacher_weight", teacher, "--learning_rate", 1e-3, "--alpha", 0.1)

@@ -299,7 +299,7 @@ def test_an_adapter_is_scored_on_its_base(adapt, run, data, tokenizer, tmp_path,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--from_weight", "none"], "--from_weight none: an adapter needs weights to sit on"),
+        (["--from_weight", "none"], "--from_weight none: an adapter needs weights to adapt"),
         (["--lora_name", "../x"], "argument --lora_name: '../x': letters, digits, - and _ only"),
         (["--lora_target", "output"], "argument --lora_target: invalid choice: 'output'"),
         (["--lora_rank", 0], "argument --lora_rank: must be at least 1, not 0"),

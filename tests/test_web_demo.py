@@ -87,7 +87,7 @@ def page(browser):
     page.close()
 
 
-def say(page, text, placeholder="Say something"):
+def say(page, text, placeholder="Type a message"):
     page.get_by_placeholder(placeholder).fill(text)
     page.keyboard.press("Enter")
 
@@ -120,11 +120,11 @@ def newest(out_dir):
 @in_a_browser
 def test_a_conversation_a_model_switch_and_a_reload(site, page, out_dir, tokenizer):
     page.goto(site)
-    page.get_by_placeholder("Say something").wait_for()
+    page.get_by_placeholder("Type a message").wait_for()
     greedy(page)
     say(page, "Hi")
     messages = [{"role": "user", "content": "Hi"}]
-    page.get_by_text("Take back the last exchange").wait_for()
+    page.get_by_text("Undo the last exchange").wait_for()
     saved = newest(out_dir)
     first = answer(out_dir, tokenizer, "full_sft_64", messages)
     assert saved.messages == [*messages, {"role": "assistant", "content": first}]
@@ -141,9 +141,9 @@ def test_a_conversation_a_model_switch_and_a_reload(site, page, out_dir, tokeniz
     assert newest(out_dir).model == "dpo_64"
     # All of it is there again after a reload, and in another session.
     page.reload()
-    page.get_by_text("Take back the last exchange").wait_for()
+    page.get_by_text("Undo the last exchange").wait_for()
     assert page.get_by_test_id("stChatMessage").count() == 4
-    page.get_by_text("Take back the last exchange").click()
+    page.get_by_text("Undo the last exchange").click()
     page.get_by_test_id("stChatMessage").nth(2).wait_for(state="detached")
     assert len(newest(out_dir).messages) == 2
     with page.expect_download() as download:
@@ -155,12 +155,12 @@ def test_a_conversation_a_model_switch_and_a_reload(site, page, out_dir, tokeniz
 @in_a_browser
 def test_an_answer_is_stopped_and_the_page_goes_on(site, page, out_dir):
     page.goto(site)
-    page.get_by_placeholder("Say something").wait_for()
+    page.get_by_placeholder("Type a message").wait_for()
     greedy(page, longest="End")
     say(page, "Go on")
     page.get_by_test_id("stChatMessage").nth(1).get_by_text(re.compile(r"\S")).first.wait_for()
     page.get_by_role("button", name="Stop").click()
-    page.get_by_text("Take back the last exchange").wait_for()
+    page.get_by_text("Undo the last exchange").wait_for()
     stopped = newest(out_dir).messages[1]["content"]
     assert stopped
     set_slider(page, "New tokens", "Home", "16")
@@ -187,7 +187,7 @@ def test_it_speaks_chinese_and_fits_a_phone(site, browser):
 @in_a_browser
 def test_what_is_set_outlives_a_change_of_language(site, page):
     page.goto(site)
-    page.get_by_placeholder("Say something").wait_for()
+    page.get_by_placeholder("Type a message").wait_for()
     page.get_by_text("Sampling").click()
     set_slider(page, "Temperature", "End", "2")
     page.get_by_role("radio", name="中文").or_(page.get_by_text("中文")).first.click()
@@ -201,13 +201,13 @@ def test_a_question_without_an_answer_is_taken_back(site, page, out_dir):
     """One that is too long for the model's context: it is shown, and the page goes on."""
     before = len(ConversationStore(out_dir / "chats").list())
     page.goto(site)
-    page.get_by_placeholder("Say something").wait_for()
+    page.get_by_placeholder("Type a message").wait_for()
     say(page, "龘" * 9000)
     page.get_by_text("No answer").wait_for()
     assert len(ConversationStore(out_dir / "chats").list()) == before
     greedy(page)
     say(page, "Short")
-    page.get_by_text("Take back the last exchange").wait_for()
+    page.get_by_text("Undo the last exchange").wait_for()
     assert [m["role"] for m in newest(out_dir).messages] == ["user", "assistant"]
 
 
@@ -223,10 +223,10 @@ def test_a_server_is_talked_to_as_soon_as_it_is_there(
         assert page.get_by_text("There are no models yet").count() == 0
         with serving(out_dir, tokenizer_dir, api_key="k", port=port):
             page.get_by_text("Look for models again").click()
-            page.get_by_placeholder("Say something").wait_for()
+            page.get_by_placeholder("Type a message").wait_for()
             greedy(page)
             say(page, "Hello")
-            page.get_by_text("Take back the last exchange").wait_for()
+            page.get_by_text("Undo the last exchange").wait_for()
     messages = [{"role": "user", "content": "Hello"}]
     wanted = answer(out_dir, tokenizer, "full_sft_64", messages)
     assert newest(tmp_path).messages[1]["content"] == wanted

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from common import (
-    ROOT,
     BooleanFlag,
     UserError,
     add_skip_bad_lines,
+    add_tokenizer_path,
     half_open_unit_interval,
     name_or_path,
     named_path,
@@ -63,9 +63,9 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
     model.add_argument("--n_kv_heads", type=positive_int, default=2, help="key and value heads")
     model.add_argument("--use_moe", action=BooleanFlag, default=False, help="mixture of experts")
     experts: dict[str, tuple[Any, str]] = {
-        "n_routed_experts": (positive_int, "experts that each token chooses from"),
-        "n_shared_experts": (non_negative_int, "experts that every token visits"),
-        "num_experts_per_tok": (positive_int, "routed experts that a token visits (top-k)"),
+        "n_routed_experts": (positive_int, "routed experts per layer"),
+        "n_shared_experts": (non_negative_int, "experts applied to every token"),
+        "num_experts_per_tok": (positive_int, "routed experts per token (top-k)"),
         "aux_loss_alpha": (non_negative_float, "weight of the load-balancing loss"),
     }
     for name, (kind, meaning) in experts.items():
@@ -81,12 +81,7 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
         default=defaults["from_weight"],
         help="weights to start from: a .pth file, a stage's or a run's name, or none",
     )
-    model.add_argument(
-        "--tokenizer_path",
-        type=user_path,
-        default=ROOT / "model" / "minimind_tokenizer",
-        help="folder",
-    )
+    add_tokenizer_path(model)
 
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -104,7 +99,7 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
     data.add_argument(
         "--val_ratio",
         type=open_unit_interval,
-        help="hold this share of the documents out to evaluate on",
+        help="share of the documents that is held out for evaluation",
     )
     data.add_argument(
         "--test_data_path",
@@ -178,7 +173,7 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
         "--max_bad_steps",
         type=positive_int,
         default=10,
-        help="stop after so many steps in a row with a non-finite loss or gradient",
+        help="stop after this many steps in a row with a non-finite loss or gradient",
     )
     loop.add_argument("--seed", type=seed, default=42)
 
@@ -194,7 +189,7 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
         type=positive_int,
         nargs="?",
         const=3,
-        help="stop after so many evaluations without progress; 3 if no number is given",
+        help="stop after this many evaluations without progress; 3 if no number is given",
     )
     stopping.add_argument(
         "--early_stopping_min_delta",
@@ -212,7 +207,7 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
     machine.add_argument(
         "--gradient_checkpointing", action=BooleanFlag, default=False, help="less memory, more time"
     )
-    machine.add_argument("--ddp", action=BooleanFlag, default=False, help="insist on torchrun")
+    machine.add_argument("--ddp", action=BooleanFlag, default=False, help="require torchrun")
     machine.add_argument(
         "--local_rank", "--local-rank", type=int, help="accepted from launchers; not used"
     )
@@ -222,13 +217,13 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
     output.add_argument(
         "--run_name",
         type=run_name,
-        help="ends the names of weights and logs, so that runs lie side by side in --out_dir",
+        help="suffix of the names of weights and logs, so that runs can share an --out_dir",
     )
     output.add_argument(
         "--resume",
         action=BooleanFlag,
         default=False,
-        help="go on with the run that --out_dir holds",
+        help="continue the run that --out_dir holds",
     )
     output.add_argument(
         "--overwrite",
@@ -243,7 +238,7 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
         help="print the plan and stop before training",
     )
     output.add_argument(
-        "--gpu_price", type=positive_float, help="of one GPU for an hour; gives the cost"
+        "--gpu_price", type=positive_float, help="price of a GPU-hour, for an estimate of the cost"
     )
     output.add_argument(
         "--log_interval",
@@ -258,10 +253,10 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
         type=positive_int,
         nargs="?",
         const=3,
-        help="also keep the weights of the last so many saves as …_step{N}.pth; 3 if no number",
+        help="also keep the weights of this many last saves as …_step{N}.pth; 3 if no number",
     )
     output.add_argument(
-        "--keep_every", type=positive_int, help="keep …_step{N}.pth for good every so many steps"
+        "--keep_every", type=positive_int, help="keep …_step{N}.pth for good every this many steps"
     )
     output.add_argument("--use_wandb", action=BooleanFlag, default=False)
     output.add_argument("--wandb_project", default="MiniMind")
@@ -274,13 +269,13 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that stages which learn from conversations share besides."""
     chat = parser.add_argument_group("conversations")
     chat.add_argument(
-        "--max_turns", type=positive_int, help="keep the last so many exchanges of each"
+        "--max_turns", type=positive_int, help="use only this many last turns of each"
     )
     chat.add_argument(
         "--loss_weighting",
         choices=("token", "sample"),
         default="token",
-        help="mean over all answers' tokens, or each answer alike, however long",
+        help="token: mean over the tokens of all answers; sample: each answer counts the same",
     )
 
 

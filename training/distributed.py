@@ -18,7 +18,7 @@ from model import choose_device
 
 @dataclass(frozen=True)
 class Distributed:
-    """Where this process stands.
+    """This process among all those of torchrun.
 
     Attributes:
         rank: number of the process over all hosts.

@@ -1,14 +1,14 @@
-"""What keeps a run from wasting its time: loss spikes are noticed, lack of memory is explained."""
+"""Detection of loss spikes, their samples, and an explanation where memory runs out."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from common import LESS_MEMORY, UserError
+from dataset.stored import StoredDataset
 
 from .distributed import Distributed
 
@@ -62,7 +62,10 @@ def explain_out_of_memory() -> Iterator[None]:
 
 
 def find_sample(
-    world: Distributed, dataset: Any, batches: list[dict[str, torch.Tensor]], losses: torch.Tensor
+    world: Distributed,
+    dataset: StoredDataset,
+    batches: Sequence[dict[str, torch.Tensor]],
+    losses: torch.Tensor,
 ) -> str:
     """`file:line` of the first sample of the first batch whose loss is not finite.
 
@@ -70,7 +73,7 @@ def find_sample(
 
     Args:
         world: this process.
-        dataset: what the rows were made of; it has a `store` and `line_number`.
+        dataset: what the rows were made of.
         batches: this process's micro-batches of the step.
         losses: (len(batches),) the loss of each.
     """

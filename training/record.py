@@ -1,4 +1,4 @@
-"""What a run says of itself: a progress bar, a log, a metrics file and, on request, wandb."""
+"""The output of a run: a progress bar, a log, a metrics file and, on request, wandb."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ BAR_FORMAT = "{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{pos
 
 
 def start_wandb(args: argparse.Namespace, name: str, run_id: str | None) -> Any:
-    """Begin a run of wandb, or go on with the run `run_id`; WANDB_MODE=offline keeps it here.
+    """Begin a run of wandb, or continue the run `run_id`; WANDB_MODE=offline uploads nothing.
 
     Raises:
         UserError: if wandb is not installed, or does not let the run begin.
@@ -81,7 +81,7 @@ def _write_json(path: Path, contents: dict[str, Any]) -> None:
 
 
 def _launcher() -> list[str]:
-    """The words in front of the script's name; torchrun tells processes about itself."""
+    """The words in front of the script's name; torchrun describes itself in the environment."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ["python"]
     hosts, processes = (os.environ[name] for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
@@ -114,7 +114,7 @@ class LineFile:
     def __init__(self, path: Path, length: int | None = None):
         self.path = path
         self._file = path.open("ab", buffering=0)
-        self._complained = False
+        self._warned = False
         if length is not None and self.size > length:
             self._file.truncate(length)
 
@@ -132,22 +132,22 @@ class LineFile:
         except OSError as error:
             with suppress(OSError):
                 self._file.truncate(before)
-            self._complain(error)
+            self._warn_once(error)
 
     def sync(self) -> None:
         """Wait until the lines are on disk."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            self._complain(error)
+            self._warn_once(error)
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
-    def _complain(self, error: OSError) -> None:
-        if not self._complained:
-            self._complained = True
+    def _warn_once(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
             with suppress(OSError):
                 print(f"{self.path}: cannot be written ({error.strerror})", file=sys.stderr)
 
@@ -155,13 +155,13 @@ class LineFile:
 class Record:
     """Shows progress on a terminal, prints plain lines elsewhere, and keeps log and figures.
 
-    Only the main process reports.
+    Only the main process has output.
 
     Args:
         world: this process.
         folder: gets metrics.jsonl (an object per report) and training_log.txt.
         total_steps: optimizer steps of the run.
-        step: of them, those taken before.
+        step: optimizer steps taken before.
         metrics_bytes: the length to cut metrics.jsonl to, for a run that is resumed.
         wandb_run: a run of wandb, or None.
     """
@@ -202,15 +202,15 @@ class Record:
     def estimate(self, step: int, gpu_price: float | None) -> None:
         """Report how long the rest of the run takes, and what it costs."""
         left = self.total_steps - step
-        self.say(cost_line(self.seconds_per_step(step), left, gpu_price, self.world.world_size))
+        self.print(cost_line(self.seconds_per_step(step), left, gpu_price, self.world.world_size))
 
     def log(self, state: TrainState, epoch: int, **figures: float) -> None:
         """Report training steps: to the screen, the files and wandb.
 
         Args:
-            state: where the run stands.
-            epoch: of the last step, from 0.
-            figures: by name.
+            state: progress of the run.
+            epoch: epoch of the last step, from 0.
+            figures: values by name.
         """
         step = state.step
         shown = "  ".join(f"{name} {_format(value)}" for name, value in figures.items() if value)
@@ -222,20 +222,20 @@ class Record:
             self._write_log(f"step {step}/{self.total_steps}  {shown}")
         else:
             left = self.seconds_per_step(step) * (self.total_steps - step)
-            self.say(f"step {step}/{self.total_steps}  {shown}  left {format_duration(left)}")
+            self.print(f"step {step}/{self.total_steps}  {shown}  left {format_duration(left)}")
         self._write(state, epoch, figures)
 
     def log_scores(self, state: TrainState, epoch: int, **scores: float) -> None:
         """Report an evaluation, on a line of its own."""
         shown = "  ".join(f"{name} {_format(value)}" for name, value in scores.items())
-        self.say(f"step {state.step}/{self.total_steps}  {shown}")
+        self.print(f"step {state.step}/{self.total_steps}  {shown}")
         self._write(state, epoch, scores)
 
     def seconds_per_step(self, step: int) -> float:
         """Wall-clock seconds of a step since this process began, evaluations and saves included."""
         return (time.perf_counter() - self.started) / max(1, step - self.first_step)
 
-    def say(self, message: str) -> None:
+    def print(self, message: str) -> None:
         """Print a line without breaking the bar, and log it."""
         if self.bar is not None:
             self.bar.write(message)
@@ -284,7 +284,7 @@ def cost_line(seconds_per_step: float, steps_left: int, gpu_price: float | None,
     """How long the rest of a run takes and, with a price, what it costs.
 
     Args:
-        seconds_per_step: as measured so far.
+        seconds_per_step: mean so far.
         steps_left: optimizer steps.
         gpu_price: price of one GPU for an hour, in any currency, or None.
         gpus: number of GPUs that are paid for.

@@ -1,4 +1,4 @@
-"""The resume file: everything that a run needs to go on as if it had never stopped.
+"""The resume file: everything that a run needs to continue as if it had never stopped.
 
 `{stage}_{dim}{_moe}_resume.pth` beside the weights, and the one before it, `…_resume.prev.pth`.
 """
@@ -7,7 +7,7 @@ import argparse
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -53,7 +53,7 @@ class Tally:
         grad_norm: float,
         expert_load: list[list[float]],
     ) -> None:
-        """Add a step whose figures are finite; arguments as for `Run.add_step`."""
+        """Add a step whose figures are finite; see `Run.add_step`."""
         self.good += 1
         self.tokens += tokens
         self.targets += targets
@@ -90,7 +90,7 @@ class Tally:
 
 @dataclass
 class TrainState:
-    """Where a run stands.
+    """The progress of a run.
 
     Attributes:
         run_id: tells runs in the same folder apart.
@@ -110,7 +110,7 @@ class TrainState:
         tested: whether the test data have been scored.
         numbered: steps of the numbered weights that --save_total_limit may remove.
         metrics_bytes: length of the metrics file.
-        wandb_id: of wandb's run.
+        wandb_id: id of wandb's run.
     """
 
     run_id: str
@@ -161,54 +161,47 @@ def resume_paths(weights: Path) -> tuple[Path, Path]:
     return newest, newest.with_name(f"{newest.stem}.prev.pth")
 
 
-def save_resume(
-    weights: Path,
-    state: TrainState,
-    arguments: dict[str, Any],
-    identity: dict[str, Any],
-    model: dict[str, torch.Tensor],
-    optimizer: dict[str, Any],
-    scaler: dict[str, Any],
-    random_states: list[dict[str, Any]],
-    *,
-    saved_as: Literal["newest", "previous"],
-) -> None:
+class Resume(NamedTuple):
+    """The contents of a resume file.
+
+    Attributes:
+        state: progress of the run.
+        arguments: its flags, as JSON values.
+        identity: what may not change when it is resumed, by flag.
+        model, optimizer, scaler: their state_dicts.
+        random: the states of each process's random generators.
+        saved_as: the file that holds the run's last save, if there is one. "previous": the newest
+            is damaged, and replaced by the next save. Not in the file.
+    """
+
+    state: TrainState
+    arguments: dict[str, Any]
+    identity: dict[str, Any]
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    random: list[dict[str, Any]]
+    saved_as: Literal["newest", "previous"]
+
+
+def save_resume(weights: Path, resume: Resume) -> None:
     """Write the resume file beside `weights`; the run's last one becomes the one before it.
 
-    Args:
-        weights: path of the run's weights.
-        state: where it stands.
-        arguments: its flags, as JSON values.
-        identity: by flag, what may not change when it is resumed.
-        model, optimizer, scaler: their state_dicts.
-        random_states: of each process.
-        saved_as: the file that holds this run's last save, if there is one. "previous": the newest
-            is damaged, and replaced.
-
     Raises:
-        SaveError: as `save_weights`.
+        SaveError: if the disk is full or cannot be written; an older file is kept.
     """
     newest, previous = resume_paths(weights)
-    contents = {
-        "format": FORMAT,
-        "state": asdict(state),
-        "arguments": arguments,
-        "identity": identity,
-        "model": model,
-        "optimizer": optimizer,
-        "scaler": scaler,
-        "random": random_states,
-    }
+    contents = {"format": FORMAT, **resume._asdict(), "state": asdict(resume.state)}
+    del contents["saved_as"]
     with report_save_errors(newest):
-        aside = previous if saved_as == "newest" else None
+        aside = previous if resume.saved_as == "newest" else None
         write_atomically(newest, lambda file: torch.save(contents, file), aside)
 
 
-def read_resume(weights: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest valid resume file beside `weights`, None without one, and what to tell the user.
+def read_resume(weights: Path) -> tuple[Resume | None, list[str]]:
+    """The newest valid resume file beside `weights`, None without one, and notes for the user.
 
-    Its "state" is a TrainState, its "saved_as" names the file, and the rest is as `save_resume`
-    wrote it. Nothing is memory-mapped: the file will be moved and replaced.
+    Nothing is memory-mapped: the file will be moved and replaced.
     """
     notes = []
     for saved_as, path in zip(("newest", "previous"), resume_paths(weights), strict=True):
@@ -219,19 +212,20 @@ def read_resume(weights: Path) -> tuple[dict[str, Any] | None, list[str]]:
             contents = read_pickle(path, mmap=False)
             if not isinstance(contents, dict) or contents.get("format") != FORMAT:
                 raise UserError(f"{path}: not a resume file of this version")
-            state = TrainState.from_dict(contents["state"])
-            return {**contents, "state": state, "saved_as": saved_as}, notes
+            del contents["format"]
+            contents["state"] = TrainState.from_dict(contents["state"])
+            return Resume(**contents, saved_as=saved_as), notes
         except (UserError, KeyError, TypeError) as error:
             notes.append(str(error))
     return None, notes
 
 
-def check_identity(weights: Path, resume: dict[str, Any], own: dict[str, Any]) -> None:
+def check_identity(weights: Path, resume: Resume, own: dict[str, Any]) -> None:
     """Make sure that a run can be continued with the flags of this one.
 
     Args:
         weights: path of the run's weights.
-        resume: the content of its resume file.
+        resume: the contents of its resume file.
         own: the identity now.
 
     Raises:
@@ -240,10 +234,10 @@ def check_identity(weights: Path, resume: dict[str, Any], own: dict[str, Any]) -
     newest, _ = resume_paths(weights)
     # Older files have fewer flags in the identity, and there, after the hash of the data's content,
     # what is used of it.
-    arguments = {f"--{name}": value for name, value in resume["arguments"].items()}
+    arguments = {f"--{name}": value for name, value in resume.arguments.items()}
     older = {"n_heads": 8, "n_kv_heads": 2, **MOE_DEFAULTS, "lr_scale": [], "weight_decay_for": []}
     older = {f"--{name}": value for name, value in older.items()}
-    stored = {**older, **arguments, **resume["identity"]}
+    stored = {**older, **arguments, **resume.identity}
     stored["--data_path"] = stored["--data_path"].split()[0]
     same_tokenizer = stored["--tokenizer_path"] == own["--tokenizer_path"]
     lines = []

@@ -1,4 +1,4 @@
-"""A run in progress: where it stands, and what happens around its optimizer steps."""
+"""A run in progress: its loops over steps, and what happens around them."""
 
 import argparse
 import copy
@@ -39,12 +39,12 @@ class Run:
     Attributes:
         setup: what the run began with.
         data: the rows to train on, to validate on and to test on.
-        state: where the run stands.
+        state: progress of the run.
         saver: writes its files.
         record: reports to screen, log, metrics and wandb.
         stop: whether a signal came.
-        score: of a batch, for validation and test.
-        peak_tokens_per_second: of all processes, were every operation at their GPUs' peak; or None.
+        score: computes the figures of a batch, for validation and test.
+        peak_tokens_per_second: speed of all processes at an MFU of 100 %; None if unknown.
         ending: why the run stops before its last step; None while it goes on.
         exit_status: what the process ends with, then.
     """
@@ -79,7 +79,7 @@ class Run:
 
     @property
     def stage(self) -> Stage:
-        """What is special about the stage."""
+        """What the shared code needs to know of the stage."""
         return self.setup.stage
 
     @property
@@ -124,7 +124,7 @@ class Run:
     def loader(
         self, rows: Rows, epoch: int = 0, start: int = 0, shuffle: bool = False
     ) -> DataLoader:
-        """This process's micro-batches of rows; arguments as for `RowBatches`."""
+        """This process's micro-batches of rows; arguments: see `RowBatches`."""
         return make_loader(
             rows,
             self.args.batch_size,
@@ -177,13 +177,13 @@ class Run:
 
         Args:
             batches: this process's micro-batches.
-            totals: of them.
-            sums: as `totals.add_up()` gave them: `loss`, `aux_loss`, further figures of the stage.
+            totals: sums over these micro-batches.
+            sums: result of `totals.add_up()`: `loss`, `aux_loss`, further figures of the stage.
             targets: what the loss is a mean over: the sum of target tokens' weights in the loss
                 mask, or the number of pairs.
             tokens: target tokens of all processes.
             lr: the learning rate.
-            grad_norm: before clipping.
+            grad_norm: gradient norm before clipping.
         """
         state, tally = self.state, self.state.tally
         state.row += self.args.batch_size * self.args.accumulation_steps * self.world.world_size
@@ -216,7 +216,7 @@ class Run:
         mean, loss = state.spike_watch.mean, sums["loss"] / targets
         if state.spike_watch.is_spike(loss):
             state.spikes += 1
-            self.record.say(
+            self.record.print(
                 f"step {state.step}: loss spike: {loss:.3f}, running mean {mean:.3f}, first sample "
                 f"{sample()}"
             )
@@ -228,7 +228,7 @@ class Run:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"
         if math.isfinite(loss) and scaler.is_enabled():
             what += f" at loss scale {scaler.get_scale():g}, which float16 lowers by itself"
-        self.record.say(f"step {state.step}: {what}; update skipped; {where}")
+        self.record.print(f"step {state.step}: {what}; update skipped; {where}")
         if state.bad_in_row >= self.args.max_bad_steps:
             self.ending = (
                 f"stopped: {state.bad_in_row} steps in a row (--max_bad_steps) whose loss or "
@@ -287,7 +287,7 @@ class Run:
         return mean_scores(sums, prefix)
 
     def validate_if_due(self, model: nn.Module) -> None:
-        """Evaluate after the steps that ask for it, each once, and draw the consequences."""
+        """Evaluate once after each step that is due; save the best weights, or stop early."""
         val, state = self.data.val, self.state
         if not val or not self.due(self.args.eval_interval) or state.evaluated_at == state.step:
             return
@@ -344,7 +344,7 @@ class Run:
         self.saver.save(state, numbered)
 
     def finish(self) -> int:
-        """Score the test data, save, write the report, and say how the run ended.
+        """Score the test data, save, write the report, and print how the run ended.
 
         Returns:
             The exit status: 130 or 143 if a signal stopped the run, else 0.
@@ -357,14 +357,14 @@ class Run:
             self._test(self.data.test)
         self.save()
         if self.ending is not None:
-            self.record.say(self.ending)
+            self.record.print(self.ending)
         if self.world.is_main:
             try:
                 add_ending(self.record.folder / "config.json", self.ending or "finished")
                 line = write_report(self.record.folder)
             except Exception as error:  # the run itself is done and saved
                 line = f"no report: {error}"
-            self.record.say(line)
+            self.record.print(line)
         self.record.close()
         if self.saver.errors:
             raise UserError(f"the last save failed: {next(iter(self.saver.errors.values()))}")

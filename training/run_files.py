@@ -64,13 +64,13 @@ def lock_run(weights: Path, world: Distributed, dry_run: bool) -> Iterator[None]
         # A forked loader process outlives a main process that is killed by some seconds.
         os.register_at_fork(after_in_child=file.close)
     ended = threading.Event()
-    heart = threading.Thread(target=_beat, args=(path, ended), daemon=True)
-    heart.start()
+    heartbeat = threading.Thread(target=_beat, args=(path, ended), daemon=True)
+    heartbeat.start()
     try:
         yield
     finally:
         ended.set()
-        heart.join()
+        heartbeat.join()
         _release(path, file)
 
 
@@ -188,7 +188,7 @@ def _await_silence(path: Path, weights: Path, holder: dict[str, Any]) -> None:
             return os.fstat(file.fileno()).st_mtime_ns
 
     print(
-        f"{path}: left by a run on {holder['host']}; waiting {SILENCE:g} s for a sign of life",
+        f"{path}: left by a run on {holder['host']}; waiting {SILENCE:g} s to see if it lives",
         file=sys.stderr,
     )
     with suppress(FileNotFoundError):
@@ -205,7 +205,7 @@ def _beat(path: Path, ended: threading.Event) -> None:
             os.utime(path)
 
 
-def make_way(weights: Path, out_dir: Path, overwrite: bool) -> list[str]:
+def move_earlier_run(weights: Path, out_dir: Path, overwrite: bool) -> list[str]:
     """Move what an earlier run of this name has left to `out_dir`/replaced/NAME-TIME, or delete it.
 
     There it lies as it did in `out_dir`, so that every tool takes that folder for its --out_dir.

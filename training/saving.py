@@ -12,7 +12,7 @@ from model import active_lora, load_trained_state, save_lora, save_weights, trai
 from model.weights import read_state
 
 from .random_states import get_random_states
-from .resume import TrainState, json_arguments, save_resume
+from .resume import Resume, TrainState, json_arguments, save_resume
 from .setup import Setup
 
 
@@ -24,10 +24,10 @@ class Saver:
 
     Attributes:
         setup: what the run began with.
-        identity: by flag, what may not change when the run is resumed.
+        identity: what may not change when the run is resumed, by flag.
         optimizer, scaler: their states go into the resume file.
         report: takes a line for the user.
-        saved_as: which file holds this run's last save, as for `save_resume`.
+        saved_as: the file that holds this run's last save, see `Resume`.
         errors: why the last try to save something failed, by what it is.
     """
 
@@ -48,7 +48,7 @@ class Saver:
         """Write the weights, numbered ones if asked for, and the resume file.
 
         Args:
-            state: where the run stands.
+            state: progress of the run.
             numbered: whether …_step{N}.pth is written, and whether --save_total_limit counts it.
         """
         world = self.setup.world
@@ -109,8 +109,7 @@ class Saver:
         return self.setup.path.with_name(f"{self.setup.path.stem}_step{step}.pth")
 
     def _save_resume(self, state: TrainState, random_states: list[dict[str, Any]]) -> None:
-        save_resume(
-            self.setup.path,
+        resume = Resume(
             state,
             json_arguments(self.setup.args),
             self.identity,
@@ -118,20 +117,21 @@ class Saver:
             self.optimizer.state_dict(),
             self.scaler.state_dict(),
             random_states,
-            saved_as=self.saved_as,
+            self.saved_as,
         )
+        save_resume(self.setup.path, resume)
         self.saved_as = "newest"
 
 
 def load_resume(
     setup: Setup,
-    resume: dict[str, Any],
+    resume: Resume,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> None:
     """Put model, optimizer and scaler where a resume file left them; the flags are those of now."""
-    load_trained_state(setup.raw_model, resume["model"])
+    load_trained_state(setup.raw_model, resume.model)
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({**resume["optimizer"], "param_groups": groups})
-    if resume["scaler"]:  # it is empty without float16
-        scaler.load_state_dict(resume["scaler"])
+    optimizer.load_state_dict({**resume.optimizer, "param_groups": groups})
+    if resume.scaler:  # it is empty without float16
+        scaler.load_state_dict(resume.scaler)

@@ -1,4 +1,4 @@
-"""What a stage begins with: processes, tokenizer, model, data, and the run to go on with."""
+"""What a stage begins with: processes, tokenizer, model, data, and the run to resume."""
 
 import argparse
 import re
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common import UserError, write_atomically
 from dataset import PackedRows, PaddedRows, PairRows, TeacherTopK, collate
-from dataset.lm_dataset import StoredDataset
+from dataset.stored import StoredDataset
 from diagnosis.plan import LearningRates
 from model import (
     LMConfig,
@@ -30,7 +30,7 @@ from model.weights import first_difference, read_state
 from .arguments import MOE_DEFAULTS
 from .distributed import Distributed, autocast_dtype, find_processes
 from .random_states import seed_everything
-from .resume import check_identity, json_arguments, read_resume, resume_paths
+from .resume import Resume, check_identity, json_arguments, read_resume, resume_paths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +66,7 @@ class Setup:
     Attributes:
         raw_model: the model without wrappers.
         path: file that the weights are written to.
-        frozen: by flag, hashes of weights that the run needs and does not train; the main
+        frozen: hashes of weights that the run needs and does not train, by flag; the main
             process's count.
         resume: a resume file's content, None for a new run; the main process's counts.
         notes: lines that the run reports first.
@@ -80,7 +80,7 @@ class Setup:
     raw_model: MiniMindLM
     path: Path
     frozen: dict[str, str] = field(default_factory=dict)
-    resume: dict[str, Any] | None = None
+    resume: Resume | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -151,7 +151,7 @@ def load_first_weights(setup: Setup) -> None:
     """Load the weights that --from_weight names, if any, on the main process.
 
     Raises:
-        UserError: as `resolve_weights` and `load_weights`.
+        UserError: if there is no such file, or it cannot be loaded into this model.
     """
     args = setup.args
     if args.from_weight != "none" and setup.world.is_main:
@@ -173,7 +173,7 @@ def find_resume(setup: Setup) -> None:
     newest, _ = resume_paths(path)
     resume, notes = read_resume(path)
     if args.resume and resume is not None:
-        setup.notes += [*notes, f"--resume: going on after step {resume['state'].step}"]
+        setup.notes += [*notes, f"--resume: going on after step {resume.state.step}"]
         setup.resume = resume
         return
     if args.resume:
@@ -188,9 +188,9 @@ def find_resume(setup: Setup) -> None:
             )
         nothing = f"--resume: nothing to go on from in {path.parent}: a new run starts"
         setup.notes += [*notes, nothing]
-    elif resume is not None and resume["state"].epoch < resume["arguments"]["epochs"]:
+    elif resume is not None and resume.state.epoch < resume.arguments["epochs"]:
         setup.notes.append(
-            f"{newest} holds an unfinished run, at step {resume['state'].step}: --resume goes on "
+            f"{newest} holds an unfinished run, at step {resume.state.step}: --resume goes on "
             f"with it; this new run {'deletes' if args.overwrite else 'moves'} it"
         )
     check_output(path, setup.raw_model)

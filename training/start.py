@@ -12,7 +12,7 @@ from .random_states import seed_everything, set_random_states
 from .record import Record, start_wandb, write_config
 from .resume import TrainState, changed_arguments, json_arguments
 from .run import Run
-from .run_files import check_lock, make_way
+from .run_files import check_lock, move_earlier_run
 from .saving import Saver, load_resume
 from .schedule import get_lr, warmup_steps
 from .setup import Rows, Setup, Splits
@@ -28,14 +28,14 @@ def start_run(
     scaler: torch.amp.GradScaler,
     score: Score,
 ) -> Run | None:
-    """Put a run where it starts or goes on, report what it will do, and open its record.
+    """Start or resume a run: report its plan and open its record.
 
     Args:
         setup: what the stage begins with, the model on its device.
         data: the rows to train on, to validate on and to test on.
         stop: whether a signal came.
         optimizer, scaler: as the training step uses them.
-        score: of a batch, for validation and test.
+        score: computes the figures of a batch, for validation and test.
 
     Returns:
         None if there is nothing to do: the run is finished, or --dry_run was given.
@@ -51,11 +51,11 @@ def start_run(
     if resume is None:
         state = TrainState(run_id=uuid.uuid4().hex, rows_per_step=rows_per_step)
     else:
-        state = resume["state"]
+        state = resume.state
         load_resume(setup, resume, optimizer, scaler)
-        if world.rank < len(resume["random"]):
-            set_random_states(resume["random"][world.rank], world.device)
-        notes = notes + changed_arguments(resume["arguments"], json_arguments(args))
+        if world.rank < len(resume.random):
+            set_random_states(resume.random[world.rank], world.device)
+        notes = notes + changed_arguments(resume.arguments, json_arguments(args))
     state.use_validation(" ".join(rows.dataset.fingerprint for rows in data.val.values()))
     if resume is not None and is_finished(setup, state, data):
         world.log(f"{path}: this run is finished, at step {state.step}; nothing to do")
@@ -68,7 +68,7 @@ def start_run(
     if world.is_main and not args.dry_run:
         check_lock(path)
         if resume is None:
-            notes = notes + make_way(path, args.out_dir, args.overwrite)
+            notes = notes + move_earlier_run(path, args.out_dir, args.overwrite)
     folder = path.parent / "logs" / path.stem
     total_steps = state.step + steps_left(state, len(data.train), rows_per_step, args.epochs)
     warmup = warmup_steps(args.warmup_iters, args.warmup_ratio, total_steps)
@@ -109,9 +109,9 @@ def start_run(
     except OSError as error:
         raise UserError(f"--out_dir {folder}: {error.strerror or error}") from None
     for note in notes:
-        record.say(note)
-    saved_as = "newest" if resume is None else resume["saved_as"]
-    saver = Saver(setup, setup.identity(data.train), optimizer, scaler, record.say, saved_as)
+        record.print(note)
+    saved_as = "newest" if resume is None else resume.saved_as
+    saver = Saver(setup, setup.identity(data.train), optimizer, scaler, record.print, saved_as)
     return Run(setup, data, state, saver, record, stop, score, plan.peak_tokens_per_second())
 
 
@@ -129,10 +129,10 @@ def steps_left(state: TrainState, n_rows: int, rows_per_step: int, epochs: int) 
     """Optimizer steps from here to the end of a run.
 
     Args:
-        state: where it stands.
+        state: progress of the run.
         n_rows: rows of an epoch.
-        rows_per_step: of all processes together.
-        epochs: of the run.
+        rows_per_step: rows of a step, of all processes together.
+        epochs: epochs of the run.
     """
     if state.epoch >= epochs:
         return 0

@@ -1,4 +1,4 @@
-"""What a training step counts, and what validation sums over the data."""
+"""The counts and sums of a training step, and the scores of a validation batch."""
 
 from collections.abc import Callable, Sequence
 

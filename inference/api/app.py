@@ -117,7 +117,7 @@ def retrieve_model(name: str, request: Request) -> dict[str, Any]:
 
 @router.get("/health")
 async def get_health() -> dict[str, str]:
-    """Say that the server runs."""
+    """Report that the server runs."""
     return {"status": "ok"}
 
 
@@ -140,7 +140,7 @@ async def complete(
     """Generate the choices of a request, and answer with them whole or as a stream.
 
     Raises:
-        ApiError, UnknownModel, QueueFull: what clients are told of errors.
+        ApiError, UnknownModel, QueueFull: errors that clients get.
     """
     limits: Limits = request.app.state.limits
     request.state.model = body.model
@@ -178,7 +178,7 @@ async def load(request: Request, name: str) -> Batcher:
             return await asyncio.shield(asyncio.wrap_future(future))  # others may wait for it too
         except UserError as error:
             LOG.error("%s: %s", name, error)  # it names files, which clients must not see
-            message = f"The model '{name}' cannot be loaded; the server's log says why."
+            message = f"The model '{name}' cannot be loaded; see the server's log."
             raise ApiError(503, message, "model") from None
 
 
@@ -195,7 +195,7 @@ def check_limits(
         raise ApiError(400, f"At most {limits.max_tokens} new tokens.", "max_tokens")
     number = len(prompts) * n
     if number > batcher.rows + batcher.queue:
-        message = f"So many texts at a time ({number}) never fit."
+        message = f"{number} texts are more than this server takes at a time."
         raise ApiError(400, message, param if len(prompts) > 1 else "n")
 
 
@@ -226,7 +226,7 @@ async def stream_events(
     except QueueFull as error:
         yield f"data: {json.dumps(to_api_error(error).body)}\n\n"
     except Exception as error:  # the status was sent before
-        body = ApiError(500, f"Writing failed: {type(error).__name__}.").body
+        body = ApiError(500, f"Generation failed: {type(error).__name__}.").body
         yield f"data: {json.dumps(body)}\n\n"
         raise
 
@@ -244,6 +244,6 @@ async def unless_disconnected(request: Request, work: Awaitable[Result]) -> Resu
     try:
         return await task
     except asyncio.CancelledError:
-        raise ApiError(499, "The client left.") from None
+        raise ApiError(499, "The client disconnected.") from None
     finally:
         watcher.cancel()

@@ -26,7 +26,7 @@ class Metrics:
             registry=registry,
         )
         for name, text, count in (
-            ("active", "Texts being written", lambda b: len(b.active)),
+            ("active", "Texts being generated", lambda b: len(b.active)),
             ("waiting", "Texts that wait", lambda b: b.load - len(b.active)),
             ("models", "Models in memory", lambda b: 1),
         ):

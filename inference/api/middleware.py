@@ -64,7 +64,7 @@ class RequestMiddleware:
             raise
         finally:
             choices = state.get("choices")
-            if choices is not None:  # nobody waits for them any more
+            if choices is not None:  # nothing waits for them any more
                 choices.cancel()
             if status is not None:
                 self.metrics.observe(scope["path"], status, start, choices)
