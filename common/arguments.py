@@ -157,7 +157,7 @@ def user_path(text: str) -> Path:
 
 
 def name_or_path(text: str) -> str:
-    """An argparse type: a name, or a path as for `user_path`; text either way."""
+    """An argparse type: a name, or a path with `~` expanded; text either way."""
     return str(user_path(text)) if text.startswith("~") else text
 
 
@@ -177,7 +177,7 @@ def is_run_name(text: str) -> bool:
 
 
 def run_name(text: str) -> str:
-    """An argparse type: a name for a run, as for `is_run_name`."""
+    """An argparse type: a name for a run, see `is_run_name`."""
     if not is_run_name(text):
         raise argparse.ArgumentTypeError(
             f"{text!r}: letters, digits and - only, not just digits, and none of moe, best, "
