@@ -34,7 +34,7 @@ class Token:
         token: its id.
         logprob: log-probability in nats by the model's own distribution, where it was asked for; a
             text's first token has none.
-        top_logprobs: the likeliest tokens in its place, each with its log-probability.
+        top_logprobs: the most likely tokens in its place, each with its log-probability.
     """
 
     token: int
@@ -56,7 +56,7 @@ class GenerationRequest(Continuation):
             limit, the context or the deadline was reached), "cancelled", or an exception: QueueFull
             if it never began.
         seed: seed of the sampling; None for a new one each time.
-        logprobs: how many of the likeliest tokens come with each token, or None.
+        logprobs: how many of the most likely tokens come with each token, or None.
         prompt_logprobs: whether the prompt's tokens come with theirs too.
         deadline: `time.monotonic()` at which the text ends, however long it is.
         cancelled: set it, and the text ends before the next step.
@@ -316,7 +316,7 @@ def with_logprobs(tokens: Sequence[int], logits: Tensor, top: int) -> list[Token
     Args:
         tokens: T ids.
         logits: what each was sampled from, (T, vocab_size).
-        top: number of likeliest tokens that come with each.
+        top: number of most likely tokens that come with each.
     """
     logprobs = logits.float().log_softmax(-1)
     own = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]

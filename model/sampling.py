@@ -14,12 +14,12 @@ class Sampling:
     """Settings of sampling; names, defaults and order of effect are those of transformers.
 
     Attributes:
-        do_sample: draw from the distribution; False takes the likeliest token.
+        do_sample: draw from the distribution; False takes the most likely token.
         temperature: divides the logits; below 1 sharpens.
-        top_k: draw among the k likeliest only; None or 0 for all.
+        top_k: draw among the k most likely only; None or 0 for all.
         top_p: draw among the fewest tokens whose probability reaches p (nucleus sampling,
             https://arxiv.org/abs/1904.09751).
-        min_p: drop what is less likely than this share of the likeliest token's probability
+        min_p: drop what is less likely than this share of the top token's probability
             (https://arxiv.org/abs/2407.01082).
         repetition_penalty: divides positive and multiplies negative logits of tokens that occur in
             the prompt or were generated (CTRL, https://arxiv.org/abs/1909.05858).
@@ -106,7 +106,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
             descending, tokens = probs.sort(-1, descending=True)
         before = descending.cumsum(-1) - descending  # probability of all likelier tokens
         excluded = before >= sampling.top_p
-        excluded[:, 0] = False  # a p that is 0 in fp32 leaves the likeliest
+        excluded[:, 0] = False  # a p that is 0 in fp32 leaves the most likely
         nucleus = descending.masked_fill(excluded, 0.0)
         probs = torch.zeros_like(probs).scatter_(-1, tokens, nucleus)
     if sampling.min_p:

@@ -165,12 +165,12 @@ class CompletionFormat:
         return token_bytes(self.chat_model.tokenizer, id_).decode("utf-8", "replace")
 
     def _top_logprobs(self, token: Token) -> dict[str, float] | None:
-        """The log-probabilities of the likeliest tokens and of this one, by their texts."""
+        """The log-probabilities of the top tokens and of this one, by their texts."""
         if token.logprob is None:
             return None
         top: dict[str, float] = {}
         for id_, logprob in [*token.top_logprobs, (token.token, token.logprob)]:
-            # Parts of characters share a text, �: that of the likeliest stays.
+            # Parts of characters share a text, �: the most likely one stays.
             top.setdefault(self._text(id_), max(logprob, MIN_LOGPROB))
         return top
 

@@ -174,7 +174,7 @@ class ChatRequest(BaseRequest):
 
     @property
     def n_logprobs(self) -> int | None:
-        """How many of the likeliest tokens to give with each token; None for no logprobs."""
+        """How many of the top tokens to give with each token; None for no logprobs."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -200,7 +200,7 @@ class CompletionRequest(BaseRequest):
 
     @property
     def n_logprobs(self) -> int | None:
-        """How many of the likeliest tokens to give with each token; None for no logprobs."""
+        """How many of the top tokens to give with each token; None for no logprobs."""
         return self.logprobs
 
     def prompts(self) -> list[str] | list[list[int]]:
