@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +29,9 @@ from model import (
 from model.weights import read_pickle
 
 from .chat_model import ChatModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PRETRAINED = "pretrain"  # the stage whose weights continue texts; those of all others answer
 
@@ -171,21 +174,18 @@ def find_adapter(spec: WeightSpec, shape: LMConfig) -> Path:
     return max(paths, key=lambda path: path.stat().st_mtime)
 
 
-def load_base(adapter: Path, out_dir: Path, tokenizer: str) -> tuple[Path, MiniMindLM]:
+def load_base(base: str, out_dir: Path, tokenizer: str, adapter: Path) -> tuple[Path, MiniMindLM]:
     """Find and load the weights that an adapter was trained on, by their hash: file and model.
 
     Args:
-        adapter: file of the adapter.
+        base: hash of the weights.
         out_dir: folder of weights.
         tokenizer: hash of the tokenizer in use.
+        adapter: file or folder of the adapter, for errors.
 
     Raises:
-        UserError: if they are not there or belong to another tokenizer, or if the file holds no
-            adapter.
+        UserError: if they are not there or belong to another tokenizer.
     """
-    base = adapted_base(adapter)
-    if base is None:
-        raise UserError(f"{adapter}: not an adapter")
     for path, about in list_weights(out_dir):
         try:
             model = load_model(path, about["config"], about["tokenizer"])
@@ -202,10 +202,29 @@ def load_base(adapter: Path, out_dir: Path, tokenizer: str) -> tuple[Path, MiniM
     )
 
 
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model on the CPU, in eval mode, with what belongs to it.
+
+    Attributes:
+        name: name of the weights, and after a plus sign that of the adapter.
+        path: file of the weights, or their folder.
+        model: the model; its adapter is active and not merged.
+        tokenizer: tokenizer of its ids.
+        chats: whether it answers conversations; else it continues texts.
+    """
+
+    name: str
+    path: Path
+    model: MiniMindLM
+    tokenizer: "PreTrainedTokenizerBase"
+    chats: bool
+
+
 def load_chat_model(
     spec: WeightSpec, device: torch.device, quantize: str | None = None, rows: int = 1
 ) -> ChatModel:
-    """Load weights, tokenizer and adapter.
+    """Load weights, tokenizer and adapter to answer with.
 
     Args:
         spec: which ones.
@@ -215,8 +234,19 @@ def load_chat_model(
     Raises:
         UserError: if they are not there or do not belong together.
     """
+    loaded = load_trained(spec)
+    model = loaded.model.to(device)
+    return ChatModel(loaded.name, model, loaded.tokenizer, loaded.chats, quantize, rows)
+
+
+def load_trained(spec: WeightSpec) -> TrainedModel:
+    """Load weights, tokenizer and adapter.
+
+    Raises:
+        UserError: if they are not there or do not belong together.
+    """
     if spec.weight is not None and Path(spec.weight).is_dir():
-        return load_folder(spec, device, quantize, rows)
+        return load_folder(spec)
     tokenizer = load_tokenizer(spec.tokenizer_path)
     hash_ = tokenizer_hash(tokenizer)
     try:
@@ -230,7 +260,10 @@ def load_chat_model(
         raise UserError(f"--dim {spec.dim}: {error}") from None
     adapter = None if spec.lora_name is None else find_adapter(spec, shape)
     if spec.weight is None and adapter is not None:
-        path, model = load_base(adapter, spec.out_dir, hash_)
+        base = adapted_base(adapter)
+        if base is None:
+            raise UserError(f"{adapter}: not an adapter")
+        path, model = load_base(base, spec.out_dir, hash_, adapter)
     else:
         path = find_weights(spec, shape)
         model = load_model(path, shape, hash_)
@@ -238,12 +271,10 @@ def load_chat_model(
     if adapter is not None:
         load_lora(model, adapter)
         name, chats = f"{name}+{adapter.stem}", True  # adapters are trained on conversations
-    return ChatModel(name, model.to(device).eval(), tokenizer, chats, quantize, rows)
+    return TrainedModel(name, path, model.eval(), tokenizer, chats)
 
 
-def load_folder(
-    spec: WeightSpec, device: torch.device, quantize: str | None, rows: int
-) -> ChatModel:
+def load_folder(spec: WeightSpec) -> TrainedModel:
     """Load a folder in transformers' format: config.json, model.safetensors, perhaps a tokenizer.
 
     `save_pretrained` wrote such folders when MiniMindLM was one of transformers' models.
@@ -273,4 +304,4 @@ def load_folder(
     except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         reason = textwrap.shorten(str(error), 200)  # PyTorch names every difference, a line each
         raise UserError(f"--weight {folder}: cannot be loaded ({reason})") from None
-    return ChatModel(folder.name, model.to(device).eval(), tokenizer, True, quantize, rows)
+    return TrainedModel(folder.name, folder, model.eval(), tokenizer, True)
