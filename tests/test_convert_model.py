@@ -115,7 +115,7 @@ def test_transformers_computes_the_same(exported, trained, tokenizer_dir):
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True
     )
-    assert theirs.dtype == torch.float32 and not info["missing_keys"] | info["unexpected_keys"]
+    assert theirs.dtype == torch.float32 and not {*info["missing_keys"], *info["unexpected_keys"]}
     ids = some_ids()
     assert torch.allclose(logits(theirs, ids), logits(model, ids), rtol=0, atol=1e-4)
     out = theirs.generate(
