@@ -23,15 +23,9 @@ class BooleanFlag(argparse.Action):
         negations = [f"--no-{name.removeprefix('--')}" for name in option_strings]
         super().__init__([*option_strings, *negations], dest, nargs="?", **kwargs)
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | None,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         """Set the switch."""
-        negated = option_string is not None and option_string.startswith("--no-")
+        negated = option_string.startswith("--no-")
         if values is None:
             value = True
         elif not negated and values.lower() in self.WORDS:
@@ -73,9 +67,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def make_parser(description: str) -> StageParser:
     """A parser that shows defaults and takes flags by their whole names only."""
     return StageParser(
-        description=description,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
+        description=description, formatter_class=HelpFormatter, allow_abbrev=False
     )
 
 
@@ -111,31 +103,17 @@ unit_interval = number(float, 0, 1)
 open_unit_interval = number(float, 0, 0.999999, open_low=True)
 
 
-def share_of_bad_lines(text: str) -> float:
-    """An argparse type: a share, or true and false as `BooleanFlag` takes them."""
-    if text not in ("0", "1") and text.lower() in BooleanFlag.WORDS:
-        return FEW_BAD_LINES if BooleanFlag.WORDS[text.lower()] else 0.0
-    return unit_interval(text)
-
-
 def add_skip_bad_lines(parser: argparse._ActionsContainer) -> None:
     """Add `--skip_bad_lines [SHARE]`: the share of bad lines of a file that may be left out."""
     parser.add_argument(
         "--skip_bad_lines",
-        type=share_of_bad_lines,
+        type=unit_interval,
         nargs="?",
         const=FEW_BAD_LINES,
         default=0.0,
         metavar="SHARE",
         help="leave out lines that have errors, if at most this share has; "
         f"{FEW_BAD_LINES} if no number",
-    )
-    parser.add_argument(
-        "--no-skip_bad_lines",
-        dest="skip_bad_lines",
-        action="store_const",
-        const=0.0,
-        help=argparse.SUPPRESS,
     )
 
 
