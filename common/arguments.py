@@ -66,9 +66,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def make_parser(description: str) -> StageParser:
     """A parser that shows defaults and takes flags by their whole names only."""
-    return StageParser(
-        description=description, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    return StageParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
 def number(

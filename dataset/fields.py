@@ -5,8 +5,6 @@ from typing import Any
 
 MAX_LINE_BYTES = 1 << 30
 
-_BOM = "\ufeff"
-_ESCAPE_LENGTH = len("\\u0000")
 _JSON_NAMES = {bool: "a boolean", str: "a string", list: "an array", dict: "an object"}
 
 
@@ -19,13 +17,11 @@ def parse_object(line: bytes) -> dict[str, Any]:
     if len(line) > MAX_LINE_BYTES:
         raise RecordError(f"longer than {MAX_LINE_BYTES:,} bytes")
     try:
-        text = line.rstrip(b"\r\n").decode("utf-8").removeprefix(_BOM)
+        text = line.rstrip(b"\r\n").decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         if error.reason == "unexpected end of data":
             raise RecordError("cut off in the middle of a character; truncated?") from None
         raise RecordError(f"invalid UTF-8 at byte {error.start + 1}") from None
-    if not text.strip():
-        raise RecordError("blank line")
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
@@ -34,10 +30,8 @@ def parse_object(line: bytes) -> dict[str, Any]:
         what = error.msg.removesuffix(" at")
         where = f"line {error.lineno} of the record, " if error.lineno > 1 else ""
         raise RecordError(f"broken JSON: {what} at {where}column {error.colno}") from None
-    except RecursionError:
-        raise RecordError("broken JSON: nested too deeply") from None
-    except ValueError:  # Python's limit on the digits of an integer
-        raise RecordError("broken JSON: a number of several thousand digits") from None
+    except (RecursionError, ValueError) as error:  # nesting, digits of an integer
+        raise RecordError(f"broken JSON: {error}") from None
     return expect(record, dict, "the record")
 
 
@@ -45,8 +39,7 @@ def _is_cut_off(text: str, error: json.JSONDecodeError) -> bool:
     """Whether more characters could have made the text valid."""
     if error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()):
         return True
-    escape = text[error.pos :]
-    return error.msg.startswith("Invalid \\uXXXX escape") and len(escape) < _ESCAPE_LENGTH
+    return error.msg.startswith("Invalid \\uXXXX escape") and len(text) - error.pos < len("\\u0000")
 
 
 def expect(value: Any, kind: type, name: str) -> Any:
@@ -62,10 +55,8 @@ def check_string(value: Any, name: str) -> str:
     try:
         expect(value, str, name).encode("utf-8")
     except UnicodeEncodeError as error:
-        code, at = ord(value[error.start]), error.start + 1
-        raise RecordError(
-            f"{name} holds a lone surrogate, \\u{code:04x}, at character {at}"
-        ) from None
+        code, at = f"\\u{ord(value[error.start]):04x}", error.start + 1
+        raise RecordError(f"{name} holds a lone surrogate, {code}, at character {at}") from None
     return value
 
 

@@ -40,24 +40,14 @@ def as_messages(value: Any, role: str, name: str) -> list[Any]:
 
 
 def begins_a_conversation(message: Any) -> bool:
-    """Whether a message, before it is parsed, is one of the system or of a user."""
+    """Whether an unparsed message is the system's or a user's."""
     return isinstance(message, dict) and _ROLES.get(_role_name(message)) in ("system", "user")
 
 
 def is_empty_answer(message: dict[str, Any]) -> bool:
     """Whether an assistant's message has no text, no reasoning and no calls."""
-    return (
-        message["role"] == "assistant"
-        and not has_text_or_calls(message)
-        and not message.get("reasoning_content", "").strip()
-    )
-
-
-def has_text_or_calls(message: dict[str, Any]) -> bool:
-    """Whether a message is the assistant's and has text or calls a tool."""
-    return message["role"] == "assistant" and bool(
-        message["content"].strip() or message.get("tool_calls")
-    )
+    parts = (message["content"].strip(), message.get("reasoning_content", "").strip())
+    return message["role"] == "assistant" and not any(parts) and not message.get("tool_calls")
 
 
 def parse_messages(items: Any, name: str, answered: bool = True) -> list[dict[str, Any]]:
@@ -79,7 +69,8 @@ def parse_messages(items: Any, name: str, answered: bool = True) -> list[dict[st
             open_calls += len(calls)
             continue
         elif last["role"] not in _FOLLOWS[role]:
-            raise RecordError(f"{where}: {_wrong_order(role, last['role'])}")
+            before = f"after {last['role']}" if messages else "first"
+            raise RecordError(f"{where}: role {role} cannot come {before}")
         else:
             open_calls = len(calls)
         messages.append(message)
@@ -91,17 +82,6 @@ def parse_messages(items: Any, name: str, answered: bool = True) -> list[dict[st
 def _is_same_turn(last: dict[str, Any], message: dict[str, Any]) -> bool:
     """Whether a function_call belongs to the message before: ShareGPT has each on its own."""
     return last["role"] == "assistant" and last.get("weight") == message.get("weight")
-
-
-def _wrong_order(role: str, before: str | None) -> str:
-    """Why a message of `role` cannot come after one of `before`."""
-    if role == "system":
-        return "a system message that is not the first"
-    if role == before:
-        return f"two {role} messages in a row"
-    if role == "assistant":
-        return "an assistant message before any user message"
-    return "a user message before the assistant answers the tool"
 
 
 def _role_name(item: dict[str, Any]) -> Any:

@@ -350,8 +350,8 @@ def test_all_shapes_in_one_file(tmp_path):
     assert str(error.value).splitlines() == [
         f"{path}:2: broken JSON: Expecting property name enclosed in double quotes at column 2",
         f'{path}:4: no "conversations", "messages" or "instruction"',
-        f"{path}:6: message 2: two user messages in a row",
-        f"{path}:8: message 1: an assistant message before any user message",
+        f"{path}:6: message 2: role user cannot come after user",
+        f"{path}:8: message 1: role assistant cannot come first",
         f"{path}: 4 of 8 lines are bad; --skip_bad_lines 0.5 goes on without them",
     ]
     dataset = SFTDataset(path, tokenizer, 64, skip_bad_lines=True)
