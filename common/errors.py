@@ -27,7 +27,7 @@ class UserError(Exception):
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
-    """On UserError, end with its text and exit status 2, without a traceback; on Ctrl-C with 130."""
+    """End with exit status 2 and the text of a UserError, no traceback; with 130 on Ctrl-C."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see interrupt.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):

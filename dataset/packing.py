@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from .arrays import INDEX_DTYPE, ArrayWriter
+from .arrays import INDEX_DTYPE, ArrayWriter, build_once
 from .stored import StoredDataset
 
 PLAN_VERSION = 1
@@ -55,7 +55,7 @@ class PackedRows(Dataset):
         self.row_length = row_length
         self.key = f"rows_{row_length}_{dataset.items_key}_v{PLAN_VERSION}"
         dtypes = {"items": INDEX_DTYPE, "ends": INDEX_DTYPE}
-        self._plan = dataset.store.derived(self.key, dtypes, self._write_plan)
+        self._plan = build_once(dataset.store.folder / self.key, dtypes, self._write_plan)
 
     def __len__(self) -> int:
         return len(self._plan.arrays["ends"])

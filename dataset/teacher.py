@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .arrays import INDEX_DTYPE, ArrayWriter
+from .arrays import INDEX_DTYPE, ArrayWriter, build_once
 from .packing import PackedRows, PaddedRows, Row, collate
 
 DTYPES = {"ids": np.dtype("<i4"), "logps": np.dtype("<f4"), "ends": INDEX_DTYPE}
@@ -51,7 +51,7 @@ class TeacherTopK(Dataset):
                 end = int(ends[-1])
 
         name = f"teacher_{key}_top{top}_{rows.key}"
-        self._cached_teacher = self.dataset.store.derived(name, DTYPES, fill)
+        self._cached_teacher = build_once(self.dataset.store.folder / name, DTYPES, fill)
 
     def __len__(self) -> int:
         return len(self.rows)

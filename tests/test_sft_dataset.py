@@ -489,7 +489,7 @@ def test_nothing_is_made_twice(many, monkeypatch):
     other = SFTDataset(many, tokenizer, 32, max_turns=1)  # another table of the same store
     assert len(list(many.parent.glob("*.tokens"))) == 1
     assert other.n_positions < sum(len(x) for x, _, _ in expected)
-    monkeypatch.setattr(SFTDataset, "_write_items", None)
+    monkeypatch.setattr(SFTDataset, "_tabulate", None)
     assert everything(SFTDataset(many, tokenizer, 64)) == expected
 
 
