@@ -70,10 +70,7 @@ def build_once(folder: Path, dtypes: Mapping[str, np.dtype], fill: Fill) -> Arra
 
     Other processes wait for the one that holds the lock, which the operating system takes back when
     that process dies. Under torchrun only the first process of each host asks for the lock; the
-    others wait for the folder to appear.
-
-    Raises:
-        UserError: if the folder cannot be written.
+    others wait for the folder. Raises UserError if the folder cannot be written.
     """
     waits = "WORLD_SIZE" in os.environ and int(os.environ.get("LOCAL_RANK", "0")) > 0
     try:

@@ -111,8 +111,11 @@ def _answer(message: Mapping[str, Any], weight: float) -> list[Piece]:
 
 
 def _to_json(value: Any) -> str:
-    """As the `tojson` of chat templates."""
-    return json.dumps(value, ensure_ascii=False)
+    """As the `tojson` of chat templates. Raises RecordError."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise RecordError("nested too deeply") from None
 
 
 class ChatEncoder(TextTokenizer):

@@ -18,21 +18,28 @@ def parse_object(line: bytes) -> dict[str, Any]:
         raise RecordError(f"longer than {MAX_LINE_BYTES:,} bytes")
     try:
         text = line.rstrip(b"\r\n").decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        if error.reason == "unexpected end of data":
-            raise RecordError("cut off in the middle of a character; truncated?") from None
-        raise RecordError(f"invalid UTF-8 at byte {error.start + 1}") from None
-    try:
-        record = json.loads(text)
+        record = _load(text)
     except json.JSONDecodeError as error:
         if _is_cut_off(text, error):
             raise RecordError(f"JSON ends too early, at column {len(text)}; truncated?") from None
         what = error.msg.removesuffix(" at")
         where = f"line {error.lineno} of the record, " if error.lineno > 1 else ""
         raise RecordError(f"broken JSON: {what} at {where}column {error.colno}") from None
-    except (RecursionError, ValueError) as error:  # nesting, digits of an integer
+    except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data":
+            raise RecordError("cut off in the middle of a character; truncated?") from None
+        raise RecordError(f"invalid UTF-8 at byte {error.start + 1}") from None
+    except (RecursionError, ValueError) as error:
         raise RecordError(f"broken JSON: {error}") from None
     return expect(record, dict, "the record")
+
+
+def _load(text: str) -> Any:
+    """What JSON means. Raises ValueError, also for half a surrogate pair; or RecursionError."""
+    value = json.loads(text)
+    if "\\ud" in text or "\\uD" in text:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
 
 
 def _is_cut_off(text: str, error: json.JSONDecodeError) -> bool:
@@ -50,38 +57,17 @@ def expect(value: Any, kind: type, name: str) -> Any:
     return value
 
 
-def check_string(value: Any, name: str) -> str:
-    """`value` if it is a string that UTF-8 can hold."""
-    try:
-        expect(value, str, name).encode("utf-8")
-    except UnicodeEncodeError as error:
-        code, at = f"\\u{ord(value[error.start]):04x}", error.start + 1
-        raise RecordError(f"{name} holds a lone surrogate, {code}, at character {at}") from None
-    return value
-
-
 def check_text(value: Any, name: str) -> str:
-    """`value` if it is a string with something in it that UTF-8 can hold."""
-    if not check_string(value, name):
-        raise RecordError(f"{name} is empty")
-    if value.isspace():
-        raise RecordError(f"{name} is blank")
+    """`value` if it is a string with something in it."""
+    if not expect(value, str, name).strip():
+        raise RecordError(f"{name} is {'blank' if value else 'empty'}")
     return value
 
 
-def check_json(value: Any, name: str) -> None:
-    """Raise RecordError if the JSON of `value` cannot be written in UTF-8."""
-    try:
-        check_string(json.dumps(value, ensure_ascii=False), name)
-    except RecursionError:
-        raise RecordError(f"{name} is nested too deeply") from None
-
-
-def parse_json(text: Any, name: str) -> Any:
+def parse_json(text: str, name: str) -> Any:
     """What the JSON in a string means."""
-    check_string(text, name)
     try:
-        return json.loads(text)
+        return _load(text)
     except (ValueError, RecursionError):
         raise RecordError(f"{name} is not the JSON that it should be") from None
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from common import UserError
 
-from .fields import RecordError, check_string, check_text, parse_flag, parse_object
+from .fields import RecordError, check_text, expect, parse_flag, parse_object
 from .messages import (
     as_messages,
     begins_a_conversation,
@@ -138,10 +138,8 @@ def parse_preference(line: bytes) -> Preference:
         raise RecordError("the two sides have no prompt in common")
     for name, messages in sides.items():
         reply = messages[shared:]
-        if not reply or reply[0]["role"] != "assistant":
-            raise RecordError(f'"{name}": no reply of the assistant after what both sides share')
-        if reply[-1]["role"] != "assistant":
-            raise RecordError(f'"{name}": the last message is not the assistant\'s')
+        if not reply or not reply[0]["role"] == reply[-1]["role"] == "assistant":
+            raise RecordError(f'"{name}": what both sides share is not followed by a reply')
         if all(is_empty_answer(message) for message in reply if message["role"] == "assistant"):
             raise RecordError(f'"{name}": the reply is empty')
     tools = _take_tools(record, chosen)
@@ -167,10 +165,7 @@ def _parse_prompt(record: dict[str, Any], sides: list[list[Any]]) -> list[Any]:
 
 def _repeats(side: list[Any], prompt: list[Any]) -> bool:
     """Whether a conversation begins with a prompt, which may lack its system message."""
-    first, second = (
-        [parse_message(item, f"message {i}") for i, item in enumerate(items, 1)]
-        for items in (side, prompt)
-    )
+    first, second = ([parse_message(item) for item in items] for items in (side, prompt))
     if first[:1] != second[:1] and first[0]["role"] == "system":
         first = first[1:]
     return first[: len(second)] == second
@@ -231,7 +226,7 @@ def _add_system(record: dict[str, Any], messages: list[dict[str, Any]]) -> list[
     """The messages after the record's own "system", if there is one that they do not begin with."""
     if not record.get("system"):
         return messages
-    content = check_string(record["system"], '"system"')
+    content = expect(record["system"], str, '"system"')
     if messages[0]["role"] != "system":
         return [{"role": "system", "content": content}, *messages]
     if messages[0]["content"] != content:
@@ -241,7 +236,7 @@ def _add_system(record: dict[str, Any], messages: list[dict[str, Any]]) -> list[
 
 def _take_tools(record: dict[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The tools of a record or of its system message, from which they are taken away."""
-    tools = parse_tools(record.get("tools"), '"tools"')
+    tools = parse_tools(record.get("tools"))
     others = messages[0].pop("tools", tools) if messages else tools
     if tools and others != tools:
         raise RecordError('"tools" and the "tools" of the system message differ')
@@ -265,10 +260,10 @@ def _alpaca_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
         isinstance(pair, list) and len(pair) == 2 for pair in history
     ):
         raise RecordError('"history" is not an array of [question, answer]')
-    question = check_string(record["instruction"], '"instruction"')
+    question = expect(record["instruction"], str, '"instruction"')
     if record.get("input"):
-        question += "\n" * bool(question) + check_string(record["input"], '"input"')
-    answer = check_string(record.get("output"), '"output"')
+        question += "\n" * bool(question) + expect(record["input"], str, '"input"')
+    answer = expect(record.get("output"), str, '"output"')
     return [
         {"role": role, "content": content}
         for pair in [*history, [question, answer]]

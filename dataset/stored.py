@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Item = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_COLUMNS = {
+    "documents": INDEX_DTYPE,
+    "prefixes": LENGTH_DTYPE,
+    "begins": INDEX_DTYPE,
+    "lengths": LENGTH_DTYPE,
+}
 CHUNK = 1 << 16  # rows of a table looked at together
 CHUNK_TOKENS = 1 << 20  # or tokens
 
@@ -81,10 +87,7 @@ class StoredDataset(Dataset, ABC):
         """Two data sets that share no record: one to train on, and `val_ratio` of all held out.
 
         Which records are held out depends on their number and the ratio alone, so that runs with
-        different seeds, or resumed, are measured on the same ones.
-
-        Raises:
-            UserError: if there is only one record, or a part has no items.
+        different seeds are measured on the same ones. Raises UserError if a part has no items.
         """
         if self._n_records < 2:
             raise UserError(f"{self.store.path}: one document cannot be split for validation")
@@ -118,19 +121,11 @@ class StoredDataset(Dataset, ABC):
     def _use(self, part: str, write: Callable[[ArrayWriter], dict[str, int]]) -> None:
         """Use the table of some records, written first if need be."""
         self._part = part
-        dtypes = {
-            "documents": INDEX_DTYPE,
-            "prefixes": LENGTH_DTYPE,
-            "begins": INDEX_DTYPE,
-            "lengths": LENGTH_DTYPE,
-            **self._COLUMNS,
-        }
-        self._items = build_once(self.store.folder / f"spans_{self.items_key}", dtypes, write)
+        folder = self.store.folder / f"spans_{self.items_key}"
+        self._items = build_once(folder, {**_COLUMNS, **self._COLUMNS}, write)
         if len(self) == 0:
-            raise UserError(
-                f"{self.store.path}: nothing to learn, or nothing that fits; a larger "
-                "--max_seq_len may help"
-            )
+            problem = "nothing to learn, or nothing that fits; a larger --max_seq_len may help"
+            raise UserError(f"{self.store.path}: {problem}")
 
     def _count(self, records: np.ndarray) -> dict[str, int]:
         """The number of some records, and what the encoder counted in them."""
