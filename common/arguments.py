@@ -2,9 +2,9 @@
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -127,9 +127,7 @@ def add_tokenizer_path(parser: argparse._ActionsContainer) -> None:
 
 def user_path(text: str) -> Path:
     """An argparse type: a path, its `~` expanded, which shells leave as it is in `--flag=~/x`."""
-    with suppress(RuntimeError):  # ~NAME of no user is a file's name, as in a shell
-        return Path(text).expanduser()
-    return Path(text)
+    return Path(os.path.expanduser(text))  # noqa: PTH111  where ~NAME of no user is a file's name
 
 
 def name_or_path(text: str) -> str:

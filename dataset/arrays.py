@@ -81,10 +81,8 @@ def build_once(folder: Path, dtypes: Mapping[str, np.dtype], fill: Fill) -> Arra
                 _build_locked(folder, dtypes, fill)
         return arrays
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"{folder.parent}: cannot be written ({reason}); --cache_dir names another folder"
-        ) from error
+        problem = f"cannot be written ({error.strerror or error}); --cache_dir names another folder"
+        raise UserError(f"{folder.parent}: {problem}") from error
 
 
 def _build_locked(folder: Path, dtypes: Mapping[str, np.dtype], fill: Fill) -> None:

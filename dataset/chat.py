@@ -31,10 +31,6 @@ _AFTER_TOOLS = (
     'To call one, put a JSON object with its "name" and "arguments" in a tool_call block; '
     "an answer may contain several."
 )
-_TOKENS = (
-    *("<s>", "</s>", "<think>", "</think>"),
-    *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
-)
 
 
 class Piece(NamedTuple):
@@ -138,14 +134,13 @@ class ChatEncoder(TextTokenizer):
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         super().__init__(tokenizer)
-        self._control = {t: self.special[t] for t in _TOKENS if t in self.special}
-        missing = {"<s>", "</s>"} - self._control.keys()
-        if missing:
-            raise UserError(
-                f"--tokenizer_path: this tokenizer lacks {min(missing)} as a special token"
-            )
+        for token in ("<s>", "</s>"):
+            if token not in self.special:
+                raise UserError(
+                    f"--tokenizer_path: this tokenizer lacks {token} as a special token"
+                )
         _check_template(tokenizer)
-        self.end_think = self._control.get("</think>", -1)
+        self.end_think = self.special.get("</think>", -1)
         header, newline = self.encode_batch(["assistant\n", "\n"])
         self.header_length, self.newline_length = 1 + len(header), len(newline)
         self.key = f"chat {FORMAT_VERSION} {self.hash}"
@@ -167,7 +162,7 @@ class ChatEncoder(TextTokenizer):
     def check_control(self, pieces: list[Piece]) -> list[Piece]:
         """The same pieces. Raises RecordError if they need a token that the tokenizer lacks."""
         for piece in pieces:
-            if piece.is_control and piece.text not in self._control:
+            if piece.is_control and piece.text not in self.special:
                 raise RecordError(f"needs the control token {piece.text}; this tokenizer has none")
         return pieces
 
@@ -176,9 +171,7 @@ class ChatEncoder(TextTokenizer):
         pieces = list(chain.from_iterable(records))
         texts = list({piece.text: None for piece in pieces if not piece.is_control})
         ids_of_text = dict(zip(texts, self.encode_batch(texts), strict=True))
-        ids_of_control = {
-            token: np.array([id_], dtype=self.dtype) for token, id_ in self._control.items()
-        }
+        ids_of_control = {t: np.array([id_], self.dtype) for t, id_ in self.special.items()}
         parts = [(ids_of_control if p.is_control else ids_of_text)[p.text] for p in pieces]
         lengths = np.array([len(part) for part in parts], dtype=np.int64)
         weights = np.array([piece.weight for piece in pieces], dtype=np.float32)

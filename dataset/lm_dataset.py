@@ -1,7 +1,4 @@
-"""Data sets of training samples: item `i` is `(X, Y, loss_mask)`.
-
-Items are in file order and unpacked; `dataset.packing` makes rows and batches of them.
-"""
+"""Data sets of training samples, in file order; `dataset.packing` makes batches of them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,7 +29,7 @@ class PretrainDataset(StoredDataset):
     """
 
     _ENCODER = TextEncoder
-    _COLUMNS = {"text_bytes": INDEX_DTYPE}
+    _COLUMNS = {**StoredDataset._COLUMNS, "text_bytes": INDEX_DTYPE}
 
     @property
     def _options(self) -> str:
@@ -47,11 +44,6 @@ class PretrainDataset(StoredDataset):
     def n_tokens(self) -> int:
         """Targets in one epoch: all ids but each document's first."""
         return self.n_positions
-
-    @property
-    def text_bytes(self) -> int:
-        """UTF-8 bytes of all texts."""
-        return self._sum("text_bytes")
 
     def _tabulate(self, first: int, stop: int, encoder: TextEncoder) -> dict[str, np.ndarray]:
         offsets = self.store.offsets[first : stop + 1]
@@ -72,25 +64,22 @@ class PretrainDataset(StoredDataset):
 class SFTDataset(ChatDataset):
     """The conversations of a JSONL file as samples for instruction tuning; see `parse_chat`.
 
-    The targets are all tokens of the assistant's messages and the `</s>` after each. Of a longer
-    conversation than `max_length` ids, the oldest turns are left out, each whole, and if the last
-    one alone is still too long, the end of its answer is cut off. The system message stays. A
-    conversation of which nothing to learn remains has no item. An answer without text, reasoning
-    and calls is not learnt, `</s>` included.
+    The targets are all tokens of the assistant's messages and the `</s>` after each, except of
+    answers without text, reasoning and calls. Of a longer conversation than `max_length` ids, the
+    oldest turns are left out, each whole, then the end of the last answer. The system message
+    stays. A conversation of which nothing to learn remains has no item.
 
     `dataset[i]` is `(X, Y, loss_mask)`, each (len,): `X = ids[:-1]` and `Y = ids[1:]` int64,
     `loss_mask` float32, the weight of each target and 0 elsewhere.
 
     Args:
         path, tokenizer, max_length, options: see `StoredDataset`.
-        max_turns: how many of the last turns, each a user's message and what follows it, to use;
-            None: all.
+        max_turns: how many of the last turns to use; None: all.
         loss_weighting: "token" gives each target the weight of its message (1 unless the record
             sets it); "sample" divides that among the targets of an answer.
     """
 
     _COLUMNS = {**ChatDataset._COLUMNS, "targets": LENGTH_DTYPE, "text_bytes": np.dtype("<f8")}
-    _COUNTED = ("unanswered_turns", "empty_answers")
     _REASONS = {**ChatDataset._REASONS, "empty_answers": "empty answers not learnt"}
 
     def __init__(
@@ -103,10 +92,6 @@ class SFTDataset(ChatDataset):
         loss_weighting: Literal["token", "sample"] = "token",
         **options: Any,
     ) -> None:
-        if max_turns is not None and max_turns < 1:
-            raise ValueError(f"max_turns is {max_turns}; a sample needs at least one turn")
-        if loss_weighting not in ("token", "sample"):
-            raise ValueError(f"loss_weighting is {loss_weighting!r}, not 'token' or 'sample'")
         self.max_turns = max_turns
         self.loss_weighting = loss_weighting
         super().__init__(path, tokenizer, max_length, **options)
@@ -114,14 +99,6 @@ class SFTDataset(ChatDataset):
     @property
     def _options(self) -> str:
         return f"{self.max_length}_{self.max_turns or 'all'}_{self.loss_weighting}"
-
-    @property
-    def text_bytes(self) -> float:
-        """UTF-8 bytes of the text that is learnt, each times its token's weight in the loss mask.
-
-        So the losses, weighted alike, give bits per byte.
-        """
-        return self._sum("text_bytes")
 
     def roles(self, index: int) -> list[str]:
         """The role of the message that each id of item `index` is in: one for each, X[0] first."""
@@ -133,7 +110,6 @@ class SFTDataset(ChatDataset):
         return self._weigh(super()._weights(positions))
 
     def _weigh(self, weights: np.ndarray) -> np.ndarray:
-        """Weights in the loss from weights in the store."""
         return equal_answers(weights) if self.loss_weighting == "sample" else weights
 
     def _keep(
@@ -210,11 +186,7 @@ class RLAIFDataset(ChatDataset):
 
 
 def dataset_kind(path: str | Path) -> type[PretrainDataset] | type[SFTDataset]:
-    """The data set for a file: of texts if its first record has a "text", else of conversations.
-
-    Raises:
-        UserError: see `read_records`.
-    """
+    """The data set for a file: of texts if its first record has a "text", else of conversations."""
     _, first = next(read_records(Path(path)), (0, b""))
     # A bad record of either kind must be named as what it is.
     is_chat = any(name in first for name in (b'"conversations"', b'"messages"', b'"instruction"'))

@@ -61,16 +61,14 @@ class DPODataset(ChatDataset):
     Args:
         path: file whose lines `dataset.records.parse_preference` reads.
         tokenizer, options: see `StoredDataset`.
-        max_prompt_length: most ids of a prompt, the header of the reply included. Of a longer one
-            the oldest turns are left out, each whole, and the system message stays. Where the last
-            turn alone is longer, there is no item.
+        max_prompt_length: most ids of a prompt, the header of the reply included; longer ones are
+            treated as by `RLAIFDataset`.
         max_completion_length: most ids of a reply; what is longer is cut at its end.
     """
 
     _ENCODER = PreferenceEncoder
     _DOCUMENTS = len(SIDES)
     _COLUMNS = {**ChatDataset._COLUMNS, "targets": LENGTH_DTYPE}
-    _COUNTED = PreferenceEncoder.counted
     _REASONS = {
         "dropped_turns": "turns of prompts left out: longer than --max_prompt_length",
         "cut_answers": "replies cut: longer than --max_completion_length",
@@ -119,9 +117,7 @@ class DPODataset(ChatDataset):
 class PairRows(Dataset):
     """The pairs of a DPODataset as rows, each with what the reference gives its two replies.
 
-    Attributes:
-        dataset: the pairs.
-        lengths: (pairs,) positions of the longer side, int64.
+    `lengths` (pairs,) int64 are the positions of the longer side of each.
     """
 
     def __init__(self, dataset: DPODataset) -> None:
@@ -135,14 +131,9 @@ class PairRows(Dataset):
         return self._cached_reference is not None
 
     def keep_reference(self, key: str, logps: np.ndarray) -> None:
-        """Cache a reference's log-probabilities of the replies beside the data, and use them.
+        """Cache log-probabilities of the reference `key` beside the data, and use them.
 
-        Args:
-            key: names the reference; fit for a file name.
-            logps: (pairs, 2) summed log-probabilities of chosen and rejected replies.
-
-        Raises:
-            UserError: if they cannot be written.
+        `logps` is (pairs, 2), summed over chosen and rejected replies.
         """
         self._cached_reference = build_once(
             self._folder(key),

@@ -75,10 +75,7 @@ class ParsedChat(NamedTuple):
 
 
 def record_text(line: bytes) -> str:
-    """All text of a record of any kind, its parts joined by newlines. Raises RecordError.
-
-    Of a preference pair that is the chosen side; tools and calls are left out.
-    """
+    """All text of a record, of a pair the chosen side, joined by newlines. Raises RecordError."""
     names = parse_object(line).keys()
     if "text" in names:
         return parse_text(line)
@@ -108,9 +105,7 @@ def parse_preference(line: bytes) -> Preference:
         {"prompt": …, "chosen": …, "rejected": …}           strings, messages or arrays of them
         {"conversations": [messages], "chosen": …, "rejected": …}   as ShareGPT; or "messages"
 
-    Messages have the forms that `parse_chat` reads, and "system" and "tools" may stand beside
-    them, and numbers as "score_chosen" and "score_rejected". A prompt that both sides repeat counts
-    once.
+    "system", "tools", and numbers as "score_chosen" and "score_rejected" may stand beside them.
     """
     record = parse_object(line)
     given = {}
@@ -151,16 +146,15 @@ def parse_preference(line: bytes) -> Preference:
 
 def _parse_prompt(record: dict[str, Any], sides: list[list[Any]]) -> list[Any]:
     """The messages that stand before both sides; none where these are whole conversations."""
-    whole = all(side and begins_a_conversation(side[0]) for side in sides)
-    for name in ("prompt", "conversations", "messages"):
-        if record.get(name) is None:
-            continue
-        prompt = as_messages(record[name], "user", f'"{name}"')
-        # "messages" beside whole conversations may be the chosen one once more.
-        if whole and (name != "prompt" or all(_repeats(side, prompt) for side in sides)):
-            return []
-        return prompt
-    return []
+    names = [n for n in ("prompt", "conversations", "messages") if record.get(n) is not None]
+    if not names:
+        return []
+    prompt = as_messages(record[names[0]], "user", f'"{names[0]}"')
+    is_whole = all(side and begins_a_conversation(side[0]) for side in sides)
+    # "messages" beside whole conversations may be the chosen one once more.
+    if is_whole and (names[0] != "prompt" or all(_repeats(side, prompt) for side in sides)):
+        return []
+    return prompt
 
 
 def _repeats(side: list[Any], prompt: list[Any]) -> bool:
@@ -193,8 +187,7 @@ def parse_chat(line: bytes) -> ParsedChat:
 def parse_question(line: bytes) -> tuple[ParsedChat, str | None]:
     """What is to be answered on one line, and the answer that it gives itself, if it does.
 
-    The line has a form that `parse_chat` reads, but needs no answer; or in place of the
-    conversation it has a "prompt", a string or messages. Raises RecordError.
+    As `parse_chat`, but no answer is needed, and there may be a "prompt". Raises RecordError.
     """
     record = parse_object(line)
     names = ("conversations", "messages", "prompt")

@@ -23,12 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Item = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-_COLUMNS = {
-    "documents": INDEX_DTYPE,
-    "prefixes": LENGTH_DTYPE,
-    "begins": INDEX_DTYPE,
-    "lengths": LENGTH_DTYPE,
-}
 CHUNK = 1 << 16  # rows of a table looked at together
 CHUNK_TOKENS = 1 << 20  # or tokens
 
@@ -48,12 +42,16 @@ class StoredDataset(Dataset, ABC):
 
     Raises:
         UserError: see `TokenStore.open_or_build`; also if there are no items.
-        ValueError: for a max_length below 2.
     """
 
     _ENCODER: type[TextTokenizer]
-    _COLUMNS: dict[str, np.dtype] = {}  # of the table, for sums
-    _COUNTED: tuple[str, ...] = ()  # what the encoder counts and is of interest
+    _COLUMNS = {  # of the table; subclasses add what is summed
+        "documents": INDEX_DTYPE,
+        "prefixes": LENGTH_DTYPE,
+        "begins": INDEX_DTYPE,
+        "lengths": LENGTH_DTYPE,
+    }
+    _REASONS: dict[str, str] = {}  # why something is missing, by the names of `counts`
     _DOCUMENTS = 1  # of each record in the store, and of each item
 
     def __init__(
@@ -65,13 +63,12 @@ class StoredDataset(Dataset, ABC):
         cache_dir: str | Path | None = None,
         skip_bad_lines: float = 0.0,
     ) -> None:
-        if max_length < 2:
-            raise ValueError(f"max_length is {max_length}; an item needs at least two ids")
         encoder = self._ENCODER(tokenizer)
         self.max_length = max_length
         self.store = TokenStore.open_or_build(
             path, encoder, cache_dir=cache_dir, skip_bad_lines=skip_bad_lines
         )
+        self._n_records = len(self.store.lines) // self._DOCUMENTS
         self._use("all", partial(self._write_items, encoder))
 
     @property
@@ -122,24 +119,19 @@ class StoredDataset(Dataset, ABC):
         """Use the table of some records, written first if need be."""
         self._part = part
         folder = self.store.folder / f"spans_{self.items_key}"
-        self._items = build_once(folder, {**_COLUMNS, **self._COLUMNS}, write)
+        self._items = build_once(folder, self._COLUMNS, write)
         if len(self) == 0:
             problem = "nothing to learn, or nothing that fits; a larger --max_seq_len may help"
             raise UserError(f"{self.store.path}: {problem}")
 
     def _count(self, records: np.ndarray) -> dict[str, int]:
         """The number of some records, and what the encoder counted in them."""
-        counted = {n: self.store.arrays[n][:: self._DOCUMENTS] for n in self._COUNTED}
-        sums = {name: int(counts[records].sum()) for name, counts in counted.items()}
-        return {"records": int(records.sum()), **sums}
-
-    @property
-    def _n_records(self) -> int:
-        """The number of all good records of the file."""
-        return len(self.store.lines) // self._DOCUMENTS
+        counts = {"records": int(records.sum())}
+        for name in self._REASONS.keys() & self.store.arrays.keys():
+            counts[name] = int(self.store.arrays[name][:: self._DOCUMENTS][records].sum())
+        return counts
 
     def _sum(self, column: str) -> int | float:
-        """The sum of a column of the table."""
         values = self._items.arrays[column]
         return values.sum(dtype=np.result_type(values, np.int64)).item()
 
@@ -164,6 +156,11 @@ class StoredDataset(Dataset, ABC):
         return self._sum("targets")
 
     @property
+    def text_bytes(self) -> float:
+        """UTF-8 bytes of the text that is learnt, weighted as the losses: for bits per byte."""
+        return self._sum("text_bytes")
+
+    @property
     def n_positions(self) -> int:
         """The sum of all items' lengths."""
         return self._sum("lengths") - len(self._items.arrays["lengths"])
@@ -174,10 +171,19 @@ class StoredDataset(Dataset, ABC):
         return self.store.bad_lines.count
 
     @property
+    def counts(self) -> dict[str, int]:
+        """What is missing of the file, bad lines aside, by the names in `notes`."""
+        meta = self._items.meta
+        sums = {name: self._sum(name) for name in self._REASONS.keys() & self._COLUMNS.keys()}
+        counts = {**meta, **sums, "left_out": meta["records"] - len(self)}
+        return {name: counts[name] for name in self._REASONS}
+
+    @property
     def notes(self) -> list[str]:
-        """What is to be known of the file, a line for each: its bad lines that are left out."""
-        bad = self.n_bad_lines
-        return [f"{bad:,} bad lines of the file left out"] if bad else []
+        """What is to be known of the file, a line for each."""
+        counts = {"bad_lines": self.n_bad_lines, **self.counts}
+        reasons = {"bad_lines": "bad lines of the file left out", **self._REASONS}
+        return [f"{count:,} {reasons[name]}" for name, count in counts.items() if count]
 
     def __len__(self) -> int:
         return len(self._items.arrays["documents"]) // self._DOCUMENTS
@@ -207,9 +213,8 @@ class StoredDataset(Dataset, ABC):
         table = self._items.arrays
         start, begin = self.store.offsets[self._document(row)], table["begins"][row]
         prefix, length = int(table["prefixes"][row]), int(table["lengths"][row])
-        return np.append(
-            np.arange(start, start + prefix), np.arange(begin, begin + length - prefix)
-        )
+        rest = np.arange(begin, begin + length - prefix)
+        return np.append(np.arange(start, start + prefix), rest)
 
     def __getitem__(self, index: int) -> Item:
         return self._sample(*self._rows(index))
@@ -222,17 +227,17 @@ class StoredDataset(Dataset, ABC):
 
     def _weights(self, positions: np.ndarray) -> np.ndarray:
         """(ids,) float32, how much each of some ids counts as a target."""
-        if "weights" not in self.store.arrays:
-            return np.ones(len(positions), dtype=np.float32)
-        return self.store.arrays["weights"][positions]
+        weights = self.store.arrays.get("weights")
+        return np.ones(len(positions), np.float32) if weights is None else weights[positions]
 
 
 class ChatDataset(StoredDataset):
     """The conversations of a file: an item for each of which something can be used."""
 
     _ENCODER = ChatEncoder
-    _COLUMNS = {"dropped_turns": LENGTH_DTYPE, "cut_answers": LENGTH_DTYPE}
-    _COUNTED = ("unanswered_turns",)
+    _COLUMNS = StoredDataset._COLUMNS | dict.fromkeys(
+        ("dropped_turns", "cut_answers"), LENGTH_DTYPE
+    )
     _REASONS = {
         "unanswered_turns": "last turns left out: they have no answer",
         "dropped_turns": "turns left out: their conversations are longer than --max_seq_len",
@@ -245,20 +250,6 @@ class ChatDataset(StoredDataset):
         self, chats: Encoded, turns: Turns, encoder: ChatEncoder
     ) -> tuple[Spans, dict[str, np.ndarray]]:
         """What items take of some conversations, and further columns of the table."""
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """What is missing of the file's conversations, bad lines aside, by the names in `notes`."""
-        counts = {name: self._sum(name) for name in ("dropped_turns", "cut_answers")}
-        counts |= {**self._items.meta, "left_out": self._items.meta["records"] - len(self)}
-        return {name: counts[name] for name in self._REASONS}
-
-    @property
-    def notes(self) -> list[str]:
-        """What is to be known of the file: its bad lines, and each count that is not 0."""
-        counts = self.counts
-        missing = [f"{counts[name]:,} {why}" for name, why in self._REASONS.items() if counts[name]]
-        return [*super().notes, *missing]
 
     def _tabulate(self, first: int, stop: int, encoder: ChatEncoder) -> dict[str, np.ndarray]:
         chats = self.store.read(first, stop)

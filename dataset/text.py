@@ -29,17 +29,12 @@ _SPACE = re.compile(r"\s+")
 
 
 class TextTokenizer:
-    """Text to ids by a transformers tokenizer, such that no text can produce a control token.
-
-    It works on a private copy of the tokenizer's backend.
+    """Text to ids by a private copy of a tokenizer, such that no text can produce a control token.
 
     Attributes:
         hash: the tokenizer's `tokenizer_hash`.
         special: ids that no text gives, by token.
         dtype: the smallest that holds the ids, uint16 or uint32.
-
-    Raises:
-        UserError: if the tokenizer has no such backend.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:

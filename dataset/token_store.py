@@ -53,21 +53,13 @@ CHAT_DTYPES = {"weights": np.dtype("<f4"), "messages": INDEX_DTYPE, "roles": np.
 
 
 class Encoded(NamedTuple):
-    """Documents as numbers, one after the other; the last three fields of conversations only.
+    """Documents as numbers, one after the other; the last three fields of conversations only."""
 
-    Attributes:
-        ids: (N,) of an integer dtype.
-        lengths: (documents,) int64, in ids.
-        weights: (N,) float32, how much each id counts as a target.
-        messages: (messages,) int64, the place of each message's first id.
-        roles: (messages,) uint8, the role of each as an index of ROLES.
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    weights: np.ndarray | None = None
-    messages: np.ndarray | None = None
-    roles: np.ndarray | None = None
+    ids: np.ndarray  # (N,) of an integer dtype
+    lengths: np.ndarray  # (documents,) int64, in ids
+    weights: np.ndarray | None = None  # (N,) float32, how much each id counts as a target
+    messages: np.ndarray | None = None  # (messages,) int64, the place of each one's first id
+    roles: np.ndarray | None = None  # (messages,) uint8, the role of each as an index of ROLES
 
     @property
     def offsets(self) -> np.ndarray:
@@ -78,13 +70,8 @@ class Encoded(NamedTuple):
 class TokenStore:
     """The documents of one data file as token ids on disk.
 
-    Attributes:
-        path: the file.
-        folder: where the arrays are.
-        arrays: the arrays that this module's docstring describes, by name.
-        ids, offsets, lines: three of these.
-        bad_lines: the lines that gave no document.
-        content: identifies the documents, wherever the file lies: a sha256 of their ids.
+    `path` is the file, `arrays` in `folder` are those of this module's docstring, `bad_lines` gave
+    no document. `content`, a sha256 of the ids, identifies the documents wherever the file lies.
     """
 
     def __init__(self, path: Path, files: ArrayFolder) -> None:
