@@ -120,7 +120,7 @@ class ChatEncoder(TextTokenizer):
     The ids are those of the tokenizer's chat template wherever a newline is a token of its own and
     no text has the characters of a control token.
 
-    Attributes (and those of `TextTokenizer` and `TextEncoder`):
+    Attributes:
         end_think: id of `</think>`, or -1 if the tokenizer has none.
         header_length: ids of an assistant message before its content.
         newline_length: ids after the `</s>` of a message.

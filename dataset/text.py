@@ -102,13 +102,7 @@ def _cut(text: str) -> Iterator[str]:
 
 
 class TextEncoder(TextTokenizer):
-    """Encodes `{"text"}` lines as documents `<s>` text `</s>`, and counts their UTF-8 bytes.
-
-    Attributes:
-        key: differs wherever the ids would.
-        is_chat: whether the documents are conversations.
-        counted: names of what `parse` counts.
-    """
+    """Encodes `{"text"}` lines as documents `<s>` text `</s>`, and counts their UTF-8 bytes."""
 
     is_chat = False
     counted = ("bytes",)

@@ -20,11 +20,11 @@ Tables derived from a store are folders inside it.
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -35,12 +35,6 @@ from .arrays import INDEX_DTYPE, ArrayFolder, ArrayWriter, build_once
 from .fields import RecordError
 from .reader import check_file, read_records
 from .records import BadLines
-
-if TYPE_CHECKING:
-    from .chat import ChatEncoder
-    from .text import TextEncoder
-
-    Encoder = ChatEncoder | TextEncoder
 
 FORMAT_VERSION = 3
 BATCH_BYTES = 1 << 21  # of lines encoded at a time; the library's results take 50 times as much
@@ -67,6 +61,21 @@ class Encoded(NamedTuple):
         return np.append(0, np.cumsum(self.lengths, dtype=np.int64))
 
 
+class Encoder(Protocol):
+    """How the records of a file become ids."""
+
+    key: str  # differs wherever the ids would
+    dtype: np.dtype
+    is_chat: bool
+    counted: tuple[str, ...]  # names of what `parse` counts
+
+    def parse(self, line: bytes) -> Parsed:
+        """What `encode` takes, and counts. Raises RecordError."""
+
+    def encode(self, records: Sequence[Any]) -> Encoded:
+        """The documents of each record in turn, as many of each, of at least two ids."""
+
+
 class TokenStore:
     """The documents of one data file as token ids on disk.
 
@@ -88,7 +97,7 @@ class TokenStore:
     def open_or_build(
         cls,
         path: str | Path,
-        encoder: "Encoder",
+        encoder: Encoder,
         *,
         cache_dir: str | Path | None = None,
         skip_bad_lines: float = 0.0,
@@ -131,7 +140,7 @@ class TokenStore:
         )
 
 
-def _store_key(path: Path, encoder: "Encoder") -> str:
+def _store_key(path: Path, encoder: Encoder) -> str:
     """16 hex digits that differ when the file, the encoder or the format differs."""
     stat = path.stat()
     digest = hashlib.sha256()
@@ -144,7 +153,7 @@ def _store_key(path: Path, encoder: "Encoder") -> str:
     return digest.hexdigest()[:16]
 
 
-def _fill_store(path: Path, encoder: "Encoder", writer: ArrayWriter) -> dict[str, Any]:
+def _fill_store(path: Path, encoder: Encoder, writer: ArrayWriter) -> dict[str, Any]:
     """Write the store's arrays and return its meta."""
     before = path.stat()
     bad_lines = BadLines()
@@ -189,7 +198,7 @@ def _fill_store(path: Path, encoder: "Encoder", writer: ArrayWriter) -> dict[str
 
 
 def _read_batches(
-    path: Path, encoder: "Encoder", bad_lines: BadLines
+    path: Path, encoder: Encoder, bad_lines: BadLines
 ) -> Iterator[tuple[list[int], list[Parsed], int]]:
     """Parse the file in batches of at least BATCH_BYTES, the last one excepted.
 
