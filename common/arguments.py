@@ -125,14 +125,13 @@ def add_tokenizer_path(parser: argparse._ActionsContainer) -> None:
     )
 
 
+# An argparse type: a name, or a path with `~` expanded; `~NAME` of no user stays as it is.
+name_or_path = os.path.expanduser
+
+
 def user_path(text: str) -> Path:
     """An argparse type: a path, its `~` expanded, which shells leave as it is in `--flag=~/x`."""
-    return Path(os.path.expanduser(text))  # noqa: PTH111  where ~NAME of no user is a file's name
-
-
-def name_or_path(text: str) -> str:
-    """An argparse type: a name, or a path with `~` expanded; text either way."""
-    return str(user_path(text)) if text.startswith("~") else text
+    return Path(name_or_path(text))
 
 
 def named_path(text: str) -> tuple[str, Path]:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from .arrays import INDEX_DTYPE, ArrayWriter, build_once
-from .stored import StoredDataset
+from .stored import Item, StoredDataset
 
 PLAN_VERSION = 1
 GROUP, GROUPED = 32, 1024  # rows of like length, found among so many
@@ -121,7 +121,7 @@ def best_fit(lengths: np.ndarray, row_length: int) -> np.ndarray:
     return np.argsort(np.argsort(first_items))[rows]
 
 
-def make_row(items: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], sample: int) -> Row:
+def make_row(items: Sequence[Item], sample: int) -> Row:
     """The row of `(X, Y, loss_mask)` items, one after the other, without padding."""
     inputs, targets, masks = zip(*items, strict=True)
     input_ids = torch.cat(inputs)

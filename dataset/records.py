@@ -192,7 +192,7 @@ def parse_question(line: bytes) -> tuple[ParsedChat, str | None]:
     record = parse_object(line)
     names = ("conversations", "messages", "prompt")
     messages = _find_messages({"output": "", **record}, *names, answered=False)
-    messages = _add_system(record, messages) if messages else messages
+    messages = _add_system(record, messages)
     tools = _take_tools(record, messages)
     reference = None
     if messages and messages[-1]["role"] == "assistant":
@@ -217,7 +217,7 @@ def _find_messages(
 
 def _add_system(record: dict[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages after the record's own "system", if there is one that they do not begin with."""
-    if not record.get("system"):
+    if not record.get("system") or not messages:
         return messages
     content = expect(record["system"], str, '"system"')
     if messages[0]["role"] != "system":

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PIECE_CHARS = 1 << 16  # longer texts are encoded in pieces
-BATCH_PIECES = 128  # that are encoded together
+BATCH_PIECES = 1024  # that are encoded together: enough to occupy all cores
 
 LANGUAGES = ("Chinese", "English", "code/other")
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
