@@ -97,10 +97,8 @@ def _read_array(path: Path) -> Iterator[Record]:
                 if reason.startswith("Unterminated string") or len(text) - at < LONGEST_TOKEN:
                     chunk = file.read(max(CHUNK_BYTES, len(text) - start))
                 if not chunk:
-                    raise UserError(
-                        f"{path}:{first_line}: broken JSON: {reason}; truncated, or a comma, quote "
-                        "or bracket is missing: it is unclear where the array goes on"
-                    ) from None
+                    problem = f"the array is broken or cut off ({reason.removesuffix(' at')})"
+                    raise UserError(f"{path}:{first_line}: {problem}") from None
                 text, start = text[start:] + chunk, 0
                 continue
             if end > begin:
@@ -110,10 +108,8 @@ def _read_array(path: Path) -> Iterator[Record]:
         rest = text[start:] + file.read(CHUNK_BYTES)
     if rest.strip():
         line += rest.count("\n", 0, len(rest) - len(rest.lstrip()))
-        raise UserError(
-            f"{path}:{line}: more follows the end of the array; a file holds one array, or one "
-            "object a line"
-        )
+        more = "more follows the end of the array; a file holds one array, or one object a line"
+        raise UserError(f"{path}:{line}: {more}")
 
 
 class _Format(NamedTuple):

@@ -81,9 +81,9 @@ def test_elements_of_other_kinds_are_given_too(tmp_path):
 
 
 BROKEN_ARRAYS = {
-    "cut in a record": ('[\n{"a": "1"},\n{"a": "2', 3, "truncated"),
-    "cut after a record": ('[\n{"a": "1"},\n{"a": "2"}', 3, "truncated"),
-    "cut after a comma": ('[\n{"a": "1"},\n', 3, "truncated"),
+    "cut in a record": ('[\n{"a": "1"},\n{"a": "2', 3, "cut off"),
+    "cut after a record": ('[\n{"a": "1"},\n{"a": "2"}', 3, "cut off"),
+    "cut after a comma": ('[\n{"a": "1"},\n', 3, "cut off"),
     "a bracket is missing": ('[\n{"a": "1"},\n{"a": "2",\n{"a": "3"}\n]\n', 3, "property name"),
     "a quote is missing": (
         '[\n{"a": "1"},\n{"a": "2},\n{"a": "3"}\n]\n',
