@@ -27,10 +27,7 @@ class UserError(Exception):
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
-    """End with exit status 2 and the error's text, no traceback, on UserError.
-
-    Ctrl-C ends with 130. What is printed inside may be any text.
-    """
+    """End with exit status 2 and the text of a UserError, no traceback; with 130 on Ctrl-C."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see interrupt.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
@@ -44,7 +41,7 @@ def report_user_errors() -> Iterator[None]:
 
 
 def exit_with(message: str, *, every_rank: bool = False) -> NoReturn:
-    """Print the message on stderr (rank 0 only, or every rank) and leave with exit status 2."""
+    """Print the message on stderr and leave with exit status 2."""
     if every_rank or os.environ.get("RANK", "0") == "0":
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
