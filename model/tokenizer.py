@@ -33,10 +33,9 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """SHA-256 of a tokenizer's tokenizer.json, without what does not matter here.
+    """SHA-256 of tokenizer.json, without limits of lengths and what adds control tokens to a text.
 
-    Left out are limits of lengths, and what adds control tokens to a text: it is not used here, and
-    differs between versions of transformers.
+    The latter is not used here, and differs between versions of transformers.
     """
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     for name in ("padding", "truncation", "post_processor"):
