@@ -23,7 +23,7 @@ from .arguments import (
     unit_interval,
     user_path,
 )
-from .errors import LESS_MEMORY, UserError, report_user_errors
+from .errors import LESS_MEMORY, UserError, report_os_errors, report_user_errors
 from .files import SaveError, report_save_errors, write_atomically
 from .units import format_duration, format_number
 
@@ -50,6 +50,7 @@ __all__ = [
     "positive_float",
     "positive_int",
     "positive_unit_interval",
+    "report_os_errors",
     "report_save_errors",
     "report_user_errors",
     "run_name",
