@@ -97,8 +97,7 @@ class Decoder(ABC):
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Add one token to each of the first n rows, and compute the logits (n, vocab_size).
 
-        Raises:
-            ValueError: if a row is full.
+        Raises ValueError if a row is full.
         """
         lengths = [len(row) for row in self.tokens[: len(tokens)]]
         self._make_room(max(lengths) + 1)

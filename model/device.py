@@ -11,9 +11,7 @@ def choose_device(
     """Choose the device that a flag names, or the first of cuda, mps and cpu that is there.
 
     Under torchrun, each of `local_world_size` processes needs a GPU, that of its `local_rank`.
-
-    Raises:
-        UserError: if there is no such device.
+    Raises UserError if there is no such device.
     """
     if name is None:
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()

@@ -23,10 +23,8 @@ TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 class LoRA(nn.Module):
     """alpha / rank · B A dropout(x): what an adapter adds to one projection.
 
-    A is initialised as normal(0, 0.02) and B as 0, so that a new adapter changes nothing.
-
-    Raises:
-        ValueError: for a setting outside its range.
+    A is initialised as normal(0, 0.02) and B as 0, so that a new adapter changes nothing. Raises
+    ValueError for a setting outside its range.
     """
 
     def __init__(
@@ -143,10 +141,8 @@ def active_lora(model: MiniMindLM) -> str | None:
 def use_lora(model: MiniMindLM, name: str | None) -> None:
     """Activate another of the model's adapters, or with None only the base.
 
-    Only the parameters of the active adapter require gradients.
-
-    Raises:
-        ValueError: if there is no such adapter, or while one is merged.
+    Only the parameters of the active adapter require gradients. Raises ValueError if there is no
+    such adapter, or while one is merged.
     """
     _check_unmerged(model)
     if name is not None and name not in adapters(model):
@@ -171,8 +167,7 @@ def lora_state(model: MiniMindLM) -> dict[str, Tensor]:
 def load_lora_state(model: MiniMindLM, state: dict[str, Tensor]) -> None:
     """Copy matrices, named as in `lora_state`, into the active adapter.
 
-    Raises:
-        ValueError: if names or shapes differ; the message has the first difference.
+    Raises ValueError if names or shapes differ; the message has the first difference.
     """
     own = lora_state(model)
     if difference := state_difference(state, own):
@@ -200,8 +195,7 @@ def base_state(model: MiniMindLM) -> dict[str, Tensor]:
 def weights_hash(model: MiniMindLM) -> str:
     """SHA-256 of the base: its weights in their precision, and the numbers that its layers use.
 
-    Raises:
-        ValueError: while an adapter is merged.
+    Raises ValueError while an adapter is merged.
     """
     _check_unmerged(model)
     c = model.config
@@ -220,8 +214,7 @@ def weights_hash(model: MiniMindLM) -> str:
 def lora_settings(model: MiniMindLM) -> dict[str, Any]:
     """The arguments of `apply_lora` that made the active adapter, without its name.
 
-    Raises:
-        ValueError: if no adapter is active.
+    Raises ValueError if no adapter is active.
     """
     active = {p.rpartition(".")[2]: layer for p, layer in adapted_layers(model) if layer.active}
     if not active:
@@ -239,8 +232,7 @@ def lora_settings(model: MiniMindLM) -> dict[str, Any]:
 def merge_lora(model: MiniMindLM) -> None:
     """Add the active adapter to the weights, so that it costs nothing; see also `base_state`.
 
-    Raises:
-        ValueError: if no adapter is active, or it is merged already.
+    Raises ValueError if no adapter is active, or it is merged already.
     """
     _check_unmerged(model)
     if active_lora(model) is None:
@@ -255,8 +247,7 @@ def merge_lora(model: MiniMindLM) -> None:
 def unmerge_lora(model: MiniMindLM) -> None:
     """Subtract the merged adapter from the weights again, up to rounding.
 
-    Raises:
-        ValueError: if no adapter is merged.
+    Raises ValueError if no adapter is merged.
     """
     merged = [layer for _, layer in adapted_layers(model) if layer.merged]
     if not merged:

@@ -30,9 +30,7 @@ class OnnxDecoder(Decoder):
 
     Making one takes a few seconds: the weights are rounded, and ONNX Runtime packs them. After a
     change of weights or of the active adapter, another must be made. Weights have 8 or 32 `bits`.
-
-    Raises:
-        ValueError: if ONNX Runtime's attention does not support the size of the heads.
+    Raises ValueError if ONNX Runtime's attention does not support the size of the heads.
     """
 
     def __init__(self, model: MiniMindLM, rows: int = 1, bits: int = 8):

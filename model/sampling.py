@@ -13,8 +13,7 @@ NUCLEUS = 256  # candidates that top_p tries first: it seldom needs more, and so
 class Sampling:
     """Settings of sampling; names, defaults and order of effect are those of transformers.
 
-    Raises:
-        ValueError: for a setting outside its range.
+    Raises ValueError for a setting outside its range.
     """
 
     do_sample: bool = False  # False takes the most likely token

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """Load a tokenizer from a local folder; nothing is fetched.
 
-    Raises:
-        UserError: if the folder holds none, or one without tokens that begin and end a text.
+    Raises UserError if the folder holds none, or one without tokens that begin and end a text.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast  # slow to import: not for --help

@@ -34,9 +34,7 @@ def resolve_weights(flag: str, name: str, out_dir: Path, config: LMConfig) -> Pa
     """Find the file that a flag names.
 
     `name` is a .pth file; or the stage, the whole name or the --run_name of a file in `out_dir`.
-
-    Raises:
-        UserError: if there is no such file, or several have this --run_name.
+    Raises UserError if there is no such file, or several have this --run_name.
     """
     usual = Path(name) if name.endswith(".pth") else weights_path(out_dir, name, config)
     pattern = weights_path(Path(), "*", config, name).name
@@ -60,8 +58,7 @@ def save_weights(
 ) -> None:
     """Write the raw model's state_dict to `path`, and to its .json what rebuilds the model.
 
-    Raises:
-        SaveError: if the disk is full or cannot be written; an older file is kept.
+    Raises SaveError if the disk is full or cannot be written; an older file is kept.
     """
     shared: dict[int, torch.Tensor] = {}  # the tied embedding stays one tensor in the file
     state = {
@@ -118,10 +115,8 @@ def load_lora(model: MiniMindLM, path: Path, name: str = "default") -> None:
     """Add an adapter that `save_lora` wrote to its base and activate it, as `name`.
 
     The model has the weights that the adapter was trained on, in their precision; it may have other
-    adapters.
-
-    Raises:
-        UserError: if the file is missing or damaged, is no adapter, or one of another base.
+    adapters. Raises UserError if the file is missing or damaged, is no adapter, or one of another
+    base.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -160,9 +155,8 @@ def read_about(path: Path) -> dict[str, Any] | None:
 def read_state(path: Path, of_model: bool = False) -> dict[str, torch.Tensor]:
     """Read the state_dict in a .pth file, memory-mapped; of an adapter, its matrices.
 
-    Raises:
-        UserError: if the file is damaged or holds anything but named tensors, or is an adapter and
-            `of_model` is set.
+    Raises UserError if the file is damaged or holds anything but named tensors, or is an adapter
+    and `of_model` is set.
     """
     state = read_pickle(path, mmap=True)
     if isinstance(state, dict) and isinstance(state.get("weights"), dict):
@@ -177,8 +171,7 @@ def read_state(path: Path, of_model: bool = False) -> dict[str, torch.Tensor]:
 def read_pickle(path: Path, *, mmap: bool) -> Any:
     """Read what torch.save wrote: only tensors and plain containers are unpickled.
 
-    Raises:
-        UserError: if the file is damaged or holds other objects.
+    Raises UserError if the file is damaged or holds other objects.
     """
     try:
         mmap = mmap and zipfile.is_zipfile(path)  # older files are not
@@ -193,8 +186,7 @@ def read_pickle(path: Path, *, mmap: bool) -> Any:
 def check_sums(path: Path) -> None:
     """Read the whole file and compare it with the checksums that torch.save wrote into it.
 
-    Raises:
-        UserError: if a byte of a tensor has changed. Files of old versions have no checksums.
+    Raises UserError if a byte of a tensor has changed. Files of old versions have no checksums.
     """
     try:
         if not zipfile.is_zipfile(path):
@@ -210,9 +202,8 @@ def check_sums(path: Path) -> None:
 def load_weights(path: Path, model: nn.Module, tokenizer_hash: str) -> None:
     """Copy the weights in a .pth file into the model, whatever their precision.
 
-    Raises:
-        UserError: if the file is damaged, its names or shapes are not the model's, or it belongs to
-            another tokenizer than `tokenizer_hash`.
+    Raises UserError if the file is damaged, its names or shapes are not the model's, or it belongs
+    to another tokenizer than `tokenizer_hash`.
     """
     about = read_about(path)
     if about is not None and about["tokenizer"] != tokenizer_hash:
@@ -229,11 +220,9 @@ def load_weights(path: Path, model: nn.Module, tokenizer_hash: str) -> None:
 def load_model(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
     """Build the model that the JSON file beside the weights describes, and load them.
 
-    `shape` is the configuration if there is no JSON file, as for weights from elsewhere.
-
-    Raises:
-        UserError: if there is no such file, it or its JSON file is damaged, or it belongs to
-            another tokenizer.
+    `shape` is the configuration if there is no JSON file, as for weights from elsewhere. Raises
+    UserError if there is no such file, it or its JSON file is damaged, or it belongs to another
+    tokenizer.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
