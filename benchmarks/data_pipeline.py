@@ -55,7 +55,7 @@ def main() -> None:
         for turn in range(ROUNDS):
             options = (sample, args.tokenizer_path, folder / f"round{turn}")
             theirs.append(in_own_process(measure_peer, *options))
-            ours.append(in_own_process(measure_open, *options, args.max_seq_len)["store_s"])
+            ours.append(in_own_process(measure_open, *options, args.max_seq_len)["s"])
         options = (path, args.tokenizer_path, folder, args.max_seq_len)
         cold, warm = (in_own_process(measure_open, *options) for _ in range(2))
         epoch = in_own_process(measure_epoch, *options, args.batch_size)
@@ -63,14 +63,12 @@ def main() -> None:
     print(
         f"file                       {size:,.0f} MB, {epoch['documents']:,.0f} documents, "
         f"{epoch['tokens'] / 1e6:,.1f} M tokens, {epoch['bytes_per_token']:.2f} bytes each\n"
-        f"tokenising, whole file     {size / cold['store_s']:.2f} MB/s ({cold['store_s']:.1f} s)\n"
+        f"tokenising, whole file     {size / cold['s']:.2f} MB/s ({cold['s']:.1f} s)\n"
         f"tokenising, first {sample_size:.0f} MB     {sample_size / median(ours):.2f} MB/s, "
         f"peer {sample_size / median(theirs):.2f} MB/s, "
         f"ratio {median(theirs) / median(ours):.2f} (medians of {ROUNDS})\n"
-        f"table of items and rows    {cold['rows_s']:.2f} s\n"
-        f"start with a warm store    {(warm['store_s'] + warm['rows_s']) * 1e3:.1f} ms\n"
-        f"one epoch of packed rows   {epoch['rows'] / epoch['s']:,.0f} rows/s in this process, "
-        f"{epoch['tokens'] / 1e6 / epoch['s']:.2f} M tokens/s\n"
+        f"start with a warm store    {warm['s'] * 1e3:.1f} ms\n"
+        f"one epoch of packed rows   {epoch['tokens'] / 1e6 / epoch['s']:.2f} M tokens/s\n"
         f"memory, RssAnon            {cold['peak_mb']:,.0f} MB building, "
         f"{epoch['peak_mb']:,.0f} MB reading, {epoch['before_mb']:,.0f} MB before either\n"
         f"rows of {args.max_seq_len}, packed         {epoch['fill']:.2%} real tokens, "
@@ -101,10 +99,9 @@ def measure_open(path: Path, tokenizer_path: Path, folder: Path, row_length: int
     with peak_memory() as memory:
         start = time.perf_counter()
         dataset = PretrainDataset(path, tokenizer, row_length + 1, cache_dir=folder)
-        opened = time.perf_counter()
         PackedRows(dataset, row_length)
-        end = time.perf_counter()
-    return {"store_s": opened - start, "rows_s": end - opened, **memory}
+        seconds = time.perf_counter() - start
+    return {"s": seconds, **memory}
 
 
 def measure_epoch(
@@ -128,7 +125,6 @@ def measure_epoch(
         "documents": dataset.n_documents,
         "tokens": dataset.n_tokens,
         "bytes_per_token": dataset.text_bytes / (dataset.n_tokens - dataset.n_documents),
-        "rows": len(rows),
         "fill": real / (len(rows) * row_length),
         "used": real / dataset.n_tokens,
         "padded_fill": kept / (len(positions) * row_length),

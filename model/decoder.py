@@ -44,13 +44,10 @@ class Decoder(ABC):
         return self.caches[0].shape[2] if self.caches else 0
 
     def prefill(self, row: int, ids: Sequence[int]) -> Tensor:
-        """Put a prompt into a row; a beginning that some row or the prefix cache has is copied.
+        """Put a prompt into a row, and compute the logits of the next token: (vocab_size,).
 
-        Returns:
-            Logits of the next token: (vocab_size,).
-
-        Raises:
-            ValueError: if the prompt is empty or longer than the context.
+        A beginning that some row or the prefix cache has is copied. Raises ValueError if the prompt
+        is empty or longer than the context.
         """
         *_, logits = self.prefill_in_chunks(row, ids)
         return logits
@@ -60,10 +57,9 @@ class Decoder(ABC):
     ) -> Iterator[Tensor]:
         """Put a prompt into a row, CHUNK tokens at a time: other rows may take steps in between.
 
-        Yields:
-            Logits after the last token of each chunk, (vocab_size,). With `all_logits`, nothing is
-            copied, and logits follow every token, (T, vocab_size), of chunks of half the size (the
-            output layer then takes as long as the others).
+        Yields the logits after the last token of each chunk, (vocab_size,). With `all_logits`,
+        nothing is copied, and logits follow every token, (T, vocab_size), of chunks of half the
+        size (the output layer then takes as long as the others).
         """
         ids = list(ids)
         if not ids:

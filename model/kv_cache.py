@@ -17,11 +17,9 @@ class KVCache:
         self.values: list[Tensor | None] = [None] * n_layers
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values (B, n_kv_heads, T, head_dim) after the others.
+        """Write a layer's new keys and values (B, n_kv_heads, T, head_dim), and return all.
 
-        Returns:
-            All keys and values, (B, n_kv_heads, length + T, head_dim). Where gradients are
-            recorded they are copies, since autograd cannot follow a write in place.
+        Where gradients are recorded they are copies: autograd cannot follow a write in place.
         """
         return self._append(self.keys, layer, k), self._append(self.values, layer, v)
 

@@ -31,14 +31,10 @@ def mean_scores(sums: dict[str, dict[str, float]], prefix: str) -> dict[str, flo
 
     Args:
         sums: by the name of the data set: figures summed over its targets, the number (or sum of
-            weights) of `targets`, and, where the loss is one of tokens, `text_bytes`: UTF-8 bytes
-            of the text.
+            weights) of `targets`, and, where the loss is one of tokens, the UTF-8 `text_bytes`.
+            With these there are also the perplexity and, unless they are 0, bits per byte, for the
+            whole text with `</s>`, which can be compared between tokenizers.
         prefix: "val" or "test", which the names of the scores begin with.
-
-    Returns:
-        The mean of each figure; with `text_bytes` also the perplexity and, unless they are 0, bits
-        per byte: the bits that the model needs for the whole text, `</s>` included, by its bytes.
-        Unlike the other two, that can be compared between tokenizers.
     """
     named = {f"/{name}": values for name, values in sums.items()} if len(sums) > 1 else {}
     names = next(iter(sums.values()))

@@ -96,11 +96,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Mix each position with those that it may attend to: (B, T, dim) → (B, T, dim).
 
-        Args:
-            x: (B, T, dim).
-            cos_sin: rotary table of these T positions.
-            mask: from `additive_mask`. None: causal, for an empty cache or a single query.
-            cache: keys and values of the S − T earlier slots; the new ones are appended to it.
+        `cos_sin` is the rotary table of these T positions. `mask` is from `additive_mask`, or None
+        if causal, for an empty cache or a single query. New keys and values go into `cache`.
         """
         batch, length, _ = x.shape
         q = self.wq(x).view(batch, length, self.n_heads, self.head_dim)
@@ -172,10 +169,8 @@ class MoEGate(nn.Module):
     def forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Route each token of x (B, T, dim); `valid` (B, T) is False at padding, or None.
 
-        Returns:
-            Indices of experts (B, T, top_k) int64, their weights (B, T, top_k) fp32, the auxiliary
-            loss (scalar, alpha included), and the number of (token, choice) pairs per expert
-            (n_experts,) int64, without padding.
+        Returns indices of experts (B, T, top_k), their weights (B, T, top_k) fp32, the auxiliary
+        loss (alpha included), and (token, choice) pairs per expert without padding (n_experts,).
         """
         # In fp32: rounded to bf16, scores would change routes.
         with torch.autocast(x.device.type, enabled=False):

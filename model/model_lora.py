@@ -100,8 +100,7 @@ def apply_lora(
         name: name of the adapter, for `use_lora`.
 
     Raises:
-        ValueError: for a setting outside its range, an unknown target, a name that is taken, or
-            while an adapter is merged.
+        ValueError: for a bad setting, a name that is taken, or while an adapter is merged.
     """
     _check_unmerged(model)
     if not target_modules:

@@ -166,9 +166,7 @@ class Graph:
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round a weight (out, in) to 8 bits: weight ≈ (values − 128) · scale.
 
-    Returns:
-        Values (out, blocks, BLOCK) uint8, the last block padded with zeros, and the scales of the
-        blocks, (out · blocks,) fp32.
+    Returns values (out, blocks, BLOCK) uint8, the last block padded, and scales (out · blocks,).
     """
     blocks = nn.functional.pad(weight, (0, -weight.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     scales = blocks.abs().amax(-1, keepdim=True) / 127

@@ -7,17 +7,10 @@ from torch import Tensor
 def rotary_cos_sin(dim: int, positions: int | Tensor, theta: float = 1e6) -> Tensor:
     """Cosine and sine of every rotary angle (RoFormer, https://arxiv.org/abs/2104.09864).
 
-    Pair i of a head of size `dim` is rotated by position · theta^(−2i / dim). The table is computed
-    in each forward pass and not kept as a buffer: casting a model to bf16 would round it, and
-    loading through the meta device would lose it.
-
-    Args:
-        dim: head size, even.
-        positions: number of positions, counted from 0, or a tensor (…) of positions.
-        theta: base of the frequencies.
-
-    Returns:
-        (…, dim / 2, 2) fp32: cosine and sine.
+    Pair i of a head of size `dim` is rotated by position · theta^(−2i / dim). The table, fp32, has
+    the shape (…, dim / 2, 2) for positions (…), or for a number of positions, counted from 0. It is
+    computed in each forward pass and not kept as a buffer: casting a model to bf16 would round it,
+    and loading through the meta device would lose it.
     """
     if isinstance(positions, int):
         positions = torch.arange(positions)

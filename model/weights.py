@@ -91,16 +91,10 @@ def save_lora(
     dtype: torch.dtype = torch.float32,
     base: str | None = None,
 ) -> None:
-    """Write the active adapter with its configuration and the hash of its base.
+    """Write the active adapter, which is not merged, with its settings and its base's hash.
 
-    Args:
-        model: a model with an active adapter, which is not merged.
-        path: file to write.
-        dtype: dtype of the saved matrices.
-        base: `weights_hash` of the model, if already computed.
-
-    Raises:
-        SaveError: if the disk is full or cannot be written; an older file is kept.
+    `base` is the model's `weights_hash`, if already computed. Raises SaveError if the disk is full
+    or cannot be written; an older file is kept.
     """
     contents = {
         "lora": lora_settings(model),

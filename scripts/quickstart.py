@@ -92,11 +92,8 @@ def train(start: Quickstart, control: bool) -> dict[str, Path]:
         words = [texts, chats, "--out_dir", start.tokenizer, "--overwrite", "--keep_repeats"]
         title = "A tokenizer for this world"
         step(title, start.python, "scripts/train_tokenizer.py", *words, "--vocab_size", size)
-    start.train(
-        "Pretraining on plain text about the world",
-        "train_pretrain.py",
-        *["--data_path", texts, *PRETRAINING, "--epochs", EPOCHS],
-    )
+    pretraining = ["--data_path", texts, *PRETRAINING, "--epochs", EPOCHS]
+    start.train("Pretraining on plain text about the world", "train_pretrain.py", *pretraining)
     tuning = ["--data_path", chats, "--val_ratio", "0.02", *TUNING, "--epochs", EPOCHS]
     title = "Instruction tuning on questions and answers"
     start.train(title, "train_full_sft.py", *tuning)
@@ -130,10 +127,7 @@ def main() -> int:
     """Go all the way; returns the exit status."""
     require_python()
     args = parse_args()
-    try:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out_dir {args.out_dir}: {error.strerror}")
+    args.out_dir.mkdir(parents=True, exist_ok=True)
     print("== Environment: .venv in the project's folder", flush=True)
     python = prepare(REQUIREMENTS, "quickstart.sha256")
     step("The sample world", python, "scripts/make_sample_data.py")
@@ -176,6 +170,8 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         print("quickstart.py: stopped; run it again to go on", file=sys.stderr)
         sys.exit(130)
