@@ -107,25 +107,22 @@ def group_losses(samples: Sequence[Sample]) -> Losses:
 
     by_role = {}
     for role in dict.fromkeys(roles.tolist()):
-        here = roles == role
-        by_role[role] = losses[here]
-        if not learnt[here].all():
-            by_role[f"{role}, learnt"] = losses[here & learnt]
+        by_role[role] = roles == role
+        if not learnt[by_role[role]].all():
+            by_role[f"{role}, learnt"] = by_role[role] & learnt
     ranges = [(0, 16), *((1 << bits, 2 << bits) for bits in range(4, max(lengths).bit_length()))]
-    tables = {
-        "all": {"learnt": losses[learnt], "only read": losses[~learnt]},
+    groups = {
+        "all": {"learnt": learnt, "only read": ~learnt},
         "role": by_role,
         "position": {
-            f"{low} to {high - 1}": losses[learnt & (positions >= low) & (positions < high)]
+            f"{low} to {high - 1}": learnt & (positions >= low) & (positions < high)
             for low, high in ranges
         },
-        "language": {
-            name: losses[learnt & (languages == name)] for name in dict.fromkeys(languages.tolist())
-        },
+        "language": {name: learnt & (languages == name) for name in dict.fromkeys(languages)},
     }
     return {
-        grouping: {name: found for name, found in table.items() if len(found)}
-        for grouping, table in tables.items()
+        grouping: {name: losses[mask] for name, mask in masks.items() if mask.any()}
+        for grouping, masks in groups.items()
     }
 
 
