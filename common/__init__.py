@@ -23,6 +23,6 @@ from .arguments import (
     unit_interval,
     user_path,
 )
-from .errors import LESS_MEMORY, UserError, report_user_errors
+from .errors import LESS_MEMORY, UserError, report_os_errors, report_user_errors
 from .files import SaveError, report_save_errors, write_atomically
 from .units import format_duration, format_number

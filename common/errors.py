@@ -40,6 +40,15 @@ def report_user_errors() -> Iterator[None]:
         sys.exit(130)
 
 
+@contextmanager
+def report_os_errors(name: object) -> Iterator[None]:
+    """Turn an OSError into a UserError about `name`: a flag with its value, or a file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror or error}") from None
+
+
 def exit_with(message: str, *, every_rank: bool = False) -> NoReturn:
     """Print the message on stderr and leave with exit status 2."""
     if every_rank or os.environ.get("RANK", "0") == "0":
