@@ -147,12 +147,12 @@ def read_about(path: Path) -> dict[str, Any] | None:
 
 
 def read_state(path: Path, of_model: bool = False) -> dict[str, torch.Tensor]:
-    """Read the state_dict in a .pth file, memory-mapped; of an adapter, its matrices.
+    """Read the state_dict in a .pth file; of an adapter, its matrices, memory-mapped.
 
     Raises UserError if the file is damaged or holds anything but named tensors, or is an adapter
     and `of_model` is set.
     """
-    state = read_pickle(path, mmap=True)
+    state = read_pickle(path, mmap=not of_model)
     if isinstance(state, dict) and isinstance(state.get("weights"), dict):
         if of_model:
             raise UserError(f"{path}: an adapter, not a model's weights (--lora_name takes it)")
@@ -196,6 +196,14 @@ def check_sums(path: Path) -> None:
 def load_weights(path: Path, model: nn.Module, tokenizer_hash: str) -> None:
     """Copy the weights in a .pth file into the model, whatever their precision.
 
+    Raises UserError as `matching_state` does.
+    """
+    model.load_state_dict(matching_state(path, model, tokenizer_hash))
+
+
+def matching_state(path: Path, model: nn.Module, tokenizer_hash: str) -> dict[str, torch.Tensor]:
+    """Read weights from a .pth file and make sure that they are the model's.
+
     Raises UserError if the file is damaged, its names or shapes are not the model's, or it belongs
     to another tokenizer than `tokenizer_hash`.
     """
@@ -208,7 +216,7 @@ def load_weights(path: Path, model: nn.Module, tokenizer_hash: str) -> None:
     if difference:
         hint = "" if about else "; there is no .json beside it with its shape"
         raise UserError(f"{path}: weights of another model: {difference}{hint}")
-    model.load_state_dict(state)
+    return state
 
 
 def load_model(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
@@ -221,8 +229,11 @@ def load_model(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     about = read_about(path)
-    model = MiniMindLM(about["config"] if about else shape)
-    load_weights(path, model, tokenizer_hash)
+    with torch.device("meta"):  # memory holds the weights once, and no random ones are drawn
+        model = MiniMindLM(about["config"] if about else shape)
+    state = matching_state(path, model, tokenizer_hash)
+    model.load_state_dict({name: t.float() for name, t in state.items()}, assign=True)
+    model.output.weight = model.tok_embeddings.weight
     return model
 
 
