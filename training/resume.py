@@ -1,6 +1,6 @@
 """The resume file: everything that a run needs to continue as if it had never stopped.
 
-`{stage}_{dim}{_moe}_resume.pth` beside the weights, and the one before it, `…_resume.prev.pth`.
+It is `…_resume.pth` beside the weights; the one before it is `…_resume.prev.pth`.
 """
 
 import argparse
@@ -16,33 +16,26 @@ from model.weights import check_sums, read_pickle
 
 from .arguments import MOE_DEFAULTS
 from .guards import SpikeWatch
+from .run_files import beside
 
 FORMAT = 1
 
 
 @dataclass
 class Tally:
-    """Sums over the steps since the last line of figures.
+    """Sums over the steps since the last line of figures."""
 
-    Attributes:
-        loss: summed over target tokens, weighted by the loss mask, or over pairs.
-        tokens, targets: how many target tokens, and the sum of their weights, or pairs.
-        aux_loss, grad_norm: over steps; `grad_norm` over the `good` ones, whose norm is a number.
-        steps, good: how many steps, and how many without those that were skipped.
-        seconds: that the steps took.
-        figures: further ones of the stage, by name, summed as the loss is.
-        expert_load: (layers, experts) choices that each expert got; empty for dense models.
-    """
-
-    loss: float = 0.0
-    tokens: float = 0.0
-    targets: float = 0.0
-    aux_loss: float = 0.0
+    loss: float = 0.0  # over target tokens, weighted by the loss mask, or over pairs
+    tokens: float = 0.0  # number of target tokens
+    targets: float = 0.0  # sum of their weights, or number of pairs
+    aux_loss: float = 0.0  # over good steps
     grad_norm: float = 0.0
     steps: int = 0
-    good: int = 0
+    good: int = 0  # steps whose update was not skipped
     seconds: float = 0.0
-    figures: dict[str, float] = field(default_factory=dict)
+    lr: float = 0.0  # of the last step
+    figures: dict[str, float] = field(default_factory=dict)  # the stage's own, summed as the loss
+    # (layers, experts): choices that each expert got; empty for dense models.
     expert_load: list[list[float]] = field(default_factory=list)
 
     def add(
@@ -70,13 +63,13 @@ class Tally:
                 for old, new in zip(before, expert_load, strict=True)
             ]
 
-    def means(self, lr: float) -> dict[str, float]:
+    def means(self) -> dict[str, float]:
         """The line of figures, by their names in metrics.jsonl."""
         figures: dict[str, float] = {}
         if self.good:
             figures["loss"] = self.loss / self.targets
             figures |= {name: value / self.targets for name, value in self.figures.items()}
-        figures["lr"] = lr
+        figures["lr"] = self.lr
         if self.good:
             figures["grad_norm"] = self.grad_norm / self.good
         figures["tokens_per_second"] = round(self.tokens / self.seconds)
@@ -90,50 +83,29 @@ class Tally:
 
 @dataclass
 class TrainState:
-    """The progress of a run.
+    """The progress of a run."""
 
-    Attributes:
-        run_id: tells runs in the same folder apart.
-        rows_per_step: rows of a step when the run began; the schedule counts in steps of so many.
-        step: optimizer steps finished, skipped ones included.
-        epoch, row: the next row to learn from: `row` rows of the epoch are done.
-        tokens: target tokens learnt from.
-        seconds: spent in steps.
-        tally: what the next line of figures is made of.
-        skipped, bad_in_row: updates skipped so far, and just now without a good one between.
-        spikes, spike_watch: loss spikes so far, and what finds them.
-        evaluated_at: step of the last evaluation; -1 without one.
-        validation: fingerprint of the data that `best_loss` is measured on.
-        best_loss, best_step: lowest validation loss, and when; None without one.
-        best_saved: whether the best weights are in …_best.pth.
-        evaluations_since_best: how many were no progress.
-        tested: whether the test data have been scored.
-        numbered: steps of the numbered weights that --save_total_limit may remove.
-        metrics_bytes: length of the metrics file.
-        wandb_id: id of wandb's run.
-    """
-
-    run_id: str
-    rows_per_step: int
-    step: int = 0
+    run_id: str  # tells runs in the same folder apart
+    rows_per_step: int  # when the run began; the schedule counts in steps of so many rows
+    step: int = 0  # optimizer steps finished, skipped ones included
     epoch: int = 0
-    row: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
+    row: int = 0  # rows of the epoch that are done
+    tokens: int = 0  # target tokens learnt from
+    seconds: float = 0.0  # spent in steps
     tally: Tally = field(default_factory=Tally)
-    skipped: int = 0
-    bad_in_row: int = 0
-    spikes: int = 0
+    skipped: int = 0  # updates skipped
+    bad_in_row: int = 0  # updates skipped since the last good one
+    spikes: int = 0  # loss spikes
     spike_watch: SpikeWatch = field(default_factory=SpikeWatch)
-    evaluated_at: int = -1
-    validation: str = ""
-    best_loss: float = math.inf
+    evaluated_at: int = -1  # step of the last evaluation; -1 without one
+    validation: str = ""  # fingerprint of the data that `best_loss` is measured on
+    best_loss: float = math.inf  # lowest validation loss
     best_step: int | None = None
-    best_saved: bool = False
+    best_saved: bool = False  # whether the best weights are in …_best.pth
     evaluations_since_best: int = 0
-    tested: bool = False
-    numbered: list[int] = field(default_factory=list)
-    metrics_bytes: int = 0
+    tested: bool = False  # whether the test data have been scored
+    numbered: list[int] = field(default_factory=list)  # that --save_total_limit may remove
+    metrics_bytes: int = 0  # length of the metrics file
     wandb_id: str | None = None
 
     def use_validation(self, fingerprint: str) -> None:
@@ -146,41 +118,22 @@ class TrainState:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainState":
         """The inverse of `dataclasses.asdict`."""
-        return cls(
-            **{
-                **values,
-                "tally": Tally(**values["tally"]),
-                "spike_watch": SpikeWatch(**values["spike_watch"]),
-            }
-        )
-
-
-def resume_paths(weights: Path) -> tuple[Path, Path]:
-    """The resume file beside the weights, and the one before it."""
-    newest = weights.with_name(f"{weights.stem}_resume.pth")
-    return newest, newest.with_name(f"{newest.stem}.prev.pth")
+        tally, watch = Tally(**values["tally"]), SpikeWatch(**values["spike_watch"])
+        return cls(**{**values, "tally": tally, "spike_watch": watch})
 
 
 class Resume(NamedTuple):
-    """The contents of a resume file.
-
-    Attributes:
-        state: progress of the run.
-        arguments: its flags, as JSON values.
-        identity: what may not change when it is resumed, by flag.
-        model, optimizer, scaler: their state_dicts.
-        random: the states of each process's random generators.
-        saved_as: the file that holds the run's last save, if there is one. "previous": the newest
-            is damaged, and replaced by the next save. Not in the file.
-    """
+    """The contents of a resume file; `model`, `optimizer` and `scaler` are state_dicts."""
 
     state: TrainState
-    arguments: dict[str, Any]
-    identity: dict[str, Any]
+    arguments: dict[str, Any]  # the flags, as JSON values
+    identity: dict[str, Any]  # what may not change when the run is resumed, by flag
     model: dict[str, torch.Tensor]
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
-    random: list[dict[str, Any]]
+    random: list[dict[str, Any]]  # the states of each process's random generators
+    # The file that holds the run's last save; "previous": the newest is damaged, and replaced by
+    # the next save. Not in the file.
     saved_as: Literal["newest", "previous"]
 
 
@@ -190,7 +143,7 @@ def save_resume(weights: Path, resume: Resume) -> None:
     Raises:
         SaveError: if the disk is full or cannot be written; an older file is kept.
     """
-    newest, previous = resume_paths(weights)
+    newest, previous = beside(weights, "resume"), beside(weights, "resume.prev")
     contents = {"format": FORMAT, **resume._asdict(), "state": asdict(resume.state)}
     del contents["saved_as"]
     with report_save_errors(newest):
@@ -204,7 +157,8 @@ def read_resume(weights: Path) -> tuple[Resume | None, list[str]]:
     Nothing is memory-mapped: the file will be moved and replaced.
     """
     notes = []
-    for saved_as, path in zip(("newest", "previous"), resume_paths(weights), strict=True):
+    for saved_as, end in (("newest", "resume"), ("previous", "resume.prev")):
+        path = beside(weights, end)
         if not path.is_file():
             continue
         try:
@@ -221,17 +175,11 @@ def read_resume(weights: Path) -> tuple[Resume | None, list[str]]:
 
 
 def check_identity(weights: Path, resume: Resume, own: dict[str, Any]) -> None:
-    """Make sure that a run can be continued with the flags of this one.
-
-    Args:
-        weights: path of the run's weights.
-        resume: the contents of its resume file.
-        own: the identity now.
+    """Make sure that a run can be continued under the identity `own`.
 
     Raises:
         UserError: naming every flag that differs.
     """
-    newest, _ = resume_paths(weights)
     # Older files have fewer flags in the identity, and there, after the hash of the data's content,
     # what is used of it.
     arguments = {f"--{name}": value for name, value in resume.arguments.items()}
@@ -246,15 +194,13 @@ def check_identity(weights: Path, resume: Resume, own: dict[str, Any]) -> None:
         # Another tokenizer gives other ids, and the content of the data is that of its ids.
         if there == value or (flag == "--data_path" and not same_tokenizer):
             continue
-        # Hashes are for comparing, not for reading.
-        hashes = ("--tokenizer_path", "--data_path", "--from_weight", "--teacher_weight")
-        readable = flag not in hashes
-        what = f"{flag} {value}: {there} in" if readable else f"{flag}: not what was used by"
-        lines.append(f"{what} the run to resume, {newest}")
+        what = f"{flag} {value}: {there} in"
+        if flag in ("--tokenizer_path", "--data_path", "--from_weight", "--teacher_weight"):
+            what = f"{flag}: not what was used by"  # hashes are not for reading
+        lines.append(f"{what} the run to resume, {beside(weights, 'resume')}")
     if lines:
-        raise UserError(
-            "\n".join([*lines, "--resume needs the same; without it, a new run starts"])
-        )
+        lines.append("--resume needs the same; without it, a new run starts")
+        raise UserError("\n".join(lines))
 
 
 def changed_arguments(stored: dict[str, Any], own: dict[str, Any]) -> list[str]:

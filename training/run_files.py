@@ -3,12 +3,11 @@
 A run's name is that of its weights without `.pth`, as `full_sft_512_moe`, in its folder.
 
 The lock is `.{name}.lock` beside the weights. It rests on the operating system's lock on that file
-(flock; msvcrt's on Windows), which ends with the process that holds it, however that ends: there is
-no number of a process that another one may have by now, and nothing to wait for. NFS, SMB, GPFS and
-Lustre with `-o flock` carry such locks from host to host. Where a shared file system does not
-(Lustre without, NFS with nolock, most of FUSE), another host is known by the identity in the file,
-and a run there by the file's time of change, which it renews every HEARTBEAT seconds: if that has
-stood still for SILENCE seconds, by the clock of the one who waits, the run is dead.
+(flock; msvcrt's on Windows), which ends with the process that holds it, however that ends. Not
+every shared file system carries it from host to host (Lustre without `-o flock`, NFS with nolock,
+most of FUSE). There another host is known by the identity in the file, and a run there by the
+file's time of change, which it renews every HEARTBEAT seconds: if that has stood still for SILENCE
+seconds, by the clock of the one who waits, the run is dead.
 """
 
 import json
@@ -39,14 +38,21 @@ HEARTBEAT, SILENCE = 5.0, 30.0  # seconds
 PROCESS = uuid.uuid4().hex  # tells this process from all others, of other hosts too
 
 
+def beside(weights: Path, end: str) -> Path:
+    """The file of a run whose name ends in `_{end}.pth`: best, step{N}, resume, resume.prev."""
+    return weights.with_name(f"{weights.stem}_{end}.pth")
+
+
+def log_folder(weights: Path) -> Path:
+    """The folder of a run's record."""
+    return weights.parent / "logs" / weights.stem
+
+
 @contextmanager
 def lock_run(weights: Path, world: Distributed, dry_run: bool) -> Iterator[None]:
     """Keep the files of a run to this process, or to all of torchrun's, while the block runs.
 
-    Args:
-        weights: path of the run's weights.
-        world: this process; the main one holds the lock.
-        dry_run: do nothing, as nothing will be written.
+    The main process holds the lock. A dry run, which writes nothing, needs none.
 
     Raises:
         UserError: if another run holds them, or the folder cannot be written.
@@ -211,11 +217,6 @@ def move_earlier_run(weights: Path, out_dir: Path, overwrite: bool) -> list[str]
     There it lies as it did in `out_dir`, so that every tool takes that folder for its --out_dir.
     The resume files go first: if this is broken off, --resume finds all of a run or nothing of it.
 
-    Args:
-        weights: path of the run's weights.
-        out_dir: what they are below.
-        overwrite: delete.
-
     Returns:
         A line for the user, or none if there was no such run.
 
@@ -242,7 +243,7 @@ def move_earlier_run(weights: Path, out_dir: Path, overwrite: bool) -> list[str]
 
 def _left_by_run(weights: Path) -> list[Path]:
     """Resume files, weights of all kinds, and the folder of logs, unless no run has begun there."""
-    name, logs = re.escape(weights.stem), weights.parent / "logs" / weights.stem
+    name, logs = re.escape(weights.stem), log_folder(weights)
     kinds = (rf"{name}_resume(\.prev|\.old)?\.pth", rf"{name}(_best|_step\d+)?\.(pth|json)")
     files = sorted(path for path in weights.parent.iterdir() if path.is_file())
     left = [path for kind in kinds for path in files if re.fullmatch(kind, path.name)]

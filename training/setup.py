@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from common import UserError, write_atomically
-from dataset import PackedRows, PaddedRows, PairRows, TeacherTopK, collate
+from dataset import PackedRows, PaddedRows, PairRows, SFTDataset, TeacherTopK, collate
 from dataset.stored import StoredDataset
 from diagnosis.plan import LearningRates
 from model import (
@@ -30,7 +30,8 @@ from model.weights import first_difference, read_state
 from .arguments import MOE_DEFAULTS
 from .distributed import Distributed, autocast_dtype, find_processes
 from .random_states import seed_everything
-from .resume import Resume, check_identity, json_arguments, read_resume, resume_paths
+from .resume import Resume, check_identity, json_arguments, read_resume
+from .run_files import beside, log_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,53 +41,40 @@ Rows = PackedRows | PaddedRows | PairRows | TeacherTopK
 
 @dataclass(frozen=True)
 class Stage:
-    """What the shared code needs to know of a stage.
+    """What the shared code needs to know of a stage."""
 
-    Attributes:
-        name: begins the names of its files.
-        learning_rates: rates outside make a warning in the plan.
-        identity: the stage's own flags that may not change when a run is resumed.
-        collate: makes a batch of rows.
-        sequences_per_row: 2 for pairs.
-        scores_text: whether perplexity and bits per byte are scores, too.
-    """
-
-    name: str
-    learning_rates: LearningRates
-    identity: tuple[str, ...] = ()
-    collate: Callable[[Sequence[Any]], dict[str, Tensor]] = collate
-    sequences_per_row: int = 1
-    scores_text: bool = True
+    name: str  # begins the names of its files
+    learning_rates: LearningRates  # rates outside make a warning in the plan
+    identity: tuple[str, ...] = ()  # its own flags that may not change when a run is resumed
+    collate: Callable[[Sequence[Any]], dict[str, Tensor]] = collate  # makes a batch of rows
+    sequences_per_row: int = 1  # 2 for pairs
+    scores_text: bool = True  # whether perplexity and bits per byte are scores, too
 
 
 @dataclass
 class Setup:
-    """What a stage begins with.
-
-    Attributes:
-        raw_model: the model without wrappers.
-        path: file that the weights are written to.
-        frozen: hashes of weights that the run needs and does not train, by flag; the main
-            process's count.
-        resume: a resume file's content, None for a new run; the main process's counts.
-        notes: lines that the run reports first.
-    """
+    """What a stage begins with. Of `frozen` and `resume` the main process's count."""
 
     args: argparse.Namespace
     stage: Stage
     world: Distributed
     dtype: torch.dtype
     tokenizer: "PreTrainedTokenizerBase"
-    raw_model: MiniMindLM
-    path: Path
-    frozen: dict[str, str] = field(default_factory=dict)
-    resume: Resume | None = None
-    notes: list[str] = field(default_factory=list)
+    raw_model: MiniMindLM  # without wrappers
+    path: Path  # file that the weights are written to
+    frozen: dict[str, str] = field(default_factory=dict)  # hashes of untrained weights, by flag
+    resume: Resume | None = None  # None for a new run
+    notes: list[str] = field(default_factory=list)  # lines that the run reports first
 
     @property
     def tokenizer_hash(self) -> str:
         """Identifies the tokenizer."""
         return tokenizer_hash(self.tokenizer)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step, of all processes."""
+        return self.args.batch_size * self.args.accumulation_steps * self.world.world_size
 
     def identity(self, rows: Rows) -> dict[str, Any]:
         """By flag, what may not change when a run on these rows is resumed."""
@@ -170,7 +158,7 @@ def find_resume(setup: Setup) -> None:
     if not setup.world.is_main:
         return
     args, path = setup.args, setup.path
-    newest, _ = resume_paths(path)
+    newest = beside(path, "resume")
     resume, notes = read_resume(path)
     if args.resume and resume is not None:
         setup.notes += [*notes, f"--resume: going on after step {resume.state.step}"]
@@ -210,20 +198,16 @@ def check_resume(setup: Setup, rows: Rows) -> None:
 def check_output(path: Path, raw_model: MiniMindLM) -> None:
     """Make sure, before training, that weights and logs can be written.
 
-    Args:
-        path: file of the weights; the best go beside it, the logs below its folder.
-        raw_model: model without wrappers.
-
     Raises:
         UserError: if a folder cannot be written, or the weights there are of another shape.
     """
-    for probe in (path.with_suffix(".probe"), path.parent / "logs" / path.stem / ".probe"):
+    for probe in (path.with_suffix(".probe"), log_folder(path) / ".probe"):
         try:
             write_atomically(probe, lambda file: file.write(b"a byte, as a full disk has none"))
             probe.unlink()
         except OSError as error:
             raise UserError(f"--out_dir {probe.parent}: {error.strerror or error}") from None
-    for weights in (path, path.with_name(f"{path.stem}_best.pth")):
+    for weights in (path, beside(path, "best")):
         if not weights.is_file():
             continue
         difference = first_difference(weights, read_state(weights), raw_model)
@@ -261,8 +245,8 @@ def open_splits(
         UserError: naming what is wrong with a file.
     """
     if make_rows is None:
-        row_length = args.max_seq_len
-        make_rows = partial(PackedRows, row_length=row_length) if args.packing else PaddedRows
+        packed = partial(PackedRows, row_length=args.max_seq_len)
+        make_rows = packed if args.packing else PaddedRows
     test = make_rows(open_file(args.test_data_path, True)) if args.test_data_path else None
     val = {name: make_rows(open_file(path, True)) for name, path in args.val_data_path}
     train = open_file(args.data_path, False)
@@ -271,3 +255,36 @@ def open_splits(
         train, _ = train.split(args.val_ratio)
         val = {"held out": make_rows(held_out)}
     return Splits(make_rows(train), val, test)
+
+
+def open_chat_splits(
+    args: argparse.Namespace,
+    tokenizer: "PreTrainedTokenizerBase",
+    find_file: Callable[[Path], Path],
+    *,
+    max_turns: int | None,
+    loss_weighting: Literal["token", "sample"],
+) -> Splits:
+    """Open conversations, as `open_splits` does.
+
+    Scores are means over tokens, whatever `loss_weighting` is, so that they can be compared.
+
+    Args:
+        args: the flags.
+        tokenizer: tokenizer of the ids.
+        find_file: gives the file of a path, such as `ensure_sample`.
+        max_turns, loss_weighting: see `SFTDataset`.
+    """
+
+    def open_file(path: Path, scored: bool) -> SFTDataset:
+        return SFTDataset(
+            find_file(path),
+            tokenizer,
+            args.max_seq_len + 1,  # so that X, one id shorter, can fill a row
+            cache_dir=args.cache_dir,
+            skip_bad_lines=args.skip_bad_lines,
+            max_turns=max_turns,
+            loss_weighting="token" if scored else loss_weighting,
+        )
+
+    return open_splits(args, open_file)
