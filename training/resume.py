@@ -5,10 +5,12 @@ It is `…_resume.pth` beside the weights; the one before it is `…_resume.prev
 
 import argparse
 import math
+import random
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from common import UserError, report_save_errors, write_atomically
@@ -57,11 +59,7 @@ class Tally:
             if name not in ("loss", "aux_loss"):
                 self.figures[name] = self.figures.get(name, 0.0) + value
         if expert_load:
-            before = self.expert_load or [[0.0] * len(layer) for layer in expert_load]
-            self.expert_load = [
-                [x + y for x, y in zip(old, new, strict=True)]
-                for old, new in zip(before, expert_load, strict=True)
-            ]
+            self.expert_load = np.add(self.expert_load or 0.0, expert_load).tolist()
 
     def means(self) -> dict[str, float]:
         """The line of figures, by their names in metrics.jsonl."""
@@ -175,11 +173,7 @@ def read_resume(weights: Path) -> tuple[Resume | None, list[str]]:
 
 
 def check_identity(weights: Path, resume: Resume, own: dict[str, Any]) -> None:
-    """Make sure that a run can be continued under the identity `own`.
-
-    Raises:
-        UserError: naming every flag that differs.
-    """
+    """Raise UserError, naming every flag that differs, if `own` is not the identity of the run."""
     # Older files have fewer flags in the identity, and there, after the hash of the data's content,
     # what is used of it.
     arguments = {f"--{name}": value for name, value in resume.arguments.items()}
@@ -205,12 +199,11 @@ def check_identity(weights: Path, resume: Resume, own: dict[str, Any]) -> None:
 
 def changed_arguments(stored: dict[str, Any], own: dict[str, Any]) -> list[str]:
     """`--flag new (was old)` for every flag whose value is another one than in the resume file."""
+    of_a_start = ("resume", "overwrite", "dry_run", "local_rank")
     return [
         f"--{name} {value} (was {stored[name]})"
         for name, value in own.items()
-        if name in stored
-        and stored[name] != value
-        and name not in ("resume", "overwrite", "dry_run", "local_rank")
+        if name not in of_a_start and stored.get(name, value) != value
     ]
 
 
@@ -223,3 +216,37 @@ def json_arguments(args: argparse.Namespace) -> dict[str, Any]:
         return value if isinstance(value, (bool, int, float, type(None))) else str(value)
 
     return {name: plain(value) for name, value in vars(args).items()}
+
+
+def seed_everything(seed: int) -> None:
+    """Start all random generators of this process: Python's, NumPy's, PyTorch's on all devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def get_random_states(device: torch.device) -> dict[str, Any]:
+    """The states of this process's random generators."""
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    states = {
+        "python": random.getstate(),
+        "numpy": (keys.tolist(), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        states["device"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["device"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    """Put the random generators where `get_random_states` found them."""
+    random.setstate(states["python"])
+    keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(states["torch"])
+    if "device" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["device"], device)
+    elif "device" in states and device.type == "mps":
+        torch.mps.set_rng_state(states["device"])

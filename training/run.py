@@ -83,8 +83,8 @@ class Run:
     def schedule(self) -> tuple[float, int, float, float, float, str]:
         """The next step as `get_lr` takes it: its place, the run's steps, and the flags.
 
-        The place follows the rows seen, counted in steps of the size that the run began with: so
-        the rate stays on one curve when the batch or the number of processes changes on the way.
+        The place follows the rows seen, in steps of the size that the run began with: so the rate
+        stays on one curve when the batch or the number of processes changes on the way.
         """
         args, state = self.args, self.state
         per_epoch = math.ceil(len(self.data.train) / state.rows_per_step)
@@ -122,10 +122,10 @@ class Run:
         After each step what is due happens: a line of figures, validation of `model`, saving. A
         signal to stop lets the step finish.
         """
-        state, n = self.state, self.args.accumulation_steps
+        args, state = self.args, self.state
         loader = self.loader(self.data.train, state.epoch, state.row, shuffle=True)
-        micro_batches, started = iter(loader), time.perf_counter()
-        while batches := [self.world.to_device(b) for b in islice(micro_batches, n)]:
+        micro_batches, started = map(self.world.to_device, loader), time.perf_counter()
+        while batches := list(islice(micro_batches, args.accumulation_steps)):
             yield batches
             seconds = time.perf_counter() - started
             state.seconds += seconds
@@ -134,7 +134,8 @@ class Run:
             self.validate_if_due(model)
             if not self.going_on or self.check_signal():
                 return
-            self.save_if_due()
+            if self.due(args.save_interval) or (args.keep_every and self.due(args.keep_every)):
+                self.save()
             started = time.perf_counter()
 
     def add_step(
@@ -278,18 +279,10 @@ class Run:
         """End the run if any process got a signal to stop; whether it ends."""
         number = self.world.all_reduce_max(self.stop.number)
         if number:
-            self.ending = (
-                f"stopped by {signal.Signals(number).name} at step {self.state.step}; "
-                "--resume goes on"
-            )
+            name = signal.Signals(number).name
+            self.ending = f"stopped by {name} at step {self.state.step}; --resume goes on"
             self.exit_status = 128 + number
         return bool(number)
-
-    def save_if_due(self) -> None:
-        """Save at the intervals that were asked for."""
-        keep_every = self.args.keep_every
-        if self.due(self.args.save_interval) or (keep_every and self.due(keep_every)):
-            self.save()
 
     def save(self) -> None:
         """Write the weights, numbered ones where they are due, and the resume file."""

@@ -81,12 +81,9 @@ def lock_run(weights: Path, world: Distributed, dry_run: bool) -> Iterator[None]
 
 
 def check_lock(weights: Path) -> None:
-    """Make sure that this process holds the lock still, before it begins to write.
+    """Raise UserError if this process does not hold the lock still, before it begins to write.
 
     Of two hosts that began in the same moment, without locks between them, only the later one does.
-
-    Raises:
-        UserError: if not.
     """
     holder = _read_holder(_lock_path(weights))
     if holder.get("process") != PROCESS:
@@ -183,11 +180,7 @@ def _is_named(file: IO[bytes], path: Path) -> bool:
 
 
 def _await_silence(path: Path, weights: Path, holder: dict[str, Any]) -> None:
-    """Wait until a holder on another host is known to be dead, or gone.
-
-    Raises:
-        UserError: if it lives.
-    """
+    """Wait until a holder on another host is known to be dead, or gone; UserError if it lives."""
 
     def changed() -> int:
         with path.open("rb") as file:  # on NFS a time of change is fresh where a file is opened
@@ -217,8 +210,7 @@ def move_earlier_run(weights: Path, out_dir: Path, overwrite: bool) -> list[str]
     There it lies as it did in `out_dir`, so that every tool takes that folder for its --out_dir.
     The resume files go first: if this is broken off, --resume finds all of a run or nothing of it.
 
-    Returns:
-        A line for the user, or none if there was no such run.
+    Returns a line for the user, or none if there was no such run.
 
     Raises:
         UserError: if something cannot be moved or deleted.

@@ -11,8 +11,7 @@ from common import SaveError, report_save_errors
 from model import active_lora, load_trained_state, save_lora, save_weights, trained_state
 from model.weights import read_state
 
-from .random_states import get_random_states
-from .resume import Resume, TrainState, json_arguments, save_resume
+from .resume import Resume, TrainState, get_random_states, json_arguments, save_resume
 from .run_files import beside
 from .setup import Setup
 

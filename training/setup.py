@@ -29,8 +29,7 @@ from model.weights import first_difference, read_state
 
 from .arguments import MOE_DEFAULTS
 from .distributed import Distributed, autocast_dtype, find_processes
-from .random_states import seed_everything
-from .resume import Resume, check_identity, json_arguments, read_resume
+from .resume import Resume, check_identity, json_arguments, read_resume, seed_everything
 from .run_files import beside, log_folder
 
 if TYPE_CHECKING:
@@ -94,31 +93,27 @@ def prepare(args: argparse.Namespace, stage: Stage) -> Setup:
     """Find the processes, load the tokenizer and build the model, the same on every process.
 
     Raises:
-        UserError: for a device, a precision, a tokenizer or a shape that cannot be had.
+        UserError: for a device, a dtype, a tokenizer or a shape that cannot be had.
     """
     world = find_processes(args.device, args.ddp)
     dtype = autocast_dtype(args.dtype, world)
     tokenizer = load_tokenizer(args.tokenizer_path)
     seed_everything(args.seed)
-    experts = {name: getattr(args, name) for name in MOE_DEFAULTS} if args.use_moe else {}
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", *(MOE_DEFAULTS if args.use_moe else ()))
+    shape = {name: getattr(args, name) for name in names}
     try:
         config = LMConfig(
-            dim=args.dim,
-            n_layers=args.n_layers,
-            n_heads=args.n_heads,
-            n_kv_heads=args.n_kv_heads,
+            **shape,
+            use_moe=args.use_moe,
             vocab_size=len(tokenizer),
             dropout=args.dropout,
             flash_attn=args.flash_attn,
-            use_moe=args.use_moe,
-            **experts,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     except ValueError as error:
-        names = ("dim", "n_layers", "n_heads", "n_kv_heads", *experts)
-        flags = " ".join(f"--{name} {getattr(args, name)}" for name in names)
+        flags = " ".join(f"--{name} {value}" for name, value in shape.items())
         raise UserError(f"{flags}: {error}") from None
     check_context(args.max_seq_len, config)
     raw_model = MiniMindLM(config)
@@ -141,19 +136,18 @@ def load_first_weights(setup: Setup) -> None:
     Raises:
         UserError: if there is no such file, or it cannot be loaded into this model.
     """
-    args = setup.args
+    args, model = setup.args, setup.raw_model
     if args.from_weight != "none" and setup.world.is_main:
-        config = setup.raw_model.config
-        path = resolve_weights("--from_weight", args.from_weight, args.out_dir, config)
-        load_weights(path, setup.raw_model, setup.tokenizer_hash)
+        path = resolve_weights("--from_weight", args.from_weight, args.out_dir, model.config)
+        load_weights(path, model, setup.tokenizer_hash)
 
 
 def find_resume(setup: Setup) -> None:
     """Read what the run goes on from into `setup.resume`, on the main process.
 
     Raises:
-        UserError: for --resume where only another --dim or --use_moe has something to resume, or a
-            new run whose files cannot be written.
+        UserError: if only another --dim or --use_moe has something to resume, or files of a new run
+            cannot be written.
     """
     if not setup.world.is_main:
         return
@@ -165,13 +159,13 @@ def find_resume(setup: Setup) -> None:
         setup.resume = resume
         return
     if args.resume:
-        end = rf"{f'_{args.run_name}' if args.run_name else ''}_resume\.pth"
-        name = re.compile(rf"{re.escape(Path(setup.stage.name).name)}_\d+(_moe)?{end}")
-        others = {other for other in path.parent.glob("*_resume.pth") if name.fullmatch(other.name)}
-        others -= {newest}
+        run = f"_{args.run_name}" if args.run_name else ""
+        name = rf"{re.escape(Path(setup.stage.name).name)}_\d+(_moe)?{run}_resume\.pth"
+        there = sorted(path.parent.glob("*_resume.pth"))
+        others = [other for other in there if re.fullmatch(name, other.name) and other != newest]
         if others and not notes:
             raise UserError(
-                f"--resume: nothing of this --dim and --use_moe, but {min(others)}; without "
+                f"--resume: nothing of this --dim and --use_moe, but {others[0]}; without "
                 "--resume a new run starts"
             )
         nothing = f"--resume: nothing to go on from in {path.parent}: a new run starts"
@@ -210,8 +204,7 @@ def check_output(path: Path, raw_model: MiniMindLM) -> None:
     for weights in (path, beside(path, "best")):
         if not weights.is_file():
             continue
-        difference = first_difference(weights, read_state(weights), raw_model)
-        if difference:
+        if difference := first_difference(weights, read_state(weights), raw_model):
             other = "--lora_name" if lora_state(raw_model) else "--out_dir"
             raise UserError(
                 f"{weights} holds another model ({difference}): move it, or choose another {other} "
@@ -237,8 +230,7 @@ def open_splits(
 
     Args:
         args: the flags.
-        open_file: gives the data set of a file; its second argument is True where the data set is
-            scored and not learnt from.
+        open_file: opens a data set; its second argument: whether it is scored, not learnt from.
         make_rows: makes rows of a data set; None: packed or padded, as --packing is.
 
     Raises:

@@ -8,9 +8,14 @@ import torch
 from common import UserError
 from diagnosis.plan import Plan
 
-from .random_states import seed_everything, set_random_states
 from .record import Record, start_wandb, write_config
-from .resume import TrainState, changed_arguments, json_arguments
+from .resume import (
+    TrainState,
+    changed_arguments,
+    json_arguments,
+    seed_everything,
+    set_random_states,
+)
 from .run import Run
 from .run_files import check_lock, log_folder, move_earlier_run
 from .saving import Saver, load_resume
@@ -128,11 +133,7 @@ def steps_left(setup: Setup, state: TrainState, n_rows: int) -> int:
 
 def is_finished(setup: Setup, state: TrainState, data: Splits) -> bool:
     """Whether a run that could be resumed has nothing left to do."""
-    patience = setup.args.early_stopping_patience
-    ended = state.epoch >= setup.args.epochs or (
-        patience and state.evaluations_since_best >= patience
-    )
-    scored = (state.evaluated_at == state.step or not data.val) and (
-        state.tested or data.test is None
-    )
-    return bool(ended and scored)
+    patience = setup.args.early_stopping_patience or math.inf
+    ended = state.epoch >= setup.args.epochs or state.evaluations_since_best >= patience
+    validated = not data.val or state.evaluated_at == state.step
+    return ended and validated and (state.tested or data.test is None)
