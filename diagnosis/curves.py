@@ -25,13 +25,9 @@ LR_POINTS = 2000
 def draw_curves(runs: Mapping[str, Metrics], path: Path) -> None:
     """Draw loss, validation loss, learning rate and gradient norm over tokens into one PNG.
 
-    The validation panel is in nats per token, with bits per byte on its right. Where the runs
-    differ in tokenizer or validation text it is in bits per byte alone. A single run's validation
-    sets are drawn one by one as well.
-
-    Args:
-        runs: metrics by the name that the legend shows.
-        path: the PNG file; what is there is replaced.
+    The legend shows the names of the runs. The validation panel is in nats per token and bits per
+    byte; where the runs differ in tokenizer or validation text, in bits per byte alone. A single
+    run's validation sets are drawn one by one as well.
 
     Raises:
         ImportError: without matplotlib.
@@ -78,17 +74,7 @@ def draw_curves(runs: Mapping[str, Metrics], path: Path) -> None:
 
 
 def draw_lr_curve(path: Path, lr_at: Callable[[int], float], total_steps: int) -> None:
-    """Draw the learning rate over the optimizer steps into a PNG.
-
-    Args:
-        path: the PNG file.
-        lr_at: gives the learning rate of a step.
-        total_steps: steps of the run.
-
-    Raises:
-        ImportError: without matplotlib.
-        OSError: if the file cannot be written.
-    """
+    """Draw the learning rate over the optimizer steps into a PNG; raises as `draw_curves`."""
     from matplotlib.figure import Figure
 
     steps = range(0, total_steps, math.ceil(total_steps / LR_POINTS) or 1)

@@ -29,26 +29,20 @@ DEAD = 0.01
 
 
 class Finding(NamedTuple):
-    """One thing that the metrics show.
+    """One thing that the metrics show."""
 
-    Attributes:
-        text: what it is and, if it stands out, what to try.
-        stands_out: it is not as it should be.
-        harmful: the run made the model worse, or was in vain; such findings are listed first.
-    """
+    text: str  # what it is and, if it stands out, what to try
+    stands_out: bool = True  # it is not as it should be
+    harmful: bool = False  # the run made the model worse, or was in vain
 
-    text: str
-    stands_out: bool = True
-    harmful: bool = False
+
+def fine(text: str) -> Finding:
+    """A finding of something that is as it should be."""
+    return Finding(text, stands_out=False)
 
 
 def general_findings(metrics: Metrics, n_routed_experts: int) -> list[Finding | None]:
-    """What the metrics of any stage show; None for what cannot be judged.
-
-    Args:
-        metrics: lines of metrics.jsonl.
-        n_routed_experts: routed experts of a layer; 0 for a dense model.
-    """
+    """What the metrics of any stage show; None for what cannot be judged, as experts if dense."""
     lines, evaluations = having(metrics, "loss"), having(metrics, "val_loss")
     return [
         _not_finite(metrics),
@@ -111,7 +105,7 @@ def _validation(lines: Metrics, evaluations: Metrics) -> Finding | None:
             f"{end:.3f}. Use the best weights (--save_best). {advice}."
         )
     at = "at the end" if best is last else f"at step {best['step']:,}"
-    return Finding(f"The validation loss is lowest {at}, {low:.3f}.", stands_out=False)
+    return fine(f"The validation loss is lowest {at}, {low:.3f}.")
 
 
 def _worse_sets(evaluations: Metrics) -> Finding | None:
@@ -140,7 +134,7 @@ def _skipped_updates(metrics: Metrics) -> Finding | None:
         return None
     skipped, steps = latest(metrics, "skipped"), latest(metrics, "step")
     if not skipped:
-        return Finding("No update was skipped.", stands_out=False)
+        return fine("No update was skipped.")
     most = skipped > MOST_SKIPPED * steps
     return Finding(
         f"{skipped:,} of {steps:,} updates were skipped{', most of the run' if most else ''}, "
@@ -158,7 +152,7 @@ def _spikes(metrics: Metrics) -> Finding | None:
     times = {0: "never spiked", 1: "spiked once"}.get(spikes, f"spiked {spikes:,} times")
     here = f"The loss {times} in {steps:,} steps."
     if spikes < 2 or spikes <= SPIKES_PER_STEP * steps:
-        return Finding(here, stands_out=False)
+        return fine(here)
     return Finding(
         f"{here} Try a smaller --learning_rate, a longer warm-up or a smaller --grad_clip."
     )
@@ -171,6 +165,6 @@ def _expert_load(lines: Metrics, n_routed_experts: int) -> Finding | None:
     late, even = statistics.fmean(last_third(loads)), 1 / n_routed_experts  # uneven at first
     here = f"the least used expert gets {late:.1%} of its layer's tokens (even load: {even:.1%})."
     if late >= STARVED * even:
-        return Finding(here.capitalize(), stands_out=False)
+        return fine(here.capitalize())
     name = "Dead expert" if late < DEAD * even else "Starved expert"
     return Finding(f"{name}: {here} Try a larger --aux_loss_alpha or fewer experts.")

@@ -8,7 +8,7 @@ import math
 import statistics
 from itertools import combinations
 
-from .findings import Finding
+from .findings import Finding, fine
 from .metrics import (
     Metrics,
     best_evaluation,
@@ -44,11 +44,7 @@ LOSS_RISE = 0.1
 
 
 def preference_findings(metrics: Metrics) -> list[Finding | None]:
-    """What the curves of preference training show; None for what cannot be judged.
-
-    Args:
-        metrics: lines of metrics.jsonl.
-    """
+    """What the curves of preference training show; None for what cannot be judged."""
     lines, evaluations = having(metrics, "loss"), having(metrics, "val_loss")
     return [
         _training_loss(lines),
@@ -105,7 +101,7 @@ def _margin(lines: Metrics) -> Finding:
             "--beta lets the model move further from the reference."
         )
     course = "grow" if grown or len(margins) < 3 else "have grown early and hold"
-    return Finding(f"The log-odds of the chosen replies {course}, {here}.", stands_out=False)
+    return fine(f"The log-odds of the chosen replies {course}, {here}.")
 
 
 def _clear_change(values: list[float]) -> tuple[bool, bool]:
@@ -129,7 +125,7 @@ def _accuracy(evaluations: Metrics) -> Finding | None:
         return None
     here = f"{shares[0]:.1%} at the start, {max(shares):.1%} at best, {shares[-1]:.1%} at the end"
     if shares[-1] >= max(shares) - ACCURACY_FALL:
-        return Finding(f"The validation accuracy: {here}.", stands_out=False)
+        return fine(f"The validation accuracy: {here}.")
     return Finding(
         f"The validation accuracy falls: {here}. Use the best weights (--save_best); for better "
         "ones try fewer --epochs, a smaller --learning_rate or a larger --beta."
@@ -145,18 +141,15 @@ def _price_of_margin(lines: Metrics, evaluations: Metrics) -> Finding | None:
     place, prefix = having(evaluations[-1:], "val_margin"), "val_"
     if not place:
         place, prefix = last_third(lines), ""
-    place = having(having(place, f"{prefix}chosen_reward"), f"{prefix}margin")
-    if not place:
+    rewards, margins = (column(place, f"{prefix}{name}") for name in ("chosen_reward", "margin"))
+    if not rewards or not margins:
         return None
-    reward = statistics.fmean(column(place, f"{prefix}chosen_reward"))
-    margin = statistics.fmean(column(place, f"{prefix}margin"))
+    reward, margin = statistics.fmean(rewards), statistics.fmean(margins)
     here = f"the reward of chosen replies is {reward:.3f}, the margin {margin:.3f}"
     if reward >= -LITTLE:
-        text = f"The chosen replies keep their log-probability: {here}."
-        return Finding(text, stands_out=False)
+        return fine(f"The chosen replies keep their log-probability: {here}.")
     if -reward <= margin * PRICE:
-        text = f"The chosen replies lose some log-probability, the rejected more: {here}."
-        return Finding(text, stands_out=False)
+        return fine(f"The chosen replies lose some log-probability, the rejected more: {here}.")
     return Finding(
         f"The log-probability of the chosen replies collapses: {here}; both replies lose. Try a "
         "larger --beta, a smaller --learning_rate or fewer --epochs."
@@ -171,7 +164,7 @@ def _accuracy_gap(metrics: Metrics, evaluations: Metrics) -> Finding | None:
     best = best_evaluation(evaluations)["val_accuracy"]  # of the weights tested
     here = f"The test accuracy is {tests[-1]:.1%}, that of validation {best:.1%}"
     if tests[-1] >= best - ACCURACY_GAP:
-        return Finding(f"{here}.", stands_out=False)
+        return fine(f"{here}.")
     return Finding(
         f"{here}: the test pairs are of another kind, or the validation pairs are too few. Trust "
         "the test, and validate on more pairs of its kind."
