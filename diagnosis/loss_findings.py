@@ -4,10 +4,9 @@ import math
 import statistics
 from itertools import pairwise
 
-from .findings import LARGE_RISE, Finding, fine, rose
+from .findings import LARGE_RISE, Finding, fine
 from .metrics import (
     Metrics,
-    best_evaluation,
     column,
     count_rises,
     has_number,
@@ -26,20 +25,16 @@ FIRST_LINE_STEPS = 20
 # How often tokens occur is learnt first, and saves about a quarter of ln(vocabulary). Half of it
 # needs knowledge of what follows what, which so few steps cannot give.
 FIRST_LINE_SHARE = 0.5
-# How often tokens occur is all that a run must have learnt to save a tenth of ln(vocabulary).
-HARDLY_LEARNT = 0.1
+HARDLY_LEARNT = 0.1  # of ln(vocabulary), which the frequencies of tokens alone save
 
-# The course of the loss is judged from so many lines on: then its last third has four. In fewer
-# lines only a rise far beyond their scatter is reported.
+# The course of the loss is judged from so many lines on; in fewer, only a rise beyond scatter.
 MIN_LINES = 12
 FEW_LINES_RISE = 0.2
 # Loss falls as a power of the tokens, with exponents of 0.05 to 0.1 (arXiv:2001.08361). So a last
 # third brings 2 to 4 %; with less than half of that, more tokens will not bring much.
 PLATEAU = 0.01
-# Below this share of its peak the learning rate is near its end, where curves flatten anyway.
-LR_NEAR_END = 0.25
-# Lines that average ten steps usually scatter by 1 to 2 %; a swing is well above that.
-SWING = 0.1
+LR_NEAR_END = 0.25  # of its peak: below it curves flatten anyway
+SWING = 0.1  # lines that average ten steps usually scatter by 1 to 2 %
 SWINGS = 3  # fewer may be accidents
 
 # The norm of the gradient over all weights, before clipping.
@@ -67,7 +62,6 @@ def loss_findings(metrics: Metrics, vocab_size: int | None) -> list[Finding | No
         first,
         _divergence(whole, losses) or little or _course(whole, losses),
         _gap(lines, evaluations),
-        _test_gap(metrics, evaluations),
         _gradient_norm(lines),
     ]
 
@@ -92,9 +86,8 @@ def _first_loss(line: dict[str, float], vocab_size: int) -> Finding:
     limit = uniform - FIRST_LOSS_MARGIN if steps == 1 else FIRST_LINE_SHARE * uniform
     if steps <= FIRST_LINE_STEPS and loss < limit:
         return Finding(
-            f"{here}, far below {start}. Either the input holds its targets (they are not shifted, "
-            "or attention reaches later tokens), or the mask leaves only easy targets, or the data "
-            "repeat one text. Inspect a few samples."
+            f"{here}, far below {start}. The input holds its targets, the mask leaves only easy "
+            "ones, or the data repeat one text: inspect a few samples (scripts/show_batch.py)."
         )
     return fine(f"{here}, against {start}.")
 
@@ -110,9 +103,8 @@ def _divergence(lines: Metrics, losses: list[float]) -> Finding | None:
         return None
     step = lines[smooth.index(low)]["step"]
     return Finding(
-        f"The run diverges: the loss rose to {end:.2f} from {low:.2f} near step {step:,}. Try a "
-        "smaller --learning_rate or a longer warm-up; weights from before that step are better "
-        "than the last ones.",
+        f"The run diverges: the loss rose to {end:.2f} from {low:.2f} near step {step:,}, whose "
+        "weights are better than the last ones. Try a smaller --learning_rate or a longer warm-up.",
         harmful=True,
     )
 
@@ -133,10 +125,9 @@ def _little_learnt(
     nothing = len(lines) >= MIN_LINES and end > (1 - PLATEAU) * uniform
     return Finding(
         f"{'Nothing' if nothing else 'Hardly anything'} was learnt: the loss ends at {end:.2f}; "
-        f"uniform guessing gives {uniform:.2f}, and token frequencies alone save about a quarter "
-        f"of that. If {step:,} steps are few, train longer; otherwise try a larger --learning_rate "
-        f"where the gradient norm is below {NORM_USUAL[0]:g}, a smaller one where it is not, and "
-        "inspect a few samples.",
+        f"uniform guessing gives {uniform:.2f}. If {step:,} steps are few, train longer; otherwise "
+        f"try a larger --learning_rate where the gradient norm is below {NORM_USUAL[0]:g}, a "
+        "smaller one where it is not, and inspect a few samples.",
         harmful=True,
     )
 
@@ -165,8 +156,7 @@ def _course(lines: Metrics, losses: list[float]) -> Finding | None:
     change = at_end if fall > 0 else "the loss did not fall over the last third of the run"
     return Finding(
         f"Plateau: {change}, with the learning rate still at {share:.0%} of its peak. Let it decay "
-        "now (a shorter run, or another --lr_decay) or try another --learning_rate; else the size "
-        "of the model or the data may be the limit."
+        "now (a shorter run, or another --lr_decay), or try a larger model or more data."
     )
 
 
@@ -192,24 +182,9 @@ def _gap(lines: Metrics, evaluations: Metrics) -> Finding | None:
     if validation < (1 + LARGE_RISE) * training:
         return fine(f"{both}.")
     return Finding(
-        f"{both}, a gap of {validation / training - 1:.0%}. If it grew during the run, the model "
-        "memorises its texts: try more data, fewer --epochs or some --dropout. If it was there "
-        "from the start, the validation text is of another kind than the training text."
-    )
-
-
-def _test_gap(metrics: Metrics, evaluations: Metrics) -> Finding | None:
-    """The test is of the best weights, so it is compared with the best validation."""
-    tests = column(metrics, "test_loss")
-    if not tests or not evaluations:
-        return None
-    test, validation = tests[-1], best_evaluation(evaluations)["val_loss"]
-    if not rose(validation, test, LARGE_RISE):
-        return fine(f"The test loss is {test:.3f}, the best validation loss {validation:.3f}.")
-    return Finding(
-        f"The test loss is {test:.3f}, far above the best validation loss of {validation:.3f}: the "
-        "validation text is of another kind, or so short that the best weights are best by chance. "
-        "Trust the test, and validate on more text of its kind."
+        f"{both}, a gap of {validation / training - 1:.0%}. If it grew during the run, try more "
+        "data, fewer --epochs or some --dropout; if it was there from the start, the validation "
+        "text is of another kind than the training text."
     )
 
 
@@ -226,8 +201,7 @@ def _gradient_norm(lines: Metrics) -> Finding | None:
         )
     if middle < NORM_NOTHING_LEARNT:
         return Finding(
-            f"{here}, below {NORM_NOTHING_LEARNT:g}: next to nothing is learnt ({usual}). With a "
-            "loss near 0 there is nothing left to learn; otherwise check that the mask leaves "
-            "targets at all, and try a larger --learning_rate."
+            f"{here}, below {NORM_NOTHING_LEARNT:g}: next to nothing is learnt ({usual}). Unless "
+            "the loss is near 0, check that there are targets, and try a larger --learning_rate."
         )
     return fine(f"{here}; {usual}.")

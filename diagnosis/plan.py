@@ -167,7 +167,7 @@ class Plan:
             yield f"--grad_clip {args.grad_clip:g} hardly limits the update of a bad batch: try 1"
         patience = args.early_stopping_patience
         if args.epochs > 10 and not patience:
-            yield f"--epochs {args.epochs} memorise the text: --early_stopping_patience 3 may help"
+            yield f"--epochs {args.epochs} memorises the text: try --early_stopping_patience 3"
         if patience == 1:
             yield "--early_stopping_patience 1 stops at one bad evaluation by chance: try 3"
         # The first evaluation is always progress, and the one at the end has nothing left to stop.

@@ -14,8 +14,6 @@ from .loss_findings import MIN_LINES, loss_findings
 from .metrics import Metrics, best_evaluation, column, has_number, having, read_metrics
 from .preference_findings import preference_findings
 
-FULL_LINE = 40  # characters of a command after which a flag begins a new line
-
 
 def find_all(
     metrics: Metrics, vocab_size: int | None = None, n_routed_experts: int = 0
@@ -170,12 +168,8 @@ def _start(config: dict[str, Any]) -> str:
     if "command" not in config:
         return ""
     versions = ", ".join(" ".join(item) for item in config.get("versions", {}).items())
-    command = ""
-    for word in [*config.get("launcher", ["python"]), *config["command"]]:
-        if word.startswith("--") and len(command.rpartition("\n")[2]) > FULL_LINE:
-            command += "\\\n    "
-        command += f"{shlex.quote(word)} "
+    command = shlex.join([*config.get("launcher", ["python"]), *config["command"]])
     return (
         f"\n## How it was started\n\nWith {versions}; commit {config.get('commit') or 'unknown'}."
-        f"\n\n```bash\n{command.rstrip()}\n```\n"
+        f"\n\n```bash\n{command}\n```\n"
     )

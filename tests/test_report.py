@@ -210,7 +210,7 @@ CASES = {
         [*validated(4.0, [5.0, 4.5, 4.2]), {"step": 400, "test_loss": 4.2}],
     ),
     "test": (
-        "The test loss is 4.630, far above the best validation loss of 4.200",
+        "The test loss is 4.630, the best validation loss 4.200, far from it",
         [*validated(4.0, [5.0, 4.5, 4.2]), {"step": 400, "test_loss": 4.63}],
         [*validated(4.0, [5.0, 4.5, 4.2]), {"step": 400, "test_loss": 4.61}],
     ),
@@ -571,10 +571,8 @@ def test_the_report_by_validation_set(tmp_path, no_picture):
 
 
 def started(text):
-    """The command under "How it was started", on one line as a shell joins it."""
-    command = section(text, "How it was started").partition("```bash\n")[2].removesuffix("\n```")
-    assert max(map(len, command.splitlines())) < 100
-    return command.replace("\\\n", "")
+    """The command under "How it was started"."""
+    return section(text, "How it was started").partition("```bash\n")[2].removesuffix("\n```")
 
 
 AWKWARD = ["--val_data_path", "prose=my $prose.jsonl", "it's.jsonl", "--use_moe", "--no-packing"]
