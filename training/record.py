@@ -129,12 +129,13 @@ class LineFile:
                 self._file.truncate(before)
             self._warn_once(error)
 
-    def sync(self) -> None:
-        """Wait until the lines are on disk."""
+    def sync(self) -> int:
+        """Wait until the lines are on disk; the bytes in the file."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
             self._warn_once(error)
+        return self.size
 
     def close(self) -> None:
         """Close the file."""
@@ -191,8 +192,8 @@ class Record:
             seconds = self.seconds_per_step(step)
             self.print(cost_line(seconds, left, gpu_price, self.world.world_size))
 
-    def log(self, state: TrainState, epoch: int, **figures: float) -> None:
-        """Report training steps, the last of epoch `epoch` from 0: to screen, files and wandb."""
+    def log(self, state: TrainState, figures: dict[str, float]) -> None:
+        """Report training steps: to screen, files and wandb."""
         shown = _line({name: value for name, value in figures.items() if value}, "  ")
         line = f"step {state.step}/{self.total_steps}  {shown}"
         if self.bar.disable:
@@ -203,12 +204,12 @@ class Record:
             shown = {name: figures[name] for name in names if name in figures}
             self.bar.set_postfix_str(_line(shown, ", "))
             self._write_log(line)
-        self._write(state, epoch, figures)
+        self._write(state, figures)
 
-    def log_scores(self, state: TrainState, epoch: int, **scores: float) -> None:
+    def log_scores(self, state: TrainState, scores: dict[str, float]) -> None:
         """Report an evaluation, on a line of its own."""
         self.print(f"step {state.step}/{self.total_steps}  {_line(scores, '  ')}")
-        self._write(state, epoch, scores)
+        self._write(state, scores)
 
     def seconds_per_step(self, step: int) -> float:
         """Wall-clock seconds of a step since this process began, evaluations and saves included."""
@@ -224,10 +225,7 @@ class Record:
 
     def sync(self) -> int:
         """Make sure that the metrics are on disk; the length of their file in bytes."""
-        if self.metrics is None:
-            return 0
-        self.metrics.sync()
-        return self.metrics.size
+        return 0 if self.metrics is None else self.metrics.sync()
 
     def close(self) -> None:
         """Finish the bar, the files and wandb."""
@@ -237,14 +235,13 @@ class Record:
         if self.wandb_run is not None:
             self.wandb_run.finish()
 
-    def _write(self, state: TrainState, epoch: int, figures: dict[str, float]) -> None:
-        about = {"step": state.step, "epoch": epoch, "tokens": state.tokens}
+    def _write(self, state: TrainState, figures: dict[str, float]) -> None:
+        about = {"epoch": max(0, state.epoch - (state.row == 0)), "tokens": state.tokens}
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         if self.metrics is not None:
-            line = about | {"seconds": round(state.seconds, 3)} | finite
+            line = {"step": state.step, **about, "seconds": round(state.seconds, 3), **finite}
             self.metrics.add(json.dumps(line, allow_nan=False) + "\n")
         if self.wandb_run is not None:
-            del about["step"]
             self.wandb_run.log(about | finite, step=state.step)
 
     def _write_log(self, message: str) -> None:

@@ -233,10 +233,8 @@ def get_random_states(device: torch.device) -> dict[str, Any]:
         "numpy": (keys.tolist(), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
     }
-    if device.type == "cuda":
-        states["device"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        states["device"] = torch.mps.get_rng_state()
+    if device.type != "cpu":
+        states["device"] = torch.get_device_module(device).get_rng_state()
     return states
 
 
@@ -246,7 +244,5 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
     keys, position, has_gauss, gauss = states["numpy"]
     np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(states["torch"])
-    if "device" in states and device.type == "cuda":
-        torch.cuda.set_rng_state(states["device"], device)
-    elif "device" in states and device.type == "mps":
-        torch.mps.set_rng_state(states["device"])
+    if "device" in states and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states["device"])

@@ -75,11 +75,6 @@ class Run:
         return not self.complete and self.ending is None
 
     @property
-    def epoch(self) -> int:
-        """The epoch of the last step."""
-        return max(0, self.state.epoch - (self.state.row == 0))
-
-    @property
     def schedule(self) -> tuple[float, int, float, float, float, str]:
         """The next step as `get_lr` takes it: its place, the run's steps, and the flags.
 
@@ -219,7 +214,7 @@ class Run:
         memory = peak_memory(self.world.device)
         if memory is not None:
             figures["memory_gb"] = round(memory / 1e9, 3)
-        self.record.log(state, self.epoch, **figures)
+        self.record.log(state, figures)
         state.tally = Tally()
 
     @torch.no_grad()
@@ -255,7 +250,7 @@ class Run:
         if scores is None:
             return
         args = self.args
-        self.record.log_scores(state, self.epoch, **scores)
+        self.record.log_scores(state, scores)
         state.evaluated_at = state.step
         min_delta = args.early_stopping_min_delta if args.early_stopping_patience else 0.0
         if scores["val_loss"] < state.best_loss - min_delta:
@@ -286,14 +281,8 @@ class Run:
 
     def save(self) -> None:
         """Write the weights, numbered ones where they are due, and the resume file."""
-        args, state = self.args, self.state
-        state.metrics_bytes = self.record.sync()
-        numbered = ""
-        if args.keep_every is not None and state.step % args.keep_every == 0:
-            numbered = "for good"
-        elif args.save_total_limit and self.due(args.save_interval):
-            numbered = "for now"
-        self.saver.save(state, numbered)
+        self.state.metrics_bytes = self.record.sync()
+        self.saver.save(self.state, self.due(self.args.save_interval))
 
     def finish(self) -> int:
         """Score the test data, save, write the report, and print how the run ended.
@@ -332,7 +321,7 @@ class Run:
             load_trained_state(model, self.saver.best_state())
         scores = self.evaluate(model, {"": rows}, "test")
         if scores is not None:
-            self.record.log_scores(self.state, self.epoch, **scores)
+            self.record.log_scores(self.state, scores)
             self.state.tested = True
 
 

@@ -31,17 +31,18 @@ class Saver:
     saved_as: Literal["newest", "previous"]  # as in `Resume`
     errors: dict[str, str] = field(default_factory=dict)  # why the last try failed, by what
 
-    def save(self, state: TrainState, numbered: Literal["", "for good", "for now"]) -> None:
-        """Write the weights, …_step{N}.pth if `numbered`, and the resume file.
+    def save(self, state: TrainState, at_interval: bool) -> None:
+        """Write the weights, numbered ones where they are due, and the resume file.
 
-        --save_total_limit counts the numbered weights that are "for now".
+        --save_total_limit counts the saves `at_interval`, of --save_interval.
         """
-        world = self.setup.world
+        args, world = self.setup.args, self.setup.world
         random_states = world.all_gather(get_random_states(world.device))
         if world.is_main:
             self._try(state, "weights", lambda: self._save_weights(self.setup.path))
-            if numbered:
-                self._try(state, "numbered", lambda: self._save_numbered(state, numbered))
+            for_good = args.keep_every is not None and state.step % args.keep_every == 0
+            if for_good or (args.save_total_limit and at_interval):
+                self._try(state, "numbered", lambda: self._save_numbered(state, for_good))
             self._try(state, "resume", lambda: self._save_resume(state, random_states))
 
     def save_best(self, state: TrainState) -> bool:
@@ -76,9 +77,9 @@ class Saver:
             model, stage = setup.raw_model, setup.stage.name
             save_weights(path, model, model.config, stage, setup.tokenizer_hash, dtype)
 
-    def _save_numbered(self, state: TrainState, how: Literal["for good", "for now"]) -> None:
+    def _save_numbered(self, state: TrainState, for_good: bool) -> None:
         self._save_weights(beside(self.setup.path, f"step{state.step}"))
-        if how == "for good" or state.step in state.numbered:
+        if for_good or state.step in state.numbered:
             return
         state.numbered.append(state.step)
         while len(state.numbered) > self.setup.args.save_total_limit:
