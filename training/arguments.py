@@ -191,11 +191,7 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_stage_arguments(args: argparse.Namespace) -> None:
-    """Fill in the defaults that depend on other flags; refuse flags that contradict each other.
-
-    Raises:
-        UserError: for those.
-    """
+    """Fill in the defaults that depend on other flags; UserError for flags that contradict."""
     for name, default in MOE_DEFAULTS.items():
         if not args.use_moe and getattr(args, name) is not None:
             raise UserError(f"--{name} needs --use_moe")

@@ -89,14 +89,9 @@ class Distributed:
 
 
 def find_processes(device: str | None, ddp: bool) -> Distributed:
-    """Read torchrun's environment and choose the device. Opens nothing.
+    """Read torchrun's environment and choose the device, as `choose_device`. Opens nothing.
 
-    Args:
-        device: "cuda", "cuda:1", "mps" or "cpu"; None takes cuda, mps or cpu, the first there is.
-        ddp: whether `--ddp` was given.
-
-    Raises:
-        UserError: for `--ddp` without torchrun, or a device that is not there.
+    UserError for `ddp`, the flag, without torchrun, or a device that is not there.
     """
     if "LOCAL_RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         if ddp:
@@ -136,8 +131,7 @@ def open_process_group(world: Distributed) -> Iterator[None]:
 def autocast_dtype(dtype: str, world: Distributed) -> torch.dtype:
     """The dtype of matrix products; float32 for bfloat16 where hardware would have to emulate it.
 
-    Raises:
-        UserError: for float16 on a CPU, where it is emulated too and no scaler helps.
+    UserError for float16 on a CPU, where it is emulated too and no scaler helps.
     """
     if dtype == "float16" and world.device.type == "cpu":
         raise UserError("--dtype float16: not on a CPU; use bfloat16 or float32")

@@ -26,41 +26,28 @@ BAR_FORMAT = "{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{pos
 
 
 def start_wandb(args: argparse.Namespace, name: str, run_id: str | None) -> Any:
-    """Begin a run of wandb, or continue the run `run_id`; WANDB_MODE=offline uploads nothing.
-
-    Raises:
-        UserError: if wandb is not installed, or does not let the run begin.
-    """
+    """Begin a run of wandb, or continue the run `run_id`; UserError if it cannot be had."""
     try:
         import wandb
     except ImportError:
         raise UserError("--use_wandb: wandb is not installed; pip install wandb") from None
     try:
-        return wandb.init(
-            project=args.wandb_project,
-            name=name,
-            config=json_arguments(args),
-            id=run_id,
-            resume="allow",
-        )
+        config = json_arguments(args)
+        project = args.wandb_project
+        return wandb.init(project=project, name=name, config=config, id=run_id, resume="allow")
     except wandb.errors.Error as error:
         raise UserError(f"--use_wandb: {error}; WANDB_MODE=offline needs no account") from None
 
 
 def write_config(path: Path, args: argparse.Namespace, run_id: str, vocab_size: int) -> None:
-    """Keep what the run was started with, which `diagnosis.report` reads.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
-    packages = ("torch", "transformers", "tokenizers", "numpy")
+    """Keep what the run was started with, which `diagnosis.report` reads."""
+    versions = {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}
     contents = {
         "run_id": run_id,
         "launcher": _launcher(),
         "command": sys.argv,
         "arguments": json_arguments(args),
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in packages},
+        "versions": {"python": platform.python_version(), **versions},
         "commit": _commit(),
         "vocab_size": vocab_size,
     }

@@ -4,6 +4,7 @@ It is `…_resume.pth` beside the weights; the one before it is `…_resume.prev
 """
 
 import argparse
+import json
 import math
 import random
 from dataclasses import asdict, dataclass, field
@@ -138,8 +139,7 @@ class Resume(NamedTuple):
 def save_resume(weights: Path, resume: Resume) -> None:
     """Write the resume file beside `weights`; the run's last one becomes the one before it.
 
-    Raises:
-        SaveError: if the disk is full or cannot be written; an older file is kept.
+    SaveError if the disk is full or cannot be written; an older file is kept.
     """
     newest, previous = beside(weights, "resume"), beside(weights, "resume.prev")
     contents = {"format": FORMAT, **resume._asdict(), "state": asdict(resume.state)}
@@ -150,10 +150,7 @@ def save_resume(weights: Path, resume: Resume) -> None:
 
 
 def read_resume(weights: Path) -> tuple[Resume | None, list[str]]:
-    """The newest valid resume file beside `weights`, None without one, and notes for the user.
-
-    Nothing is memory-mapped: the file will be moved and replaced.
-    """
+    """The newest valid resume file beside `weights`, None without one, and notes for the user."""
     notes = []
     for saved_as, end in (("newest", "resume"), ("previous", "resume.prev")):
         path = beside(weights, end)
@@ -161,7 +158,7 @@ def read_resume(weights: Path) -> tuple[Resume | None, list[str]]:
             continue
         try:
             check_sums(path)
-            contents = read_pickle(path, mmap=False)
+            contents = read_pickle(path, mmap=False)  # the file will be moved and replaced
             if not isinstance(contents, dict) or contents.get("format") != FORMAT:
                 raise UserError(f"{path}: not a resume file of this version")
             del contents["format"]
@@ -176,10 +173,9 @@ def check_identity(weights: Path, resume: Resume, own: dict[str, Any]) -> None:
     """Raise UserError, naming every flag that differs, if `own` is not the identity of the run."""
     # Older files have fewer flags in the identity, and there, after the hash of the data's content,
     # what is used of it.
-    arguments = {f"--{name}": value for name, value in resume.arguments.items()}
     older = {"n_heads": 8, "n_kv_heads": 2, **MOE_DEFAULTS, "lr_scale": [], "weight_decay_for": []}
-    older = {f"--{name}": value for name, value in older.items()}
-    stored = {**older, **arguments, **resume.identity}
+    flags = {**older, **resume.arguments}
+    stored = {f"--{name}": value for name, value in flags.items()} | resume.identity
     stored["--data_path"] = stored["--data_path"].split()[0]
     same_tokenizer = stored["--tokenizer_path"] == own["--tokenizer_path"]
     lines = []
@@ -208,14 +204,8 @@ def changed_arguments(stored: dict[str, Any], own: dict[str, Any]) -> list[str]:
 
 
 def json_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags of a run as JSON values: paths and names become text."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [plain(element) for element in value]
-        return value if isinstance(value, (bool, int, float, type(None))) else str(value)
-
-    return {name: plain(value) for name, value in vars(args).items()}
+    """The flags of a run as JSON values: paths become text."""
+    return json.loads(json.dumps(vars(args), default=str))
 
 
 def seed_everything(seed: int) -> None:

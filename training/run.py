@@ -147,9 +147,8 @@ class Run:
 
         Args:
             batches: this process's micro-batches.
-            totals: sums over them, which `add_up` has added up over all processes.
-            targets: what the loss is a mean over: the sum of target tokens' weights in the loss
-                mask, or the number of pairs.
+            totals: sums over them, added up over all processes.
+            targets: what the loss is a mean over: weights of target tokens, or pairs.
             tokens: target tokens of all processes.
             lr: the learning rate.
             grad_norm: gradient norm before clipping.
@@ -287,10 +286,8 @@ class Run:
     def finish(self) -> int:
         """Score the test data, save, write the report, and print how the run ended.
 
-        Returns 130 or 143 if a signal stopped the run, else 0.
-
-        Raises:
-            UserError: if the last save failed, or the run could not go on.
+        Returns 130 or 143 if a signal stopped the run, else 0. UserError if the last save failed,
+        or the run could not go on.
         """
         if self.data.test is not None and self.exit_status == 0 and not self.state.tested:
             self.save()  # the test may take its time

@@ -52,10 +52,8 @@ def log_folder(weights: Path) -> Path:
 def lock_run(weights: Path, world: Distributed, dry_run: bool) -> Iterator[None]:
     """Keep the files of a run to this process, or to all of torchrun's, while the block runs.
 
-    The main process holds the lock. A dry run, which writes nothing, needs none.
-
-    Raises:
-        UserError: if another run holds them, or the folder cannot be written.
+    The main process holds the lock. A dry run, which writes nothing, needs none. UserError if
+    another run holds it, or the folder cannot be written.
     """
     if dry_run or not world.is_main:
         yield
@@ -211,9 +209,6 @@ def move_earlier_run(weights: Path, out_dir: Path, overwrite: bool) -> list[str]
     The resume files go first: if this is broken off, --resume finds all of a run or nothing of it.
 
     Returns a line for the user, or none if there was no such run.
-
-    Raises:
-        UserError: if something cannot be moved or deleted.
     """
     left = _left_by_run(weights)
     if not left:

@@ -92,8 +92,7 @@ class Setup:
 def prepare(args: argparse.Namespace, stage: Stage) -> Setup:
     """Find the processes, load the tokenizer and build the model, the same on every process.
 
-    Raises:
-        UserError: for a device, a dtype, a tokenizer or a shape that cannot be had.
+    UserError for a device, a dtype, a tokenizer or a shape that cannot be had.
     """
     world = find_processes(args.device, args.ddp)
     dtype = autocast_dtype(args.dtype, world)
@@ -131,11 +130,7 @@ def check_context(max_seq_len: int, config: LMConfig) -> None:
 
 
 def load_first_weights(setup: Setup) -> None:
-    """Load the weights that --from_weight names, if any, on the main process.
-
-    Raises:
-        UserError: if there is no such file, or it cannot be loaded into this model.
-    """
+    """Load the weights that --from_weight names, if any, on the main process; or UserError."""
     args, model = setup.args, setup.raw_model
     if args.from_weight != "none" and setup.world.is_main:
         path = resolve_weights("--from_weight", args.from_weight, args.out_dir, model.config)
@@ -145,14 +140,11 @@ def load_first_weights(setup: Setup) -> None:
 def find_resume(setup: Setup) -> None:
     """Read what the run goes on from into `setup.resume`, on the main process.
 
-    Raises:
-        UserError: if only another --dim or --use_moe has something to resume, or files of a new run
-            cannot be written.
+    UserError if only another --dim or --use_moe has it, or files of a new run cannot be written.
     """
     if not setup.world.is_main:
         return
     args, path = setup.args, setup.path
-    newest = beside(path, "resume")
     resume, notes = read_resume(path)
     if args.resume and resume is not None:
         setup.notes += [*notes, f"--resume: going on after step {resume.state.step}"]
@@ -162,39 +154,31 @@ def find_resume(setup: Setup) -> None:
         run = f"_{args.run_name}" if args.run_name else ""
         name = rf"{re.escape(Path(setup.stage.name).name)}_\d+(_moe)?{run}_resume\.pth"
         there = sorted(path.parent.glob("*_resume.pth"))
-        others = [other for other in there if re.fullmatch(name, other.name) and other != newest]
-        if others and not notes:
+        other = next((file for file in there if re.fullmatch(name, file.name)), None)
+        if other and not notes:  # which a damaged file has
             raise UserError(
-                f"--resume: nothing of this --dim and --use_moe, but {others[0]}; without "
-                "--resume a new run starts"
+                f"--resume: nothing of this --dim and --use_moe, but {other}; without --resume a "
+                "new run starts"
             )
         nothing = f"--resume: nothing to go on from in {path.parent}: a new run starts"
         setup.notes += [*notes, nothing]
     elif resume is not None and resume.state.epoch < resume.arguments["epochs"]:
         setup.notes.append(
-            f"{newest} holds an unfinished run, at step {resume.state.step}: --resume goes on "
-            f"with it; this new run {'deletes' if args.overwrite else 'moves'} it"
+            f"{beside(path, 'resume')} holds an unfinished run, at step {resume.state.step}: "
+            f"--resume goes on with it; this new run {'deletes' if args.overwrite else 'moves'} it"
         )
     check_output(path, setup.raw_model)
 
 
 def check_resume(setup: Setup, rows: Rows) -> None:
-    """Make sure that a run can go on with these flags and rows; nothing for a new run.
-
-    Raises:
-        UserError: naming every flag that differs, or what cannot be written.
-    """
+    """Raise UserError if a run that is resumed cannot go on with these flags and rows."""
     if setup.resume is not None:
         check_identity(setup.path, setup.resume, setup.identity(rows))
         check_output(setup.path, setup.raw_model)
 
 
 def check_output(path: Path, raw_model: MiniMindLM) -> None:
-    """Make sure, before training, that weights and logs can be written.
-
-    Raises:
-        UserError: if a folder cannot be written, or the weights there are of another shape.
-    """
+    """Raise UserError if files cannot be written, or the weights there are of another shape."""
     for probe in (path.with_suffix(".probe"), log_folder(path) / ".probe"):
         try:
             write_atomically(probe, lambda file: file.write(b"a byte, as a full disk has none"))
@@ -232,9 +216,6 @@ def open_splits(
         args: the flags.
         open_file: opens a data set; its second argument: whether it is scored, not learnt from.
         make_rows: makes rows of a data set; None: packed or padded, as --packing is.
-
-    Raises:
-        UserError: naming what is wrong with a file.
     """
     if make_rows is None:
         packed = partial(PackedRows, row_length=args.max_seq_len)
@@ -257,15 +238,9 @@ def open_chat_splits(
     max_turns: int | None,
     loss_weighting: Literal["token", "sample"],
 ) -> Splits:
-    """Open conversations, as `open_splits` does.
+    """Open conversations, as `open_splits`; `find_file` gives the file of a path (ensure_sample).
 
     Scores are means over tokens, whatever `loss_weighting` is, so that they can be compared.
-
-    Args:
-        args: the flags.
-        tokenizer: tokenizer of the ids.
-        find_file: gives the file of a path, such as `ensure_sample`.
-        max_turns, loss_weighting: see `SFTDataset`.
     """
 
     def open_file(path: Path, scored: bool) -> SFTDataset:

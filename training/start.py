@@ -35,11 +35,8 @@ def start_run(
 ) -> Run | None:
     """Start or resume a run, its model on its device: report its plan and open its record.
 
-    Returns:
-        None if there is nothing to do: the run is finished, or --dry_run was given.
-
-    Raises:
-        UserError: if another run holds the files, or they cannot be written.
+    None if there is nothing to do: the run is finished, or --dry_run was given. UserError if
+    another run holds the files, or they cannot be written.
     """
     args, world, path, raw_model = setup.args, setup.world, setup.path, setup.raw_model
     seed_everything(args.seed + world.rank)  # for dropout, which differs between processes
