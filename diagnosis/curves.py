@@ -25,9 +25,9 @@ LR_POINTS = 2000
 def draw_curves(runs: Mapping[str, Metrics], path: Path) -> None:
     """Draw loss, validation loss, learning rate and gradient norm over tokens into one PNG.
 
-    The legend shows the names of the runs. The validation panel is in nats per token and bits per
-    byte; where the runs differ in tokenizer or validation text, in bits per byte alone. A single
-    run's validation sets are drawn one by one as well.
+    The legend shows the names of the runs. The validation panel is in nats per token; where the
+    runs differ in tokenizer or validation text, in bits per byte. A single run's validation sets
+    are drawn one by one as well.
 
     Raises:
         ImportError: without matplotlib.
@@ -66,10 +66,9 @@ def draw_curves(runs: Mapping[str, Metrics], path: Path) -> None:
     for panel in panels[-1]:
         panel.set_xlabel(f"{UNITS[scale]}tokens")
     if len(runs) > 1:
-        handles = [loss.plot([], [], **_style(i))[0] for i in range(len(runs))]
-        figure.legend(
-            handles, map(_label, runs), loc="outside lower center", ncols=min(4, len(runs))
-        )
+        handles = [loss.plot([], [], color=f"C{i}")[0] for i in range(len(runs))]
+        place = "outside lower center"
+        figure.legend(handles, map(_label, runs), loc=place, ncols=min(4, len(runs)))
     _save(figure, path)
 
 
@@ -96,11 +95,6 @@ def _save(figure: "Figure", path: Path) -> None:
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
-def _style(index: int) -> dict[str, str]:
-    """Ten colours, then the same ones dashed."""
-    return {"color": f"C{index % 10}", "linestyle": ("-", "--", ":", "-.")[index // 10 % 4]}
-
-
 def _label(name: str) -> str:
     """As text: an underscore in front would hide it, and dollar signs would make it a formula."""
     return " " + name.replace("$", r"\$")
@@ -112,8 +106,8 @@ def _draw(
     for i, metrics in enumerate(curves.values()):
         points = [(line["tokens"] / scale, line[name]) for line in having(metrics, name)]
         if points:
-            marker = "." if len(points) < 30 else None
-            axes.plot(*zip(*points, strict=True), **({"marker": marker} | _style(i) | look))
+            usual = {"marker": "." if len(points) < 30 else None, "color": f"C{i}"}
+            axes.plot(*zip(*points, strict=True), **(usual | look))
 
 
 def _cut_peaks(axes: "Axes", curves: Mapping[str, Metrics]) -> None:
@@ -141,12 +135,6 @@ def _draw_validation(axes: "Axes", curves: Mapping[str, Metrics], scale: float, 
     parts = sorted({key for m in evaluations for key in m if key.startswith(f"{name}/")})
     if len(curves) == 1 and parts:
         for i, part in enumerate(parts, start=1):
-            look = _style(i) | {"linewidth": 0.8, "markersize": 3}
-            look["label"] = _label(part.removeprefix(f"{name}/"))
-            _draw(axes, curves, part, scale, **look)
+            label = _label(part.removeprefix(f"{name}/"))
+            _draw(axes, curves, part, scale, color=f"C{i}", linewidth=0.8, label=label)
         axes.legend(fontsize="small")
-    if name == "val_loss" and ratios:
-        ratio = ratios[0]
-        right = axes.secondary_yaxis("right", functions=(lambda y: y * ratio, lambda y: y / ratio))
-        together = len(axes.lines) > len(curves)
-        right.set_ylabel("bits per byte" + (", all together" if together else ""))

@@ -91,8 +91,7 @@ class Plan:
             f"steps: {self.total_steps:,}, each of {self.rows_per_step:,} rows of "
             f"{args.max_seq_len:,} (batch {args.batch_size} × accumulation "
             f"{args.accumulation_steps} × processes {self.world_size})",
-            f"compute: {(4 * counts.active + 2 * counts.active_trained) * tokens:.3g} FLOPs "
-            f"(6 × {kind}s × tokens{frozen})",
+            f"compute: {counts.flops * tokens:.3g} FLOPs (6 × {kind}s × tokens{frozen})",
             f"memory: {needed} ({parts})",
         ]
 

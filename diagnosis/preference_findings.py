@@ -9,14 +9,7 @@ import statistics
 from itertools import combinations
 
 from .findings import Finding, fine
-from .metrics import (
-    Metrics,
-    column,
-    count_rises,
-    having,
-    last_third,
-    moving_mean,
-)
+from .metrics import Metrics, column, count_rises, having, last_third, moving_mean
 
 # From so many lines on each third has four, whose scatter shows what is clear.
 MIN_LINES = 12

@@ -105,10 +105,7 @@ class Saver:
 
 
 def load_resume(
-    setup: Setup,
-    resume: Resume,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    setup: Setup, resume: Resume, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> None:
     """Put model, optimizer and scaler where a resume file left them; the flags are those of now."""
     load_trained_state(setup.raw_model, resume.model)
