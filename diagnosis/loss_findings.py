@@ -204,4 +204,4 @@ def _gradient_norm(lines: Metrics) -> Finding | None:
             f"{here}, below {NORM_NOTHING_LEARNT:g}: next to nothing is learnt ({usual}). Unless "
             "the loss is near 0, check that there are targets, and try a larger --learning_rate."
         )
-    return fine(f"{here}; {usual}.")
+    return fine(f"{here}.")

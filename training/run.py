@@ -166,8 +166,8 @@ class Run:
             load = self.world.all_reduce_sum(load).tolist()
 
         def sample() -> str:
-            dataset = self.data.train.dataset
-            return find_sample(self.world, dataset, batches, torch.stack(totals.losses))
+            losses = torch.stack([figures["loss"] for figures in totals.figures])
+            return find_sample(self.world, self.data.train.dataset, batches, losses)
 
         if not math.isfinite(sums["loss"] + sums["aux_loss"] + grad_norm):
             self._skip(sums["loss"] + sums["aux_loss"], grad_norm, sample())
@@ -203,10 +203,10 @@ class Run:
 
     def log_if_due(self) -> None:
         """Report the steps since the last report."""
-        state, tally = self.state, self.state.tally
-        if not tally.steps or (not self.due(self.args.log_interval) and self.ending is None):
+        state = self.state
+        if not self.due(self.args.log_interval) and self.ending is None:
             return
-        figures = tally.means()
+        figures = state.tally.means()
         figures["skipped"], figures["spikes"] = state.skipped, state.spikes
         if self.peak_tokens_per_second:
             figures["mfu"] = round(figures["tokens_per_second"] / self.peak_tokens_per_second, 4)

@@ -218,7 +218,8 @@ def move_earlier_run(weights: Path, out_dir: Path, overwrite: bool) -> list[str]
             for path in left:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             return [f"--overwrite: the earlier run {weights.stem} is deleted"]
-        folder = _new_folder(out_dir / "replaced" / weights.stem)
+        time_now = f"{datetime.now().astimezone():%Y%m%d-%H%M%S-%f}"
+        folder = out_dir / "replaced" / f"{weights.stem}-{time_now}"
         for path in left:
             target = folder / path.relative_to(out_dir)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -238,14 +239,3 @@ def _left_by_run(weights: Path) -> list[Path]:
     if (left and logs.is_dir()) or (metrics.is_file() and metrics.stat().st_size):
         left.append(logs)
     return left
-
-
-def _new_folder(path: Path) -> Path:
-    """`path`-TIME, made now; where that is there, with a number at the end."""
-    stamp = f"{datetime.now().astimezone():%Y%m%d-%H%M%S}"
-    folder, number = path.with_name(f"{path.name}-{stamp}"), 1
-    while folder.exists():
-        number += 1
-        folder = path.with_name(f"{path.name}-{stamp}-{number}")
-    folder.mkdir(parents=True)
-    return folder

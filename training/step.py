@@ -43,8 +43,7 @@ class StepTotals:
 
     def __init__(self, world: Distributed):
         self.world = world
-        self.losses: list[Tensor] = []  # of each micro-batch
-        self.figures: list[dict[str, Tensor]] = []
+        self.figures: list[dict[str, Tensor]] = []  # sums of each micro-batch, `loss` first
         self.sums: dict[str, float] = {}  # result of `add_up`
         self.expert_load: Tensor | None = None  # (layers, experts)
 
@@ -54,7 +53,6 @@ class StepTotals:
         """Count a micro-batch: its losses, its share of the auxiliary loss, its figures."""
         values = {"loss": losses, "aux_loss": aux_loss, **figures}
         self.figures.append({name: value.detach().sum() for name, value in values.items()})
-        self.losses.append(self.figures[-1]["loss"])
         if expert_load is not None and self.expert_load is not None:
             expert_load = self.expert_load + expert_load
         self.expert_load = expert_load
