@@ -15,6 +15,7 @@ from .setup import (
     check_resume,
     find_resume,
     load_first_weights,
+    open_chat_splits,
     open_splits,
     prepare,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "load_first_weights",
     "lock_run",
     "make_optimizer",
+    "open_chat_splits",
     "open_process_group",
     "open_splits",
     "prepare",
