@@ -17,23 +17,14 @@ _ID = re.compile(r"[0-9a-f]{32}")
 
 @dataclass
 class Conversation:
-    """A conversation; messages as in training data, without the system message.
+    """A conversation; messages as in training data."""
 
-    Attributes:
-        system: the system message, or "".
-        model: name of the model that answers.
-        messages: all other messages.
-        tools: JSON schemas of tools, if there are any.
-        changed: time of the last change, in seconds since 1970.
-        id: name of its file.
-    """
-
-    system: str = ""
-    model: str = ""
+    system: str = ""  # the system message, which `messages` leaves out
+    model: str = ""  # name of the one that answers
     messages: list[dict[str, Any]] = field(default_factory=list)
-    tools: list[dict[str, Any]] = field(default_factory=list)
-    changed: float = 0.0
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    tools: list[dict[str, Any]] = field(default_factory=list)  # JSON schemas
+    changed: float = 0.0  # seconds since 1970
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)  # name of its file
 
     @property
     def title(self) -> str:
