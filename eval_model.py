@@ -14,6 +14,7 @@ import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
 
 import argparse
 import contextlib
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -94,7 +95,7 @@ def parse_args() -> argparse.Namespace:
     for name, (kind, default, help_) in SETTINGS.items():
         writing.add_argument(f"--{name}", type=kind, default=default, help=help_)
     writing.add_argument("--seed", type=seed, help="default: a new one each time")
-    writing.add_argument("--system", help="system message")
+    writing.add_argument("--system", type=without_stray_bytes, help="system message")
     writing.add_argument(
         "--history_cnt",
         type=non_negative_int,
@@ -102,7 +103,9 @@ def parse_args() -> argparse.Namespace:
     )
     instead = parser.add_argument_group("instead of a conversation")
     one = instead.add_mutually_exclusive_group()
-    one.add_argument("--prompt", help="answer or continue this text and end")
+    one.add_argument(
+        "--prompt", type=without_stray_bytes, help="answer or continue this text and end"
+    )
     one.add_argument(
         "--input_file",
         type=user_path,
@@ -115,14 +118,16 @@ def parse_args() -> argparse.Namespace:
     instead.add_argument("--batch_size", type=positive_int, default=16, help="lines at a time")
     add_skip_bad_lines(instead)
     args = parser.parse_args()
-    for name in ("prompt", "system"):
-        if (text := getattr(args, name)) is not None:  # a command line may hold stray bytes
-            setattr(args, name, text.encode("utf-8", "replace").decode("utf-8"))
     if args.input_file is not None and args.output_file is None:
         raise UserError("--input_file needs --output_file")
     if args.output_file is not None and args.input_file is None and args.score is None:
         raise UserError("--output_file needs --input_file or --score")
     return args
+
+
+def without_stray_bytes(text: str) -> str:
+    """Replace what a command line holds beside UTF-8."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def generation_options(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,40 +138,36 @@ def generation_options(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Chat:
-    """A conversation in a terminal.
-
-    Attributes:
-        chat_model: the model that answers.
-        settings: values by the names of SETTINGS.
-        generator: source of randomness.
-        conversation: the messages so far.
-        history_cnt: how many exchanges stay in the prompt; None for as many as fit.
-    """
+    """A conversation in a terminal."""
 
     chat_model: ChatModel
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # by the names of SETTINGS
     generator: torch.Generator
     conversation: Conversation
-    history_cnt: int | None = None
+    history_cnt: int | None = None  # exchanges that stay in the prompt; None for as many as fit
 
     def respond(self, text: str) -> None:
         """Print the model's answer to a text as it is generated; Ctrl-C ends it.
 
         Raises:
-            UserError: if the text leaves no room in the context, or needs control tokens that the
-                tokenizer lacks.
+            UserError: if the text leaves no room in the context, or the conversation needs control
+                tokens that the tokenizer lacks.
         """
-        question = {"role": "user", "content": text}
+        question, past = {"role": "user", "content": text}, self.conversation.messages
+        if self.history_cnt is not None:
+            past = past[self.conversation.last_exchanges(self.history_cnt) :]
+        messages = replace(self.conversation, messages=[*past, question]).prompt()
         if self.chat_model.encoder is None:
             print(text, end="", flush=True)
-            ids = self.chat_model.text_ids(text)
-        else:
-            ids = self.prompt_ids(question)
         answer, options = "", generation_options(self.settings)
         try:
+            room = self.settings["max_new_tokens"]
+            ids = self.chat_model.chat_ids(messages, self.conversation.tools, room)
             for piece in self.chat_model.stream(ids, self.generator, **options):
                 answer += piece
                 print(piece, end="", flush=True)
+        except RecordError as error:  # of a conversation that was loaded
+            raise UserError(f"the conversation is not usable: {error}") from None
         except ValueError as error:
             raise UserError(f"the text is not usable: {error}") from None
         except KeyboardInterrupt:
@@ -174,18 +175,6 @@ class Chat:
         print()
         if self.chat_model.encoder is not None:
             self.conversation.messages += [question, {"role": "assistant", "content": answer}]
-
-    def prompt_ids(self, question: dict[str, Any]) -> list[int]:
-        """Ids of the conversation with a new question, without old exchanges that do not fit."""
-        past = self.conversation.messages
-        if self.history_cnt is not None:
-            past = past[self.conversation.last_exchanges(self.history_cnt) :]
-        messages = replace(self.conversation, messages=[*past, question]).prompt()
-        room = self.settings["max_new_tokens"]
-        try:
-            return self.chat_model.chat_ids(messages, self.conversation.tools, room)
-        except RecordError as error:  # of a conversation that was loaded
-            raise UserError(f"the conversation is not usable: {error}") from None
 
     def run_command(self, line: str) -> None:
         """Run a line that begins with a slash. Raises UserError if that is not possible."""
@@ -199,8 +188,10 @@ class Chat:
         elif name == "system":
             self.conversation.system = rest
             print(f"system message: {rest or 'none'}")
+        elif name == "undo" and not self.conversation.messages:
+            raise UserError("/undo: the conversation is empty")
         elif name == "undo":
-            self.undo()
+            print(f"removed: {self.conversation.undo()}")
         elif name in ("save", "load") and not rest:
             raise UserError(f"/{name}: needs the name of a file")
         elif name == "save":
@@ -211,14 +202,6 @@ class Chat:
             self.set(*rest.split())
         else:
             raise UserError(f"/{name}: no such command; /help lists them")
-
-    def undo(self) -> None:
-        """Remove the last question and what follows it."""
-        if not self.conversation.messages:
-            raise UserError("/undo: the conversation is empty")
-        question = self.conversation.messages[self.conversation.last_exchanges(1)]["content"]
-        self.conversation.undo()
-        print(f"removed: {question}")
 
     def set(self, name: str = "", value: str = "", *more: str) -> None:
         """Change a setting, or show all."""
@@ -285,14 +268,14 @@ def converse(chat: Chat) -> None:
     sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to end
     with contextlib.suppress(ImportError):  # Windows' own terminal edits lines by itself
         import readline  # noqa: F401  it gives `input` its editing and history
-    chat_model = chat.chat_model
-    if chat_model.encoder is None:
-        print(f"{chat_model.name}: type a beginning and press Enter; Ctrl-D leaves.")
+    name, chats = chat.chat_model.name, chat.chat_model.encoder is not None
+    if chats:
+        print(f"{name}: type a message and press Enter; /help lists commands.")
     else:
-        print(f"{chat_model.name}: type a message and press Enter; /help lists commands.")
+        print(f"{name}: type a beginning and press Enter; Ctrl-D leaves.")
     for text in typed_texts():
         try:
-            if text.startswith("/") and chat_model.encoder is not None:
+            if text.startswith("/") and chats:
                 chat.run_command(text)
             else:
                 chat.respond(text)
@@ -308,11 +291,8 @@ def main() -> None:
     spec = WeightSpec(args.out_dir, args.tokenizer_path, args.weight, args.lora_name, **shape)
     reads_file = args.input_file is not None or args.score is not None
     chat_model = load_chat_model(spec, device, args.quantize, args.batch_size if reads_file else 1)
-    generator = torch.Generator(device)
-    if args.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(args.seed)
+    random_seed = secrets.randbits(63) if args.seed is None else args.seed
+    generator = torch.Generator(device).manual_seed(random_seed)
     if args.score is not None:
         score(chat_model, args.score, args.output_file, args.max_new_tokens, args.skip_bad_lines)
         return

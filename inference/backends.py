@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from model import Sampling
 
 from .batcher import Event, GenerationRequest, Token
+from .loading import PRETRAINED
 from .pool import ModelPool
 from .text import TextStream
 
@@ -28,14 +29,12 @@ class LocalModels:
     def __init__(self, pool: ModelPool):
         self.pool = pool
 
-    def names(self) -> list[str]:
-        """The models there are, the default first."""
-        return list(self.pool.cards())
+    def models(self) -> dict[str, bool]:
+        """The models, the default first, each with whether it answers conversations.
 
-    def chats(self, model: str) -> bool:
-        """Whether a model answers conversations; else it continues the last message."""
-        card = self.pool.cards().get(model)
-        return card is None or card.chats
+        One that does not continues the last message.
+        """
+        return {name: card.chats for name, card in self.pool.cards().items()}
 
     def stream(
         self, model: str, messages: Sequence[Mapping[str, str]], settings: Settings
@@ -92,13 +91,11 @@ class Endpoint:
 
         self.client = openai.OpenAI(base_url=url, api_key=api_key or "none", max_retries=0)
 
-    def names(self) -> list[str]:
-        """The models there are, the default first."""
-        return [model.id for model in self.client.models.list()]
-
-    def chats(self, model: str) -> bool:
-        """Whether a model answers conversations, by the name that this project gives to weights."""
-        return not model.startswith("pretrain")
+    def models(self) -> dict[str, bool]:
+        """As in LocalModels; a model answers conversations unless its name is of pretraining."""
+        return {
+            model.id: not model.id.startswith(PRETRAINED) for model in self.client.models.list()
+        }
 
     def stream(
         self, model: str, messages: Sequence[Mapping[str, str]], settings: Settings
@@ -108,7 +105,7 @@ class Endpoint:
         penalty = options.pop("repetition_penalty")
         if penalty != 1:  # not every server knows it
             options["extra_body"] = {"repetition_penalty": penalty}
-        chats = self.chats(model)
+        chats = not model.startswith(PRETRAINED)
         if chats:
             chunks = self.client.chat.completions.create(
                 model=model, messages=list(messages), stream=True, **options

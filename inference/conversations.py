@@ -32,9 +32,12 @@ class Conversation:
         text = " ".join(self.messages[0]["content"].split()) if self.messages else ""
         return text[:TITLE] + "…" * (len(text) > TITLE)
 
-    def undo(self) -> None:
-        """Remove the last message of the user and what follows it."""
-        del self.messages[self.last_exchanges(1) :]
+    def undo(self) -> str:
+        """Remove the last message of the user, which is returned, and what follows it."""
+        start = self.last_exchanges(1)
+        question = self.messages[start]["content"]
+        del self.messages[start:]
+        return question
 
     def last_exchanges(self, number: int) -> int:
         """Index where the last `number` exchanges begin, each with a message of the user."""
