@@ -1,13 +1,10 @@
 """Chat with a trained model, continue texts with a pretrained one, or score either.
 
-    python eval_model.py                          (chat with the newest weights in out/)
-    python eval_model.py --lora_name identity --quantize int8     (on what it was trained on)
-    python eval_model.py --prompt "你是谁？" --temperature 0
-    python eval_model.py --input_file questions.jsonl --output_file answers.jsonl
-    python eval_model.py --score held_out.jsonl
-
-Weights of the stage "pretrain" continue what is typed; all others answer it as part of a
-conversation.
+python eval_model.py                          (chat with the newest weights in out/)
+python eval_model.py --lora_name identity --quantize int8     (on what it was trained on)
+python eval_model.py --prompt "你是谁？" --temperature 0
+python eval_model.py --input_file questions.jsonl --output_file answers.jsonl
+python eval_model.py --score held_out.jsonl
 """
 
 import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
@@ -141,7 +138,7 @@ class Chat:
     """A conversation in a terminal."""
 
     chat_model: ChatModel
-    settings: dict[str, Any]  # by the names of SETTINGS
+    settings: dict[str, Any]  # those of SETTINGS and others
     generator: torch.Generator
     conversation: Conversation
     history_cnt: int | None = None  # exchanges that stay in the prompt; None for as many as fit
@@ -199,20 +196,19 @@ class Chat:
         elif name == "load":
             self.load(user_path(rest))
         elif name == "set":
-            self.set(*rest.split())
+            self.set(*rest.split(maxsplit=1))
         else:
             raise UserError(f"/{name}: no such command; /help lists them")
 
-    def set(self, name: str = "", value: str = "", *more: str) -> None:
+    def set(self, name: str = "", value: str = "") -> None:
         """Change a setting, or show all."""
         if not name:
             print("\n".join(f"{name} {self.settings[name]}" for name in SETTINGS))
             return
-        if name not in SETTINGS or not value or more:
+        if name not in SETTINGS:
             raise UserError(f"/set takes a value for one of {', '.join(SETTINGS)}")
-        parse, *_ = SETTINGS[name]
         try:
-            self.settings[name] = parse(value)
+            self.settings[name] = SETTINGS[name][0](value)
         except argparse.ArgumentTypeError as error:
             raise UserError(f"/set {name}: {error}") from None
 
@@ -230,12 +226,12 @@ class Chat:
         try:
             number, line = next(read_records(path), (1, b""))
             messages, tools = parse_chat(line)
+            if messages[-1]["role"] != "assistant":
+                raise RecordError("it does not end with an answer")
         except UserError as error:
             raise UserError(f"/load {error}") from None
         except RecordError as error:
             raise UserError(f"/load {path}:{number}: {error}") from None
-        if messages[-1]["role"] != "assistant":
-            raise UserError(f"/load {path}:{number}: it does not end with an answer")
         system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
         self.conversation = Conversation(system, messages=messages, tools=tools)
         print(f"{len(messages)} messages")
@@ -247,10 +243,10 @@ def typed_texts() -> Iterator[str]:
         try:
             text = input("> ")
             if text.startswith('"""'):
-                lines = [text[3:]]
-                while not lines[-1].endswith('"""'):
-                    lines.append(input("… "))
-                text = "\n".join(lines)[:-3].strip("\n")
+                text = text[3:]
+                while not text.endswith('"""'):
+                    text += "\n" + input("… ")
+                text = text[:-3].strip("\n")
         except KeyboardInterrupt:
             print("\n(Ctrl-D or /quit leaves)")
             continue
@@ -287,8 +283,8 @@ def main() -> None:
     """Answer one text, a file of them, or what is typed; or score the model."""
     args = parse_args()
     device = choose_device(args.device)
-    shape = {name: getattr(args, name) for name in ("dim", "n_layers", "use_moe")}
-    spec = WeightSpec(args.out_dir, args.tokenizer_path, args.weight, args.lora_name, **shape)
+    names = ("out_dir", "tokenizer_path", "weight", "lora_name", "dim", "n_layers", "use_moe")
+    spec = WeightSpec(**{name: getattr(args, name) for name in names})
     reads_file = args.input_file is not None or args.score is not None
     chat_model = load_chat_model(spec, device, args.quantize, args.batch_size if reads_file else 1)
     random_seed = secrets.randbits(63) if args.seed is None else args.seed
@@ -301,9 +297,8 @@ def main() -> None:
         options = {**generation_options(vars(args)), "generator": generator}
         answer_file(chat_model, questions, args.output_file, options)
         return
-    settings = {name: getattr(args, name) for name in SETTINGS}
     conversation = Conversation(system=args.system or "")
-    chat = Chat(chat_model, settings, generator, conversation, args.history_cnt)
+    chat = Chat(chat_model, vars(args), generator, conversation, args.history_cnt)
     if args.prompt is not None:
         chat.respond(args.prompt)
     else:

@@ -67,12 +67,11 @@ def save_partial(store: ConversationStore) -> None:
     If there is nothing, the question is removed: a conversation consists of whole exchanges.
     """
     chat: Conversation = st.session_state.chat
-    if not st.session_state.pop("answering", False):
-        return
-    if answer := st.session_state.pop("partial", ""):
-        chat.messages.append({"role": "assistant", "content": answer})
+    partial = st.session_state.pop("partial", None)
+    if partial:
+        chat.messages.append({"role": "assistant", "content": partial})
         store.save(chat)
-    else:
+    elif partial is not None:
         remove_last(store)
 
 
@@ -118,18 +117,20 @@ def choose_model(backend: Backend, chat: Conversation) -> bool:
     return models.get(chat.model, True)
 
 
+def slider(key: str, label: str, *numbers: float) -> float:
+    """A slider from the first number to the second, at the third, in steps of the fourth."""
+    return st.slider(tr(label), *numbers, key=key)
+
+
 def choose_settings() -> Settings:
     """Choose how answers are generated; the widgets' keys keep this when the language changes."""
 
-    def slide(name: str, label: str, *numbers: float) -> float:
-        return st.slider(tr(label), *numbers, key=name)
-
     with st.expander(tr("Sampling")):
         return Settings(
-            temperature=slide("temperature", "Temperature (0: greedy)", 0.0, 2.0, 0.8, 0.05),
-            top_p=slide("top_p", "Top p", 0.05, 1.0, 0.9, 0.05),
-            max_tokens=slide("max_tokens", "New tokens at most", 16, 2048, 512, 16),
-            repetition_penalty=slide("penalty", "Repetition penalty", 1.0, 2.0, 1.0, 0.05),
+            temperature=slider("temperature", "Temperature (0: greedy)", 0.0, 2.0, 0.8, 0.05),
+            top_p=slider("top_p", "Top p", 0.05, 1.0, 0.9, 0.05),
+            max_tokens=slider("max_tokens", "New tokens at most", 16, 2048, 512, 16),
+            repetition_penalty=slider("penalty", "Repetition penalty", 1.0, 2.0, 1.0, 0.05),
             seed=st.number_input(
                 tr("Seed (empty: a new one each time)"), 0, value=None, step=1, key="seed"
             ),
@@ -157,7 +158,6 @@ def sidebar(
                 st.download_button(tr(name), text, f"{chat.id}.{kind}", use_container_width=True)
             if st.button(tr("Delete this conversation"), use_container_width=True):
                 store.delete(chat)
-                st.session_state.pop("answering", None)
                 show(Conversation(model=chat.model))
                 st.rerun()
         st.subheader(tr("Conversations"))
@@ -177,7 +177,7 @@ def answer(
 
     The button makes Streamlit run the page anew: the answer so far is in `partial`.
     """
-    st.session_state.answering, st.session_state.partial = True, ""
+    st.session_state.partial = ""
     st.button(tr("Stop"), icon=":material/stop_circle:", on_click=save_partial, args=(store,))
     pieces = backend.stream(chat.model, chat.prompt(), settings)
 
