@@ -40,7 +40,7 @@ def create_app(
         limits: limits of a request.
         api_key: key that clients must send, or None.
         cors_origins: pages that may call from a browser.
-        request_log: gets a line for each request, or None.
+        request_log: file that gets a line for each request, or None.
     """
 
     @asynccontextmanager
@@ -54,13 +54,7 @@ def create_app(
     # Requests that wait for a model to be loaded: as many as could be generated for and wait.
     app.state.loading = asyncio.Semaphore(pool.rows + pool.queue)
     app.include_router(router)
-    app.add_middleware(
-        RequestMiddleware,
-        api_key=api_key,
-        limits=limits,
-        metrics=app.state.metrics,
-        log=request_log,
-    )
+    app.add_middleware(RequestMiddleware, api_key, limits, app.state.metrics, request_log)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -37,12 +37,7 @@ class Chunk:
 class Choices:
     """The choices of one request: `n` for each prompt.
 
-    Args:
-        batcher: generates them.
-        prompts: the prompts.
-        request: settings of the generation.
-        max_tokens: the most new tokens of a choice.
-        max_seconds: time after which choices end as they are.
+    After `max_seconds` choices end as they are.
 
     Attributes:
         prompt_tokens: tokens of all prompts, each counted once.
@@ -147,7 +142,7 @@ class Choices:
                 running.remove(index)
 
     async def collect(self) -> list[Chunk]:
-        """Wait for all choices and return each as one chunk. Raises the errors of `stream`."""
+        """Wait for all choices, each as one chunk. Raises the errors of `stream`."""
         choices = [Chunk(index) for index in range(len(self._prompts))]
         async for chunk in self.stream():
             choice = choices[chunk.index]
@@ -157,6 +152,6 @@ class Choices:
         return choices
 
     def cancel(self) -> None:
-        """End the generation of all choices within one step."""
+        """End the generation of all choices before the next step."""
         for request in self._requests:
             request.cancelled = True

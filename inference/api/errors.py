@@ -14,19 +14,7 @@ TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """An error response.
-
-    Args:
-        status: HTTP status.
-        message: explanation for the user.
-        param: name of the parameter that is wrong, or None.
-        code: identifier for programs, or None.
-        headers: headers of the response.
-
-    Attributes:
-        body: the JSON object.
-        response: the response.
-    """
+    """An error response; `param` is the parameter that is wrong, `code` is for programs."""
 
     def __init__(
         self,
@@ -66,7 +54,7 @@ HANDLED = (ApiError, HTTPException, RequestValidationError, UnknownModel, QueueF
 
 
 async def handle_error(request: Request, error: Exception) -> JSONResponse:
-    """Answer a request with an error; a handler for FastAPI."""
+    """Answer a request with an error of HANDLED."""
     return to_api_error(error).response
 
 
@@ -93,6 +81,5 @@ def explain_validation(error: RequestValidationError) -> ApiError:
 
 def is_name(part: str | int) -> bool:
     """Whether a part of a fault's place is a parameter's name or index, not a type's name."""
-    if isinstance(part, int):
-        return True
-    return part.isidentifier() and part not in ("str", "int", "float", "bool")
+    types = ("str", "int", "float", "bool")
+    return isinstance(part, int) or (part.isidentifier() and part not in types)

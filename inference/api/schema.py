@@ -7,7 +7,7 @@ its default; one that would not change it is accepted and not used.
 
 import dataclasses
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
@@ -80,9 +80,8 @@ class Message(Body):
 
     def record(self) -> dict[str, str]:
         """The message as `dataset.render_chat` takes it."""
-        content = self.content
-        if not isinstance(content, str):
-            content = "".join(part.text for part in content)
+        is_text = isinstance(self.content, str)
+        content = self.content if is_text else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
@@ -163,19 +162,15 @@ class ChatRequest(BaseRequest):
         return self.max_completion_tokens or self.max_tokens or limit
 
 
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Item = TypeVar("Item")
+NonEmpty = Annotated[list[Item], Field(min_length=1)]
+Ids = NonEmpty[Annotated[int, Field(ge=0)]]
 
 
 class CompletionRequest(BaseRequest):
     """POST /v1/completions."""
 
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1)]
-        | Ids
-        | Annotated[list[Ids], Field(min_length=1)]
-        | None
-    )
+    prompt: Text | NonEmpty[Text] | Ids | NonEmpty[Ids] | None
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
