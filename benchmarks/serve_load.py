@@ -109,7 +109,7 @@ def print_table(url: str, prompts: Sequence[str], args: argparse.Namespace) -> N
         gaps = [b - a for answer in answers for a, b in pairwise(answer.times)]
         # One at a time, no piece waits for a prompt: there is no round to bound.
         bound = f"{1000 * clients * max(gaps):,.0f}" if clients > 1 else "–"
-        same = sum(a.text == b.text for a, b in zip(answers, alone, strict=False))
+        same = sum(a.text == b.text for a, b in zip(answers, alone[: len(answers)], strict=True))
         print(
             f"| {clients if clients > 1 else 'one after another'} | {speed:,.0f} | "
             f"{speed / single:.1f} | {percentiles([answer.times[0] for answer in answers])} | "

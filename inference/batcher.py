@@ -27,18 +27,11 @@ class QueueFull(Exception):
 
 @dataclass
 class Token:
-    """A token of a text.
-
-    Attributes:
-        token: its id.
-        logprob: log-probability in nats by the model's own distribution, where it was asked for; a
-            text's first token has none.
-        top_logprobs: the most likely tokens in its place, each with its log-probability.
-    """
+    """A token of a text, with log-probabilities in nats where they were asked for."""
 
     token: int
-    logprob: float | None = None
-    top_logprobs: list[tuple[int, float]] = field(default_factory=list)
+    logprob: float | None = None  # by the model's own distribution; a text's first token has none
+    top_logprobs: list[tuple[int, float]] = field(default_factory=list)  # the most likely ones
 
 
 Event = list[Token] | Token | str | Exception
@@ -59,8 +52,6 @@ class GenerationRequest(Continuation):
         prompt_logprobs: whether the prompt's tokens come with theirs too.
         deadline: `time.monotonic()` at which the text ends, however long it is.
         cancelled: set it, and the text ends before the next step.
-        began: `time.monotonic()` at which the batcher took it up.
-        prompt_tokens: the prompt's Tokens, as far as their log-probabilities are computed.
     """
 
     emit: Callable[[Event], None]
@@ -69,8 +60,8 @@ class GenerationRequest(Continuation):
     prompt_logprobs: bool = False
     deadline: float = float("inf")
     cancelled: bool = False
-    began: float = 0.0
-    prompt_tokens: list[Token] = field(default_factory=list)
+    began: float = 0.0  # `time.monotonic()` at which the batcher took it up
+    prompt_tokens: list[Token] = field(default_factory=list)  # those scored so far
 
 
 class Batcher:
@@ -200,18 +191,17 @@ class Batcher:
             if request.sampling.do_sample:
                 seed = secrets.randbits(63) if request.seed is None else request.seed
                 request.generator = torch.Generator(self.decoder.device).manual_seed(seed)
+            if request.max_new_tokens > 0:
+                self.decoder.move(self.rows, len(self.active))
         except Exception as error:  # fails this request alone: the others go on
             self._starting = None
-            self.decoder.tokens[self.rows] = []
             request.emit(error)
             return
+        self._starting = None
         if request.max_new_tokens == 0:
-            self._starting = None
             request.emit("length")
             return
-        self.decoder.move(self.rows, len(self.active))
         self.active.append(request)
-        self._starting = None
         self._sample([request], logits[None])
 
     def _score_prompt(self, request: GenerationRequest, logits: Tensor) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +29,9 @@ from model import (
 from model.weights import read_pickle
 
 from .chat_model import ChatModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PRETRAINED = "pretrain"  # the stage whose weights continue texts; those of all others answer
 
@@ -151,8 +154,8 @@ def load_base(adapter: Path, out_dir: Path, tokenizer: str) -> tuple[Path, MiniM
     """Find and load the weights that an adapter was trained on, by their hash: file and model.
 
     Raises:
-        UserError: if they are not there or belong to another tokenizer than that of the hash
-            `tokenizer`, or if the file holds no adapter.
+        UserError: if they are not there or belong to a tokenizer of another hash, or if the file
+            holds no adapter.
     """
     base = adapted_base(adapter)
     if base is None:
@@ -182,29 +185,29 @@ def load_chat_model(
         UserError: if they are not there or do not belong together.
     """
     if spec.weight is not None and Path(spec.weight).is_dir():
-        return load_folder(spec, device, quantize, rows)
-    tokenizer = load_tokenizer(spec.tokenizer_path)
-    hash_ = tokenizer_hash(tokenizer)
-    try:
-        shape = LMConfig(vocab_size=len(tokenizer), **spec.shape)
-    except ValueError as error:
-        raise UserError(f"--dim {spec.dim}: {error}") from None
-    adapter = None if spec.lora_name is None else find_adapter(spec, shape)
-    if spec.weight is None and adapter is not None:
-        path, model = load_base(adapter, spec.out_dir, hash_)
+        name, chats = Path(spec.weight).name, True
+        model, tokenizer = load_folder(spec)
     else:
-        path = find_weights(spec, shape)
-        model = load_model(path, shape, hash_)
-    name, chats = path.stem, not is_pretrained(path)
-    if adapter is not None:
-        load_lora(model, adapter)
-        name, chats = f"{name}+{adapter.stem}", True  # adapters are trained on conversations
+        tokenizer = load_tokenizer(spec.tokenizer_path)
+        hash_ = tokenizer_hash(tokenizer)
+        try:
+            shape = LMConfig(vocab_size=len(tokenizer), **spec.shape)
+        except ValueError as error:
+            raise UserError(f"--dim {spec.dim}: {error}") from None
+        adapter = None if spec.lora_name is None else find_adapter(spec, shape)
+        if spec.weight is None and adapter is not None:
+            path, model = load_base(adapter, spec.out_dir, hash_)
+        else:
+            path = find_weights(spec, shape)
+            model = load_model(path, shape, hash_)
+        name, chats = path.stem, not is_pretrained(path)
+        if adapter is not None:
+            load_lora(model, adapter)
+            name, chats = f"{name}+{adapter.stem}", True  # adapters are trained on conversations
     return ChatModel(name, model.to(device).eval(), tokenizer, chats, quantize, rows)
 
 
-def load_folder(
-    spec: WeightSpec, device: torch.device, quantize: str | None, rows: int
-) -> ChatModel:
+def load_folder(spec: WeightSpec) -> tuple[MiniMindLM, "PreTrainedTokenizerBase"]:
     """Load a folder in transformers' format: config.json, model.safetensors, perhaps a tokenizer.
 
     `save_pretrained` wrote such folders when MiniMindLM was one of transformers' models.
@@ -216,19 +219,18 @@ def load_folder(
     tokenizer = load_tokenizer(folder if own else spec.tokenizer_path)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = config.get("model_type") if isinstance(config, dict) else None
-        if kind != LMConfig.model_type:
-            raise ValueError(f"a model of the type {kind}")
+        if config.get("model_type") != LMConfig.model_type:
+            raise ValueError(f"a model of the type {config.get('model_type')}")
         model = MiniMindLM(LMConfig.from_dict(config))
         state = load_file(folder / "model.safetensors")
         state.setdefault("output.weight", state.get("tok_embeddings.weight"))  # one tensor, tied
         model.load_state_dict(state)
-        if model.config.vocab_size != len(tokenizer):
-            raise ValueError(
-                f"{model.config.vocab_size} ids, the tokenizer has {len(tokenizer)}: "
-                "--tokenizer_path names another"
-            )
-    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = textwrap.shorten(str(error), 200)  # PyTorch names every difference, a line each
         raise UserError(f"--weight {folder}: cannot be loaded ({reason})") from None
-    return ChatModel(folder.name, model.to(device).eval(), tokenizer, True, quantize, rows)
+    if model.config.vocab_size != len(tokenizer):
+        raise UserError(
+            f"--weight {folder}: {model.config.vocab_size} ids, the tokenizer has "
+            f"{len(tokenizer)}: --tokenizer_path names another"
+        )
+    return model, tokenizer

@@ -33,19 +33,12 @@ class UnknownModel(Exception):
 
 @dataclass(frozen=True)
 class ModelCard:
-    """A model that can be asked for.
+    """A model that can be asked for."""
 
-    Attributes:
-        path: file or folder of its weights, or file of the adapter.
-        modified: time of the last change of `path`, in seconds since 1970.
-        is_adapter: whether `path` is an adapter.
-        chats: whether the model answers conversations; else it continues texts.
-    """
-
-    path: Path
-    modified: float
+    path: Path  # file or folder of its weights, or file of the adapter
+    modified: float  # when `path` was changed, in seconds since 1970
     is_adapter: bool = False
-    chats: bool = True
+    chats: bool = True  # answers conversations; else it continues texts
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,6 @@ class ModelPool:
     Args:
         spec: where to look. With `weight`, a file, a folder, or the name of weights in the folder,
             there is only that model.
-        device: device to compute on.
         quantize: see ChatModel.
         rows, queue: see Batcher.
         loaded: how many models stay in memory.
@@ -142,11 +134,9 @@ class ModelPool:
         """Load a model on the loader's thread, unless it is in memory.
 
         Requests for a model that is being loaded share one load. If it replaces one in memory, the
-        request that finds the change waits for it; those that come meanwhile get the old one.
-
-        Returns:
-            The batcher, once there is one. It may raise UnknownModel, UserError if the model cannot
-            be loaded, and QueueFull if no other model can make room for it.
+        request that finds the change waits for it; those that come meanwhile get the old one. The
+        result may be UnknownModel, UserError if the model cannot be loaded, or QueueFull if no
+        other model can make room for it.
         """
         with self._lock:
             model = self.models.pop(name, None)
@@ -194,14 +184,10 @@ class ModelPool:
 
     def _read(self, card: ModelCard) -> LoadedModel:
         versions = file_versions(card)  # first: a later change shows at the next request
-        try:
-            modified = card.path.stat().st_mtime
-        except OSError as error:
-            raise UserError(f"{card.path}: {error.strerror}") from None
+        card = replace(card, modified=card.path.stat().st_mtime)
         flag = "lora_name" if card.is_adapter else "weight"
         spec = replace(self.spec, **{flag: str(card.path)})
         chat_model = load_chat_model(spec, self.device, self.quantize, self.rows + 1)
-        card = replace(card, modified=modified, chats=chat_model.encoder is not None)
         return LoadedModel(Batcher(chat_model, self.rows, self.queue), card, versions)
 
     def _make_room(self) -> None:
@@ -218,8 +204,7 @@ class ModelPool:
     def load_first(self) -> list[UserError]:
         """Load the first model that can be loaded, and return the errors of those before it.
 
-        Raises:
-            UserError: the first model's, if none can be loaded.
+        Raises the first error if none can be loaded.
         """
         errors = []
         for name in self.cards():
