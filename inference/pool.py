@@ -163,6 +163,8 @@ class ModelPool:
                 model = self._read_again(name, old)
             with self._lock:
                 self.models[name] = model
+            if old is not None and old.batcher is not model.batcher:
+                old.batcher.retire()
             return model.batcher
         finally:
             with self._lock:
@@ -197,7 +199,7 @@ class ModelPool:
                 return
             for name, model in self.models.items():
                 if not model.batcher.load:
-                    del self.models[name]
+                    self.models.pop(name).batcher.retire()
                     return
         raise QueueFull(10.0)
 
