@@ -30,8 +30,6 @@ def read_questions(
     """Read the lines of a JSONL file: conversations, or texts for pretrained weights to continue.
 
     Args:
-        chat_model: the model that answers.
-        path: the file.
         system: system message of conversations without one.
         skip_bad_lines: leave out lines that cannot be answered, if they are at most this share.
 

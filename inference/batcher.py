@@ -135,8 +135,8 @@ class Batcher:
         return [*self.active, *starting, *self.waiting]
 
     def _run(self) -> None:
-        # The thread stays while there is nothing to do: PyTorch's CPU threads belong to it, and with
-        # a new one for each burst of requests a step took 3 times as long (26 M, 2 cores).
+        # The thread outlasts its work: PyTorch's CPU threads belong to it, and with a new one for
+        # each burst of requests a step took 3 times as long (26 M, 2 cores).
         while True:
             with self._lock:
                 if not self.load:

@@ -19,9 +19,7 @@ class ChatModel:
     """A model with its tokenizer.
 
     Args:
-        name: name of the model.
         model: in eval mode, on its device.
-        tokenizer: tokenizer of the model's ids.
         chats: whether the model answers conversations; else it continues texts, and has no encoder.
         quantize: "int8" for weights of 8 bits, which needs a CPU, or None.
         rows: sequences that are generated at a time.

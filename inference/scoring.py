@@ -38,7 +38,6 @@ def score(
     The loss of a quantized model is compared with that of its full weights.
 
     Args:
-        chat_model: the model.
         path: JSONL file of texts or conversations.
         out: file for a table of answers that a person can rate, or None.
         max_new_tokens: the most tokens of an answer.

@@ -198,12 +198,7 @@ def answer(
 
 
 def draw(make_backend: Callable[[], Backend], chats_dir: Path) -> None:
-    """Draw the page.
-
-    Args:
-        make_backend: opens the source of answers, when the page is first drawn.
-        chats_dir: folder of the conversations.
-    """
+    """Draw the page; `make_backend` opens the source of answers when it is first drawn."""
     st.set_page_config("MiniMind", layout="centered")  # other icons would be fetched from elsewhere
     backend = open_backend(make_backend)
     store = ConversationStore(chats_dir)
