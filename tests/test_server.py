@@ -1167,7 +1167,7 @@ def test_the_old_weights_serve_until_the_new_ones_are_there(
             assert ask(client).choices[0].message.content == new
             go_on.set()
             assert begun.result().choices[0].message.content == alone
-        eventually(lambda: not before.load)
+        eventually(lambda: before._thread is None)
 
 
 def test_a_request_at_the_moment_of_a_change_is_answered(
