@@ -3,12 +3,3 @@
 from .chat_model import ChatModel
 from .command_line import add_model_arguments, listen, open_pool
 from .loading import WeightSpec, load_chat_model
-
-__all__ = [
-    "ChatModel",
-    "WeightSpec",
-    "add_model_arguments",
-    "listen",
-    "load_chat_model",
-    "open_pool",
-]

@@ -2,5 +2,3 @@
 
 from .app import create_app
 from .middleware import Limits
-
-__all__ = ["Limits", "create_app"]
