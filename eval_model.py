@@ -1,19 +1,17 @@
 """Chat with a trained model, continue texts with a pretrained one, or score either.
 
-    python eval_model.py                          (chat with the newest weights in out/)
-    python eval_model.py --lora_name identity --quantize int8     (on what it was trained on)
-    python eval_model.py --prompt "你是谁？" --temperature 0
-    python eval_model.py --input_file questions.jsonl --output_file answers.jsonl
-    python eval_model.py --score held_out.jsonl
-
-Weights of the stage "pretrain" continue what is typed; all others answer it as part of a
-conversation.
+python eval_model.py                          (chat with the newest weights in out/)
+python eval_model.py --lora_name identity --quantize int8     (on what it was trained on)
+python eval_model.py --prompt "你是谁？" --temperature 0
+python eval_model.py --input_file questions.jsonl --output_file answers.jsonl
+python eval_model.py --score held_out.jsonl
 """
 
 import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
 
 import argparse
 import contextlib
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -94,7 +92,7 @@ def parse_args() -> argparse.Namespace:
     for name, (kind, default, help_) in SETTINGS.items():
         writing.add_argument(f"--{name}", type=kind, default=default, help=help_)
     writing.add_argument("--seed", type=seed, help="default: a new one each time")
-    writing.add_argument("--system", help="system message")
+    writing.add_argument("--system", type=without_stray_bytes, help="system message")
     writing.add_argument(
         "--history_cnt",
         type=non_negative_int,
@@ -102,7 +100,9 @@ def parse_args() -> argparse.Namespace:
     )
     instead = parser.add_argument_group("instead of a conversation")
     one = instead.add_mutually_exclusive_group()
-    one.add_argument("--prompt", help="answer or continue this text and end")
+    one.add_argument(
+        "--prompt", type=without_stray_bytes, help="answer or continue this text and end"
+    )
     one.add_argument(
         "--input_file",
         type=user_path,
@@ -115,14 +115,16 @@ def parse_args() -> argparse.Namespace:
     instead.add_argument("--batch_size", type=positive_int, default=16, help="lines at a time")
     add_skip_bad_lines(instead)
     args = parser.parse_args()
-    for name in ("prompt", "system"):
-        if (text := getattr(args, name)) is not None:  # a command line may hold stray bytes
-            setattr(args, name, text.encode("utf-8", "replace").decode("utf-8"))
     if args.input_file is not None and args.output_file is None:
         raise UserError("--input_file needs --output_file")
     if args.output_file is not None and args.input_file is None and args.score is None:
         raise UserError("--output_file needs --input_file or --score")
     return args
+
+
+def without_stray_bytes(text: str) -> str:
+    """Replace what a command line holds beside UTF-8."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def generation_options(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,40 +135,36 @@ def generation_options(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Chat:
-    """A conversation in a terminal.
-
-    Attributes:
-        chat_model: the model that answers.
-        settings: values by the names of SETTINGS.
-        generator: source of randomness.
-        conversation: the messages so far.
-        history_cnt: how many exchanges stay in the prompt; None for as many as fit.
-    """
+    """A conversation in a terminal."""
 
     chat_model: ChatModel
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # those of SETTINGS and others
     generator: torch.Generator
     conversation: Conversation
-    history_cnt: int | None = None
+    history_cnt: int | None = None  # exchanges that stay in the prompt; None for as many as fit
 
     def respond(self, text: str) -> None:
         """Print the model's answer to a text as it is generated; Ctrl-C ends it.
 
         Raises:
-            UserError: if the text leaves no room in the context, or needs control tokens that the
-                tokenizer lacks.
+            UserError: if the text leaves no room in the context, or the conversation needs control
+                tokens that the tokenizer lacks.
         """
-        question = {"role": "user", "content": text}
+        question, past = {"role": "user", "content": text}, self.conversation.messages
+        if self.history_cnt is not None:
+            past = past[self.conversation.last_exchanges(self.history_cnt) :]
+        messages = replace(self.conversation, messages=[*past, question]).prompt()
         if self.chat_model.encoder is None:
             print(text, end="", flush=True)
-            ids = self.chat_model.text_ids(text)
-        else:
-            ids = self.prompt_ids(question)
         answer, options = "", generation_options(self.settings)
         try:
+            room = self.settings["max_new_tokens"]
+            ids = self.chat_model.chat_ids(messages, self.conversation.tools, room)
             for piece in self.chat_model.stream(ids, self.generator, **options):
                 answer += piece
                 print(piece, end="", flush=True)
+        except RecordError as error:  # of a conversation that was loaded
+            raise UserError(f"the conversation is not usable: {error}") from None
         except ValueError as error:
             raise UserError(f"the text is not usable: {error}") from None
         except KeyboardInterrupt:
@@ -174,18 +172,6 @@ class Chat:
         print()
         if self.chat_model.encoder is not None:
             self.conversation.messages += [question, {"role": "assistant", "content": answer}]
-
-    def prompt_ids(self, question: dict[str, Any]) -> list[int]:
-        """Ids of the conversation with a new question, without old exchanges that do not fit."""
-        past = self.conversation.messages
-        if self.history_cnt is not None:
-            past = past[self.conversation.last_exchanges(self.history_cnt) :]
-        messages = replace(self.conversation, messages=[*past, question]).prompt()
-        room = self.settings["max_new_tokens"]
-        try:
-            return self.chat_model.chat_ids(messages, self.conversation.tools, room)
-        except RecordError as error:  # of a conversation that was loaded
-            raise UserError(f"the conversation is not usable: {error}") from None
 
     def run_command(self, line: str) -> None:
         """Run a line that begins with a slash. Raises UserError if that is not possible."""
@@ -199,8 +185,10 @@ class Chat:
         elif name == "system":
             self.conversation.system = rest
             print(f"system message: {rest or 'none'}")
+        elif name == "undo" and not self.conversation.messages:
+            raise UserError("/undo: the conversation is empty")
         elif name == "undo":
-            self.undo()
+            print(f"removed: {self.conversation.undo()}")
         elif name in ("save", "load") and not rest:
             raise UserError(f"/{name}: needs the name of a file")
         elif name == "save":
@@ -208,28 +196,19 @@ class Chat:
         elif name == "load":
             self.load(user_path(rest))
         elif name == "set":
-            self.set(*rest.split())
+            self.set(*rest.split(maxsplit=1))
         else:
             raise UserError(f"/{name}: no such command; /help lists them")
 
-    def undo(self) -> None:
-        """Remove the last question and what follows it."""
-        if not self.conversation.messages:
-            raise UserError("/undo: the conversation is empty")
-        question = self.conversation.messages[self.conversation.last_exchanges(1)]["content"]
-        self.conversation.undo()
-        print(f"removed: {question}")
-
-    def set(self, name: str = "", value: str = "", *more: str) -> None:
+    def set(self, name: str = "", value: str = "") -> None:
         """Change a setting, or show all."""
         if not name:
             print("\n".join(f"{name} {self.settings[name]}" for name in SETTINGS))
             return
-        if name not in SETTINGS or not value or more:
+        if name not in SETTINGS:
             raise UserError(f"/set takes a value for one of {', '.join(SETTINGS)}")
-        parse, *_ = SETTINGS[name]
         try:
-            self.settings[name] = parse(value)
+            self.settings[name] = SETTINGS[name][0](value)
         except argparse.ArgumentTypeError as error:
             raise UserError(f"/set {name}: {error}") from None
 
@@ -247,12 +226,12 @@ class Chat:
         try:
             number, line = next(read_records(path), (1, b""))
             messages, tools = parse_chat(line)
+            if messages[-1]["role"] != "assistant":
+                raise RecordError("it does not end with an answer")
         except UserError as error:
             raise UserError(f"/load {error}") from None
         except RecordError as error:
             raise UserError(f"/load {path}:{number}: {error}") from None
-        if messages[-1]["role"] != "assistant":
-            raise UserError(f"/load {path}:{number}: it does not end with an answer")
         system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
         self.conversation = Conversation(system, messages=messages, tools=tools)
         print(f"{len(messages)} messages")
@@ -264,10 +243,10 @@ def typed_texts() -> Iterator[str]:
         try:
             text = input("> ")
             if text.startswith('"""'):
-                lines = [text[3:]]
-                while not lines[-1].endswith('"""'):
-                    lines.append(input("… "))
-                text = "\n".join(lines)[:-3].strip("\n")
+                text = text[3:]
+                while not text.endswith('"""'):
+                    text += "\n" + input("… ")
+                text = text[:-3].strip("\n")
         except KeyboardInterrupt:
             print("\n(Ctrl-D or /quit leaves)")
             continue
@@ -285,14 +264,14 @@ def converse(chat: Chat) -> None:
     sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to end
     with contextlib.suppress(ImportError):  # Windows' own terminal edits lines by itself
         import readline  # noqa: F401  it gives `input` its editing and history
-    chat_model = chat.chat_model
-    if chat_model.encoder is None:
-        print(f"{chat_model.name}: type a beginning and press Enter; Ctrl-D leaves.")
+    name, chats = chat.chat_model.name, chat.chat_model.encoder is not None
+    if chats:
+        print(f"{name}: type a message and press Enter; /help lists commands.")
     else:
-        print(f"{chat_model.name}: type a message and press Enter; /help lists commands.")
+        print(f"{name}: type a beginning and press Enter; Ctrl-D leaves.")
     for text in typed_texts():
         try:
-            if text.startswith("/") and chat_model.encoder is not None:
+            if text.startswith("/") and chats:
                 chat.run_command(text)
             else:
                 chat.respond(text)
@@ -304,15 +283,12 @@ def main() -> None:
     """Answer one text, a file of them, or what is typed; or score the model."""
     args = parse_args()
     device = choose_device(args.device)
-    shape = {name: getattr(args, name) for name in ("dim", "n_layers", "use_moe")}
-    spec = WeightSpec(args.out_dir, args.tokenizer_path, args.weight, args.lora_name, **shape)
+    names = ("out_dir", "tokenizer_path", "weight", "lora_name", "dim", "n_layers", "use_moe")
+    spec = WeightSpec(**{name: getattr(args, name) for name in names})
     reads_file = args.input_file is not None or args.score is not None
     chat_model = load_chat_model(spec, device, args.quantize, args.batch_size if reads_file else 1)
-    generator = torch.Generator(device)
-    if args.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(args.seed)
+    random_seed = secrets.randbits(63) if args.seed is None else args.seed
+    generator = torch.Generator(device).manual_seed(random_seed)
     if args.score is not None:
         score(chat_model, args.score, args.output_file, args.max_new_tokens, args.skip_bad_lines)
         return
@@ -321,9 +297,8 @@ def main() -> None:
         options = {**generation_options(vars(args)), "generator": generator}
         answer_file(chat_model, questions, args.output_file, options)
         return
-    settings = {name: getattr(args, name) for name in SETTINGS}
     conversation = Conversation(system=args.system or "")
-    chat = Chat(chat_model, settings, generator, conversation, args.history_cnt)
+    chat = Chat(chat_model, vars(args), generator, conversation, args.history_cnt)
     if args.prompt is not None:
         chat.respond(args.prompt)
     else:

@@ -19,8 +19,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,26 +27,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import training
-from dataset import (
-    PackedRows,
-    PaddedRows,
-    SFTDataset,
-    TeacherTopK,
-    collate_with_teacher,
-    make_loader,
-)
-from model import (
-    LMConfig,
-    MiniMindLM,
-    load_model,
-    resolve_weights,
-    tokenizer_hash,
-    weights_hash,
-)
+from dataset import PackedRows, PaddedRows, TeacherTopK, collate_with_teacher, make_loader
+from model import MiniMindLM, load_model, resolve_weights, weights_hash
 from sample_world import SAMPLE, ensure_sample
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # (parameters up to, lowest, highest): learning rates outside make a warning.
 LEARNING_RATES = ((1e7, 1e-5, 3e-3), (6e7, 1e-5, 5e-4), (math.inf, 5e-6, 1e-4))
@@ -99,32 +80,12 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> training.Splits:
-    """The rows to train on, to validate on and to test on.
-
-    Scores are means over tokens, whatever --loss_weighting is, so that they can be compared.
-    """
-
-    def open_file(path: Path, scored: bool) -> SFTDataset:
-        return SFTDataset(
-            ensure_sample(path),
-            tokenizer,
-            args.max_seq_len + 1,  # so that X, one id shorter, can fill a row
-            cache_dir=args.cache_dir,
-            skip_bad_lines=args.skip_bad_lines,
-            max_turns=args.max_turns,
-            loss_weighting="token" if scored else args.loss_weighting,
-        )
-
-    return training.open_splits(args, open_file)
-
-
 def target_logits(
     model: nn.Module, batch: dict[str, Tensor], where: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A model's logits at the N positions `where` of a flattened batch: (N, vocab) fp32.
 
-    Also the auxiliary loss (0 for dense models) and (layers, experts) the load of each expert.
+    Also the auxiliary loss and the load of each expert, as `token_losses` returns them.
     """
     output = model(
         batch["input_ids"],
@@ -147,9 +108,8 @@ def divergence(
 
     Args:
         student: (N, vocab) logits.
-        teacher: the same of the teacher; or the ids of its most probable tokens and their
-            log-probabilities at this temperature, (N, top) each. Then all other tokens count as
-            one, which makes the divergence smaller, or at top = vocab the same.
+        teacher: the same of the teacher; or ids and log-probabilities, at this temperature, of its
+            most probable tokens, (N, top) each. Then all other tokens count as one.
         temperature: above 0.
     """
     student = F.log_softmax(student / temperature, dim=-1)
@@ -169,13 +129,8 @@ def student_losses(
     """alpha · cross-entropy + (1 − alpha) · T² · KL(teacher ‖ student) of every target, weighted.
 
     T² makes up for the gradient of the softened divergence, which shrinks by as much (Hinton,
-    Vinyals and Dean, https://arxiv.org/abs/1503.02531).
-
-    Args:
-        model: the student.
-        teacher: in eval mode; None if the batch holds its tokens.
-        batch: rows that `collate_with_teacher` has stacked.
-        args: the flags.
+    Vinyals and Dean, https://arxiv.org/abs/1503.02531). Without a `teacher` the batch holds its
+    tokens.
 
     Returns:
         (N,) fp32 the losses; the sums of both parts, `cross_entropy` and `kl`, weighted alike; the
@@ -197,16 +152,15 @@ def student_losses(
     return losses, sums, aux_loss, load
 
 
-def open_teacher(
-    args: argparse.Namespace, shape: LMConfig, tokenizer: "PreTrainedTokenizerBase"
-) -> MiniMindLM:
-    """The teacher on the CPU, in eval mode; `shape` is used where it has no .json file.
+def open_teacher(setup: training.Setup) -> MiniMindLM:
+    """The teacher on the CPU, in eval mode; without a .json file it has the student's shape.
 
     Raises:
         UserError: if the file cannot be used, or rows are longer than the teacher's context.
     """
+    args, shape = setup.args, setup.raw_model.config
     path = resolve_weights("--teacher_weight", args.teacher_weight, args.out_dir, shape)
-    teacher = load_model(path, shape, tokenizer_hash(tokenizer))
+    teacher = load_model(path, shape, setup.tokenizer_hash)
     training.check_context(args.max_seq_len, teacher.config)
     return teacher.eval()
 
@@ -245,9 +199,8 @@ def train_epoch(
 ) -> None:
     """Take the steps that are left of the epoch, or until the run ends.
 
-    The loss of a step is the mean over all target tokens of its accumulation, of every micro-batch
-    and every process, weighted by the loss mask: so they are counted everywhere first, and each
-    micro-batch adds its share of the gradient. The auxiliary loss is likewise a mean over rows.
+    The loss of a step is the mean over the target tokens, weighted by the loss mask, of all its
+    micro-batches and processes, so these are counted first. The auxiliary loss is one over rows.
     """
     world = run.world
     model.train()
@@ -278,9 +231,7 @@ def train_epoch(
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        run.add_step(
-            batches, totals, sums, targets=weights, tokens=tokens, lr=lr, grad_norm=grad_norm
-        )
+        run.add_step(batches, totals, targets=weights, tokens=tokens, lr=lr, grad_norm=grad_norm)
 
 
 def train(
@@ -311,13 +262,13 @@ def train(
 
 
 def main() -> int:
-    """Check what can be checked at once, then open the data, then train; the exit status."""
+    """Check the flags, open the data, train; the exit status."""
     args = parse_args()
     identity = ("alpha", "temperature", "cache_teacher", *training.CHAT_IDENTITY)
     setup = training.prepare(
         args, training.Stage("distill", LEARNING_RATES, identity, collate_with_teacher)
     )
-    teacher = open_teacher(args, setup.raw_model.config, setup.tokenizer)
+    teacher = open_teacher(setup)
     setup.frozen["--teacher_weight"] = weights_hash(teacher)
     size = sum(p.numel() for p in teacher.parameters())
     note = f"teacher {args.teacher_weight}: {size / 1e6:.2f} M parameters"
@@ -332,7 +283,13 @@ def main() -> int:
         training.find_resume(setup)
         if setup.resume is None:
             training.load_first_weights(setup)
-        data = open_data(args, setup.tokenizer)
+        data = training.open_chat_splits(
+            args,
+            setup.tokenizer,
+            ensure_sample,
+            max_turns=args.max_turns,
+            loss_weighting=args.loss_weighting,
+        )
         training.check_resume(setup, data.train)
         if args.cache_teacher and not args.dry_run:
             # Before the processes connect: the others wait for a file, which no time-out ends.

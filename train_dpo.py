@@ -137,7 +137,7 @@ def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") ->
 def reply_logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probability of every reply in nats, summed over its tokens: (2B,) fp32.
 
-    Also the auxiliary loss (0 for dense models) and (layers, experts) the load of each expert.
+    Also the auxiliary loss and the load of each expert, as `token_losses` returns them.
     """
     output = model(
         batch["input_ids"],
@@ -206,10 +206,7 @@ def preference_losses(
 def pair_losses(
     model: nn.Module, batch: dict[str, Tensor], args: argparse.Namespace
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
-    """The loss of every pair and its figures, (B,) fp32 each, 0 for a pair that is padding.
-
-    Also the auxiliary loss and the load of each expert; see `reply_logps`.
-    """
+    """Loss and figures of every pair, (B,) fp32 each, 0 for padding; the rest as `reply_logps`."""
     logps, aux_loss, expert_load = reply_logps(model, batch)
     lengths = batch["loss_mask"].sum(1)
     losses, figures = preference_losses(
@@ -233,9 +230,8 @@ def train_epoch(
 ) -> None:
     """Take the steps that are left of the epoch, or until the run ends.
 
-    The loss of a step is the mean over all pairs of its accumulation, of every micro-batch and
-    every process: so they are counted everywhere first, and each micro-batch adds its share of the
-    gradient. The auxiliary loss is likewise a mean over pairs.
+    Loss and auxiliary loss of a step are means over the pairs of all its micro-batches and
+    processes, so these are counted first.
     """
     world = run.world
     model.train()
@@ -265,18 +261,12 @@ def train_epoch(
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        run.add_step(
-            batches, totals, sums, targets=pairs, tokens=tokens, lr=lr, grad_norm=grad_norm
-        )
+        run.add_step(batches, totals, targets=pairs, tokens=tokens, lr=lr, grad_norm=grad_norm)
 
 
 @torch.no_grad()
 def score_reference(run: training.Run, reference: nn.Module, key: str, rows: PairRows) -> bool:
-    """Compute the reference's log-probability of every reply; cache them beside the data as `key`.
-
-    Returns:
-        Whether that is done; False if a signal to stop came.
-    """
+    """Cache the reference's log-probability of every reply as `key`; False if a signal came."""
     world, started = run.world, time.perf_counter()
     reference.eval()
     scores = torch.zeros(len(rows), 2, dtype=world.sum_dtype, device=world.device)
@@ -344,7 +334,7 @@ def train(setup: training.Setup, data: training.Splits, stop: training.StopSigna
 
 
 def main() -> int:
-    """Check what can be checked at once, then open the data, then train; the exit status."""
+    """Check the flags, open the data, train; the exit status."""
     args = parse_args()
     lengths = ("max_prompt_length", "max_completion_length")
     identity = (*lengths, "loss_type", "beta", "label_smoothing")

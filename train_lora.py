@@ -16,21 +16,15 @@ import math
 import re
 import sys
 from contextlib import nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import training
-from dataset import SFTDataset
 from model import apply_lora, token_losses, weights_hash
 from model.model_lora import TARGETS
 from sample_world import SAMPLE, ensure_sample
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # (parameters up to, lowest, highest): learning rates outside make a warning.
 LEARNING_RATES = ((1e7, 1e-4, 3e-2), (6e7, 1e-4, 5e-3), (math.inf, 5e-5, 1e-3))
@@ -88,26 +82,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> training.Splits:
-    """The rows to train on, to validate on and to test on.
-
-    Scores are means over tokens, whatever --loss_weighting is, so that they can be compared.
-    """
-
-    def open_file(path: Path, scored: bool) -> SFTDataset:
-        return SFTDataset(
-            ensure_sample(path),
-            tokenizer,
-            args.max_seq_len + 1,  # so that X, one id shorter, can fill a row
-            cache_dir=args.cache_dir,
-            skip_bad_lines=args.skip_bad_lines,
-            max_turns=args.max_turns,
-            loss_weighting="token" if scored else args.loss_weighting,
-        )
-
-    return training.open_splits(args, open_file)
-
-
 def train_epoch(
     run: training.Run,
     model: nn.Module,
@@ -116,9 +90,8 @@ def train_epoch(
 ) -> None:
     """Take the steps that are left of the epoch, or until the run ends.
 
-    The loss of a step is the mean over all target tokens of its accumulation, of every micro-batch
-    and every process, weighted by the loss mask: so they are counted everywhere first, and each
-    micro-batch adds its share of the gradient. The auxiliary loss is likewise a mean over rows.
+    The loss of a step is the mean over the target tokens, weighted by the loss mask, of all its
+    micro-batches and processes, so these are counted first. The auxiliary loss is one over rows.
     """
     world = run.world
     model.train()
@@ -147,9 +120,7 @@ def train_epoch(
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        run.add_step(
-            batches, totals, sums, targets=weights, tokens=tokens, lr=lr, grad_norm=grad_norm
-        )
+        run.add_step(batches, totals, targets=weights, tokens=tokens, lr=lr, grad_norm=grad_norm)
 
 
 def train(setup: training.Setup, data: training.Splits, stop: training.StopSignal) -> int:
@@ -171,7 +142,7 @@ def train(setup: training.Setup, data: training.Splits, stop: training.StopSigna
 
 
 def main() -> int:
-    """Check what can be checked at once, then open the data, then train; the exit status."""
+    """Check the flags, open the data, train; the exit status."""
     args = parse_args()
     identity = ("lora_rank", "lora_alpha", "lora_target", *training.CHAT_IDENTITY)
     setup = training.prepare(
@@ -184,7 +155,13 @@ def main() -> int:
             setup.raw_model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target
         )
         training.find_resume(setup)
-        data = open_data(args, setup.tokenizer)
+        data = training.open_chat_splits(
+            args,
+            setup.tokenizer,
+            ensure_sample,
+            max_turns=args.max_turns,
+            loss_weighting=args.loss_weighting,
+        )
         training.check_resume(setup, data.train)
         with training.open_process_group(setup.world), training.StopSignal() as stop:
             return train(setup, data, stop)

@@ -75,9 +75,8 @@ def train_epoch(
 ) -> None:
     """Take the steps that are left of the epoch, or until the run ends.
 
-    The loss of a step is the mean over all target tokens of its accumulation, of every micro-batch
-    and every process, weighted by the loss mask: so they are counted everywhere first, and each
-    micro-batch adds its share of the gradient. The auxiliary loss is likewise a mean over rows.
+    The loss of a step is the mean over the target tokens, weighted by the loss mask, of all its
+    micro-batches and processes, so these are counted first. The auxiliary loss is one over rows.
     """
     world = run.world
     model.train()
@@ -106,9 +105,7 @@ def train_epoch(
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        run.add_step(
-            batches, totals, sums, targets=weights, tokens=tokens, lr=lr, grad_norm=grad_norm
-        )
+        run.add_step(batches, totals, targets=weights, tokens=tokens, lr=lr, grad_norm=grad_norm)
 
 
 def train(setup: training.Setup, data: training.Splits, stop: training.StopSignal) -> int:
@@ -131,7 +128,7 @@ def train(setup: training.Setup, data: training.Splits, stop: training.StopSigna
 
 
 def main() -> int:
-    """Check what can be checked at once, then open the data, then train; the exit status."""
+    """Check the flags, open the data, train; the exit status."""
     args = parse_args()
     setup = training.prepare(args, training.Stage("pretrain", LEARNING_RATES))
     with training.lock_run(setup.path, setup.world, args.dry_run):

@@ -11,18 +11,18 @@ Whatever is written is deleted.
 """
 
 import json
-import multiprocessing
+import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from statistics import median
 
 import numpy as np
+from harness import in_own_process
 from transformers import AutoTokenizer
 
 from common import add_tokenizer_path, make_parser, positive_int, user_path
@@ -47,33 +47,28 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="data_pipeline_") as name:
         folder = Path(name)
-        path = args.data or folder / "generated.jsonl"
-        if args.data is None:
-            generate(path, args.size * 1_000_000)
+        path = args.data or generate(folder / "generated.jsonl", args.size * 1_000_000)
         sample = folder / "sample.jsonl"
         with path.open("rb") as source:
             sample.write_bytes(b"".join(source.readlines(SAMPLE_BYTES)))
-        seconds: dict[str, list[float]] = {"peer": [], "ours": []}
+        theirs, ours = [], []  # seconds
         for turn in range(ROUNDS):
             options = (sample, args.tokenizer_path, folder / f"round{turn}")
-            seconds["peer"].append(in_own_process(measure_peer, *options)["s"])
-            opened = in_own_process(measure_open, *options, args.max_seq_len)
-            seconds["ours"].append(opened["store_s"])
+            theirs.append(in_own_process(measure_peer, *options))
+            ours.append(in_own_process(measure_open, *options, args.max_seq_len)["s"])
         options = (path, args.tokenizer_path, folder, args.max_seq_len)
         cold, warm = (in_own_process(measure_open, *options) for _ in range(2))
         epoch = in_own_process(measure_epoch, *options, args.batch_size)
         size, sample_size = path.stat().st_size / 1e6, sample.stat().st_size / 1e6
-    ours, theirs = (sample_size / median(seconds[who]) for who in ("ours", "peer"))
     print(
         f"file                       {size:,.0f} MB, {epoch['documents']:,.0f} documents, "
         f"{epoch['tokens'] / 1e6:,.1f} M tokens, {epoch['bytes_per_token']:.2f} bytes each\n"
-        f"tokenising, whole file     {size / cold['store_s']:.2f} MB/s ({cold['store_s']:.1f} s)\n"
-        f"tokenising, first {sample_size:.0f} MB     {ours:.2f} MB/s, peer {theirs:.2f} MB/s, "
-        f"ratio {ours / theirs:.2f} (medians of {ROUNDS})\n"
-        f"table of items and rows    {cold['rows_s']:.2f} s\n"
-        f"start with a warm store    {(warm['store_s'] + warm['rows_s']) * 1e3:.1f} ms\n"
-        f"one epoch of packed rows   {epoch['rows'] / epoch['s']:,.0f} rows/s in this process, "
-        f"{epoch['tokens'] / 1e6 / epoch['s']:.2f} M tokens/s\n"
+        f"tokenising, whole file     {size / cold['s']:.2f} MB/s ({cold['s']:.1f} s)\n"
+        f"tokenising, first {sample_size:.0f} MB     {sample_size / median(ours):.2f} MB/s, "
+        f"peer {sample_size / median(theirs):.2f} MB/s, "
+        f"ratio {median(theirs) / median(ours):.2f} (medians of {ROUNDS})\n"
+        f"start with a warm store    {warm['s'] * 1e3:.1f} ms\n"
+        f"one epoch of packed rows   {epoch['tokens'] / 1e6 / epoch['s']:.2f} M tokens/s\n"
         f"memory, RssAnon            {cold['peak_mb']:,.0f} MB building, "
         f"{epoch['peak_mb']:,.0f} MB reading, {epoch['before_mb']:,.0f} MB before either\n"
         f"rows of {args.max_seq_len}, packed         {epoch['fill']:.2%} real tokens, "
@@ -83,8 +78,8 @@ def main() -> None:
     )
 
 
-def measure_peer(path: Path, tokenizer_path: Path, folder: Path) -> Figures:
-    """Tokenise a file in a plain loop."""
+def measure_peer(path: Path, tokenizer_path: Path, folder: Path) -> float:
+    """Seconds to tokenise a file in a plain loop."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     folder.mkdir()
     start = time.perf_counter()
@@ -95,7 +90,7 @@ def measure_peer(path: Path, tokenizer_path: Path, folder: Path) -> Figures:
         for line in source:
             ids = tokenizer(json.loads(line)["text"])["input_ids"]
             target.write(json.dumps(ids) + "\n")
-    return {"s": time.perf_counter() - start}
+    return time.perf_counter() - start
 
 
 def measure_open(path: Path, tokenizer_path: Path, folder: Path, row_length: int) -> Figures:
@@ -104,10 +99,9 @@ def measure_open(path: Path, tokenizer_path: Path, folder: Path, row_length: int
     with peak_memory() as memory:
         start = time.perf_counter()
         dataset = PretrainDataset(path, tokenizer, row_length + 1, cache_dir=folder)
-        opened = time.perf_counter()
         PackedRows(dataset, row_length)
-        end = time.perf_counter()
-    return {"store_s": opened - start, "rows_s": end - opened, **memory}
+        seconds = time.perf_counter() - start
+    return {"s": seconds, **memory}
 
 
 def measure_epoch(
@@ -131,18 +125,11 @@ def measure_epoch(
         "documents": dataset.n_documents,
         "tokens": dataset.n_tokens,
         "bytes_per_token": dataset.text_bytes / (dataset.n_tokens - dataset.n_documents),
-        "rows": len(rows),
         "fill": real / (len(rows) * row_length),
         "used": real / dataset.n_tokens,
         "padded_fill": kept / (len(positions) * row_length),
         "padded_used": kept / dataset.n_tokens,
     }
-
-
-def in_own_process(measure: Callable[..., Figures], *arguments: object) -> Figures:
-    """Call `measure` in a new interpreter, so that no measurement feels the one before."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, *arguments).result()
 
 
 @contextmanager
@@ -155,34 +142,30 @@ def peak_memory() -> Iterator[Figures]:
         while not stop.wait(0.01):
             memory["peak_mb"] = max(memory["peak_mb"], rss_anon())
 
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    try:
-        yield memory
-    finally:
-        stop.set()
-        thread.join()
+    yield memory
+    stop.set()
+    thread.join()
 
 
 def rss_anon() -> float:
     """This process's RssAnon in MB."""
-    if STATUS.exists():
-        for line in STATUS.read_text(encoding="utf-8").splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024 / 1e6
-    return float("nan")
+    status = STATUS.read_text(encoding="utf-8") if STATUS.exists() else ""
+    found = re.search(r"^RssAnon:\s+(\d+)", status, re.MULTILINE)
+    return int(found[1]) * 1024 / 1e6 if found else float("nan")
 
 
-def generate(path: Path, size: int) -> None:
+def generate(path: Path, size: int) -> Path:
     """Write `size` bytes of documents about the sample world, the same each time."""
     generator = np.random.default_rng(0)
     parts = list(islice(pretraining_texts(build_world(0), seed=0), 20_000))
-    written = 0
     with path.open("wb") as file:
-        while written < size:
+        while file.tell() < size:
             chosen = generator.integers(len(parts), size=1 + int(generator.pareto(1.5) * 2))
             text = "\n\n".join(parts[n] for n in chosen.tolist())
-            written += file.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
+            file.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
+    return path
 
 
 if __name__ == "__main__":

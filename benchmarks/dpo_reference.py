@@ -6,20 +6,10 @@ Both take whole optimizer steps with the loss of train_dpo.py on the same batche
 pass that fills the store is timed apart.
 """
 
-import copy
 import time
 
+import harness
 import torch
-from harness import (
-    WARM_UP,
-    add_flags,
-    describe,
-    find_device,
-    make_model,
-    make_step,
-    print_speeds,
-    time_in_turns,
-)
 from torch import Tensor, nn
 
 from common import ROOT, make_parser, user_path
@@ -33,18 +23,18 @@ def main() -> None:
     """Measure and print a table."""
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--data_path", type=user_path, default=SAMPLE / "dpo.jsonl")
-    add_flags(parser, dim=512, n_layers=8, batch_size=8, max_seq_len=1024, rounds=15)
+    harness.add_flags(parser, dim=512, n_layers=8, batch_size=8, max_seq_len=1024, rounds=15)
     args = parser.parse_args()
-    world, autocast = find_device(args)
+    world, autocast = harness.find_device(args)
     tokenizer = load_tokenizer(ROOT / "model" / "minimind_tokenizer")
     half = args.max_seq_len // 2
     rows = PairRows(DPODataset(ensure_sample(args.data_path), tokenizer, half, half))
     order = list(RowBatches(len(rows), args.batch_size, seed=0, epoch=0, lengths=rows.lengths))
     batches = [
         world.to_device(collate_pairs([rows[i] for i in order[round_ % len(order)]]))
-        for round_ in range(WARM_UP + args.rounds)
+        for round_ in range(harness.WARM_UP + args.rounds)
     ]
-    reference = make_model(args, world).eval()
+    reference = harness.make_model(args, world).eval()
 
     @torch.no_grad()
     def ask(batch: dict[str, Tensor]) -> Tensor:
@@ -55,7 +45,7 @@ def main() -> None:
     stored = [ask(batch).cpu() for batch in batches]
     seconds = time.perf_counter() - started
     pairs = [len(batch["sample"]) for batch in batches]
-    print(describe(args, world.device, autocast.fast_dtype))
+    print(harness.describe(args, world.device, autocast.fast_dtype))
     print(f"the pass that fills the store: {sum(pairs) / seconds:.1f} pairs/s")
 
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -64,22 +54,16 @@ def main() -> None:
         lengths = batch["loss_mask"].sum(1)
         return preference_losses(logps, batch["asked"], lengths, "sigmoid_norm", 0.5)[0].mean()
 
-    policy = make_model(args, world)
-    step, step_of_asking = make_step(policy, loss), make_step(copy.deepcopy(policy), loss)
+    step, peer_step = (harness.make_step(harness.make_model(args, world), loss) for _ in range(2))
+    peer = "reference asked at every step"
     contenders = {
         "reference kept beside the data": lambda i: step(
             {**batches[i], "asked": stored[i].to(world.device)}
         ),
-        "reference asked at every step": lambda i: step_of_asking(
-            {**batches[i], "asked": ask(batches[i])}
-        ),
+        peer: lambda i: peer_step({**batches[i], "asked": ask(batches[i])}),
     }
-    times = time_in_turns(contenders, args.rounds, world.device)
-    speeds = {
-        name: [n / s for n, s in zip(pairs[WARM_UP:], found, strict=True)]
-        for name, found in times.items()
-    }
-    print_speeds(speeds, "pairs/s", "reference asked at every step")
+    amounts = dict.fromkeys(contenders, pairs)
+    harness.compare_speeds(contenders, world.device, amounts, "pairs/s", peer)
 
 
 if __name__ == "__main__":

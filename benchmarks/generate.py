@@ -8,10 +8,9 @@ and onnx (scripts/requirements.txt).
 """
 
 from collections.abc import Callable
-from statistics import median
 
 import torch
-from harness import add_flags, describe, make_peer, print_speeds, time_in_turns
+from harness import WARM_UP, add_flags, compare_speeds, describe, make_peer
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -76,15 +75,14 @@ def main() -> None:
         shape = (rows, args.prompt)
         prompts = torch.randint(3, model.config.vocab_size, shape, device=device)
         generators = contenders(model, peer, prompts, args.new)
-        seconds = time_in_turns(generators, args.rounds, device)
-        speeds = {name: [rows * args.new / s for s in times] for name, times in seconds.items()}
+        tokens = dict.fromkeys(generators, [rows * args.new] * (WARM_UP + args.rounds))
         print(f"\nbatch {rows}", end="")
-        print_speeds(speeds, "tokens/s", PEER)
+        speeds = compare_speeds(generators, device, tokens, "tokens/s", PEER)
         if rows == 1:
-            single = {name: median(found) for name, found in speeds.items()}
+            single = speeds
             for name in (PEER, "MiniMind, decoder kept"):
                 print(f"{name}: {operations_per_token(generators[name], args.new):.0f} operations")
-    gains = (f"{name} {median(found) / single[name]:.1f}" for name, found in speeds.items())
+    gains = (f"{name} {speed / single[name]:.1f}" for name, speed in speeds.items())
     print(f"\nbatch {args.batch_size} : batch 1: {', '.join(gains)}")
 
 

@@ -1,26 +1,22 @@
 """What the benchmarks share: flags, models, timing in turns, a table of speeds."""
 
 import argparse
+import multiprocessing
+import operator
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    GraniteMoeSharedConfig,
-    GraniteMoeSharedForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 from common import positive_int
 from model import LMConfig, MiniMindLM, token_losses
 from training import Distributed, autocast_dtype, find_processes
 
 WARM_UP = 2  # rounds that do not count
-
-Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
 def add_flags(parser: argparse.ArgumentParser, **defaults: int) -> None:
@@ -52,6 +48,8 @@ def make_model(args: argparse.Namespace, world: Distributed) -> MiniMindLM:
 
 def make_peer(config: LMConfig) -> nn.Module:
     """Transformers' untrained model of the same shape."""
+    import transformers as hf  # slow to import
+
     shape = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
@@ -65,9 +63,9 @@ def make_peer(config: LMConfig) -> nn.Module:
         "tie_word_embeddings": True,
     }
     if not config.use_moe:
-        return LlamaForCausalLM(LlamaConfig(**shape))
-    return GraniteMoeSharedForCausalLM(
-        GraniteMoeSharedConfig(
+        return hf.LlamaForCausalLM(hf.LlamaConfig(**shape))
+    return hf.GraniteMoeSharedForCausalLM(
+        hf.GraniteMoeSharedConfig(
             **shape,
             num_local_experts=config.n_routed_experts,
             num_experts_per_tok=config.num_experts_per_tok,
@@ -78,7 +76,7 @@ def make_peer(config: LMConfig) -> nn.Module:
     )
 
 
-def mean_loss(autocast: torch.autocast) -> Loss:
+def mean_loss(autocast: torch.autocast) -> Callable[[nn.Module, dict[str, Tensor]], Tensor]:
     """The loss of the stages: mean cross-entropy of the target tokens."""
 
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -104,18 +102,19 @@ def make_step(model: nn.Module, loss_of: Callable[..., Tensor]) -> Callable[...,
     return step
 
 
+def in_own_process(measure: Callable[..., Any], *arguments: object) -> Any:
+    """Call `measure` in a new interpreter, so that no measurement feels the one before."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, *arguments).result()
+
+
 def time_in_turns(
     contenders: Mapping[str, Callable[[int], object]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Call all contenders in turn, so that a machine that slows down slows all.
 
-    Args:
-        contenders: functions of the round's number, which counts WARM_UP rounds too, by name.
-        rounds: rounds that count.
-        device: device that the contenders compute on.
-
-    Returns:
-        Seconds of each round that counts, by name.
+    They are functions of the round's number, which counts WARM_UP rounds too. Returns the seconds
+    of each round that counts, by name.
     """
 
     def clock() -> float:
@@ -133,15 +132,26 @@ def time_in_turns(
     return seconds
 
 
-def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """The median of the ratios of two contenders, round by round."""
-    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+def compare_speeds(
+    contenders: Mapping[str, Callable[[int], object]],
+    device: torch.device,
+    amounts: Mapping[str, Sequence[float]],
+    unit: str,
+    baseline: str,
+) -> dict[str, float]:
+    """Time contenders in turns, and print their median speeds and ratios to the baseline's.
 
-
-def print_speeds(speeds: Mapping[str, Sequence[float]], unit: str, baseline: str) -> None:
-    """Print a table of median speeds and of ratios to the baseline in the same round."""
-    rounds = len(speeds[baseline])
+    A ratio is the median of those of each round. `amounts` is what each contender does in each
+    round, the WARM_UP rounds included. Returns the median speeds.
+    """
+    rounds = len(amounts[baseline]) - WARM_UP
+    speeds = {
+        name: list(map(operator.truediv, amounts[name][WARM_UP:], seconds))
+        for name, seconds in time_in_turns(contenders, rounds, device).items()
+    }
+    medians = {name: statistics.median(found) for name, found in speeds.items()}
     print(f"\n{f'median of rounds: {rounds}':36}{unit:>12}{'ratio':>8}")
     for name, found in speeds.items():
-        ratio = median_ratio(found, speeds[baseline])
-        print(f"{name:36}{statistics.median(found):12,.2f}{ratio:8.2f}")
+        ratio = statistics.median(map(operator.truediv, found, speeds[baseline]))
+        print(f"{name:36}{medians[name]:12,.2f}{ratio:8.2f}")
+    return medians

@@ -11,9 +11,8 @@ a first save was complete, the weights and one of the two resume files must be w
 the next start must go on from the newest of these. In the end both runs must have the same weights,
 bit by bit, and the same metrics but for times. Else the exit status is 1.
 
-In the table: the step that the run went on from (- if it was killed before it printed that), the
-last step in its metrics, the file that it was writing, and the steps that the two resume files hold
-(- for none or a damaged one).
+In the table, a run resumed from - was killed before it printed the step, and a resume file with the
+step - is missing or damaged.
 """
 
 import json
@@ -24,13 +23,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common import ROOT, make_parser, positive_int, seed
+from common import ROOT, UserError, make_parser, positive_int, seed
+from model.weights import check_sums, read_pickle
 
 DIM = 32
 NAME = f"pretrain_{DIM}"
@@ -42,26 +42,7 @@ FLAGS = f"""
 WORDS = ("river", "stone", "the", "of", "green", "walks", "and", "山", "河流", "石头", "在")
 TIMES = {"seconds", "tokens_per_second", "memory_gb", "mfu"}
 AIMS = ("save", "step", "save", "step", "start")
-
-
-def main() -> int:
-    """Train, kill, resume, compare; the exit status."""
-    parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=positive_int, default=25, help="how many")
-    parser.add_argument("--seed", type=seed, default=0, help="decides the instants")
-    args = parser.parse_args()
-    generator = random.Random(args.seed)
-    with tempfile.TemporaryDirectory(prefix="kill_and_resume_") as name:
-        folder = Path(name)
-        data = make_data(folder / "data.jsonl", random.Random(0))
-        epochs = max(1, args.kills // 10)  # of 138 steps each: enough for the kills to come in time
-        alone = Run(folder / "alone", data, epochs)
-        seconds = alone.finish()
-        print(f"left alone: {len(alone.steps())} steps in {seconds:.0f} s\n")
-        killed = Run(folder / "killed", data, epochs)
-        faults = kill_often(killed, args.kills, generator) + compare(killed, alone)
-    print("\n".join(["", *faults]) if faults else "\nThe same weights and metrics, bit by bit.")
-    return int(bool(faults))
+SAVED = (f"{NAME}.json", f"{NAME}.pth", f"{NAME}_resume.pth")
 
 
 class Run:
@@ -81,12 +62,10 @@ class Run:
                 self.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
 
-    def finish(self) -> float:
-        """Start or resume it and wait for its end; the seconds that it took."""
-        began = time.perf_counter()
+    def finish(self) -> None:
+        """Start or resume it and wait for its end."""
         if self.start().wait():
             raise SystemExit(f"the run failed:\n{self.printed()}")
-        return time.perf_counter() - began
 
     def printed(self) -> str:
         """What the last process printed."""
@@ -105,20 +84,14 @@ class Run:
         lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
         return [{key: line[key] for key in line if key not in TIMES} for line in lines]
 
-    def steps(self) -> list[int]:
-        """The steps in the metrics."""
-        return [line["step"] for line in self.metrics() if "loss" in line]
-
     def writing(self) -> str | None:
         """The file that is being written under another name, or was when the run was killed."""
-        if not self.out.is_dir():
-            return None
-        with os.scandir(self.out) as entries:
-            return next((e.name[1:-4] for e in entries if e.name.endswith(".tmp")), None)
+        return next((path.stem[1:] for path in self.out.glob(".*.tmp")), None)
 
 
-def make_data(path: Path, generator: random.Random) -> Path:
+def make_data(path: Path) -> Path:
     """300 documents of 5 to 60 words each."""
+    generator = random.Random(0)
     texts = (" ".join(generator.choices(WORDS, k=generator.randint(5, 60))) for _ in range(300))
     lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
     path.write_text("".join(lines), encoding="utf-8")
@@ -128,7 +101,7 @@ def make_data(path: Path, generator: random.Random) -> Path:
 def kill_often(run: Run, kills: int, generator: random.Random) -> list[str]:
     """Kill and resume, then let the run end; print the table and return the faults."""
     faults: list[str] = []
-    print("kill  aimed at  resumed from  last step  was writing                newest  previous")
+    print("kill  aimed at  resumed from  was writing                newest  previous")
     saved, start_seconds = 0, 5.0
     for kill in range(1, kills + 1):
         aim = AIMS[kill % len(AIMS)]
@@ -139,14 +112,10 @@ def kill_often(run: Run, kills: int, generator: random.Random) -> list[str]:
         else:
             wait_for_step(run, process, saved + generator.randint(1, 6))
             start_seconds = time.perf_counter() - began
-            if aim == "step":
-                time.sleep(generator.uniform(0, 0.2))
-            else:
-                wanted = generator.choice((f"{NAME}.json", f"{NAME}.pth", f"{NAME}_resume.pth"))
-                delay = generator.uniform(0, 0.005)
-                while process.poll() is None and run.writing() != wanted:
-                    pass
-                time.sleep(delay)
+            wanted = generator.choice(SAVED)
+            while aim == "save" and process.poll() is None and run.writing() != wanted:
+                pass
+            time.sleep(generator.uniform(0, 0.005 if aim == "save" else 0.2))
         process.kill()
         if process.wait() == 0 or "Traceback" in run.printed():
             raise SystemExit(f"kill {kill} came too late:\n{run.printed()}")
@@ -162,8 +131,7 @@ def kill_often(run: Run, kills: int, generator: random.Random) -> list[str]:
         saved = held
         print(
             f"{kill:>4}  {aim:<8}  {'-' if resumed_from is None else resumed_from:>12}  "
-            f"{max(run.steps(), default=0):>9}  {run.writing() or '':<25}  "
-            f"{newest or '-':>6}  {previous or '-':>8}",
+            f"{run.writing() or '':<25}  {newest or '-':>6}  {previous or '-':>8}",
             flush=True,
         )
     run.finish()
@@ -182,25 +150,21 @@ def wait_for_step(run: Run, process: subprocess.Popen, step: int) -> None:
 
 def load(path: Path) -> Any:
     """What torch.save wrote; None where there is no file, or one that is damaged."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                return None
-    except (FileNotFoundError, zipfile.BadZipFile):
-        return None
-    return torch.load(path, weights_only=True)
+    with suppress(UserError):
+        check_sums(path)
+        return read_pickle(path, mmap=False)
 
 
 def compare(killed: Run, alone: Run) -> list[str]:
     """What differs between two runs that are finished."""
     faults = []
-    files = [
-        sorted(path.name for path in run.out.iterdir() if path.suffix in (".pth", ".json", ".tmp"))
+    files, expected = (
+        {path.name for path in run.out.iterdir() if path.suffix in (".pth", ".json", ".tmp")}
         for run in (killed, alone)
-    ]
-    if files[0] != files[1]:
-        faults.append(f"other files: {set(files[0]) ^ set(files[1])}")
-    for name in files[1]:
+    )
+    if files != expected:
+        faults.append(f"other files: {files ^ expected}")
+    for name in sorted(expected):
         if name.endswith(".pth") and "_resume" not in name:
             ours, theirs = load(killed.out / name), load(alone.out / name)
             if ours is None or not all(torch.equal(ours[key], theirs[key]) for key in theirs):
@@ -208,6 +172,23 @@ def compare(killed: Run, alone: Run) -> list[str]:
     if killed.metrics() != alone.metrics():
         faults.append("other metrics")
     return faults
+
+
+def main() -> int:
+    """Train, kill, resume, compare; the exit status."""
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=positive_int, default=25, help="how many")
+    parser.add_argument("--seed", type=seed, default=0, help="decides the instants")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="kill_and_resume_") as name:
+        folder = Path(name)
+        data = make_data(folder / "data.jsonl")
+        epochs = max(1, args.kills // 10)  # of 138 steps each: enough for the kills to come in time
+        alone, killed = (Run(folder / name, data, epochs) for name in ("alone", "killed"))
+        alone.finish()
+        faults = kill_often(killed, args.kills, random.Random(args.seed)) + compare(killed, alone)
+    print("\n".join(["", *faults]) if faults else "\nThe same weights and metrics, bit by bit.")
+    return int(bool(faults))
 
 
 if __name__ == "__main__":

@@ -8,23 +8,12 @@ its first step.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 
+import harness
 import torch
-from harness import (
-    add_flags,
-    describe,
-    find_device,
-    make_model,
-    make_step,
-    mean_loss,
-    time_in_turns,
-)
 from torch import Tensor
 
 from common import make_parser
@@ -37,10 +26,10 @@ KINDS = ("full", "lora")
 
 def build(args: argparse.Namespace, kind: str, world: Distributed) -> MiniMindLM:
     """The model, with an adapter if that is the kind."""
-    model = make_model(args, world)
+    model = harness.make_model(args, world)
     if kind == "lora":
         apply_lora(model, args.lora_rank)
-    return model.to(world.device)
+    return model
 
 
 def make_batch(args: argparse.Namespace, world: Distributed) -> dict[str, Tensor]:
@@ -56,11 +45,11 @@ def make_batch(args: argparse.Namespace, world: Distributed) -> dict[str, Tensor
     }
 
 
-def measure_memory(args: argparse.Namespace) -> dict[str, float]:
-    """What steps of the kind `--memory_of` hold at most, in this process."""
-    world, autocast = find_device(args)
-    model, batch = build(args, args.memory_of, world), make_batch(args, world)
-    step = make_step(model, mean_loss(autocast))
+def measure_memory(args: argparse.Namespace, kind: str) -> dict[str, float]:
+    """What steps of a kind hold at most, in this process."""
+    world, autocast = harness.find_device(args)
+    model, batch = build(args, kind, world), make_batch(args, world)
+    step = harness.make_step(model, harness.mean_loss(autocast))
     before = peak_memory(world.device)
     for _ in range(3):
         step(batch)
@@ -76,25 +65,20 @@ def measure_memory(args: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     """Measure and print a table."""
     parser = make_parser(__doc__.splitlines()[0])
-    add_flags(parser, dim=512, n_layers=8, batch_size=8, max_seq_len=512, lora_rank=8, rounds=7)
-    parser.add_argument("--memory_of", choices=KINDS, help=argparse.SUPPRESS)
+    harness.add_flags(
+        parser, dim=512, n_layers=8, batch_size=8, max_seq_len=512, lora_rank=8, rounds=7
+    )
     args = parser.parse_args()
-    if args.memory_of:
-        print(json.dumps(measure_memory(args)))
-        return
-
-    found = {}
-    for kind in KINDS:
-        command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", kind]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found[kind] = json.loads(done.stdout.splitlines()[-1])
-
-    world, autocast = find_device(args)
+    found = {kind: harness.in_own_process(measure_memory, args, kind) for kind in KINDS}
+    world, autocast = harness.find_device(args)
     models = {kind: build(args, kind, world) for kind in KINDS}
     batch = make_batch(args, world)
-    steps = {kind: make_step(model, mean_loss(autocast)) for kind, model in models.items()}
+    steps = {
+        kind: harness.make_step(model, harness.mean_loss(autocast))
+        for kind, model in models.items()
+    }
     contenders = {kind: lambda _, step=step: step(batch) for kind, step in steps.items()}
-    seconds = time_in_turns(contenders, args.rounds, world.device)
+    seconds = harness.time_in_turns(contenders, args.rounds, world.device)
     with tempfile.TemporaryDirectory() as folder:
         paths = {kind: Path(folder) / f"{kind}.pth" for kind in KINDS}
         save_weights(paths["full"], models["full"], models["full"].config, "full_sft", "")
@@ -103,14 +87,14 @@ def main() -> None:
             found[kind]["file"] = paths[kind].stat().st_size
             found[kind]["seconds per step"] = median(seconds[kind])
 
-    print(describe(args, world.device, autocast.fast_dtype))
+    print(harness.describe(args, world.device, autocast.fast_dtype))
     print(f"\n{'':20}{'full':>12}{'adapter':>12}{'share':>9}")
     for name, whole in found["full"].items():
+        adapter = found["lora"][name]
         unit = {"trained parameters": "M", "seconds per step": "s"}.get(name, "MB")
         scale = 1 if unit == "s" else 1e6
-        adapter = found["lora"][name]
-        values = (f"{value / scale:.2f} {unit}" for value in (whole, adapter))
-        print(f"{name:20}{''.join(f'{value:>12}' for value in values)}{adapter / whole:9.1%}")
+        cells = (f"{f'{value / scale:.2f} {unit}':>12}" for value in (whole, adapter))
+        print(f"{name:20}{''.join(cells)}{adapter / whole:9.1%}")
 
 
 if __name__ == "__main__":

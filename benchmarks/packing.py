@@ -6,19 +6,9 @@ All contenders take whole optimizer steps on the same data, as many rows each, i
 conversations are useful; padding is not.
 """
 
+import harness
 import torch
 import torch.nn.functional as F
-from harness import (
-    WARM_UP,
-    add_flags,
-    describe,
-    find_device,
-    make_model,
-    make_step,
-    mean_loss,
-    print_speeds,
-    time_in_turns,
-)
 from torch import Tensor
 
 from common import ROOT, make_parser, user_path
@@ -31,19 +21,19 @@ def main() -> None:
     """Measure and print a table."""
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--data_path", type=user_path, default=SAMPLE / "sft.jsonl")
-    add_flags(parser, dim=512, n_layers=8, batch_size=8, max_seq_len=512, rounds=7)
+    harness.add_flags(parser, dim=512, n_layers=8, batch_size=8, max_seq_len=512, rounds=7)
     args = parser.parse_args()
-    world, autocast = find_device(args)
+    world, autocast = harness.find_device(args)
     tokenizer = load_tokenizer(ROOT / "model" / "minimind_tokenizer")
     dataset = SFTDataset(ensure_sample(args.data_path), tokenizer, args.max_seq_len + 1)
     packed, padded = PackedRows(dataset, args.max_seq_len), PaddedRows(dataset)
     print(
         f"{len(dataset):,} conversations; real tokens among the positions: "
         f"packed {packed.fill:.1%}, padded to {args.max_seq_len} {padded.fill:.1%}\n"
-        f"{describe(args, world.device, autocast.fast_dtype)}"
+        f"{harness.describe(args, world.device, autocast.fast_dtype)}"
     )
 
-    def draw(rows: PackedRows | PaddedRows, length: int = 0) -> dict[str, Tensor]:
+    def draw(rows: PackedRows | PaddedRows, length: int) -> dict[str, Tensor]:
         """Random rows, padded to the longest one and to at least `length` positions."""
         chosen = torch.randint(len(rows), (args.batch_size,)).tolist()
         batch = collate([rows[i] for i in chosen])
@@ -52,24 +42,17 @@ def main() -> None:
 
     peer = f"padded to {args.max_seq_len}"
     batches = {
-        name: [draw(*source) for _ in range(WARM_UP + args.rounds)]
-        for name, source in {
-            "packed": (packed,),
-            "padded to the longest of a batch": (padded,),
-            peer: (padded, args.max_seq_len),
-        }.items()
+        name: [draw(rows, length) for _ in range(harness.WARM_UP + args.rounds)]
+        for name, rows, length in (
+            ("packed", packed, 0),
+            ("padded to the longest of a batch", padded, 0),
+            (peer, padded, args.max_seq_len),
+        )
     }
-    step = make_step(make_model(args, world), mean_loss(autocast))
+    step = harness.make_step(harness.make_model(args, world), harness.mean_loss(autocast))
     contenders = {name: lambda i, own=own: step(own[i]) for name, own in batches.items()}
-    seconds = time_in_turns(contenders, args.rounds, world.device)
-    speeds = {
-        name: [
-            int(batch["attention_mask"].sum()) / s
-            for batch, s in zip(batches[name][WARM_UP:], times, strict=True)
-        ]
-        for name, times in seconds.items()
-    }
-    print_speeds(speeds, "tokens/s", peer)
+    tokens = {name: [int(b["attention_mask"].sum()) for b in own] for name, own in batches.items()}
+    harness.compare_speeds(contenders, world.device, tokens, "tokens/s", peer)
 
 
 if __name__ == "__main__":

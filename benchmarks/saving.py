@@ -11,6 +11,7 @@ import runpy
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from itertools import islice, pairwise
 from pathlib import Path
 from statistics import median
@@ -50,12 +51,9 @@ def main() -> None:
         with (
             mock.patch.object(Run, "save", timed_save),
             mock.patch.object(sys, "argv", ["train_pretrain.py", *map(str, words)]),
+            suppress(SystemExit),
         ):
-            try:
-                runpy.run_path(str(ROOT / "train_pretrain.py"), run_name="__main__")
-            except SystemExit as exit_:
-                if exit_.code:
-                    raise
+            runpy.run_path(str(ROOT / "train_pretrain.py"), run_name="__main__")
         (metrics,) = folder.glob("logs/*/metrics.jsonl")
         lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
         size = sum(file.stat().st_size for file in folder.glob("*.pth")) / 1e6

@@ -69,17 +69,19 @@ async def ask(client: httpx.AsyncClient, prompt: str, new: int) -> Answer:
 
 
 async def measure(
-    url: str, prompts: Sequence[str], new: int, together: bool
+    url: str, prompts: Sequence[str], new: int, clients: int
 ) -> tuple[float, list[Answer]]:
-    """Tokens per second over all prompts, and the answers."""
+    """Tokens per second over all prompts, so many at a time, and the answers."""
+    places = asyncio.Semaphore(clients)
+
+    async def ask_in_turn(prompt: str) -> Answer:
+        async with places:
+            return await ask(client, prompt, new)
+
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         began = time.perf_counter()
-        if together:
-            answers = await asyncio.gather(*(ask(client, prompt, new) for prompt in prompts))
-        else:
-            answers = [await ask(client, prompt, new) for prompt in prompts]
-        speed = sum(answer.tokens for answer in answers) / (time.perf_counter() - began)
-        return speed, list(answers)
+        answers = await asyncio.gather(*map(ask_in_turn, prompts))
+        return sum(answer.tokens for answer in answers) / (time.perf_counter() - began), answers
 
 
 def percentiles(seconds: Sequence[float]) -> str:
@@ -88,21 +90,9 @@ def percentiles(seconds: Sequence[float]) -> str:
     return " / ".join(f"{1000 * value:,.0f}" for value in (cut[9], cut[18], max(seconds)))
 
 
-def wait_for(url: str, server: subprocess.Popen) -> None:
-    """Wait until the server answers."""
-    while server.poll() is None:
-        try:
-            httpx.get(f"{url}/health")
-            return
-        except httpx.TransportError:
-            time.sleep(0.2)
-    sys.exit("the server did not start")
-
-
 def print_table(url: str, prompts: Sequence[str], args: argparse.Namespace) -> None:
     """Measure and print."""
-    asyncio.run(measure(url, prompts[:2], 8, together=False))  # warm up
-    single, alone = asyncio.run(measure(url, prompts, args.new, together=False))
+    asyncio.run(measure(url, prompts[:2], 8, 1))  # warm up
     print(
         f"26 M, {args.quantize or 'fp32'}, {args.threads} threads, prompts of {args.prompt} words, "
         f"{args.new} new tokens\n"
@@ -110,11 +100,12 @@ def print_table(url: str, prompts: Sequence[str], args: argparse.Namespace) -> N
         "between pieces, ms: median / 95 % / longest | as alone |\n"
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     )
+    single, alone = 0.0, []
     for clients in (1, *args.clients):
-        speed, answers = single, alone
-        if clients > 1:
-            found = measure(url, prompts[:clients], args.new, together=True)
-            speed, answers = asyncio.run(found)
+        asked = prompts if clients == 1 else prompts[:clients]
+        speed, answers = asyncio.run(measure(url, asked, args.new, clients))
+        if clients == 1:
+            single, alone = speed, answers
         gaps = [b - a for answer in answers for a, b in pairwise(answer.times)]
         # One at a time, no piece waits for a prompt: there is no round to bound.
         bound = f"{1000 * clients * max(gaps):,.0f}" if clients > 1 else "–"
@@ -147,9 +138,11 @@ def main() -> None:
         command += ["--out_dir", folder, "--port", str(args.port)]
         command += ["--device", args.device] if args.device else []
         command += ["--quantize", args.quantize] if args.quantize else []
-        server = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(args.threads)})
+        environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+        server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         try:
-            wait_for(url, server)
+            if not server.stdout.readline():  # it prints a line as soon as it listens
+                sys.exit("the server did not start")
             print_table(url, prompts, args)
         finally:
             server.terminate()

@@ -10,7 +10,7 @@ bf16, as in training; on a CPU everything is in fp32.
 
 import torch
 import torch.nn.functional as F
-from harness import WARM_UP, add_flags, describe, make_peer, make_step, print_speeds, time_in_turns
+from harness import WARM_UP, add_flags, compare_speeds, describe, make_peer, make_step
 from torch import Tensor, nn
 
 from common import BooleanFlag, make_parser, positive_int
@@ -71,10 +71,8 @@ def main() -> None:
             contenders[name + suffix] = lambda i, step=step: step(batches[i])
     ours, their = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (own, theirs))
     print(f"{ours:.1f} M against {their:.1f} M parameters; {describe(args, device, dtype)}")
-    tokens = args.batch_size * args.seq_len
-    seconds = time_in_turns(contenders, args.rounds, device)
-    speeds = {name: [tokens / s for s in times] for name, times in seconds.items()}
-    print_speeds(speeds, "tokens/s", peer)
+    tokens = dict.fromkeys(contenders, [args.batch_size * args.seq_len] * len(batches))
+    compare_speeds(contenders, device, tokens, "tokens/s", peer)
 
 
 if __name__ == "__main__":

@@ -23,38 +23,6 @@ from .arguments import (
     unit_interval,
     user_path,
 )
-from .errors import LESS_MEMORY, UserError, report_user_errors
+from .errors import LESS_MEMORY, UserError, report_os_errors, report_user_errors
 from .files import SaveError, report_save_errors, write_atomically
 from .units import format_duration, format_number
-
-__all__ = [
-    "LESS_MEMORY",
-    "ROOT",
-    "BooleanFlag",
-    "SaveError",
-    "UserError",
-    "add_skip_bad_lines",
-    "add_tokenizer_path",
-    "format_duration",
-    "format_number",
-    "half_open_unit_interval",
-    "is_run_name",
-    "make_parser",
-    "name_or_path",
-    "named_path",
-    "non_negative_float",
-    "non_negative_int",
-    "number",
-    "open_unit_interval",
-    "port",
-    "positive_float",
-    "positive_int",
-    "positive_unit_interval",
-    "report_save_errors",
-    "report_user_errors",
-    "run_name",
-    "seed",
-    "unit_interval",
-    "user_path",
-    "write_atomically",
-]

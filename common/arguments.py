@@ -2,9 +2,9 @@
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,15 +23,9 @@ class BooleanFlag(argparse.Action):
         negations = [f"--no-{name.removeprefix('--')}" for name in option_strings]
         super().__init__([*option_strings, *negations], dest, nargs="?", **kwargs)
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | None,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         """Set the switch."""
-        negated = option_string is not None and option_string.startswith("--no-")
+        negated = option_string.startswith("--no-")
         if values is None:
             value = True
         elif not negated and values.lower() in self.WORDS:
@@ -72,11 +66,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def make_parser(description: str) -> StageParser:
     """A parser that shows defaults and takes flags by their whole names only."""
-    return StageParser(
-        description=description,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    return StageParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
 def number(
@@ -111,31 +101,17 @@ unit_interval = number(float, 0, 1)
 open_unit_interval = number(float, 0, 0.999999, open_low=True)
 
 
-def share_of_bad_lines(text: str) -> float:
-    """An argparse type: a share, or true and false as `BooleanFlag` takes them."""
-    if text not in ("0", "1") and text.lower() in BooleanFlag.WORDS:
-        return FEW_BAD_LINES if BooleanFlag.WORDS[text.lower()] else 0.0
-    return unit_interval(text)
-
-
 def add_skip_bad_lines(parser: argparse._ActionsContainer) -> None:
     """Add `--skip_bad_lines [SHARE]`: the share of bad lines of a file that may be left out."""
     parser.add_argument(
         "--skip_bad_lines",
-        type=share_of_bad_lines,
+        type=unit_interval,
         nargs="?",
         const=FEW_BAD_LINES,
         default=0.0,
         metavar="SHARE",
         help="leave out lines that have errors, if at most this share has; "
         f"{FEW_BAD_LINES} if no number",
-    )
-    parser.add_argument(
-        "--no-skip_bad_lines",
-        dest="skip_bad_lines",
-        action="store_const",
-        const=0.0,
-        help=argparse.SUPPRESS,
     )
 
 
@@ -149,16 +125,13 @@ def add_tokenizer_path(parser: argparse._ActionsContainer) -> None:
     )
 
 
+# An argparse type: a name, or a path with `~` expanded; `~NAME` of no user stays as it is.
+name_or_path = os.path.expanduser
+
+
 def user_path(text: str) -> Path:
     """An argparse type: a path, its `~` expanded, which shells leave as it is in `--flag=~/x`."""
-    with suppress(RuntimeError):  # ~NAME of no user is a file's name, as in a shell
-        return Path(text).expanduser()
-    return Path(text)
-
-
-def name_or_path(text: str) -> str:
-    """An argparse type: a name, or a path with `~` expanded; text either way."""
-    return str(user_path(text)) if text.startswith("~") else text
+    return Path(name_or_path(text))
 
 
 def named_path(text: str) -> tuple[str, Path]:

@@ -27,10 +27,7 @@ class UserError(Exception):
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
-    """End with exit status 2 and the error's text, no traceback, on UserError.
-
-    Ctrl-C ends with 130. What is printed inside may be any text.
-    """
+    """End with exit status 2 and the text of a UserError, no traceback; with 130 on Ctrl-C."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see interrupt.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
@@ -43,8 +40,17 @@ def report_user_errors() -> Iterator[None]:
         sys.exit(130)
 
 
+@contextmanager
+def report_os_errors(name: object) -> Iterator[None]:
+    """Turn an OSError into a UserError about `name`: a flag with its value, or a file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror or error}") from None
+
+
 def exit_with(message: str, *, every_rank: bool = False) -> NoReturn:
-    """Print the message on stderr (rank 0 only, or every rank) and leave with exit status 2."""
+    """Print the message on stderr and leave with exit status 2."""
     if every_rank or os.environ.get("RANK", "0") == "0":
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -17,34 +17,3 @@ from .records import (
 from .teacher import TeacherTopK, collate_with_teacher
 from .text import LANGUAGES, language
 from .turns import fit_prompt
-
-__all__ = [
-    "LANGUAGES",
-    "BadLines",
-    "ChatEncoder",
-    "DPODataset",
-    "PackedRows",
-    "PaddedRows",
-    "PairRows",
-    "PretrainDataset",
-    "RLAIFDataset",
-    "RecordError",
-    "RowBatches",
-    "SFTDataset",
-    "TeacherTopK",
-    "check_file",
-    "collate",
-    "collate_pairs",
-    "collate_with_teacher",
-    "dataset_kind",
-    "fit_prompt",
-    "language",
-    "make_loader",
-    "parse_chat",
-    "parse_preference",
-    "parse_question",
-    "parse_text",
-    "read_records",
-    "record_text",
-    "render_chat",
-]

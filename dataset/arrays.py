@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -27,12 +27,7 @@ INDEX_DTYPE, LENGTH_DTYPE = np.dtype("<i8"), np.dtype("<i4")
 
 
 class ArrayFolder:
-    """Memory-mapped arrays of a folder that `build_once` made. It pickles as the folder's path.
-
-    Attributes:
-        arrays: the arrays by name.
-        meta: content of meta.json.
-    """
+    """The memory-mapped `arrays` of a folder by name, and its `meta`. It pickles as a path."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -45,101 +40,80 @@ class ArrayFolder:
     def __reduce__(self) -> tuple[type["ArrayFolder"], tuple[Path]]:
         return ArrayFolder, (self.folder,)
 
-    @classmethod
-    def find(cls, folder: Path) -> "ArrayFolder | None":
-        """The arrays of a folder if it is there and complete."""
-        return cls(folder) if _is_complete(folder) else None
-
 
 class ArrayWriter:
     """Appends numbers to the arrays of a folder that is being built."""
 
-    def __init__(self, folder: Path, dtypes: Mapping[str, np.dtype]) -> None:
-        self._dtypes = dtypes
-        self._lengths = dict.fromkeys(dtypes, 0)
-        self._stack = ExitStack()
-        self._files = {
-            name: self._stack.enter_context((folder / name).open("wb")) for name in dtypes
-        }
-
-    def __enter__(self) -> "ArrayWriter":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
+    def __init__(self, files: Mapping[str, BinaryIO], dtypes: Mapping[str, np.dtype]) -> None:
+        self._files, self._dtypes = files, dtypes
 
     def append(self, **values: ArrayLike) -> None:
         """Append to each named array the values given for it, converted to its dtype."""
         for name, numbers in values.items():
             array = np.ascontiguousarray(numbers, dtype=self._dtypes[name])
             self._files[name].write(array.data)
-            self._lengths[name] += len(array)
-
-    def description(self) -> dict[str, tuple[str, int]]:
-        """The dtype and length of each array."""
-        return {name: (dtype.str, self._lengths[name]) for name, dtype in self._dtypes.items()}
 
 
-def build_once(
-    folder: Path,
-    dtypes: Mapping[str, np.dtype],
-    fill: Callable[[ArrayWriter], Mapping[str, Any] | None],
-) -> ArrayFolder:
-    """Open the arrays of `folder`; where they are missing, one process builds them first.
+Fill = Callable[[ArrayWriter], Mapping[str, Any] | None]  # returns what else meta.json holds
+
+
+def find_arrays(folder: Path) -> ArrayFolder | None:
+    """The arrays of a folder, or None unless it is there and complete."""
+    try:
+        return ArrayFolder(folder)
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None
+
+
+def build_once(folder: Path, dtypes: Mapping[str, np.dtype], fill: Fill) -> ArrayFolder:
+    """Open the arrays of `folder`; where they are missing, one process lets `fill` write them.
 
     Other processes wait for the one that holds the lock, which the operating system takes back when
     that process dies. Under torchrun only the first process of each host asks for the lock; the
-    others wait for the folder to appear.
-
-    Args:
-        folder: where the arrays are.
-        dtypes: dtype of each array.
-        fill: writes the arrays, and returns what else meta.json holds.
-
-    Raises:
-        UserError: if the folder cannot be written.
+    others wait for the folder. Raises UserError if the folder cannot be written.
     """
+    waits = "WORLD_SIZE" in os.environ and int(os.environ.get("LOCAL_RANK", "0")) > 0
     try:
-        if _is_complete(folder):
-            return ArrayFolder(folder)
-        if "WORLD_SIZE" in os.environ and int(os.environ.get("LOCAL_RANK", "0")) > 0:
-            while not _is_complete(folder):
+        while (arrays := find_arrays(folder)) is None:
+            if waits:
                 time.sleep(POLL_SECONDS)
-            return ArrayFolder(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{folder}.lock")
-        try:
-            lock.acquire(timeout=POLL_SECONDS)
-        except Timeout:
-            print(f"waiting for another process that builds {folder}", file=sys.stderr)
-            lock.acquire()
-        try:
-            if not _is_complete(folder):
-                _build_folder(folder, dtypes, fill)
-        finally:
-            lock.release()
-        return ArrayFolder(folder)
+            else:
+                _build_locked(folder, dtypes, fill)
+        return arrays
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"{folder.parent}: cannot be written ({reason}); --cache_dir names another folder"
-        ) from error
+        problem = f"cannot be written ({error.strerror or error}); --cache_dir names another folder"
+        raise UserError(f"{folder.parent}: {problem}") from error
 
 
-def _build_folder(
-    folder: Path,
-    dtypes: Mapping[str, np.dtype],
-    fill: Callable[[ArrayWriter], Mapping[str, Any] | None],
-) -> None:
-    """Build under a temporary name, flush, rename. The caller holds the lock."""
+def _build_locked(folder: Path, dtypes: Mapping[str, np.dtype], fill: Fill) -> None:
+    """Build a folder while no other process does, unless one has done so meanwhile."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=POLL_SECONDS)
+    except Timeout:
+        print(f"waiting for another process that builds {folder}", file=sys.stderr)
+        lock.acquire()
+    try:
+        if find_arrays(folder) is None:
+            _build(folder, dtypes, fill)
+    finally:
+        lock.release()
+
+
+def _build(folder: Path, dtypes: Mapping[str, np.dtype], fill: Fill) -> None:
+    """Build under a temporary name, flush, rename."""
     for leftover in folder.parent.glob(f"{glob.escape(folder.name)}.*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir()
     try:
-        with ArrayWriter(temporary, dtypes) as writer:
-            meta = {**(fill(writer) or {}), "arrays": writer.description()}
-        text = json.dumps(meta, ensure_ascii=False, indent=1)
+        with ExitStack() as stack:
+            files = {n: stack.enter_context((temporary / n).open("wb")) for n in dtypes}
+            meta = fill(ArrayWriter(files, dtypes)) or {}
+            lengths = {n: files[n].tell() // dtypes[n].itemsize for n in dtypes}
+        arrays = {name: (dtype.str, lengths[name]) for name, dtype in dtypes.items()}
+        text = json.dumps({**meta, "arrays": arrays}, ensure_ascii=False, indent=1)
         (temporary / "meta.json").write_text(text, encoding="utf-8")
         for path in temporary.iterdir():
             with path.open("r+b") as file:
@@ -149,22 +123,10 @@ def _build_folder(
         try:
             temporary.rename(folder)
         except OSError:
-            if not _is_complete(folder):  # else another host was faster
+            if find_arrays(folder) is None:  # else another host was faster
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether the folder is there with arrays of the lengths that meta.json names."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        return all(
-            (folder / name).stat().st_size == np.dtype(dtype).itemsize * length
-            for name, (dtype, length) in meta["arrays"].items()
-        )
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _map_array(path: Path, dtype: str, length: int) -> np.ndarray:

@@ -7,7 +7,6 @@ control tokens come from the structure alone, and all else is encoded as ordinar
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,24 +31,15 @@ _AFTER_TOOLS = (
     'To call one, put a JSON object with its "name" and "arguments" in a tool_call block; '
     "an answer may contain several."
 )
-_TOKENS = (
-    *("<s>", "</s>", "<think>", "</think>"),
-    *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
-)
 
 
 class Piece(NamedTuple):
-    """A part of a rendered conversation: a control token, or text that is never one.
-
-    Attributes:
-        weight: how much each of its ids counts as a target.
-        role: that of the message that begins with this piece; empty within a message.
-    """
+    """A part of a rendered conversation: a control token, or text that is never one."""
 
     text: str
     is_control: bool
-    weight: float = 0.0
-    role: str = ""
+    weight: float = 0.0  # of each of its ids as a target
+    role: str = ""  # of the message that begins with this piece; empty within a message
 
 
 def render_chat(
@@ -57,14 +47,10 @@ def render_chat(
     tools: Sequence[Mapping[str, Any]] = (),
     add_generation_prompt: bool = False,
 ) -> list[Piece]:
-    """What the chat template renders, in pieces.
+    """What the chat template renders of messages as in a `ParsedChat`, in pieces.
 
     The targets are all that follows the header of an assistant message, `</s>` included.
-
-    Args:
-        messages: messages in the form that `dataset.records.ParsedChat` describes.
-        tools: JSON schemas.
-        add_generation_prompt: whether to end with the header of the assistant's next message.
+    `add_generation_prompt` adds the header of the assistant's next message.
     """
     messages = list(messages)
     if tools:
@@ -121,11 +107,14 @@ def _answer(message: Mapping[str, Any], weight: float) -> list[Piece]:
 
 
 def _to_json(value: Any) -> str:
-    """As the `tojson` of chat templates."""
-    return json.dumps(value, ensure_ascii=False)
+    """As the `tojson` of chat templates. Raises RecordError."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise RecordError("nested too deeply") from None
 
 
-class ChatEncoder:
+class ChatEncoder(TextTokenizer):
     """Encodes conversations: ids, the weight of each as a target, and where the messages begin.
 
     The ids are those of the tokenizer's chat template wherever a newline is a token of its own and
@@ -144,31 +133,22 @@ class ChatEncoder:
     counted: tuple[str, ...] = ("empty_answers", "unanswered_turns")
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self._tokenizer = TextTokenizer(tokenizer)
-        special = self._tokenizer.special
-        self._control = {token: special[token] for token in _TOKENS if token in special}
-        missing = {"<s>", "</s>"} - self._control.keys()
-        if missing:
-            raise UserError(
-                f"--tokenizer_path: this tokenizer lacks {min(missing)} as a special token"
-            )
+        super().__init__(tokenizer)
+        for token in ("<s>", "</s>"):
+            if token not in self.special:
+                raise UserError(
+                    f"--tokenizer_path: this tokenizer lacks {token} as a special token"
+                )
         _check_template(tokenizer)
-        self.end_think = self._control.get("</think>", -1)
-        header, newline = self._tokenizer.encode_batch(["assistant\n", "\n"])
+        self.end_think = self.special.get("</think>", -1)
+        header, newline = self.encode_batch(["assistant\n", "\n"])
         self.header_length, self.newline_length = 1 + len(header), len(newline)
-        self.dtype = self._tokenizer.dtype
-        self.key = f"chat {FORMAT_VERSION} {self._tokenizer.hash}"
-
-    @cached_property
-    def byte_counts(self) -> np.ndarray:
-        """(largest id + 1,) int64, the UTF-8 bytes of text that each id stands for."""
-        return self._tokenizer.byte_counts()
+        self.key = f"chat {FORMAT_VERSION} {self.hash}"
 
     def parse(self, line: bytes) -> Parsed:
-        """The pieces of the conversation on a line, and the UTF-8 bytes of text to be learnt.
+        """The pieces of the conversation on a line, and counts. Raises RecordError.
 
-        Counted are empty answers, which are not learnt, and a last turn without an answer. Raises
-        RecordError.
+        Counted are empty answers, which are not learnt, and a last turn without an answer.
         """
         messages, tools = parse_chat(line)
         n_empty = 0
@@ -177,14 +157,12 @@ class ChatEncoder:
                 message["weight"] = 0.0
                 n_empty += 1
         pieces = self.check_control(render_chat(messages, tools))
-        learnt = [p.text for p in pieces if p.weight > 0 and not p.is_control]
-        text_bytes = sum(len(text.encode("utf-8")) for text in learnt)
-        return Parsed(pieces, text_bytes, (n_empty, int(messages[-1]["role"] != "assistant")))
+        return pieces, (n_empty, int(messages[-1]["role"] != "assistant"))
 
     def check_control(self, pieces: list[Piece]) -> list[Piece]:
         """The same pieces. Raises RecordError if they need a token that the tokenizer lacks."""
         for piece in pieces:
-            if piece.is_control and piece.text not in self._control:
+            if piece.is_control and piece.text not in self.special:
                 raise RecordError(f"needs the control token {piece.text}; this tokenizer has none")
         return pieces
 
@@ -192,10 +170,8 @@ class ChatEncoder:
         """Encode conversations, each the pieces that `render_chat` gives."""
         pieces = list(chain.from_iterable(records))
         texts = list({piece.text: None for piece in pieces if not piece.is_control})
-        ids_of_text = dict(zip(texts, self._tokenizer.encode_batch(texts), strict=True))
-        ids_of_control = {
-            token: np.array([id_], dtype=self.dtype) for token, id_ in self._control.items()
-        }
+        ids_of_text = dict(zip(texts, self.encode_batch(texts), strict=True))
+        ids_of_control = {t: np.array([id_], self.dtype) for t, id_ in self.special.items()}
         parts = [(ids_of_control if p.is_control else ids_of_text)[p.text] for p in pieces]
         lengths = np.array([len(part) for part in parts], dtype=np.int64)
         weights = np.array([piece.weight for piece in pieces], dtype=np.float32)

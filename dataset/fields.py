@@ -5,8 +5,6 @@ from typing import Any
 
 MAX_LINE_BYTES = 1 << 30
 
-_BOM = "\ufeff"
-_ESCAPE_LENGTH = len("\\u0000")
 _JSON_NAMES = {bool: "a boolean", str: "a string", list: "an array", dict: "an object"}
 
 
@@ -19,34 +17,36 @@ def parse_object(line: bytes) -> dict[str, Any]:
     if len(line) > MAX_LINE_BYTES:
         raise RecordError(f"longer than {MAX_LINE_BYTES:,} bytes")
     try:
-        text = line.rstrip(b"\r\n").decode("utf-8").removeprefix(_BOM)
-    except UnicodeDecodeError as error:
-        if error.reason == "unexpected end of data":
-            raise RecordError("cut off in the middle of a character; truncated?") from None
-        raise RecordError(f"invalid UTF-8 at byte {error.start + 1}") from None
-    if not text.strip():
-        raise RecordError("blank line")
-    try:
-        record = json.loads(text)
+        text = line.rstrip(b"\r\n").decode("utf-8").removeprefix("\ufeff")
+        record = _load(text)
     except json.JSONDecodeError as error:
         if _is_cut_off(text, error):
             raise RecordError(f"JSON ends too early, at column {len(text)}; truncated?") from None
         what = error.msg.removesuffix(" at")
         where = f"line {error.lineno} of the record, " if error.lineno > 1 else ""
         raise RecordError(f"broken JSON: {what} at {where}column {error.colno}") from None
-    except RecursionError:
-        raise RecordError("broken JSON: nested too deeply") from None
-    except ValueError:  # Python's limit on the digits of an integer
-        raise RecordError("broken JSON: a number of several thousand digits") from None
+    except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data":
+            raise RecordError("cut off in the middle of a character; truncated?") from None
+        raise RecordError(f"invalid UTF-8 at byte {error.start + 1}") from None
+    except (RecursionError, ValueError) as error:
+        raise RecordError(f"broken JSON: {error}") from None
     return expect(record, dict, "the record")
+
+
+def _load(text: str) -> Any:
+    """What JSON means. Raises ValueError, also for half a surrogate pair; or RecursionError."""
+    value = json.loads(text)
+    if "\\ud" in text or "\\uD" in text:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
 
 
 def _is_cut_off(text: str, error: json.JSONDecodeError) -> bool:
     """Whether more characters could have made the text valid."""
     if error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()):
         return True
-    escape = text[error.pos :]
-    return error.msg.startswith("Invalid \\uXXXX escape") and len(escape) < _ESCAPE_LENGTH
+    return error.msg.startswith("Invalid \\uXXXX escape") and len(text) - error.pos < len("\\u0000")
 
 
 def expect(value: Any, kind: type, name: str) -> Any:
@@ -57,40 +57,17 @@ def expect(value: Any, kind: type, name: str) -> Any:
     return value
 
 
-def check_string(value: Any, name: str) -> str:
-    """`value` if it is a string that UTF-8 can hold."""
-    try:
-        expect(value, str, name).encode("utf-8")
-    except UnicodeEncodeError as error:
-        code, at = ord(value[error.start]), error.start + 1
-        raise RecordError(
-            f"{name} holds a lone surrogate, \\u{code:04x}, at character {at}"
-        ) from None
-    return value
-
-
 def check_text(value: Any, name: str) -> str:
-    """`value` if it is a string with something in it that UTF-8 can hold."""
-    if not check_string(value, name):
-        raise RecordError(f"{name} is empty")
-    if value.isspace():
-        raise RecordError(f"{name} is blank")
+    """`value` if it is a string with something in it."""
+    if not expect(value, str, name).strip():
+        raise RecordError(f"{name} is {'blank' if value else 'empty'}")
     return value
 
 
-def check_json(value: Any, name: str) -> None:
-    """Raise RecordError if the JSON of `value` cannot be written in UTF-8."""
-    try:
-        check_string(json.dumps(value, ensure_ascii=False), name)
-    except RecursionError:
-        raise RecordError(f"{name} is nested too deeply") from None
-
-
-def parse_json(text: Any, name: str) -> Any:
+def parse_json(text: str, name: str) -> Any:
     """What the JSON in a string means."""
-    check_string(text, name)
     try:
-        return json.loads(text)
+        return _load(text)
     except (ValueError, RecursionError):
         raise RecordError(f"{name} is not the JSON that it should be") from None
 

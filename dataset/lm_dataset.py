@@ -1,46 +1,35 @@
-"""Data sets of training samples: item `i` is `(X, Y, loss_mask)`.
-
-Items are in file order and unpacked; `dataset.packing` makes rows and batches of them.
-"""
+"""Data sets of training samples, in file order; `dataset.packing` makes batches of them."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from .arrays import INDEX_DTYPE, LENGTH_DTYPE, ArrayWriter
+from .arrays import INDEX_DTYPE, LENGTH_DTYPE
 from .chat import ChatEncoder
 from .reader import read_records
-from .stored import CHUNK, ChatDataset, StoredDataset
+from .stored import ChatDataset, StoredDataset
 from .text import TextEncoder
-from .token_store import ROLES, Encoded, Encoder
+from .token_store import ROLES, Encoded
 from .turns import Spans, Turns, equal_answers, find_turns, keep_answers, keep_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Item = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
 
 class PretrainDataset(StoredDataset):
-    """The texts of a JSONL file as samples for next-token prediction.
+    """The texts of a JSONL file, `{"text"}`, as samples for next-token prediction.
 
     A document is `<s>` text `</s>`. An item holds at most `max_length` of its ids; of a longer
     document, consecutive items share one id, so that each token after `<s>` is a target once.
 
     `dataset[i]` is `(X, Y, loss_mask)`, each (len,): `X = ids[:-1]` and `Y = ids[1:]` int64,
-    `loss_mask` float32 (1 where predicting `Y` is to be learnt).
-
-    Args:
-        path: file whose lines `dataset.records.parse_text` reads.
-        tokenizer: tokenizer with a bos and an eos token.
-        max_length: most ids of an item.
-        cache_dir, skip_bad_lines: see `TokenStore.open_or_build`.
+    `loss_mask` float32 (1 where predicting `Y` is to be learnt). Arguments: see `StoredDataset`.
     """
 
     _ENCODER = TextEncoder
-    _COLUMNS = {"text_bytes": INDEX_DTYPE}
+    _COLUMNS = {**StoredDataset._COLUMNS, "text_bytes": INDEX_DTYPE}
 
     @property
     def _options(self) -> str:
@@ -56,60 +45,41 @@ class PretrainDataset(StoredDataset):
         """Targets in one epoch: all ids but each document's first."""
         return self.n_positions
 
-    @property
-    def text_bytes(self) -> int:
-        """UTF-8 bytes of all texts."""
-        return self._sum("text_bytes")
-
-    def __getitem__(self, index: int) -> Item:
-        (row,) = self._rows(index)
-        begin = int(self._items.arrays["begins"][row])
-        end = begin + int(self._items.arrays["lengths"][row])
-        ids = torch.from_numpy(self.store.ids[begin:end].astype(np.int64))
-        return ids[:-1], ids[1:], torch.ones(len(ids) - 1)
-
-    def _write_items(self, writer: ArrayWriter, encoder: Encoder) -> None:
-        for first in range(0, self._n_records, CHUNK):
-            offsets = self.store.offsets[first : first + CHUNK + 1]
-            text_bytes = self.store.arrays["bytes"][first : first + CHUNK]
-            items = -((1 - np.diff(offsets)) // (self.max_length - 1))  # of each document
-            documents = np.repeat(np.arange(len(items)), items)
-            number = np.arange(len(documents)) - np.repeat(np.cumsum(items) - items, items)
-            begins = offsets[documents] + number * (self.max_length - 1)
-            writer.append(
-                documents=first + documents,
-                prefixes=np.zeros_like(documents),
-                begins=begins,
-                lengths=np.minimum(offsets[documents + 1] - begins, self.max_length),
-                text_bytes=np.where(number == 0, text_bytes[documents], 0),
-            )
+    def _tabulate(self, first: int, stop: int, encoder: TextEncoder) -> dict[str, np.ndarray]:
+        offsets = self.store.offsets[first : stop + 1]
+        text_bytes = self.store.arrays["bytes"][first:stop]
+        items = -((1 - np.diff(offsets)) // (self.max_length - 1))  # of each document
+        documents = np.repeat(np.arange(len(items)), items)
+        number = np.arange(len(documents)) - np.repeat(np.cumsum(items) - items, items)
+        begins = offsets[documents] + number * (self.max_length - 1)
+        return {
+            "documents": first + documents,
+            "prefixes": np.zeros_like(documents),
+            "begins": begins,
+            "lengths": np.minimum(offsets[documents + 1] - begins, self.max_length),
+            "text_bytes": np.where(number == 0, text_bytes[documents], 0),
+        }
 
 
 class SFTDataset(ChatDataset):
-    """The conversations of a JSONL file as samples for instruction tuning.
+    """The conversations of a JSONL file as samples for instruction tuning; see `parse_chat`.
 
-    The targets are all tokens of the assistant's messages and the `</s>` after each. Of a longer
-    conversation than `max_length` ids, the oldest turns are left out, each whole, and if the last
-    one alone is still too long, the end of its answer is cut off. The system message stays. A
-    conversation of which nothing to learn remains has no item. An answer without text, reasoning
-    and calls is not learnt, `</s>` included.
+    The targets are all tokens of the assistant's messages and the `</s>` after each, except of
+    answers without text, reasoning and calls. Of a longer conversation than `max_length` ids, the
+    oldest turns are left out, each whole, then the end of the last answer. The system message
+    stays. A conversation of which nothing to learn remains has no item.
 
     `dataset[i]` is `(X, Y, loss_mask)`, each (len,): `X = ids[:-1]` and `Y = ids[1:]` int64,
     `loss_mask` float32, the weight of each target and 0 elsewhere.
 
     Args:
-        path: file whose lines `dataset.records.parse_chat` reads.
-        tokenizer: tokenizer with this project's chat template.
-        max_length: most ids of an item.
-        cache_dir, skip_bad_lines: see `TokenStore.open_or_build`.
-        max_turns: how many of the last turns, each a user's message and what follows it, to use;
-            None: all.
+        path, tokenizer, max_length, options: see `StoredDataset`.
+        max_turns: how many of the last turns to use; None: all.
         loss_weighting: "token" gives each target the weight of its message (1 unless the record
             sets it); "sample" divides that among the targets of an answer.
     """
 
     _COLUMNS = {**ChatDataset._COLUMNS, "targets": LENGTH_DTYPE, "text_bytes": np.dtype("<f8")}
-    _COUNTED = ("unanswered_turns", "empty_answers")
     _REASONS = {**ChatDataset._REASONS, "empty_answers": "empty answers not learnt"}
 
     def __init__(
@@ -118,43 +88,17 @@ class SFTDataset(ChatDataset):
         tokenizer: "PreTrainedTokenizerBase",
         max_length: int,
         *,
-        cache_dir: str | Path | None = None,
-        skip_bad_lines: float = 0.0,
         max_turns: int | None = None,
         loss_weighting: Literal["token", "sample"] = "token",
+        **options: Any,
     ) -> None:
-        if max_turns is not None and max_turns < 1:
-            raise ValueError(f"max_turns is {max_turns}; a sample needs at least one turn")
-        if loss_weighting not in ("token", "sample"):
-            raise ValueError(f"loss_weighting is {loss_weighting!r}, not 'token' or 'sample'")
         self.max_turns = max_turns
         self.loss_weighting = loss_weighting
-        super().__init__(
-            path, tokenizer, max_length, cache_dir=cache_dir, skip_bad_lines=skip_bad_lines
-        )
+        super().__init__(path, tokenizer, max_length, **options)
 
     @property
     def _options(self) -> str:
         return f"{self.max_length}_{self.max_turns or 'all'}_{self.loss_weighting}"
-
-    @property
-    def n_tokens(self) -> int:
-        """Targets in one epoch."""
-        return self._sum("targets")
-
-    @property
-    def text_bytes(self) -> float:
-        """UTF-8 bytes of the text that is learnt, each times its token's weight in the loss mask.
-
-        So the losses, weighted alike, give bits per byte.
-        """
-        return self._sum("text_bytes")
-
-    def __getitem__(self, index: int) -> Item:
-        positions = self._positions(*self._rows(index))
-        ids = torch.from_numpy(self.store.ids[positions].astype(np.int64))
-        weights = self._weigh(self.store.arrays["weights"][positions])
-        return ids[:-1], ids[1:], torch.from_numpy(weights)[1:]
 
     def roles(self, index: int) -> list[str]:
         """The role of the message that each id of item `index` is in: one for each, X[0] first."""
@@ -162,8 +106,10 @@ class SFTDataset(ChatDataset):
         messages = np.searchsorted(self.store.arrays["messages"], positions, side="right") - 1
         return [ROLES[role] for role in self.store.arrays["roles"][messages]]
 
+    def _weights(self, positions: np.ndarray) -> np.ndarray:
+        return self._weigh(super()._weights(positions))
+
     def _weigh(self, weights: np.ndarray) -> np.ndarray:
-        """Weights in the loss from weights in the store."""
         return equal_answers(weights) if self.loss_weighting == "sample" else weights
 
     def _keep(
@@ -190,7 +136,7 @@ class RLAIFDataset(ChatDataset):
     message as the chat template renders it, generation prompt included; and that message, without
     its reasoning. A prompt has at most `max_length` ids: of a longer one the oldest turns are left
     out, each whole, and the system message stays. Where the last turn alone is longer, there is no
-    item. The arguments are those of `SFTDataset`.
+    item. Arguments: see `StoredDataset`.
     """
 
     def __init__(
@@ -198,13 +144,9 @@ class RLAIFDataset(ChatDataset):
         path: str | Path,
         tokenizer: "PreTrainedTokenizerBase",
         max_length: int,
-        *,
-        cache_dir: str | Path | None = None,
-        skip_bad_lines: float = 0.0,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            path, tokenizer, max_length, cache_dir=cache_dir, skip_bad_lines=skip_bad_lines
-        )
+        super().__init__(path, tokenizer, max_length, **options)
         encoder = ChatEncoder(tokenizer)
         self._backend = tokenizer.backend_tokenizer
         self._header_length, self._newline_length = encoder.header_length, encoder.newline_length
@@ -244,11 +186,7 @@ class RLAIFDataset(ChatDataset):
 
 
 def dataset_kind(path: str | Path) -> type[PretrainDataset] | type[SFTDataset]:
-    """The data set for a file: of texts if its first record has a "text", else of conversations.
-
-    Raises:
-        UserError: see `read_records`.
-    """
+    """The data set for a file: of texts if its first record has a "text", else of conversations."""
     _, first = next(read_records(Path(path)), (0, b""))
     # A bad record of either kind must be named as what it is.
     is_chat = any(name in first for name in (b'"conversations"', b'"messages"', b'"instruction"'))

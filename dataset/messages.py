@@ -3,15 +3,7 @@
 import json
 from typing import Any
 
-from .fields import (
-    RecordError,
-    check_json,
-    check_string,
-    expect,
-    parse_array,
-    parse_flag,
-    parse_json,
-)
+from .fields import RecordError, expect, parse_array, parse_flag, parse_json
 
 MAX_WEIGHT = 1e6  # what is above is a mistake, and may not fit a float32
 
@@ -40,24 +32,14 @@ def as_messages(value: Any, role: str, name: str) -> list[Any]:
 
 
 def begins_a_conversation(message: Any) -> bool:
-    """Whether a message, before it is parsed, is one of the system or of a user."""
+    """Whether an unparsed message is the system's or a user's."""
     return isinstance(message, dict) and _ROLES.get(_role_name(message)) in ("system", "user")
 
 
 def is_empty_answer(message: dict[str, Any]) -> bool:
     """Whether an assistant's message has no text, no reasoning and no calls."""
-    return (
-        message["role"] == "assistant"
-        and not has_text_or_calls(message)
-        and not message.get("reasoning_content", "").strip()
-    )
-
-
-def has_text_or_calls(message: dict[str, Any]) -> bool:
-    """Whether a message is the assistant's and has text or calls a tool."""
-    return message["role"] == "assistant" and bool(
-        message["content"].strip() or message.get("tool_calls")
-    )
+    parts = (message["content"].strip(), message.get("reasoning_content", "").strip())
+    return message["role"] == "assistant" and not any(parts) and not message.get("tool_calls")
 
 
 def parse_messages(items: Any, name: str, answered: bool = True) -> list[dict[str, Any]]:
@@ -65,43 +47,34 @@ def parse_messages(items: Any, name: str, answered: bool = True) -> list[dict[st
     messages: list[dict[str, Any]] = []
     open_calls = 0
     for number, item in enumerate(expect(items, list, name), 1):
-        where = f"message {number}"
-        message = parse_message(item, where)
-        role = message["role"]
-        last = messages[-1] if messages else {"role": None}
-        calls = message.get("tool_calls", [])
-        if role == "tool":
-            if not open_calls:
-                raise RecordError(f"{where}: a tool message without a call")
-            open_calls -= 1
-        elif _role_name(item) == "function_call" and _is_same_turn(last, message):
-            last["tool_calls"] = last.get("tool_calls", []) + calls
-            open_calls += len(calls)
-            continue
-        elif last["role"] not in _FOLLOWS[role]:
-            raise RecordError(f"{where}: {_wrong_order(role, last['role'])}")
-        else:
-            open_calls = len(calls)
-        messages.append(message)
+        try:
+            open_calls = _add_message(messages, item, open_calls)
+        except RecordError as error:
+            raise RecordError(f"message {number}: {error}") from None
     if answered and all(message["role"] != "assistant" for message in messages):
         raise RecordError("no assistant message")
     return messages
 
 
-def _is_same_turn(last: dict[str, Any], message: dict[str, Any]) -> bool:
-    """Whether a function_call belongs to the message before: ShareGPT has each on its own."""
-    return last["role"] == "assistant" and last.get("weight") == message.get("weight")
-
-
-def _wrong_order(role: str, before: str | None) -> str:
-    """Why a message of `role` cannot come after one of `before`."""
-    if role == "system":
-        return "a system message that is not the first"
-    if role == before:
-        return f"two {role} messages in a row"
-    if role == "assistant":
-        return "an assistant message before any user message"
-    return "a user message before the assistant answers the tool"
+def _add_message(messages: list[dict[str, Any]], item: Any, open_calls: int) -> int:
+    """Append a message. Takes and returns the number of calls that have no result yet."""
+    message = parse_message(item)
+    role, calls = message["role"], message.get("tool_calls", [])
+    last = messages[-1] if messages else {"role": None}
+    if role == "tool":
+        if not open_calls:
+            raise RecordError("a tool message without a call")
+        messages.append(message)
+        return open_calls - 1
+    is_same_turn = role == last["role"] and message.get("weight") == last.get("weight")
+    if is_same_turn and _role_name(item) == "function_call":  # ShareGPT has each on its own
+        last["tool_calls"] = last.get("tool_calls", []) + calls
+        return open_calls + len(calls)
+    if last["role"] not in _FOLLOWS[role]:
+        before = f"after {last['role']}" if messages else "first"
+        raise RecordError(f"role {role} cannot come {before}")
+    messages.append(message)
+    return len(calls)
 
 
 def _role_name(item: dict[str, Any]) -> Any:
@@ -109,78 +82,58 @@ def _role_name(item: dict[str, Any]) -> Any:
     return item.get("role", item.get("from"))
 
 
-def parse_message(item: Any, where: str) -> dict[str, Any]:
+def parse_message(item: Any) -> dict[str, Any]:
     """One message with role and content, or ShareGPT's from and value."""
-    name = expect(_role_name(expect(item, dict, where)), str, f"{where}: its role")
+    name = expect(_role_name(expect(item, dict, "it")), str, "its role")
     if name not in _ROLES:
-        raise RecordError(f"{where}: unknown role {json.dumps(name)[:40]}")
-    content = item.get("content", item.get("value"))
-    message = {"role": _ROLES[name], "content": content}
-    learn_flags = [parse_flag(item.get(name), f'{where}: "{name}"') for name in _LEARN_FLAGS]
-    tools = parse_tools(item.get("tools"), f'{where}: "tools"')
+        raise RecordError(f"unknown role {json.dumps(name)[:40]}")
+    message = {"role": _ROLES[name], "content": item.get("content", item.get("value"))}
+    learn_flags = [parse_flag(item.get(name), f'"{name}"') for name in _LEARN_FLAGS]
+    tools = parse_tools(item.get("tools"))
     if tools:
         if message["role"] != "system":
-            raise RecordError(f'{where}: "tools" belong to the system message')
+            raise RecordError('"tools" belong to the system message')
         message["tools"] = tools
     if message["role"] == "assistant":
+        call = item.get("function_call")
         if name == "function_call":
-            calls, message["content"] = _as_calls(content, f"{where}: the function_call"), None
-        else:
-            calls = _find_calls(item, where)
+            call, message["content"] = message["content"], None
+        calls = _parse_calls(item.get("tool_calls"), call)
         if calls:
-            message["tool_calls"] = [_parse_call(call, where) for call in calls]
+            message["tool_calls"] = calls
             message["content"] = "" if message["content"] is None else message["content"]
         if item.get("reasoning_content"):
-            reasoning = check_string(item["reasoning_content"], f"{where}: reasoning_content")
-            message["reasoning_content"] = reasoning
-        if item.get("weight") is not None:
-            message["weight"] = _check_weight(item["weight"], where)
+            message["reasoning_content"] = expect(item["reasoning_content"], str, "its reasoning")
+        weight = item.get("weight")
+        if weight is not None:
+            if type(weight) not in (int, float) or not 0 <= weight <= MAX_WEIGHT:
+                raise RecordError(f"its weight is not a number from 0 to {MAX_WEIGHT:,.0f}")
+            message["weight"] = float(weight)
         if False in learn_flags:
             message["weight"] = 0.0
-    check_string(message["content"], f"{where}: its content")
+    expect(message["content"], str, "its content")
     return message
 
 
-def _find_calls(item: dict[str, Any], where: str) -> list[Any]:
-    """The calls of an assistant's message: an array, the JSON of one, or one "function_call"."""
-    calls = parse_array(item.get("tool_calls"), f'{where}: "tool_calls"')
-    if not item.get("function_call"):
-        return calls
-    if calls:
-        raise RecordError(f"{where}: both tool_calls and a function_call")
-    return _as_calls(item["function_call"], f"{where}: the function_call")
+def _parse_calls(calls: Any, call: Any) -> list[dict[str, Any]]:
+    """Names and arguments of tool_calls and a function_call, values or the JSON of them."""
+    calls = parse_array(calls, '"tool_calls"')
+    if call:
+        call = parse_json(call, "the function_call") if isinstance(call, str) else call
+        calls = calls + (call if isinstance(call, list) else [call])
+    parsed = []
+    for item in calls:
+        item = expect(item, dict, "a tool call")
+        function = expect(item.get("function") or item, dict, "a tool call")
+        name = expect(function.get("name"), str, "the name of a tool call")
+        arguments = function.get("arguments")
+        if not isinstance(arguments, str):
+            arguments = {} if arguments is None else arguments
+            expect(arguments, dict, '"arguments" of a tool call')
+        parsed.append({"name": name, "arguments": arguments})
+    return parsed
 
 
-def _as_calls(value: Any, name: str) -> list[Any]:
-    """One call, the JSON of one, or the JSON of an array of them, as an array."""
-    calls = parse_json(value, name) if isinstance(value, str) else value
-    return calls if isinstance(calls, list) else [calls]
-
-
-def _parse_call(call: Any, where: str) -> dict[str, Any]:
-    """Name and arguments of a call, alone or under "function"."""
-    call = expect(call, dict, f"{where}: a tool call")
-    function = expect(call.get("function") or call, dict, f"{where}: a tool call")
-    name = check_string(function.get("name"), f"{where}: the name of a tool call")
-    arguments = function.get("arguments")
-    where = f'{where}: "arguments" of a tool call'
-    if not isinstance(arguments, str):
-        arguments = expect({} if arguments is None else arguments, dict, where)
-    check_json(arguments, where)
-    return {"name": name, "arguments": arguments}
-
-
-def parse_tools(tools: Any, name: str) -> list[dict[str, Any]]:
+def parse_tools(tools: Any) -> list[dict[str, Any]]:
     """The schemas of tools: an array or the JSON of one."""
-    tools = parse_array(tools, name)
-    for tool in tools:
-        check_json(expect(tool, dict, f"one of {name}"), name)
-    return tools
-
-
-def _check_weight(value: Any, where: str) -> float:
-    """`value` if it is a number that a loss can be multiplied by."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= MAX_WEIGHT:
-        raise RecordError(f"{where}: its weight is not a number from 0 to {MAX_WEIGHT:,.0f}")
-    return float(value)
+    return [expect(tool, dict, 'one of "tools"') for tool in parse_array(tools, '"tools"')]

@@ -1,6 +1,4 @@
-"""Rows and batches for training, made of the items of a data set.
-
-The data sets are those of `dataset.lm_dataset` whose item `i` is `(X, Y, loss_mask)`.
+"""Rows and batches for training, made of the `(X, Y, loss_mask)` items of a data set.
 
 A row is a dict of tensors, each (T,):
 
@@ -14,6 +12,7 @@ and `sample`, the index of its first item. Padding has id 0, and restarts the po
 of its own would.
 """
 
+import bisect
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -24,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from .arrays import INDEX_DTYPE, ArrayWriter
-from .stored import StoredDataset
+from .arrays import INDEX_DTYPE, ArrayWriter, build_once
+from .stored import Item, StoredDataset
 
 PLAN_VERSION = 1
 GROUP, GROUPED = 32, 1024  # rows of like length, found among so many
@@ -39,23 +38,18 @@ class PackedRows(Dataset):
 
     Every item of the data set is in one row. Which items share a row is decided once and stored, so
     that the number of rows is the same in each epoch. `key` differs from that of other rows of the
-    same store.
-
-    Raises:
-        ValueError: if an item may be longer than a row.
-        UserError: if the plan cannot be written.
+    same store. Raises UserError if the plan cannot be written.
     """
 
     def __init__(self, dataset: StoredDataset, row_length: int) -> None:
-        if dataset.max_length - 1 > row_length:
-            raise ValueError(
-                f"items of up to {dataset.max_length - 1} positions do not fit rows of {row_length}"
-            )
+        longest = dataset.max_length - 1
+        if longest > row_length:
+            raise ValueError(f"items of up to {longest} positions do not fit rows of {row_length}")
         self.dataset = dataset
         self.row_length = row_length
         self.key = f"rows_{row_length}_{dataset.items_key}_v{PLAN_VERSION}"
         dtypes = {"items": INDEX_DTYPE, "ends": INDEX_DTYPE}
-        self._plan = dataset.store.derived(self.key, dtypes, self._write_plan)
+        self._plan = build_once(dataset.store.folder / self.key, dtypes, self._write_plan)
 
     def __len__(self) -> int:
         return len(self._plan.arrays["ends"])
@@ -90,10 +84,7 @@ class PackedRows(Dataset):
 
 
 class PaddedRows(Dataset):
-    """Each item as a row of its own; `collate` pads the rows of a batch to the longest.
-
-    `key` differs from that of other rows of the same store.
-    """
+    """Each item as a row of its own; `collate` pads the rows of a batch to the longest."""
 
     def __init__(self, dataset: StoredDataset) -> None:
         self.dataset = dataset
@@ -112,36 +103,25 @@ class PaddedRows(Dataset):
 
 
 def best_fit(lengths: np.ndarray, row_length: int) -> np.ndarray:
-    """Put items into few rows: the row of each item, rows numbered by their first item.
+    """The row of each item, packed by best-fit decreasing; rows are numbered by their first item.
 
-    Best-fit decreasing: the longest item first, each into the row with the least room that is
-    enough. Lengths are between 1 and `row_length`.
+    The longest item comes first, each goes into the row with the least room that is enough.
+    Lengths are between 1 and `row_length`.
     """
     rows = np.empty(len(lengths), dtype=np.int64)
-    with_room: list[list[int]] = [[] for _ in range(row_length + 1)]
-    rooms = 0  # bit r is set where with_room[r] is not empty
-    count = 0
-    for item in np.argsort(-lengths, kind="stable").tolist():
+    open_rows: list[tuple[int, int, int]] = []  # (room, -step, row) in order
+    for step, item in enumerate(np.argsort(-lengths, kind="stable").tolist()):
         length = int(lengths[item])
-        enough = rooms >> length
-        if enough:
-            room = length + (enough & -enough).bit_length() - 1
-            row = with_room[room].pop()
-            if not with_room[room]:
-                rooms ^= 1 << room
-        else:
-            room, row = row_length, count
-            count += 1
+        best = bisect.bisect_left(open_rows, (length,))
+        is_new = best == len(open_rows)
+        room, _, row = (row_length, 0, len(open_rows)) if is_new else open_rows.pop(best)
         rows[item] = row
-        with_room[room - length].append(row)
-        rooms |= 1 << (room - length)
+        bisect.insort(open_rows, (room - length, -step, row))
     first_items = np.unique(rows, return_index=True)[1]
-    numbers = np.empty(count, dtype=np.int64)
-    numbers[np.argsort(first_items)] = np.arange(count)
-    return numbers[rows]
+    return np.argsort(np.argsort(first_items))[rows]
 
 
-def make_row(items: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], sample: int) -> Row:
+def make_row(items: Sequence[Item], sample: int) -> Row:
     """The row of `(X, Y, loss_mask)` items, one after the other, without padding."""
     inputs, targets, masks = zip(*items, strict=True)
     input_ids = torch.cat(inputs)
@@ -171,8 +151,8 @@ def pad_row(row: Row, length: int) -> Row:
 def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     """Stack rows into a batch: (B, T) each, `sample` (B,) int64; shorter rows are padded.
 
-    No rows at all give a batch of one position that is padding, with `sample` -1, so that a
-    process that is left without data can still take part in a step.
+    No rows at all give one position of padding, with `sample` -1, so that a process that is left
+    without data can still take part in a step.
     """
     if not rows:
         nothing = torch.empty(0, dtype=torch.int64)
@@ -191,17 +171,16 @@ class RowBatches(Sampler[list[int]]):
     can be, and may leave a process an empty list. So an accumulation holds the same rows
     however it is split into batches and processes, and no row is dropped or repeated.
 
-    `start` is the number of rows that the epoch has already used, for resuming. With `lengths`,
-    those of the rows, neighbours in the order are of like length, so that batches need little
-    padding: of every GROUPED rows of the permutation, the runs of GROUP that are next by length
-    stay together, and the runs of the epoch are permuted once more.
+    `start` is the number of rows that the epoch has already used. With `lengths`, those of the
+    rows, batches need little padding: of every GROUPED rows of the permutation, runs of GROUP rows
+    of like length stay together, and the runs of the epoch are permuted once more.
     """
 
     n_rows: int
     batch_size: int
     _: KW_ONLY
     seed: int
-    epoch: int
+    epoch: int = 0
     rank: int = 0
     world_size: int = 1
     start: int = 0
@@ -244,42 +223,26 @@ def make_loader(
     rows: Dataset,
     batch_size: int,
     *,
-    seed: int,
-    epoch: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    start: int = 0,
-    shuffle: bool = False,
-    lengths: np.ndarray | None = None,
     collate_fn: Callable[[Sequence[Any]], dict[str, torch.Tensor]] = collate,
     num_workers: int | None = None,
     on_cuda: bool = False,
+    shuffle: bool = False,
+    **order: Any,
 ) -> DataLoader:
     """A DataLoader of one process's micro-batches of one epoch.
 
     Args:
         rows: rows of any kind.
-        batch_size, seed, epoch, rank, world_size, start, shuffle, lengths: see `RowBatches`.
         collate_fn: makes a batch of rows.
         num_workers: processes that read ahead; None: 2 for a GPU, else none.
         on_cuda: whether the batches go to a GPU, and so into pinned memory.
+        batch_size, shuffle, order: see `RowBatches`.
     """
-    order = RowBatches(
-        len(rows),
-        batch_size,
-        seed=seed,
-        epoch=epoch,
-        rank=rank,
-        world_size=world_size,
-        start=start,
-        shuffle=shuffle,
-        lengths=lengths,
-    )
     if num_workers is None:
         num_workers = 2 if on_cuda else 0
     return DataLoader(
         rows,
-        batch_sampler=order,
+        batch_sampler=RowBatches(len(rows), batch_size, shuffle=shuffle, **order),
         collate_fn=collate_fn,
         num_workers=num_workers,
         pin_memory=on_cuda,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .arrays import LENGTH_DTYPE, ArrayFolder, ArrayWriter
+from .arrays import LENGTH_DTYPE, ArrayFolder, build_once, find_arrays
 from .chat import ChatEncoder, Piece, render_chat
 from .packing import collate, make_row
 from .records import parse_preference
@@ -26,7 +26,8 @@ PAIR_VERSION = 2  # of what `parse_preference` makes of a line
 class PreferenceEncoder(ChatEncoder):
     """Encodes a pair as two documents: the prompt with the chosen reply, then with the other.
 
-    The targets are the assistant's tokens after the messages that both share.
+    The targets are the assistant's tokens after the messages that both share. Counted are scores
+    that do not prefer the chosen reply.
     """
 
     counted = ("tied_scores", "inverted_scores")
@@ -36,17 +37,14 @@ class PreferenceEncoder(ChatEncoder):
         self.key = f"preference {PAIR_VERSION} {self.key}"
 
     def parse(self, line: bytes) -> Parsed:
-        """The pieces of both conversations; no text is counted, as no score is by its bytes.
-
-        Counted are scores that do not prefer the chosen reply. Raises RecordError.
-        """
+        """The pieces of both conversations, and counts. Raises RecordError."""
         pair = parse_preference(line)
         sides = []
         for messages in (pair.chosen, pair.rejected):
             scored = [{**m, "weight": float(i >= pair.shared)} for i, m in enumerate(messages)]
             sides.append(self.check_control(render_chat(scored, pair.tools)))
         chosen, rejected = pair.scores or (1, 0)
-        return Parsed(tuple(sides), 0, (int(chosen == rejected), int(chosen < rejected)))
+        return sides, (int(chosen == rejected), int(chosen < rejected))
 
     def encode(self, records: Sequence[Sequence[Sequence[Piece]]]) -> Encoded:
         """Encode the conversations, two for each record."""
@@ -54,7 +52,7 @@ class PreferenceEncoder(ChatEncoder):
 
 
 class DPODataset(ChatDataset):
-    """The pairs of a JSONL file: two replies to one prompt, of which the first is preferred.
+    """The pairs of a JSONL file: two replies to one prompt, the first preferred.
 
     `dataset[i]` is a dict of tensors, each (len,): `x_chosen`, `y_chosen` int64 and `mask_chosen`
     float32, 1 where predicting `y` is scored, and the same of `rejected`. Scored are the
@@ -62,18 +60,15 @@ class DPODataset(ChatDataset):
 
     Args:
         path: file whose lines `dataset.records.parse_preference` reads.
-        tokenizer: tokenizer with this project's chat template.
-        max_prompt_length: most ids of a prompt, the header of the reply included. Of a longer one
-            the oldest turns are left out, each whole, and the system message stays. Where the last
-            turn alone is longer, there is no item.
+        tokenizer, options: see `StoredDataset`.
+        max_prompt_length: most ids of a prompt, the header of the reply included; longer ones are
+            treated as by `RLAIFDataset`.
         max_completion_length: most ids of a reply; what is longer is cut at its end.
-        cache_dir, skip_bad_lines: see `TokenStore.open_or_build`.
     """
 
     _ENCODER = PreferenceEncoder
     _DOCUMENTS = len(SIDES)
     _COLUMNS = {**ChatDataset._COLUMNS, "targets": LENGTH_DTYPE}
-    _COUNTED = PreferenceEncoder.counted
     _REASONS = {
         "dropped_turns": "turns of prompts left out: longer than --max_prompt_length",
         "cut_answers": "replies cut: longer than --max_completion_length",
@@ -88,33 +83,21 @@ class DPODataset(ChatDataset):
         tokenizer: "PreTrainedTokenizerBase",
         max_prompt_length: int,
         max_completion_length: int,
-        *,
-        cache_dir: str | Path | None = None,
-        skip_bad_lines: float = 0.0,
+        **options: Any,
     ) -> None:
         self.max_prompt_length = max_prompt_length
         self.max_completion_length = max_completion_length
         max_length = max_prompt_length + max_completion_length
-        super().__init__(
-            path, tokenizer, max_length, cache_dir=cache_dir, skip_bad_lines=skip_bad_lines
-        )
+        super().__init__(path, tokenizer, max_length, **options)
 
     @property
     def _options(self) -> str:
         return f"{self.max_prompt_length}_{self.max_completion_length}"
 
-    @property
-    def n_tokens(self) -> int:
-        """Targets in one epoch, of both sides."""
-        return self._sum("targets")
-
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         item = {}
         for side, row in zip(SIDES, self._rows(index), strict=True):
-            positions = self._positions(row)
-            ids = torch.from_numpy(self.store.ids[positions].astype(np.int64))
-            mask = torch.from_numpy(self.store.arrays["weights"][positions])[1:]
-            item |= {f"x_{side}": ids[:-1], f"y_{side}": ids[1:], f"mask_{side}": mask}
+            item[f"x_{side}"], item[f"y_{side}"], item[f"mask_{side}"] = self._sample(row)
         return item
 
     def _keep(
@@ -134,9 +117,7 @@ class DPODataset(ChatDataset):
 class PairRows(Dataset):
     """The pairs of a DPODataset as rows, each with what the reference gives its two replies.
 
-    Attributes:
-        dataset: the pairs.
-        lengths: (pairs,) positions of the longer side, int64.
+    `lengths` (pairs,) int64 are the positions of the longer side of each.
     """
 
     def __init__(self, dataset: DPODataset) -> None:
@@ -145,37 +126,23 @@ class PairRows(Dataset):
         self._cached_reference: ArrayFolder | None = None
 
     def use_reference(self, key: str) -> bool:
-        """Use the cached log-probabilities of a reference from now on.
-
-        Args:
-            key: names the reference; fit for a file name.
-
-        Returns:
-            Whether there are any.
-        """
-        self._cached_reference = self.dataset.store.find_derived(self._name(key))
+        """Use the cached log-probabilities of the reference `key`; whether there are any."""
+        self._cached_reference = find_arrays(self._folder(key))
         return self._cached_reference is not None
 
     def keep_reference(self, key: str, logps: np.ndarray) -> None:
-        """Cache a reference's log-probabilities of the replies beside the data, and use them.
+        """Cache log-probabilities of the reference `key` beside the data, and use them.
 
-        Args:
-            key: names the reference; fit for a file name.
-            logps: (pairs, 2) summed log-probabilities of chosen and rejected replies.
-
-        Raises:
-            UserError: if they cannot be written.
+        `logps` is (pairs, 2), summed over chosen and rejected replies.
         """
-
-        def fill(writer: ArrayWriter) -> None:
-            writer.append(logps=logps.flatten())
-
-        self._cached_reference = self.dataset.store.derived(
-            self._name(key), {"logps": np.dtype("<f4")}, fill
+        self._cached_reference = build_once(
+            self._folder(key),
+            {"logps": np.dtype("<f4")},
+            lambda writer: writer.append(logps=logps.flatten()),
         )
 
-    def _name(self, key: str) -> str:
-        return f"reference_{key}_{self.dataset.items_key}"
+    def _folder(self, key: str) -> Path:
+        return self.dataset.store.folder / f"reference_{key}_{self.dataset.items_key}"
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -199,10 +166,9 @@ class PairRows(Dataset):
 
 
 def collate_pairs(pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stack pairs into a batch: all chosen rows, then all rejected ones.
+    """Stack pairs as `collate` does rows, all chosen ones first, then all rejected ones.
 
-    (2B, T) each as by `dataset.packing.collate`, `sample` (B,) and `reference` (2B,). No pairs at
-    all give a batch of one pair of padding, with `sample` -1.
+    (2B, T) each, `sample` (B,) and `reference` (2B,). No pairs at all give one pair of padding.
     """
     if not pairs:
         nothing = collate([])

@@ -1,7 +1,6 @@
 """Parse one record of a data file, which `dataset.reader` finds.
 
-A record that cannot be used raises `RecordError` with the reason alone; the code that reads the
-file adds its name and the line, collects them in `BadLines`, and raises `UserError`.
+One that cannot be used raises `RecordError`; what reads the file collects these in `BadLines`.
 """
 
 import math
@@ -11,11 +10,11 @@ from typing import Any, NamedTuple
 
 from common import UserError
 
-from .fields import RecordError, check_string, check_text, parse_flag, parse_object
+from .fields import RecordError, check_text, expect, parse_flag, parse_object
 from .messages import (
     as_messages,
     begins_a_conversation,
-    has_text_or_calls,
+    is_empty_answer,
     parse_message,
     parse_messages,
     parse_tools,
@@ -23,37 +22,23 @@ from .messages import (
 
 SHOWN_BAD_LINES = 10
 
-# Fields of a preference pair that rate the chosen and the rejected reply.
-_SCORES = (
-    ("score_chosen", "score_rejected"),
-    ("chosen_score", "rejected_score"),
-    ("chosen_rating", "rejected_rating"),
-)
-
 
 @dataclass
 class BadLines:
-    """The number of bad lines of a file, and the first ten of them as (line number, reason).
-
-    `total` is the number of all its records, good ones too; blank lines are none.
-    """
+    """The number of bad lines of a file, the first ten as (line number, reason), and all lines."""
 
     count: int = 0
     first: list[tuple[int, str]] = field(default_factory=list)
     total: int = 0
 
     def add(self, line_number: int, reason: str) -> None:
-        """Note one bad line; line numbers start at 1. The total stays as it is."""
+        """Note one bad line; the total stays as it is."""
         self.count += 1
         if len(self.first) < SHOWN_BAD_LINES:
             self.first.append((line_number, reason))
 
     def check(self, path: Path, skip_bad_lines: float) -> None:
-        """Raise UserError if more than the share `skip_bad_lines` of the file's lines is bad.
-
-        It names the first ten as `file:line: reason`, then the total, and the way out if that does
-        not lose most of the file.
-        """
+        """Raise UserError if more than the share `skip_bad_lines` of the file's lines is bad."""
         share = self.count / max(1, self.total)
         if share <= skip_bad_lines:
             return
@@ -76,14 +61,13 @@ def parse_text(line: bytes) -> str:
 class ParsedChat(NamedTuple):
     """The messages of a chat and the tools in it, whatever the shape of the record was.
 
-    `messages` are dicts as `apply_chat_template` takes them. Each has `role` (system, user,
-    assistant or tool) and `content`, a string. One of the assistant may have `reasoning_content`, a
-    string; `tool_calls`, dicts of `name` and `arguments`, which is a dict or a string of JSON; and
-    `weight`, what its tokens' loss is multiplied by. `tools` are JSON schemas, as dicts.
+    `messages` are dicts as `apply_chat_template` takes them, with `role` (system, user, assistant
+    or tool) and `content`, a string. The assistant's may have `reasoning_content`, a string;
+    `tool_calls`, dicts of `name` and `arguments`, a dict or a string of JSON; and `weight`, a
+    factor of its tokens' loss. `tools` are JSON schemas, as dicts.
 
-    A system message is the first. A user and the assistant take turns; after an assistant's calls
-    may come as many tool messages, which the assistant answers. There is an assistant message, but
-    the last message may be one without an answer.
+    A system message is the first. User and assistant take turns; after an assistant's calls may
+    come as many tool messages. The last message may be one without an answer.
     """
 
     messages: list[dict[str, Any]]
@@ -91,10 +75,7 @@ class ParsedChat(NamedTuple):
 
 
 def record_text(line: bytes) -> str:
-    """All text of a record of any kind, its parts joined by newlines. Raises RecordError.
-
-    Of a preference pair that is the chosen side; tools and calls are left out.
-    """
+    """All text of a record, of a pair the chosen side, joined by newlines. Raises RecordError."""
     names = parse_object(line).keys()
     if "text" in names:
         return parse_text(line)
@@ -106,9 +87,8 @@ def record_text(line: bytes) -> str:
 class Preference(NamedTuple):
     """Two continuations of one prompt, of which the first is preferred.
 
-    `chosen` and `rejected` are messages as in a ParsedChat, and begin with the same
-    `shared` ones, a user's among them; an assistant's follows in both. `tools` are JSON schemas.
-    `scores` rate the chosen and the rejected reply, where the record has such numbers.
+    `chosen` and `rejected` are messages as in a ParsedChat, and begin with the same `shared` ones,
+    a user's among them; an assistant's follows in both. `scores` rate the two replies.
     """
 
     chosen: list[dict[str, Any]]
@@ -125,9 +105,7 @@ def parse_preference(line: bytes) -> Preference:
         {"prompt": …, "chosen": …, "rejected": …}           strings, messages or arrays of them
         {"conversations": [messages], "chosen": …, "rejected": …}   as ShareGPT; or "messages"
 
-    Messages have the forms that `parse_chat` reads, and "system" and "tools" may stand
-    beside them, and numbers as "score_chosen" and "score_rejected". A prompt that both sides repeat
-    counts once.
+    "system", "tools", and numbers as "score_chosen" and "score_rejected" may stand beside them.
     """
     record = parse_object(line)
     given = {}
@@ -155,46 +133,33 @@ def parse_preference(line: bytes) -> Preference:
         raise RecordError("the two sides have no prompt in common")
     for name, messages in sides.items():
         reply = messages[shared:]
-        if not reply or reply[0]["role"] != "assistant":
-            raise RecordError(f'"{name}": no reply of the assistant after what both sides share')
-        if reply[-1]["role"] != "assistant":
-            raise RecordError(f'"{name}": the last message is not the assistant\'s')
-        if not any(has_text_or_calls(message) for message in reply):
+        if not reply or not reply[0]["role"] == reply[-1]["role"] == "assistant":
+            raise RecordError(f'"{name}": what both sides share is not followed by a reply')
+        if all(is_empty_answer(message) for message in reply if message["role"] == "assistant"):
             raise RecordError(f'"{name}": the reply is empty')
     tools = _take_tools(record, chosen)
     rejected[0].pop("tools", None)  # the same, as it is shared
-    return Preference(chosen, rejected, shared, tools, _find_scores(record))
-
-
-def _find_scores(record: dict[str, Any]) -> tuple[float, float] | None:
-    """How a record rates the chosen and the rejected reply, if by two numbers."""
-    for names in _SCORES:
-        chosen, rejected = (record.get(name) for name in names)
-        if all(type(score) in (int, float) for score in (chosen, rejected)):
-            return chosen, rejected
-    return None
+    scores = record.get("score_chosen"), record.get("score_rejected")
+    are_numbers = all(type(score) in (int, float) for score in scores)
+    return Preference(chosen, rejected, shared, tools, scores if are_numbers else None)
 
 
 def _parse_prompt(record: dict[str, Any], sides: list[list[Any]]) -> list[Any]:
     """The messages that stand before both sides; none where these are whole conversations."""
-    whole = all(side and begins_a_conversation(side[0]) for side in sides)
-    for name in ("prompt", "conversations", "messages"):
-        if record.get(name) is None:
-            continue
-        prompt = as_messages(record[name], "user", f'"{name}"')
-        # "messages" beside whole conversations may be the chosen one once more.
-        if whole and (name != "prompt" or all(_repeats(side, prompt) for side in sides)):
-            return []
-        return prompt
-    return []
+    names = [n for n in ("prompt", "conversations", "messages") if record.get(n) is not None]
+    if not names:
+        return []
+    prompt = as_messages(record[names[0]], "user", f'"{names[0]}"')
+    is_whole = all(side and begins_a_conversation(side[0]) for side in sides)
+    # "messages" beside whole conversations may be the chosen one once more.
+    if is_whole and (names[0] != "prompt" or all(_repeats(side, prompt) for side in sides)):
+        return []
+    return prompt
 
 
 def _repeats(side: list[Any], prompt: list[Any]) -> bool:
     """Whether a conversation begins with a prompt, which may lack its system message."""
-    first, second = (
-        [parse_message(item, f"message {i}") for i, item in enumerate(items, 1)]
-        for items in (side, prompt)
-    )
+    first, second = ([parse_message(item) for item in items] for items in (side, prompt))
     if first[:1] != second[:1] and first[0]["role"] == "system":
         first = first[1:]
     return first[: len(second)] == second
@@ -210,19 +175,9 @@ def parse_chat(line: bytes) -> ParsedChat:
     Beside each there may be "system", a string; "tools", an array or the JSON of one, which the
     system message may have instead; and "mask_history": if it is true, only answers to the last
     question are learnt. The last shape may have "history", an array of [question, answer].
-
-    Of an assistant's message, "weight" scales the loss of its tokens; it is 0 if one of "train",
-    "training", "loss" and "loss_mask" is false or 0.
     """
     record = parse_object(line)
-    for name in ("conversations", "messages"):
-        if record.get(name) is not None:
-            messages = parse_messages(record[name], f'"{name}"')
-            break
-    else:
-        if "instruction" not in record:
-            raise RecordError('no "conversations", "messages" or "instruction"')
-        messages = parse_messages(_alpaca_messages(record), "")
+    messages = _find_messages(record, "conversations", "messages")
     if parse_flag(record.get("mask_history"), '"mask_history"'):
         _mask_history(messages)
     messages = _add_system(record, messages)
@@ -232,19 +187,12 @@ def parse_chat(line: bytes) -> ParsedChat:
 def parse_question(line: bytes) -> tuple[ParsedChat, str | None]:
     """What is to be answered on one line, and the answer that it gives itself, if it does.
 
-    The line has a form that `parse_chat` reads, but needs no answer; or in place of the
-    conversation it has a "prompt", a string or messages. Raises RecordError.
+    As `parse_chat`, but no answer is needed, and there may be a "prompt". Raises RecordError.
     """
     record = parse_object(line)
-    names = [n for n in ("conversations", "messages", "prompt") if record.get(n) is not None]
-    if names:
-        items = as_messages(record[names[0]], "user", f'"{names[0]}"')
-        messages = parse_messages(items, f'"{names[0]}"', answered=False)
-    elif "instruction" in record:
-        messages = parse_messages(_alpaca_messages({"output": "", **record}), "")
-    else:
-        raise RecordError('no "prompt", "conversations", "messages" or "instruction"')
-    messages = _add_system(record, messages) if messages else messages
+    names = ("conversations", "messages", "prompt")
+    messages = _find_messages({"output": "", **record}, *names, answered=False)
+    messages = _add_system(record, messages)
     tools = _take_tools(record, messages)
     reference = None
     if messages and messages[-1]["role"] == "assistant":
@@ -254,11 +202,24 @@ def parse_question(line: bytes) -> tuple[ParsedChat, str | None]:
     return ParsedChat(messages, tools), reference
 
 
+def _find_messages(
+    record: dict[str, Any], *names: str, answered: bool = True
+) -> list[dict[str, Any]]:
+    """The messages of the first of these fields that is there, or of an instruction."""
+    for name in names:
+        if record.get(name) is not None:
+            items = as_messages(record[name], "user", f'"{name}"')
+            return parse_messages(items, f'"{name}"', answered)
+    if "instruction" not in record:
+        raise RecordError("no " + ", ".join(f'"{name}"' for name in names) + ' or "instruction"')
+    return parse_messages(_alpaca_messages(record), "")
+
+
 def _add_system(record: dict[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages after the record's own "system", if there is one that they do not begin with."""
-    if not record.get("system"):
+    if not record.get("system") or not messages:
         return messages
-    content = check_string(record["system"], '"system"')
+    content = expect(record["system"], str, '"system"')
     if messages[0]["role"] != "system":
         return [{"role": "system", "content": content}, *messages]
     if messages[0]["content"] != content:
@@ -268,7 +229,7 @@ def _add_system(record: dict[str, Any], messages: list[dict[str, Any]]) -> list[
 
 def _take_tools(record: dict[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The tools of a record or of its system message, from which they are taken away."""
-    tools = parse_tools(record.get("tools"), '"tools"')
+    tools = parse_tools(record.get("tools"))
     others = messages[0].pop("tools", tools) if messages else tools
     if tools and others != tools:
         raise RecordError('"tools" and the "tools" of the system message differ')
@@ -292,10 +253,10 @@ def _alpaca_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
         isinstance(pair, list) and len(pair) == 2 for pair in history
     ):
         raise RecordError('"history" is not an array of [question, answer]')
-    question = check_string(record["instruction"], '"instruction"')
+    question = expect(record["instruction"], str, '"instruction"')
     if record.get("input"):
-        question += "\n" * bool(question) + check_string(record["input"], '"input"')
-    answer = check_string(record.get("output"), '"output"')
+        question += "\n" * bool(question) + expect(record["input"], str, '"input"')
+    answer = expect(record.get("output"), str, '"output"')
     return [
         {"role": role, "content": content}
         for pair in [*history, [question, answer]]

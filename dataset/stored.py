@@ -5,23 +5,26 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from common import UserError
 
-from .arrays import INDEX_DTYPE, LENGTH_DTYPE, ArrayWriter
+from .arrays import INDEX_DTYPE, LENGTH_DTYPE, ArrayWriter, build_once
 from .chat import ChatEncoder
-from .token_store import Encoded, Encoder, TokenStore
+from .text import TextTokenizer
+from .token_store import Encoded, TokenStore
 from .turns import Spans, Turns, find_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHUNK = 1 << 16  # documents, or rows of a table, looked at together
-CHUNK_TOKENS = 1 << 20  # or tokens, where they are looked at, too
+Item = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+CHUNK = 1 << 16  # rows of a table looked at together
+CHUNK_TOKENS = 1 << 20  # or tokens
 
 
 class StoredDataset(Dataset, ABC):
@@ -31,19 +34,24 @@ class StoredDataset(Dataset, ABC):
     the document it takes, `lengths` in all, namely the first `prefixes` and those from position
     `begins` on. An item that is made of several documents has as many rows.
 
-    Attributes:
-        store: token ids of the file.
+    Args:
+        path: JSONL file.
+        tokenizer: tokenizer with this project's chat template, or for texts any with bos and eos.
         max_length: most ids of an item.
-        part: which records of the file are used.
+        cache_dir, skip_bad_lines: see `TokenStore.open_or_build`.
 
     Raises:
         UserError: see `TokenStore.open_or_build`; also if there are no items.
-        ValueError: for a max_length below 2.
     """
 
-    _ENCODER: Callable[["PreTrainedTokenizerBase"], Encoder]
-    _COLUMNS: dict[str, np.dtype] = {}  # of the table, for sums
-    _COUNTED: tuple[str, ...] = ()  # what the encoder counts and is of interest
+    _ENCODER: type[TextTokenizer]
+    _COLUMNS = {  # of the table; subclasses add what is summed
+        "documents": INDEX_DTYPE,
+        "prefixes": LENGTH_DTYPE,
+        "begins": INDEX_DTYPE,
+        "lengths": LENGTH_DTYPE,
+    }
+    _REASONS: dict[str, str] = {}  # why something is missing, by the names of `counts`
     _DOCUMENTS = 1  # of each record in the store, and of each item
 
     def __init__(
@@ -55,37 +63,28 @@ class StoredDataset(Dataset, ABC):
         cache_dir: str | Path | None = None,
         skip_bad_lines: float = 0.0,
     ) -> None:
-        if max_length < 2:
-            raise ValueError(f"max_length is {max_length}; an item needs at least two ids")
         encoder = self._ENCODER(tokenizer)
         self.max_length = max_length
         self.store = TokenStore.open_or_build(
             path, encoder, cache_dir=cache_dir, skip_bad_lines=skip_bad_lines
         )
-
-        def write(writer: ArrayWriter) -> dict[str, int]:
-            self._write_items(writer, encoder)
-            return self._count(np.ones(self._n_records, dtype=bool))
-
-        self._use("all", write)
+        self._n_records = len(self.store.lines) // self._DOCUMENTS
+        self._use("all", partial(self._write_items, encoder))
 
     @property
     @abstractmethod
     def _options(self) -> str:
-        """All that the items depend on, besides `store` and `part`; fit for a file name."""
+        """All that the items depend on, besides `store` and the part; fit for a file name."""
 
     @abstractmethod
-    def _write_items(self, writer: ArrayWriter, encoder: Encoder) -> None:
-        """Write the table of all items."""
+    def _tabulate(self, first: int, stop: int, encoder: Any) -> dict[str, np.ndarray]:
+        """The table's columns for the documents from `first` up to `stop`."""
 
     def split(self, val_ratio: float) -> tuple["StoredDataset", "StoredDataset"]:
         """Two data sets that share no record: one to train on, and `val_ratio` of all held out.
 
         Which records are held out depends on their number and the ratio alone, so that runs with
-        different seeds, or resumed, are measured on the same ones.
-
-        Raises:
-            UserError: if there is only one record, or a part has no items.
+        different seeds are measured on the same ones. Raises UserError if a part has no items.
         """
         if self._n_records < 2:
             raise UserError(f"{self.store.path}: one document cannot be split for validation")
@@ -94,6 +93,16 @@ class StoredDataset(Dataset, ABC):
         for name, part in (("train", train), ("val", val)):
             part._use(f"{name}_{held_out}", partial(self._select, held_out, name == "val"))
         return train, val
+
+    def _write_items(self, encoder: TextTokenizer, writer: ArrayWriter) -> dict[str, int]:
+        """Write the rows of all records."""
+        offsets, first = self.store.offsets, 0
+        while first < len(offsets) - 1:
+            stop = int(np.searchsorted(offsets, offsets[first] + CHUNK_TOKENS, side="right")) - 1
+            stop = max(stop - stop % self._DOCUMENTS, first + self._DOCUMENTS)
+            writer.append(**self._tabulate(first, stop, encoder))
+            first = stop
+        return self._count(np.ones(self._n_records, dtype=bool))
 
     def _select(self, held_out: int, is_held_out: bool, writer: ArrayWriter) -> dict[str, int]:
         """Write the rows of the records that are held out, or of all others."""
@@ -108,51 +117,48 @@ class StoredDataset(Dataset, ABC):
 
     def _use(self, part: str, write: Callable[[ArrayWriter], dict[str, int]]) -> None:
         """Use the table of some records, written first if need be."""
-        self.part = part
-        dtypes = {
-            "documents": INDEX_DTYPE,
-            "prefixes": LENGTH_DTYPE,
-            "begins": INDEX_DTYPE,
-            "lengths": LENGTH_DTYPE,
-            **self._COLUMNS,
-        }
-        self._items = self.store.derived(f"spans_{self.items_key}", dtypes, write)
+        self._part = part
+        folder = self.store.folder / f"spans_{self.items_key}"
+        self._items = build_once(folder, self._COLUMNS, write)
         if len(self) == 0:
-            raise UserError(
-                f"{self.store.path}: nothing to learn, or nothing that fits; a larger "
-                "--max_seq_len may help"
-            )
+            problem = "nothing to learn, or nothing that fits; a larger --max_seq_len may help"
+            raise UserError(f"{self.store.path}: {problem}")
 
     def _count(self, records: np.ndarray) -> dict[str, int]:
         """The number of some records, and what the encoder counted in them."""
-        counted = {n: self.store.arrays[n][:: self._DOCUMENTS] for n in self._COUNTED}
-        sums = {name: int(counts[records].sum()) for name, counts in counted.items()}
-        return {"records": int(records.sum()), **sums}
-
-    @property
-    def _n_records(self) -> int:
-        """The number of all good records of the file."""
-        return len(self.store.lines) // self._DOCUMENTS
+        counts = {"records": int(records.sum())}
+        for name in self._REASONS.keys() & self.store.arrays.keys():
+            counts[name] = int(self.store.arrays[name][:: self._DOCUMENTS][records].sum())
+        return counts
 
     def _sum(self, column: str) -> int | float:
-        """The sum of a column of the table."""
         values = self._items.arrays[column]
         return values.sum(dtype=np.result_type(values, np.int64)).item()
 
     @property
     def items_key(self) -> str:
         """Tells these items from others of the same store; fit for a file name."""
-        return f"{self._options}_{self.part}"
+        return f"{self._options}_{self._part}"
 
     @property
     def fingerprint(self) -> str:
         """Identifies the items, wherever the file lies."""
-        return f"{self.store.content} {self.part} {self._options}"
+        return f"{self.store.content} {self._part} {self._options}"
 
     @property
     def n_documents(self) -> int:
         """Records that have items."""
         return len(self)
+
+    @property
+    def n_tokens(self) -> int:
+        """Targets in one epoch."""
+        return self._sum("targets")
+
+    @property
+    def text_bytes(self) -> float:
+        """UTF-8 bytes of the text that is learnt, weighted as the losses: for bits per byte."""
+        return self._sum("text_bytes")
 
     @property
     def n_positions(self) -> int:
@@ -165,10 +171,19 @@ class StoredDataset(Dataset, ABC):
         return self.store.bad_lines.count
 
     @property
+    def counts(self) -> dict[str, int]:
+        """What is missing of the file, bad lines aside, by the names in `notes`."""
+        meta = self._items.meta
+        sums = {name: self._sum(name) for name in self._REASONS.keys() & self._COLUMNS.keys()}
+        counts = {**meta, **sums, "left_out": meta["records"] - len(self)}
+        return {name: counts[name] for name in self._REASONS}
+
+    @property
     def notes(self) -> list[str]:
-        """What is to be known of the file, a line for each: its bad lines that are left out."""
-        bad = self.n_bad_lines
-        return [f"{bad:,} bad lines of the file left out"] if bad else []
+        """What is to be known of the file, a line for each."""
+        counts = {"bad_lines": self.n_bad_lines, **self.counts}
+        reasons = {"bad_lines": "bad lines of the file left out", **self._REASONS}
+        return [f"{count:,} {reasons[name]}" for name, count in counts.items() if count]
 
     def __len__(self) -> int:
         return len(self._items.arrays["documents"]) // self._DOCUMENTS
@@ -198,17 +213,31 @@ class StoredDataset(Dataset, ABC):
         table = self._items.arrays
         start, begin = self.store.offsets[self._document(row)], table["begins"][row]
         prefix, length = int(table["prefixes"][row]), int(table["lengths"][row])
-        return np.append(
-            np.arange(start, start + prefix), np.arange(begin, begin + length - prefix)
-        )
+        rest = np.arange(begin, begin + length - prefix)
+        return np.append(np.arange(start, start + prefix), rest)
+
+    def __getitem__(self, index: int) -> Item:
+        return self._sample(*self._rows(index))
+
+    def _sample(self, row: int) -> Item:
+        """`(X, Y, loss_mask)` of a row."""
+        positions = self._positions(row)
+        ids = torch.from_numpy(self.store.ids[positions].astype(np.int64))
+        return ids[:-1], ids[1:], torch.from_numpy(self._weights(positions))[1:]
+
+    def _weights(self, positions: np.ndarray) -> np.ndarray:
+        """(ids,) float32, how much each of some ids counts as a target."""
+        weights = self.store.arrays.get("weights")
+        return np.ones(len(positions), np.float32) if weights is None else weights[positions]
 
 
 class ChatDataset(StoredDataset):
     """The conversations of a file: an item for each of which something can be used."""
 
     _ENCODER = ChatEncoder
-    _COLUMNS = {"dropped_turns": LENGTH_DTYPE, "cut_answers": LENGTH_DTYPE}
-    _COUNTED = ("unanswered_turns",)
+    _COLUMNS = StoredDataset._COLUMNS | dict.fromkeys(
+        ("dropped_turns", "cut_answers"), LENGTH_DTYPE
+    )
     _REASONS = {
         "unanswered_turns": "last turns left out: they have no answer",
         "dropped_turns": "turns left out: their conversations are longer than --max_seq_len",
@@ -222,38 +251,17 @@ class ChatDataset(StoredDataset):
     ) -> tuple[Spans, dict[str, np.ndarray]]:
         """What items take of some conversations, and further columns of the table."""
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """What is missing of the file's conversations, bad lines aside, by the names in `notes`."""
-        meta = self._items.meta
-        left_out = meta["records"] - len(self)
-        sums = {name: self._sum(name) for name in ("dropped_turns", "cut_answers")}
-        counts = {**meta, **sums, "left_out": left_out}
-        return {name: counts[name] for name in self._REASONS}
-
-    @property
-    def notes(self) -> list[str]:
-        """What is to be known of the file: its bad lines, and each count that is not 0."""
-        counts = self.counts
-        missing = [f"{counts[name]:,} {why}" for name, why in self._REASONS.items() if counts[name]]
-        return [*super().notes, *missing]
-
-    def _write_items(self, writer: ArrayWriter, encoder: ChatEncoder) -> None:
-        offsets, first = self.store.offsets, 0
-        while first < len(offsets) - 1:
-            stop = np.searchsorted(offsets, offsets[first] + CHUNK_TOKENS, side="right") - 1
-            stop = max(int(stop - stop % self._DOCUMENTS), first + self._DOCUMENTS)
-            chats = self.store.read(first, stop)
-            spans, columns = self._keep(chats, find_turns(chats), encoder)
-            taken = (spans.ends > spans.begins).reshape(-1, self._DOCUMENTS)
-            used = np.repeat(taken.all(axis=1), self._DOCUMENTS)
-            columns |= {
-                "documents": np.arange(first, stop),
-                "prefixes": spans.prefixes,
-                "begins": spans.begins + offsets[first],
-                "lengths": spans.prefixes + spans.ends - spans.begins,
-                "dropped_turns": spans.dropped_turns,
-                "cut_answers": spans.cut,
-            }
-            writer.append(**{name: values[used] for name, values in columns.items()})
-            first = stop
+    def _tabulate(self, first: int, stop: int, encoder: ChatEncoder) -> dict[str, np.ndarray]:
+        chats = self.store.read(first, stop)
+        spans, columns = self._keep(chats, find_turns(chats), encoder)
+        taken = (spans.ends > spans.begins).reshape(-1, self._DOCUMENTS)
+        used = np.repeat(taken.all(axis=1), self._DOCUMENTS)
+        columns |= {
+            "documents": np.arange(first, stop),
+            "prefixes": spans.prefixes,
+            "begins": spans.begins + self.store.offsets[first],
+            "lengths": spans.prefixes + spans.ends - spans.begins,
+            "dropped_turns": spans.dropped_turns,
+            "cut_answers": spans.cut,
+        }
+        return {name: values[used] for name, values in columns.items()}

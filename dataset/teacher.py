@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .arrays import INDEX_DTYPE, ArrayWriter
+from .arrays import INDEX_DTYPE, ArrayWriter, build_once
 from .packing import PackedRows, PaddedRows, Row, collate
 
 DTYPES = {"ids": np.dtype("<i4"), "logps": np.dtype("<f4"), "ends": INDEX_DTYPE}
@@ -20,16 +20,13 @@ class TeacherTopK(Dataset):
     """Rows, each with a teacher's most probable tokens for its targets.
 
     Row `i` is that of `rows` with `teacher_ids` int64 and `teacher_logps` float32, (targets, top),
-    for each position whose loss mask is above 0, in order.
+    for each position whose loss mask is above 0, in order. Raises UserError if the cache cannot be
+    written.
 
     Args:
-        rows: rows to add to.
         key: names the teacher and what it is given; fit for a file name.
         top: how many tokens are stored for each target.
         score: computes what is stored for all rows, in order; called unless it is cached.
-
-    Raises:
-        UserError: if the cache cannot be written.
     """
 
     def __init__(
@@ -51,7 +48,7 @@ class TeacherTopK(Dataset):
                 end = int(ends[-1])
 
         name = f"teacher_{key}_top{top}_{rows.key}"
-        self._cached_teacher = self.dataset.store.derived(name, DTYPES, fill)
+        self._cached_teacher = build_once(self.dataset.store.folder / name, DTYPES, fill)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -74,10 +71,9 @@ class TeacherTopK(Dataset):
 
 
 def collate_with_teacher(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-    """Stack rows as `dataset.packing.collate` does, with the teacher's tokens where rows have them.
+    """Stack rows as `collate` does, with the teacher's tokens where rows have them.
 
-    `teacher_ids` and `teacher_logps` are (targets of the batch, top), in the order of
-    `batch[…][loss_mask > 0]`.
+    `teacher_ids` and `teacher_logps` are (targets, top), in the order of `batch[…][loss_mask > 0]`.
     """
     names = [name for name in ("teacher_ids", "teacher_logps") if rows and name in rows[0]]
     batch = collate([{name: row[name] for name in row if name not in names} for row in rows])

@@ -3,8 +3,9 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -13,12 +14,13 @@ from common import UserError
 from model import tokenizer_hash
 
 from .records import parse_text
-from .token_store import BATCH_BYTES, Encoded, Parsed
+from .token_store import Encoded, Parsed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PIECE_CHARS = 1 << 16  # longer texts are encoded in pieces
+BATCH_PIECES = 1024  # that are encoded together: enough to occupy all cores
 
 LANGUAGES = ("Chinese", "English", "code/other")
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
@@ -27,17 +29,12 @@ _SPACE = re.compile(r"\s+")
 
 
 class TextTokenizer:
-    """Text to ids by a transformers tokenizer, such that no text can produce a control token.
-
-    It works on a private copy of the tokenizer's backend.
+    """Text to ids by a private copy of a tokenizer, such that no text can produce a control token.
 
     Attributes:
         hash: the tokenizer's `tokenizer_hash`.
         special: ids that no text gives, by token.
         dtype: the smallest that holds the ids, uint16 or uint32.
-
-    Raises:
-        UserError: if the tokenizer has no such backend.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -51,15 +48,10 @@ class TextTokenizer:
         self._backend.no_padding()
         self._backend.no_truncation()
         self.hash = tokenizer_hash(tokenizer)
-        self._backend.encode_special_tokens = True
         self._added = self._backend.get_added_tokens_decoder()
         self.special = {token.content: id_ for id_, token in self._added.items() if token.special}
         largest_id = max(self._backend.get_vocab(with_added_tokens=True).values())
         self.dtype = np.dtype("<u2" if largest_id < 1 << 16 else "<u4")
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._backend.encode_special_tokens = True  # which the library does not pickle
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, of `dtype`, without `<s>` and `</s>`.
@@ -68,16 +60,17 @@ class TextTokenizer:
         a newline as a token of its own that changes nothing; other tokenizers may see one token
         in tens of thousands split in two.
         """
-        pieces = ((owner, piece) for owner, text in enumerate(texts) for piece in _cut(text))
+        self._backend.encode_special_tokens = True  # here, since the library does not pickle it
+        pieces = [(owner, piece) for owner, text in enumerate(texts) for piece in _cut(text)]
         parts: list[list[np.ndarray]] = [[] for _ in texts]
-        for batch in _batches_of_pieces(pieces):
-            encodings = self._backend.encode_batch_fast(
-                [piece for _, piece in batch], add_special_tokens=False
-            )
-            for (owner, _), encoding in zip(batch, encodings, strict=True):
+        for start in range(0, len(pieces), BATCH_PIECES):
+            owners, batch = zip(*pieces[start : start + BATCH_PIECES], strict=True)
+            encodings = self._backend.encode_batch_fast(batch, add_special_tokens=False)
+            for owner, encoding in zip(owners, encodings, strict=True):
                 parts[owner].append(np.array(encoding.ids, dtype=self.dtype))
         return [np.concatenate(part) for part in parts]
 
+    @cached_property
     def byte_counts(self) -> np.ndarray:
         """(largest id + 1,) int64, the UTF-8 bytes of text that each id stands for.
 
@@ -108,42 +101,27 @@ def _cut(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _batches_of_pieces(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """As many pieces together as make BATCH_BYTES characters."""
-    batch: list[tuple[int, str]] = []
-    chars = 0
-    for owner, piece in pieces:
-        batch.append((owner, piece))
-        chars += len(piece)
-        if chars >= BATCH_BYTES:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
-
-
-class TextEncoder:
-    """Encodes `{"text"}` lines as documents `<s>` text `</s>`."""
+class TextEncoder(TextTokenizer):
+    """Encodes `{"text"}` lines as documents `<s>` text `</s>`, and counts their UTF-8 bytes."""
 
     is_chat = False
-    counted = ()
+    counted = ("bytes",)
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self._tokenizer = TextTokenizer(tokenizer)
+        super().__init__(tokenizer)
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         if self._bos is None or self._eos is None:
             raise UserError("--tokenizer_path: this tokenizer lacks a bos_token or an eos_token")
-        self.dtype = self._tokenizer.dtype
-        self.key = f"pretrain {self._bos} {self._eos} {self._tokenizer.hash}"
+        self.key = f"pretrain {self._bos} {self._eos} {self.hash}"
 
     def parse(self, line: bytes) -> Parsed:
         """The text of a line and its UTF-8 bytes. Raises RecordError."""
         text = parse_text(line)
-        return Parsed(text, len(text.encode("utf-8")))
+        return text, (len(text.encode("utf-8")),)
 
     def encode(self, records: Sequence[str]) -> Encoded:
         """Ids of the documents, `<s>` and `</s>` included."""
-        texts = self._tokenizer.encode_batch(records)
+        texts = self.encode_batch(records)
         bos, eos = (np.array([id_], dtype=self.dtype) for id_ in (self._bos, self._eos))
         parts = [part for text in texts for part in (bos, text, eos)]
         lengths = np.array([len(text) + 2 for text in texts], dtype=np.int64)

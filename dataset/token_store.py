@@ -5,8 +5,7 @@ The store of `data.jsonl` is the folder `data.jsonl.{key}.tokens/`, as `dataset.
     ids        token ids of all documents in file order, uint16 or uint32
     offsets    (documents + 1,) int64; document d is ids[offsets[d] : offsets[d + 1]]
     lines      (documents,) int64; the line that each document begins on, from 1
-    bytes      (documents,) int64; the UTF-8 bytes of each document's text
-    …          (documents,) int64; whatever else the encoder counts in each, by its name
+    …          (documents,) int64; whatever the encoder counts in each, by its name
     meta.json  what it was made of, and the bad lines that were found
 
 and of conversations:
@@ -21,7 +20,7 @@ Tables derived from a store are folders inside it.
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -43,25 +42,18 @@ SAMPLED_BLOCKS = 16
 SAMPLED_BLOCK_BYTES = 1 << 16
 
 ROLES = ("system", "user", "assistant", "tool")
+Parsed = tuple[Any, tuple[int, ...]]  # what an encoder takes, and what it counts in it
 CHAT_DTYPES = {"weights": np.dtype("<f4"), "messages": INDEX_DTYPE, "roles": np.dtype("u1")}
 
 
 class Encoded(NamedTuple):
-    """Documents as numbers, one after the other.
+    """Documents as numbers, one after the other; the last three fields of conversations only."""
 
-    Attributes:
-        ids: (N,) of an integer dtype.
-        lengths: (documents,) int64, in ids.
-        weights: (N,) float32, how much each id counts as a target; conversations only.
-        messages: (messages,) int64, the place of each message's first id; conversations only.
-        roles: (messages,) uint8, the role of each as an index of ROLES; conversations only.
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    weights: np.ndarray | None = None
-    messages: np.ndarray | None = None
-    roles: np.ndarray | None = None
+    ids: np.ndarray  # (N,) of an integer dtype
+    lengths: np.ndarray  # (documents,) int64, in ids
+    weights: np.ndarray | None = None  # (N,) float32, how much each id counts as a target
+    messages: np.ndarray | None = None  # (messages,) int64, the place of each one's first id
+    roles: np.ndarray | None = None  # (messages,) uint8, the role of each as an index of ROLES
 
     @property
     def offsets(self) -> np.ndarray:
@@ -69,31 +61,16 @@ class Encoded(NamedTuple):
         return np.append(0, np.cumsum(self.lengths, dtype=np.int64))
 
 
-class Parsed(NamedTuple):
-    """A record as an encoder takes it, the UTF-8 bytes of text in it, and what it counts there."""
-
-    record: Any
-    text_bytes: int
-    counts: tuple[int, ...] = ()
-
-
 class Encoder(Protocol):
-    """How the records of a file become ids.
+    """How the records of a file become ids."""
 
-    Attributes:
-        key: differs wherever the ids would: by kind of record, options, tokenizer.
-        dtype: dtype of the ids.
-        is_chat: whether the documents are conversations.
-        counted: names of what `parse` counts.
-    """
-
-    key: str
+    key: str  # differs wherever the ids would
     dtype: np.dtype
     is_chat: bool
-    counted: tuple[str, ...]
+    counted: tuple[str, ...]  # names of what `parse` counts
 
     def parse(self, line: bytes) -> Parsed:
-        """What `encode` takes, with a number for each name of `counted`. Raises RecordError."""
+        """What `encode` takes, and counts. Raises RecordError."""
 
     def encode(self, records: Sequence[Any]) -> Encoded:
         """The documents of each record in turn, as many of each, of at least two ids."""
@@ -102,18 +79,13 @@ class Encoder(Protocol):
 class TokenStore:
     """The documents of one data file as token ids on disk.
 
-    Attributes:
-        path: the file.
-        arrays: the arrays that this module's docstring describes, by name.
-        ids, offsets, lines: three of these.
-        bad_lines: the lines that gave no document.
-        content: identifies the documents, wherever the file lies: a sha256 of their ids.
+    `path` is the file, `arrays` in `folder` are those of this module's docstring, `bad_lines` gave
+    no document. `content`, a sha256 of the ids, identifies the documents wherever the file lies.
     """
 
     def __init__(self, path: Path, files: ArrayFolder) -> None:
-        self.path = path
-        self._files = files
-        self.arrays = files.arrays
+        self.path, self._files = path, files
+        self.folder, self.arrays = files.folder, files.arrays
         self.ids, self.offsets, self.lines = (self.arrays[n] for n in ("ids", "offsets", "lines"))
         self.bad_lines = BadLines(**files.meta["bad_lines"])
         self.content: str = files.meta["content"]
@@ -133,10 +105,10 @@ class TokenStore:
         """Open the store of a data file, and build it first if need be.
 
         Args:
-            path: the data file.
-            encoder: makes ids of its lines.
+            path: JSON Lines or an array.
+            encoder: how its records become ids.
             cache_dir: folder that the store is in; None: that of the file.
-            skip_bad_lines: the largest share of bad lines to leave out.
+            skip_bad_lines: leave out bad lines, if they are at most this share of all.
 
         Raises:
             UserError: if the file cannot be used, more of its lines are bad, no good line is left,
@@ -146,11 +118,9 @@ class TokenStore:
         check_file(path)
         parent = path.parent if cache_dir is None else Path(cache_dir)
         folder = parent / f"{path.name}.{_store_key(path, encoder)}.tokens"
-        counted = ("offsets", "lines", "bytes", *encoder.counted)
-        dtypes = {"ids": encoder.dtype, **dict.fromkeys(counted, INDEX_DTYPE)}
-        dtypes |= CHAT_DTYPES if encoder.is_chat else {}
-        fill = partial(_fill_store, path, encoder)
-        store = cls(path, build_once(folder, dtypes, fill))
+        indices = dict.fromkeys(("offsets", "lines", *encoder.counted), INDEX_DTYPE)
+        dtypes = {"ids": encoder.dtype, **indices, **(CHAT_DTYPES if encoder.is_chat else {})}
+        store = cls(path, build_once(folder, dtypes, partial(_fill_store, path, encoder)))
         store.bad_lines.check(path, skip_bad_lines)
         if len(store.lines) == 0:
             raise UserError(f"{path}: not one good line in {store.bad_lines.total:,}")
@@ -168,19 +138,6 @@ class TokenStore:
             messages=self.arrays["messages"][messages] - begin,
             roles=self.arrays["roles"][messages],
         )
-
-    def derived(
-        self,
-        name: str,
-        dtypes: Mapping[str, np.dtype],
-        fill: Callable[[ArrayWriter], Mapping[str, Any] | None],
-    ) -> ArrayFolder:
-        """A table made from this store, kept inside it; see `build_once`."""
-        return build_once(self._files.folder / name, dtypes, fill)
-
-    def find_derived(self, name: str) -> ArrayFolder | None:
-        """The table of that name if it is there already."""
-        return ArrayFolder.find(self._files.folder / name)
 
 
 def _store_key(path: Path, encoder: Encoder) -> str:
@@ -203,20 +160,25 @@ def _fill_store(path: Path, encoder: Encoder, writer: ArrayWriter) -> dict[str, 
     end = 0
     content = hashlib.sha256()
     writer.append(offsets=[0])
-    with _progress(path, before.st_size) as progress:
+    progress = tqdm(
+        total=before.st_size,
+        desc=f"tokenising {path.name}",
+        unit="B",
+        unit_scale=True,
+        delay=1.0,
+        mininterval=0.5 if sys.stderr.isatty() else 30.0,
+        disable=int(os.environ.get("RANK", "0")) > 0,
+    )
+    with progress:
         for lines, parsed, n_bytes in _read_batches(path, encoder, bad_lines):
-            encoded = encoder.encode([p.record for p in parsed])
+            encoded = encoder.encode([record for record, _ in parsed])
             offsets = end + encoded.offsets[1:]
             content.update(np.ascontiguousarray(encoded.ids))
             content.update(offsets)
-            columns = {"lines": lines, "bytes": [p.text_bytes for p in parsed]}
-            columns |= {n: [p.counts[i] for p in parsed] for i, n in enumerate(encoder.counted)}
             each = len(encoded.lengths) // max(1, len(parsed))  # documents of a record
-            writer.append(
-                ids=encoded.ids,
-                offsets=offsets,
-                **{name: np.repeat(values, each) for name, values in columns.items()},
-            )
+            writer.append(ids=encoded.ids, offsets=offsets, lines=np.repeat(lines, each))
+            for i, name in enumerate(encoder.counted):
+                writer.append(**{name: np.repeat([counts[i] for _, counts in parsed], each)})
             if encoder.is_chat:
                 content.update(encoded.weights)
                 writer.append(
@@ -242,31 +204,16 @@ def _read_batches(
 
     Yields the lines of the good records, these records, and the bytes of all.
     """
-    lines: list[int] = []
-    parsed: list[Parsed] = []
-    file_bytes = 0
+    lines, parsed, n_bytes = [], [], 0
     for line, content in read_records(path):
-        file_bytes += len(content)
+        n_bytes += len(content)
         bad_lines.total += 1
         try:
             parsed.append(encoder.parse(content))
             lines.append(line)
         except RecordError as error:
             bad_lines.add(line, str(error))
-        if file_bytes >= BATCH_BYTES:
-            yield lines, parsed, file_bytes
-            lines, parsed, file_bytes = [], [], 0
-    yield lines, parsed, file_bytes
-
-
-def _progress(path: Path, size: int) -> tqdm:
-    """A bar in bytes of the file, on rank 0; where it is no terminal, a line now and then."""
-    return tqdm(
-        total=size,
-        desc=f"tokenising {path.name}",
-        unit="B",
-        unit_scale=True,
-        delay=1.0,
-        mininterval=0.5 if sys.stderr.isatty() else 30.0,
-        disable=int(os.environ.get("RANK", "0")) > 0,
-    )
+        if n_bytes >= BATCH_BYTES:
+            yield lines, parsed, n_bytes
+            lines, parsed, n_bytes = [], [], 0
+    yield lines, parsed, n_bytes

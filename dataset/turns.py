@@ -1,8 +1,8 @@
 """Which turns of a conversation fit: the one rule, for training, chat and server.
 
-A conversation is a system message, perhaps, and turns: a user message and all that follows it up
-to the next. Where a conversation is too long, the system message stays, and the oldest turns are
-left out, each whole. Positions are counted in the ids of all conversations looked at together.
+A turn is a user message and all that follows it up to the next. Where a conversation is too long,
+its system message stays, and the oldest turns are left out, each whole. Positions are counted in
+the ids of all conversations looked at together.
 """
 
 from typing import NamedTuple
@@ -15,33 +15,21 @@ USER, ASSISTANT = ROLES.index("user"), ROLES.index("assistant")
 
 
 class Turns(NamedTuple):
-    """Where the turns of conversations are, as positions.
+    """Where the turns of conversations are: `users` (turns,), all others (conversations,)."""
 
-    Attributes:
-        users: (turns,) the first id of each user message.
-        prefixes: (conversations,) number of ids before the first turn.
-        first: (conversations,) the first turn, as an index of `users`.
-        last: (conversations,) the last turn that is answered, as an index of `users`.
-        answers: (conversations,) the first id of the last assistant message.
-        ends: (conversations,) the end of that message.
-    """
-
-    users: np.ndarray
-    prefixes: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
-    answers: np.ndarray
-    ends: np.ndarray
+    users: np.ndarray  # positions of the first id of each user message
+    prefixes: np.ndarray  # numbers of ids before the first turn
+    first: np.ndarray  # the first turn, as an index of `users`
+    last: np.ndarray  # the last turn that is answered, as an index of `users`
+    answers: np.ndarray  # positions of the first id of the last assistant message
+    ends: np.ndarray  # ends of that message
 
     def oldest_that_fits(
         self, ends: np.ndarray, max_length: int, first: np.ndarray, last: np.ndarray
     ) -> np.ndarray:
-        """The oldest turn from which on each conversation fits; `last` where not even that does.
+        """The oldest turn, `first` to `last`, from which on prefix and turns up to `ends` fit.
 
-        Args:
-            ends: where each conversation is taken to end.
-            max_length: most ids of the prefix and the turns together.
-            first, last: bounds of the answer.
+        It is `last` where not even that does.
         """
         oldest = np.searchsorted(self.users, ends + self.prefixes - max_length)
         return np.clip(oldest, first, last)
@@ -50,20 +38,14 @@ class Turns(NamedTuple):
 class Spans(NamedTuple):
     """The ids taken of each conversation: its first `prefixes`, and those from `begins` to `ends`.
 
-    All are (conversations,) int64.
-
-    Attributes:
-        prefixes: number of ids before the first turn.
-        begins, ends: positions; nothing is taken where `ends` is not above `begins`.
-        dropped_turns: turns left out because the conversation is too long.
-        cut: 1 where the end of the last answer is cut off.
+    All are (conversations,) int64. Nothing is taken where `ends` is not above `begins`.
     """
 
     prefixes: np.ndarray
     begins: np.ndarray
     ends: np.ndarray
-    dropped_turns: np.ndarray
-    cut: np.ndarray
+    dropped_turns: np.ndarray  # that are left out because the conversation is too long
+    cut: np.ndarray  # 1 where the end of the last answer is cut off
 
 
 def find_turns(chats: Encoded) -> Turns:
@@ -86,11 +68,7 @@ def find_turns(chats: Encoded) -> Turns:
 def fit_prompt(prompt: Encoded, max_length: int) -> np.ndarray:
     """The ids of a chat's prompt without its oldest turns where it is longer than `max_length`.
 
-    The last turn stays, however long it is.
-
-    Args:
-        prompt: one conversation that ends with the header of an assistant message.
-        max_length: most ids of the result, where that is possible.
+    `prompt` ends with the header of an assistant message. The last turn stays, however long it is.
     """
     if USER not in prompt.roles:
         return prompt.ids
@@ -108,11 +86,8 @@ def keep_answers(
     out; then the oldest turns; then the end of the last answer.
 
     Args:
-        turns: turns of the conversations.
         weights: how much each id counts as a target.
         newline: ids after the `</s>` of a message; at the end of a sample they may be missing.
-        max_length: most ids of a sample.
-        max_turns: most turns of a sample, or None.
     """
     users, prefixes = turns.users, turns.prefixes
     targets = np.append(-1, np.flatnonzero(weights > 0))
@@ -147,13 +122,8 @@ def keep_prompts(
 ) -> Spans:
     """A prompt without the oldest turns that do not fit, and the beginning of the reply after it.
 
-    Nothing is taken where the last turn of a prompt alone is too long.
-
-    Args:
-        turns: turns of the conversations.
-        prompt_ends: (conversations,) where each prompt ends and its reply begins.
-        ends: (conversations,) where each reply ends.
-        max_prompt, max_reply: most ids of either.
+    Replies reach from `prompt_ends` to `ends`. Nothing is taken where the last turn of a prompt
+    alone is longer than `max_prompt` ids.
     """
     last = np.searchsorted(turns.users, prompt_ends) - 1
     oldest = turns.oldest_that_fits(prompt_ends, max_prompt, turns.first, last)

@@ -40,15 +40,17 @@ WITHOUT_BFLOAT16 = ("T4", "V100 PCIE", "V100 SXM2")
 
 
 class ParameterCounts(NamedTuple):
-    """Parameters of a model, and those that take part in the computation of one token.
-
-    The two differ in a mixture of experts, where a token visits only the best few.
-    """
+    """Parameters of a model, and the active ones, of experts that a token visits."""
 
     total: int
     active: int
     trained: int
     active_trained: int
+
+    @property
+    def flops(self) -> int:
+        """Of a token's matrix products: 6 for each active parameter, 4 where it is frozen."""
+        return 4 * self.active + 2 * self.active_trained
 
 
 def count_parameters(model: MiniMindLM) -> ParameterCounts:
@@ -72,14 +74,12 @@ def count_parameters(model: MiniMindLM) -> ParameterCounts:
 def flops_per_token(model: MiniMindLM, row_length: int) -> int:
     """Floating-point operations of training, forward and backward, by PaLM's count.
 
-    6 for each active parameter (4 for a frozen one, whose own gradient is not computed) and
-    12 · layers · dim · row_length for attention (https://arxiv.org/abs/2204.02311, appendix B):
-    every query with every key of its row, as the convention has it, causal or not. What gradient
-    checkpointing computes twice counts once.
+    Besides `ParameterCounts.flops`, 12 · layers · dim · row_length for attention
+    (https://arxiv.org/abs/2204.02311, appendix B): every query with every key of its row, causal or
+    not. What gradient checkpointing computes twice counts once.
     """
-    counts = count_parameters(model)
     attention = 12 * model.config.n_layers * model.config.dim * row_length
-    return 4 * counts.active + 2 * counts.active_trained + attention
+    return count_parameters(model).flops + attention
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -25,13 +25,9 @@ LR_POINTS = 2000
 def draw_curves(runs: Mapping[str, Metrics], path: Path) -> None:
     """Draw loss, validation loss, learning rate and gradient norm over tokens into one PNG.
 
-    The validation panel is in nats per token, with bits per byte on its right. Where the runs
-    differ in tokenizer or validation text it is in bits per byte alone. A single run's validation
-    sets are drawn one by one as well.
-
-    Args:
-        runs: metrics by the name that the legend shows.
-        path: the PNG file; what is there is replaced.
+    The legend shows the names of the runs. The validation panel is in nats per token; where the
+    runs differ in tokenizer or validation text, in bits per byte. A single run's validation sets
+    are drawn one by one as well.
 
     Raises:
         ImportError: without matplotlib.
@@ -70,25 +66,14 @@ def draw_curves(runs: Mapping[str, Metrics], path: Path) -> None:
     for panel in panels[-1]:
         panel.set_xlabel(f"{UNITS[scale]}tokens")
     if len(runs) > 1:
-        handles = [loss.plot([], [], **_style(i))[0] for i in range(len(runs))]
-        figure.legend(
-            handles, map(_label, runs), loc="outside lower center", ncols=min(4, len(runs))
-        )
+        handles = [loss.plot([], [], color=f"C{i}")[0] for i in range(len(runs))]
+        place = "outside lower center"
+        figure.legend(handles, map(_label, runs), loc=place, ncols=min(4, len(runs)))
     _save(figure, path)
 
 
 def draw_lr_curve(path: Path, lr_at: Callable[[int], float], total_steps: int) -> None:
-    """Draw the learning rate over the optimizer steps into a PNG.
-
-    Args:
-        path: the PNG file.
-        lr_at: gives the learning rate of a step.
-        total_steps: steps of the run.
-
-    Raises:
-        ImportError: without matplotlib.
-        OSError: if the file cannot be written.
-    """
+    """Draw the learning rate over the optimizer steps into a PNG; raises as `draw_curves`."""
     from matplotlib.figure import Figure
 
     steps = range(0, total_steps, math.ceil(total_steps / LR_POINTS) or 1)
@@ -110,11 +95,6 @@ def _save(figure: "Figure", path: Path) -> None:
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
-def _style(index: int) -> dict[str, str]:
-    """Ten colours, then the same ones dashed."""
-    return {"color": f"C{index % 10}", "linestyle": ("-", "--", ":", "-.")[index // 10 % 4]}
-
-
 def _label(name: str) -> str:
     """As text: an underscore in front would hide it, and dollar signs would make it a formula."""
     return " " + name.replace("$", r"\$")
@@ -126,8 +106,8 @@ def _draw(
     for i, metrics in enumerate(curves.values()):
         points = [(line["tokens"] / scale, line[name]) for line in having(metrics, name)]
         if points:
-            marker = "." if len(points) < 30 else None
-            axes.plot(*zip(*points, strict=True), **({"marker": marker} | _style(i) | look))
+            usual = {"marker": "." if len(points) < 30 else None, "color": f"C{i}"}
+            axes.plot(*zip(*points, strict=True), **(usual | look))
 
 
 def _cut_peaks(axes: "Axes", curves: Mapping[str, Metrics]) -> None:
@@ -155,12 +135,6 @@ def _draw_validation(axes: "Axes", curves: Mapping[str, Metrics], scale: float, 
     parts = sorted({key for m in evaluations for key in m if key.startswith(f"{name}/")})
     if len(curves) == 1 and parts:
         for i, part in enumerate(parts, start=1):
-            look = _style(i) | {"linewidth": 0.8, "markersize": 3}
-            look["label"] = _label(part.removeprefix(f"{name}/"))
-            _draw(axes, curves, part, scale, **look)
+            label = _label(part.removeprefix(f"{name}/"))
+            _draw(axes, curves, part, scale, color=f"C{i}", linewidth=0.8, label=label)
         axes.legend(fontsize="small")
-    if name == "val_loss" and ratios:
-        ratio = ratios[0]
-        right = axes.secondary_yaxis("right", functions=(lambda y: y * ratio, lambda y: y / ratio))
-        together = len(axes.lines) > len(curves)
-        right.set_ylabel("bits per byte" + (", all together" if together else ""))

@@ -14,46 +14,37 @@ from .metrics import (
     training_loss_at,
 )
 
-# A validation set is the same each time, so its loss scatters less than the training loss.
-VALIDATION_RISE = 0.01
-# Halves of one shuffled text differ by 1 to 2 %.
-LARGE_RISE = 0.1
+VALIDATION_RISE = 0.01  # the set is the same each time, so the loss scatters less than in training
+LARGE_RISE = 0.1  # halves of one shuffled text differ by 1 to 2 %
+ACCURACY_GAP = 0.1  # between validation and test data of one kind, that may be an accident
 LEAST_RISE = 0.005  # nats: a loss of 0.001 that doubles is still next to nothing
-# Above this share of skipped updates a run has hardly trained.
-MOST_SKIPPED = 0.5
-# A spike in thousands of steps is no news.
-SPIKES_PER_STEP = 1e-3
-# An expert below this share of an even load sees too few tokens to become good at anything.
-STARVED = 0.25
+MOST_SKIPPED = 0.5  # above this share of skipped updates a run has hardly trained
+SPIKES_PER_STEP = 1e-3  # a spike in thousands of steps is no news
+STARVED = 0.25  # an expert below this share of an even load sees too few tokens
 DEAD = 0.01
 
 
 class Finding(NamedTuple):
-    """One thing that the metrics show.
+    """One thing that the metrics show."""
 
-    Attributes:
-        text: what it is and, if it stands out, what to try.
-        stands_out: it is not as it should be.
-        harmful: the run made the model worse, or was in vain; such findings are listed first.
-    """
+    text: str  # what it is and, if it stands out, what to try
+    stands_out: bool = True  # it is not as it should be
+    harmful: bool = False  # the run made the model worse, or was in vain
 
-    text: str
-    stands_out: bool = True
-    harmful: bool = False
+
+def fine(text: str) -> Finding:
+    """A finding of something that is as it should be."""
+    return Finding(text, stands_out=False)
 
 
 def general_findings(metrics: Metrics, n_routed_experts: int) -> list[Finding | None]:
-    """What the metrics of any stage show; None for what cannot be judged.
-
-    Args:
-        metrics: lines of metrics.jsonl.
-        n_routed_experts: routed experts of a layer; 0 for a dense model.
-    """
+    """What the metrics of any stage show; None for what cannot be judged, as experts if dense."""
     lines, evaluations = having(metrics, "loss"), having(metrics, "val_loss")
     return [
         _not_finite(metrics),
         _validation(lines, evaluations),
         _worse_sets(evaluations),
+        _test_gap(metrics, evaluations),
         _skipped_updates(metrics),
         _spikes(metrics),
         _expert_load(lines, n_routed_experts),
@@ -71,9 +62,9 @@ def _not_finite(metrics: Metrics) -> Finding | None:
         steps = [m.get("step", 0) for m in metrics if name in m and not has_number(m, name)]
         if steps:
             return Finding(
-                f"The {data} loss is not finite at step {steps[0]:,}: the weights are broken, or "
-                "--dtype float16 overflows. Go back to earlier weights (--save_best, --keep_every) "
-                "and try a smaller --learning_rate, a longer warm-up or another --dtype.",
+                f"The {data} loss is not finite at step {steps[0]:,}. Go back to earlier weights "
+                "(--save_best, --keep_every) and try a smaller --learning_rate, a longer warm-up "
+                "or, if it is float16, another --dtype.",
                 harmful=True,
             )
     return None
@@ -111,7 +102,7 @@ def _validation(lines: Metrics, evaluations: Metrics) -> Finding | None:
             f"{end:.3f}. Use the best weights (--save_best). {advice}."
         )
     at = "at the end" if best is last else f"at step {best['step']:,}"
-    return Finding(f"The validation loss is lowest {at}, {low:.3f}.", stands_out=False)
+    return fine(f"The validation loss is lowest {at}, {low:.3f}.")
 
 
 def _worse_sets(evaluations: Metrics) -> Finding | None:
@@ -135,18 +126,36 @@ def _worse_sets(evaluations: Metrics) -> Finding | None:
     )
 
 
+def _test_gap(metrics: Metrics, evaluations: Metrics) -> Finding | None:
+    """The test is of the best weights, so it is compared with the best validation."""
+    tests = having(metrics, "test_loss")
+    if not tests or not evaluations:
+        return None
+    test, best = tests[-1], best_evaluation(evaluations)
+    if has_number(test, "test_accuracy"):
+        score, validation = test["test_accuracy"], best["val_accuracy"]
+        here = f"The test accuracy is {score:.1%}, that of validation {validation:.1%}"
+        worse = score < validation - ACCURACY_GAP
+    else:
+        score, validation = test["test_loss"], best["val_loss"]
+        here = f"The test loss is {score:.3f}, the best validation loss {validation:.3f}"
+        worse = rose(validation, score, LARGE_RISE)
+    if not worse:
+        return fine(f"{here}.")
+    return Finding(f"{here}, far from it. Trust the test, and validate on more data of its kind.")
+
+
 def _skipped_updates(metrics: Metrics) -> Finding | None:
     if not having(metrics, "skipped"):
         return None
     skipped, steps = latest(metrics, "skipped"), latest(metrics, "step")
     if not skipped:
-        return Finding("No update was skipped.", stands_out=False)
+        return fine("No update was skipped.")
     most = skipped > MOST_SKIPPED * steps
     return Finding(
-        f"{skipped:,} of {steps:,} updates were skipped{', most of the run' if most else ''}, "
-        "because loss or gradient was not finite; training_log.txt names the texts. A few at the "
-        "start are usual with --dtype float16; otherwise try --dtype bfloat16 or float32, a "
-        "smaller --learning_rate or a longer warm-up.",
+        f"{skipped:,} of {steps:,} updates were skipped{', most of the run' if most else ''}: loss "
+        "or gradient was not finite; training_log.txt names the texts. Except for a few at the "
+        "start with --dtype float16, try a smaller --learning_rate or a longer warm-up.",
         harmful=most,
     )
 
@@ -158,10 +167,8 @@ def _spikes(metrics: Metrics) -> Finding | None:
     times = {0: "never spiked", 1: "spiked once"}.get(spikes, f"spiked {spikes:,} times")
     here = f"The loss {times} in {steps:,} steps."
     if spikes < 2 or spikes <= SPIKES_PER_STEP * steps:
-        return Finding(here, stands_out=False)
-    return Finding(
-        f"{here} Try a smaller --learning_rate, a longer warm-up or a smaller --grad_clip."
-    )
+        return fine(here)
+    return Finding(f"{here} Try a smaller --learning_rate or --grad_clip, or a longer warm-up.")
 
 
 def _expert_load(lines: Metrics, n_routed_experts: int) -> Finding | None:
@@ -171,6 +178,6 @@ def _expert_load(lines: Metrics, n_routed_experts: int) -> Finding | None:
     late, even = statistics.fmean(last_third(loads)), 1 / n_routed_experts  # uneven at first
     here = f"the least used expert gets {late:.1%} of its layer's tokens (even load: {even:.1%})."
     if late >= STARVED * even:
-        return Finding(here.capitalize(), stands_out=False)
+        return fine(here.capitalize())
     name = "Dead expert" if late < DEAD * even else "Starved expert"
     return Finding(f"{name}: {here} Try a larger --aux_loss_alpha or fewer experts.")

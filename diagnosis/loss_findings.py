@@ -4,10 +4,9 @@ import math
 import statistics
 from itertools import pairwise
 
-from .findings import LARGE_RISE, Finding, rose
+from .findings import LARGE_RISE, Finding, fine
 from .metrics import (
     Metrics,
-    best_evaluation,
     column,
     count_rises,
     has_number,
@@ -26,25 +25,17 @@ FIRST_LINE_STEPS = 20
 # How often tokens occur is learnt first, and saves about a quarter of ln(vocabulary). Half of it
 # needs knowledge of what follows what, which so few steps cannot give.
 FIRST_LINE_SHARE = 0.5
-# How often tokens occur is all that a run must have learnt to save a tenth of ln(vocabulary).
-HARDLY_LEARNT = 0.1
+HARDLY_LEARNT = 0.1  # of ln(vocabulary), which the frequencies of tokens alone save
 
-# The course of the loss is judged from so many lines on: then its last third has four. In fewer
-# lines only a rise far beyond their scatter is reported.
+# The course of the loss is judged from so many lines on; in fewer, only a rise beyond scatter.
 MIN_LINES = 12
 FEW_LINES_RISE = 0.2
 # Loss falls as a power of the tokens, with exponents of 0.05 to 0.1 (arXiv:2001.08361). So a last
 # third brings 2 to 4 %; with less than half of that, more tokens will not bring much.
 PLATEAU = 0.01
-# Below this share of its peak the learning rate is near its end, where curves flatten anyway.
-LR_NEAR_END = 0.25
-# Lines that average ten steps usually scatter by 1 to 2 %; a swing is well above that.
-SWING = 0.1
+LR_NEAR_END = 0.25  # of its peak: below it curves flatten anyway
+SWING = 0.1  # lines that average ten steps usually scatter by 1 to 2 %
 SWINGS = 3  # fewer may be accidents
-# At least so many lines before an epoch's end are compared with as many after it; their means
-# differ by 1 to 2 % by accident.
-BORDER_LINES = 3
-BORDER_JUMP = 0.05
 
 # The norm of the gradient over all weights, before clipping.
 NORM_NOTHING_LEARNT = 0.01
@@ -55,10 +46,8 @@ NORM_UNSTABLE = 10.0
 def loss_findings(metrics: Metrics, vocab_size: int | None) -> list[Finding | None]:
     """What the curves of next-token prediction show; None for what cannot be judged.
 
-    Args:
-        metrics: lines of metrics.jsonl.
-        vocab_size: an untrained model's loss is about its logarithm; None for a run that began
-            with trained weights.
+    An untrained model's loss is about the logarithm of `vocab_size`, which is None for a run that
+    began with trained weights.
     """
     lines, evaluations = having(metrics, "loss"), having(metrics, "val_loss")
     # A student's loss holds its teacher's part as well; only the cross-entropy has a known start.
@@ -72,9 +61,7 @@ def loss_findings(metrics: Metrics, vocab_size: int | None) -> list[Finding | No
     return [
         first,
         _divergence(whole, losses) or little or _course(whole, losses),
-        _epoch_borders(whole, losses),
         _gap(lines, evaluations),
-        _test_gap(metrics, evaluations),
         _gradient_norm(lines),
     ]
 
@@ -99,11 +86,10 @@ def _first_loss(line: dict[str, float], vocab_size: int) -> Finding:
     limit = uniform - FIRST_LOSS_MARGIN if steps == 1 else FIRST_LINE_SHARE * uniform
     if steps <= FIRST_LINE_STEPS and loss < limit:
         return Finding(
-            f"{here}, far below {start}. Either the input holds its targets (they are not shifted, "
-            "or attention reaches later tokens), or the mask leaves only easy targets, or the data "
-            "repeat one text. Inspect a few samples."
+            f"{here}, far below {start}. The input holds its targets, the mask leaves only easy "
+            "ones, or the data repeat one text: inspect a few samples (scripts/show_batch.py)."
         )
-    return Finding(f"{here}, against {start}.", stands_out=False)
+    return fine(f"{here}, against {start}.")
 
 
 def _divergence(lines: Metrics, losses: list[float]) -> Finding | None:
@@ -117,9 +103,8 @@ def _divergence(lines: Metrics, losses: list[float]) -> Finding | None:
         return None
     step = lines[smooth.index(low)]["step"]
     return Finding(
-        f"The run diverges: the loss rose to {end:.2f} from {low:.2f} near step {step:,}. Try a "
-        "smaller --learning_rate or a longer warm-up; weights from before that step are better "
-        "than the last ones.",
+        f"The run diverges: the loss rose to {end:.2f} from {low:.2f} near step {step:,}, whose "
+        "weights are better than the last ones. Try a smaller --learning_rate or a longer warm-up.",
         harmful=True,
     )
 
@@ -140,10 +125,9 @@ def _little_learnt(
     nothing = len(lines) >= MIN_LINES and end > (1 - PLATEAU) * uniform
     return Finding(
         f"{'Nothing' if nothing else 'Hardly anything'} was learnt: the loss ends at {end:.2f}; "
-        f"uniform guessing gives {uniform:.2f}, and token frequencies alone save about a quarter "
-        f"of that. If {step:,} steps are few, train longer; otherwise try a larger --learning_rate "
-        f"where the gradient norm is below {NORM_USUAL[0]:g}, a smaller one where it is not, and "
-        "inspect a few samples.",
+        f"uniform guessing gives {uniform:.2f}. If {step:,} steps are few, train longer; otherwise "
+        f"try a larger --learning_rate where the gradient norm is below {NORM_USUAL[0]:g}, a "
+        "smaller one where it is not, and inspect a few samples.",
         harmful=True,
     )
 
@@ -164,7 +148,7 @@ def _course(lines: Metrics, losses: list[float]) -> Finding | None:
     fall, error = _fall(last_third(losses))
     at_end = f"the loss fell by {fall:.1%} over the last third of the run"
     if fall >= PLATEAU:
-        return Finding(f"Still learning: {at_end}.", stands_out=False)
+        return fine(f"Still learning: {at_end}.")
     rates = column(lines, "lr")
     share = rates[-1] / max(rates) if rates and max(rates) else 0.0
     if fall + error >= PLATEAU or share < LR_NEAR_END:
@@ -172,16 +156,12 @@ def _course(lines: Metrics, losses: list[float]) -> Finding | None:
     change = at_end if fall > 0 else "the loss did not fall over the last third of the run"
     return Finding(
         f"Plateau: {change}, with the learning rate still at {share:.0%} of its peak. Let it decay "
-        "now (a shorter run, or another --lr_decay) or try another --learning_rate; else the size "
-        "of the model or the data may be the limit."
+        "now (a shorter run, or another --lr_decay), or try a larger model or more data."
     )
 
 
 def _fall(losses: list[float]) -> tuple[float, float]:
-    """How far a straight line through the losses falls, as a share of their mean; standard error.
-
-    Ordinary least squares over the lines, which are about equally far apart.
-    """
+    """How far a least-squares line through the losses falls, by their mean; its standard error."""
     places = range(len(losses))
     slope, start = statistics.linear_regression(places, losses)
     squares = sum((loss - start - slope * i) ** 2 for i, loss in zip(places, losses, strict=True))
@@ -189,36 +169,6 @@ def _fall(losses: list[float]) -> tuple[float, float]:
     error = math.sqrt(squares / (len(losses) - 2) / spread)
     scale = (len(losses) - 1) / statistics.fmean(losses)
     return -slope * scale, error * scale
-
-
-def _epoch_borders(lines: Metrics, losses: list[float]) -> Finding | None:
-    """Compare the change at each border with the changes within the two epochs beside it."""
-    epochs = [line.get("epoch") for line in lines]
-    borders = [i for i in range(1, len(lines)) if epochs[i] != epochs[i - 1]]
-    jumps, judged = [], 0
-    for (start, border), (_, end) in pairwise(pairwise([0, *borders, len(lines)])):
-        side = max(BORDER_LINES, min(border - start, end - border) // 8)
-        if min(border - start, end - border) < 2 * side:
-            continue
-        judged += 1
-        means = moving_mean(losses[start:end], side)
-        changes = [means[i + side] / means[i] - 1 for i in range(len(means) - side)]
-        at_border = border - side - start
-        within = [c for i, c in enumerate(changes) if abs(i - at_border) >= side]
-        usual = statistics.median(within)
-        scatter = statistics.median(abs(change - usual) for change in within)
-        jump = changes[at_border] - usual
-        if abs(jump) > max(BORDER_JUMP, 4 * scatter):
-            jumps.append(jump)
-    if not judged:
-        return None
-    if 2 * len(jumps) < judged:
-        return Finding("The loss does not jump between epochs.", stands_out=False)
-    jump = statistics.median(jumps)
-    cause = "an epoch begins with harder texts than it ends with. Shuffle the data."
-    if jump < 0:
-        cause = "the model memorises texts. Watch the validation loss; try fewer --epochs."
-    return Finding(f"Sawtooth: where an epoch ends, the loss jumps by {jump:+.0%}: {cause}")
 
 
 def _gap(lines: Metrics, evaluations: Metrics) -> Finding | None:
@@ -230,27 +180,11 @@ def _gap(lines: Metrics, evaluations: Metrics) -> Finding | None:
         return None
     both = f"The last validation loss is {validation:.3f}, the training loss there {training:.3f}"
     if validation < (1 + LARGE_RISE) * training:
-        return Finding(f"{both}.", stands_out=False)
+        return fine(f"{both}.")
     return Finding(
-        f"{both}, a gap of {validation / training - 1:.0%}. If it grew during the run, the model "
-        "memorises its texts: try more data, fewer --epochs or some --dropout. If it was there "
-        "from the start, the validation text is of another kind than the training text."
-    )
-
-
-def _test_gap(metrics: Metrics, evaluations: Metrics) -> Finding | None:
-    """The test is of the best weights, so it is compared with the best validation."""
-    tests = column(metrics, "test_loss")
-    if not tests or not evaluations:
-        return None
-    test, validation = tests[-1], best_evaluation(evaluations)["val_loss"]
-    if not rose(validation, test, LARGE_RISE):
-        both = f"The test loss is {test:.3f}, the best validation loss {validation:.3f}."
-        return Finding(both, stands_out=False)
-    return Finding(
-        f"The test loss is {test:.3f}, far above the best validation loss of {validation:.3f}: the "
-        "validation text is of another kind, or so short that the best weights are best by chance. "
-        "Trust the test, and validate on more text of its kind."
+        f"{both}, a gap of {validation / training - 1:.0%}. If it grew during the run, try more "
+        "data, fewer --epochs or some --dropout; if it was there from the start, the validation "
+        "text is of another kind than the training text."
     )
 
 
@@ -259,22 +193,15 @@ def _gradient_norm(lines: Metrics) -> Finding | None:
     if not norms:
         return None
     middle, (low, high) = statistics.median(norms), NORM_USUAL
-    here = f"The median gradient norm is {middle:.3g}"
-    usual = f"{low:g} to {high:g} is usual"
+    here, usual = f"The median gradient norm is {middle:.3g}", f"{low:g} to {high:g} is usual"
     if middle > NORM_UNSTABLE:
         return Finding(
             f"{here}, above {NORM_UNSTABLE:g}: training is unstable ({usual}). Try a third of the "
             "--learning_rate and a longer warm-up, and look for broken texts in the data."
         )
-    if middle > high:
-        return Finding(
-            f"{here}, above {high:g}: clipping to 1 shortens many updates ({usual}). If the loss "
-            "falls smoothly, ignore it; otherwise try a smaller --learning_rate or a larger batch."
-        )
     if middle < NORM_NOTHING_LEARNT:
         return Finding(
-            f"{here}, below {NORM_NOTHING_LEARNT:g}: next to nothing is learnt ({usual}). With a "
-            "loss near 0 there is nothing left to learn; otherwise check that the mask leaves "
-            "targets at all, and try a larger --learning_rate."
+            f"{here}, below {NORM_NOTHING_LEARNT:g}: next to nothing is learnt ({usual}). Unless "
+            "the loss is near 0, check that there are targets, and try a larger --learning_rate."
         )
-    return Finding(f"{here}; {usual}.", stands_out=False)
+    return fine(f"{here}.")

@@ -21,15 +21,14 @@ def estimate_memory(
 ) -> dict[str, float]:
     """Bytes that training takes in one process, by what they are for.
 
-    The sum is needed from the second micro-batch of an accumulation on, when the gradients and the
+    The sum is needed from the second micro-batch of an accumulation on, when gradients and
     activations are there together; without accumulation, up to the gradients less. These are live
     tensors: an allocator may hold more (on a CPU, up to twice as much), as do the device's own
     context and DDP. What `--compile` saves is not counted either.
 
     Args:
         model: the bare model. Weights, gradients and moments are fp32.
-        rows: sequences of a micro-batch.
-        row_length: positions of a row.
+        rows, row_length: sequences of a micro-batch, and positions of each.
         dtype: dtype of autocast; float32 for none.
         gradient_checkpointing: whether layers keep their input only and are computed again.
         device: what it runs on.
@@ -136,26 +135,15 @@ def _available_ram() -> list[int]:
 
 
 def _cgroup_limits(root: Path = Path("/")) -> list[int]:
-    """The limits of this process's control groups and of those above them, in bytes.
-
-    Both versions of Linux's interface: memory.max, and memory.limit_in_bytes of the older one.
-    """
+    """The limits of this process's control group and of those above it (cgroup v2), in bytes."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []  # not Linux
-    limits = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            top, name = root / "sys/fs/cgroup", "memory.max"
-        elif "memory" in controllers.split(","):
-            top, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
-        else:
-            continue
-        group = top / path.lstrip("/")
+    limits, top = [], root / "sys/fs/cgroup"
+    for group in (top / line.removeprefix("0::/") for line in lines if line.startswith("0::")):
         for folder in (group, *group.parents):
-            if folder.is_relative_to(top) and (folder / name).is_file():
-                limit = (folder / name).read_text(encoding="ascii").strip()
+            if folder.is_relative_to(top) and (folder / "memory.max").is_file():
+                limit = (folder / "memory.max").read_text(encoding="ascii").strip()
                 limits += [int(limit)] if limit.isdecimal() else []  # "max" is none
     return limits

@@ -25,31 +25,18 @@ LearningRates = Sequence[tuple[float, float, float]]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a run before its first step.
+    """What is known of a run before its first step."""
 
-    Attributes:
-        args: the stage's flags, with their defaults filled in.
-        model: the bare model.
-        device: device of this process.
-        dtype: dtype of matrix products.
-        world_size: number of processes.
-        tokens_per_epoch: target tokens of an epoch, of all processes.
-        total_steps: optimizer steps of the run.
-        warmup: optimizer steps of the warm-up.
-        learning_rates: learning rates that suit the stage.
-        sequences: sequences of a row, such as the two sides of a pair.
-    """
-
-    args: argparse.Namespace
+    args: argparse.Namespace  # the stage's flags, with their defaults filled in
     model: MiniMindLM
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # of matrix products
     world_size: int
-    tokens_per_epoch: int
+    tokens_per_epoch: int  # target tokens, of all processes
     total_steps: int
-    warmup: int
+    warmup: int  # optimizer steps
     learning_rates: LearningRates
-    sequences: int = 1
+    sequences: int = 1  # of a row, such as the two sides of a pair
 
     @property
     def rows_per_step(self) -> int:
@@ -57,11 +44,9 @@ class Plan:
         return self.args.batch_size * self.args.accumulation_steps * self.world_size
 
     def describe(self, lr_at: Callable[[int], float], picture: Path | None) -> list[str]:
-        """The plan and its warnings, as lines; draws the learning rate.
+        """The plan and its warnings, as lines.
 
-        Args:
-            lr_at: gives the learning rate of a step.
-            picture: PNG file that the learning rate is drawn into; None for no picture.
+        The learning rate, which `lr_at` gives for a step, is drawn into `picture`, a PNG, if any.
         """
         lines = self.size()
         try:
@@ -69,10 +54,14 @@ class Plan:
                 draw_lr_curve(picture, lr_at, self.total_steps)
                 lines.append(f"learning rate: drawn in {picture}")
         except ImportError:
-            lines.append("learning rate: pip install -r scripts/requirements.txt to draw it")
+            lines.append("learning rate: pip install -r scripts/plot_requirements.txt to draw it")
         except OSError as error:
             lines.append(f"learning rate: not drawn ({error})")
-        return lines + [f"warning: {warning}" for warning in self.warnings()]
+        available = device_memory(self.device)
+        if available is not None and self.device.type != "cuda":
+            available /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # a host's processes share RAM
+        warnings = [*self.setting_warnings(), *memory_warnings(self.memory(), available)]
+        return lines + [f"warning: {warning}" for warning in warnings]
 
     def size(self) -> list[str]:
         """Parameters, tokens, steps, compute and memory, a line each."""
@@ -102,27 +91,9 @@ class Plan:
             f"steps: {self.total_steps:,}, each of {self.rows_per_step:,} rows of "
             f"{args.max_seq_len:,} (batch {args.batch_size} × accumulation "
             f"{args.accumulation_steps} × processes {self.world_size})",
-            f"compute: {(4 * counts.active + 2 * counts.active_trained) * tokens:.3g} FLOPs "
-            f"(6 × {kind}s × tokens{frozen})",
+            f"compute: {counts.flops * tokens:.3g} FLOPs (6 × {kind}s × tokens{frozen})",
             f"memory: {needed} ({parts})",
         ]
-
-    def warnings(self) -> list[str]:
-        """A line for each setting that is known to hurt, and for too little memory."""
-        warnings = setting_warnings(
-            self.args,
-            count_parameters(self.model).total,
-            self.total_steps,
-            self.warmup,
-            self.rows_per_step,
-            self.learning_rates,
-        )
-        available = device_memory(self.device)
-        if available is None:
-            return list(warnings)
-        if self.device.type != "cuda":  # the processes of a host share its RAM
-            available /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return [*warnings, *memory_warnings(self.memory(), available)]
 
     def memory(self) -> dict[str, float]:
         """Bytes of this process's training step, as `estimate_memory`."""
@@ -142,11 +113,74 @@ class Plan:
             return None
         return self.world_size * peak / flops_per_token(self.model, self.args.max_seq_len)
 
+    def setting_warnings(self) -> Iterator[str]:
+        """A line for each setting that is known to hurt: which one, why, what to do."""
+        args, steps, warmup = self.args, self.total_steps, self.warmup
+        size = count_parameters(self.model).total
+        low, high = next((low, high) for most, low, high in self.learning_rates if size <= most)
+        if not low <= args.learning_rate <= high:
+            what = "high" if args.learning_rate > high else "low"
+            yield (
+                f"--learning_rate {args.learning_rate:g} is {what} for {format_number(size)} "
+                f"parameters: try {low:g} to {high:g}"
+            )
+        if warmup > steps / 2:
+            share = "all" if warmup >= steps else "more than half"
+            yield (
+                f"a warm-up of {warmup:,} steps takes {share} of the run's {steps:,}: "
+                "lower --warmup_iters or --warmup_ratio (3 % is usual)"
+            )
+        for name in ("warmup_iters", "warmup_ratio"):
+            if getattr(args, name) == 0:
+                yield (
+                    f"--{name} 0: the first updates, the least reliable, take the whole "
+                    "--learning_rate: leave it out (3 % is usual)"
+                )
+        if steps < FEW_STEPS:
+            yield (
+                f"fewer than {FEW_STEPS} steps ({steps:,}) change little: lower --batch_size or "
+                "--accumulation_steps, or take more --epochs or more data"
+            )
+        head = args.dim // args.n_heads
+        if head < SMALL_HEAD:
+            yield (
+                f"heads of {head} dimensions (--dim {args.dim} / --n_heads {args.n_heads}) are too "
+                f"narrow, {SMALL_HEAD} to 128 are usual: fewer --n_heads, or a larger --dim"
+            )
+        if self.rows_per_step == 1:
+            yield "--batch_size 1: one row's gradient is noise; raise it, or --accumulation_steps"
+        tokens = self.rows_per_step * args.max_seq_len
+        if tokens > 1e6:
+            yield (
+                f"{format_number(tokens)} tokens for each update ({self.rows_per_step:,} rows) "
+                "make few updates: lower --batch_size or --accumulation_steps"
+            )
+        if args.weight_decay > 0.1:
+            yield f"--weight_decay {args.weight_decay:g} makes models underfit: try 0.1"
+        if args.dropout > 0.3:
+            yield f"--dropout {args.dropout:g} drops too much: try 0.1, or 0 for a single epoch"
+        if args.beta2 > 0.999:
+            span = 1 / (1 - args.beta2)
+            yield f"--beta2 {args.beta2:g} averages over {span:,.0f} steps, which is slow: try 0.95"
+        if args.grad_clip > 10:
+            yield f"--grad_clip {args.grad_clip:g} hardly limits the update of a bad batch: try 1"
+        patience = args.early_stopping_patience
+        if args.epochs > 10 and not patience:
+            yield f"--epochs {args.epochs} memorises the text: try --early_stopping_patience 3"
+        if patience == 1:
+            yield "--early_stopping_patience 1 stops at one bad evaluation by chance: try 3"
+        # The first evaluation is always progress, and the one at the end has nothing left to stop.
+        elif patience and (steps - 1) // args.eval_interval <= patience:
+            yield (
+                f"--early_stopping_patience {patience} cannot stop a run of {steps:,} steps with "
+                f"--eval_interval {args.eval_interval}: lower that one"
+            )
 
-def memory_warnings(memory: dict[str, float], available: float) -> list[str]:
-    """A line if a training step takes more bytes than are available to this process."""
+
+def memory_warnings(memory: dict[str, float], available: float | None) -> list[str]:
+    """A line if a training step takes more bytes than are known to be available to this process."""
     needed = sum(memory.values())
-    if needed <= available:
+    if available is None or needed <= available:
         return []
     remedies = LESS_MEMORY
     if needed - memory["activations"] - memory["logits"] > available:
@@ -155,87 +189,3 @@ def memory_warnings(memory: dict[str, float], available: float) -> list[str]:
         f"about {needed / 1e9:.2f} GB are needed and {available / 1e9:.2f} GB are there, so that "
         f"memory may run out; {remedies}"
     ]
-
-
-def setting_warnings(
-    args: argparse.Namespace,
-    parameters: int,
-    total_steps: int,
-    warmup: int,
-    rows_per_step: int,
-    learning_rates: LearningRates,
-) -> Iterator[str]:
-    """A line for each setting that is known to hurt: which one, why, what to do.
-
-    Args:
-        args: the stage's flags, with their defaults filled in.
-        parameters: number of the model's, all experts included.
-        total_steps: optimizer steps of the run.
-        warmup: optimizer steps of the warm-up.
-        rows_per_step: rows of an optimizer step, of all processes.
-        learning_rates: learning rates that suit the stage.
-    """
-    low, high = next((low, high) for most, low, high in learning_rates if parameters <= most)
-    size, advice = format_number(parameters), f"try {low:g} to {high:g}"
-    rate = f"--learning_rate {args.learning_rate:g}"
-    if args.learning_rate > high:
-        yield f"{rate} is high for {size} parameters, which may diverge: {advice}"
-    elif args.learning_rate < low:
-        yield f"{rate} is low for {size} parameters, which then learn slowly: {advice}"
-    if warmup > total_steps / 2:
-        share = "all" if warmup >= total_steps else "more than half"
-        yield (
-            f"a warm-up of {warmup:,} steps takes {share} of the run's {total_steps:,}: "
-            "lower --warmup_iters or --warmup_ratio (3 % is usual)"
-        )
-    for name in ("warmup_iters", "warmup_ratio"):
-        if getattr(args, name) == 0:
-            yield (
-                f"--{name} 0: the first updates are the least reliable and take the whole "
-                "--learning_rate, which may damage the weights: leave it out (3 % is usual)"
-            )
-    if total_steps < FEW_STEPS:
-        yield (
-            f"fewer than {FEW_STEPS} steps ({total_steps:,}) change little: lower --batch_size or "
-            "--accumulation_steps, or take more --epochs or more data"
-        )
-    head = args.dim // args.n_heads
-    if head < SMALL_HEAD:
-        yield (
-            f"heads of {head} dimensions (--dim {args.dim} / --n_heads {args.n_heads}) are too "
-            f"narrow, {SMALL_HEAD} to 128 are usual: fewer --n_heads, or a larger --dim"
-        )
-    if rows_per_step == 1:
-        yield (
-            "--batch_size 1: the gradient of a single row is mostly noise; raise it, or "
-            "--accumulation_steps where memory is short"
-        )
-    tokens = rows_per_step * args.max_seq_len
-    if tokens > 1e6:
-        yield (
-            f"{format_number(tokens)} tokens for each update ({rows_per_step:,} rows) make few "
-            "updates that are hardly better: lower --batch_size or --accumulation_steps"
-        )
-    if args.weight_decay > 0.1:
-        yield f"--weight_decay {args.weight_decay:g} is strong and makes models underfit: try 0.1"
-    if args.dropout > 0.3:
-        yield f"--dropout {args.dropout:g} drops too much: try 0.1, or 0 for a single epoch"
-    if args.beta2 > 0.999:
-        span = 1 / (1 - args.beta2)
-        yield f"--beta2 {args.beta2:g} averages over {span:,.0f} steps, which is slow: try 0.95"
-    if args.grad_clip > 10:
-        yield f"--grad_clip {args.grad_clip:g} hardly limits the update of a bad batch: try 1"
-    patience = args.early_stopping_patience
-    if args.epochs > 10 and not patience:
-        yield (
-            f"--epochs {args.epochs}: text that is read more than a few times is memorised; watch "
-            "a validation set, with --early_stopping_patience 3"
-        )
-    if patience and patience < 2:
-        yield f"--early_stopping_patience {patience} stops at one bad evaluation by chance: try 3"
-    # The first evaluation is always progress, and the one at the end has nothing left to stop.
-    elif patience and (total_steps - 1) // args.eval_interval <= patience:
-        yield (
-            f"--early_stopping_patience {patience} cannot stop a run of {total_steps:,} steps with "
-            f"--eval_interval {args.eval_interval}: lower that one"
-        )

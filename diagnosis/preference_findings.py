@@ -8,54 +8,32 @@ import math
 import statistics
 from itertools import combinations
 
-from .findings import Finding
-from .metrics import (
-    Metrics,
-    best_evaluation,
-    column,
-    count_rises,
-    having,
-    last_third,
-    moving_mean,
-)
+from .findings import Finding, fine
+from .metrics import Metrics, column, count_rises, having, last_third, moving_mean
 
 # From so many lines on each third has four, whose scatter shows what is clear.
 MIN_LINES = 12
-# Between two thirds of a run, a difference of so many standard errors is no accident.
-CLEAR = 3.0
+CLEAR = 3.0  # standard errors between two thirds of a run that are no accident
 # Of fewer lines their order alone is judged: so many standard deviations of Kendall's S, as four
 # values in order have (https://doi.org/10.2307/2332226), are hardly an accident.
 CLEAR_ORDER = 2.0
-# A swing, or a fall, takes back at least this share of all that the run has gained.
-SWING = 0.5
+SWING = 0.5  # a swing, or a fall, takes back at least this share of all that the run has gained
 SWINGS = 3
-# Swings are counted in means over at least so many steps: single batches differ more than that.
-SWING_STEPS = 10
-# A margin below this is next to nothing: at 0 either reply is as likely to be taken, here 52 %.
-LITTLE = 0.1
-# What the chosen replies may lose of their reward for the margin, as a share of it.
-PRICE = 0.5
-# Points of accuracy that a small validation set loses by accident.
-ACCURACY_FALL = 0.02
-# Points between the accuracies of validation and test data of one kind that may be accident.
-ACCURACY_GAP = 0.1
-# The loss starts where model and reference are equal, without any scatter, and rises by that share.
-LOSS_RISE = 0.1
+SWING_STEPS = 10  # swings are counted in means over so many steps: single batches differ more
+LITTLE = 0.1  # a margin of next to nothing: at 0 either reply is as likely to be taken, here 52 %
+PRICE = 0.5  # share of the margin that the chosen replies may lose of their reward for it
+ACCURACY_FALL = 0.02  # that a small validation set loses by accident
+LOSS_RISE = 0.1  # of the loss at the start, where model and reference are equal
 
 
 def preference_findings(metrics: Metrics) -> list[Finding | None]:
-    """What the curves of preference training show; None for what cannot be judged.
-
-    Args:
-        metrics: lines of metrics.jsonl.
-    """
+    """What the curves of preference training show; None for what cannot be judged."""
     lines, evaluations = having(metrics, "loss"), having(metrics, "val_loss")
     return [
         _training_loss(lines),
         _margin(having(lines, "margin")),
         _accuracy(evaluations),
         _price_of_margin(lines, evaluations),
-        _accuracy_gap(metrics, having(evaluations, "val_accuracy")),
     ]
 
 
@@ -105,7 +83,7 @@ def _margin(lines: Metrics) -> Finding:
             "--beta lets the model move further from the reference."
         )
     course = "grow" if grown or len(margins) < 3 else "have grown early and hold"
-    return Finding(f"The log-odds of the chosen replies {course}, {here}.", stands_out=False)
+    return fine(f"The log-odds of the chosen replies {course}, {here}.")
 
 
 def _clear_change(values: list[float]) -> tuple[bool, bool]:
@@ -129,7 +107,7 @@ def _accuracy(evaluations: Metrics) -> Finding | None:
         return None
     here = f"{shares[0]:.1%} at the start, {max(shares):.1%} at best, {shares[-1]:.1%} at the end"
     if shares[-1] >= max(shares) - ACCURACY_FALL:
-        return Finding(f"The validation accuracy: {here}.", stands_out=False)
+        return fine(f"The validation accuracy: {here}.")
     return Finding(
         f"The validation accuracy falls: {here}. Use the best weights (--save_best); for better "
         "ones try fewer --epochs, a smaller --learning_rate or a larger --beta."
@@ -145,34 +123,16 @@ def _price_of_margin(lines: Metrics, evaluations: Metrics) -> Finding | None:
     place, prefix = having(evaluations[-1:], "val_margin"), "val_"
     if not place:
         place, prefix = last_third(lines), ""
-    place = having(having(place, f"{prefix}chosen_reward"), f"{prefix}margin")
-    if not place:
+    rewards, margins = (column(place, f"{prefix}{name}") for name in ("chosen_reward", "margin"))
+    if not rewards or not margins:
         return None
-    reward = statistics.fmean(column(place, f"{prefix}chosen_reward"))
-    margin = statistics.fmean(column(place, f"{prefix}margin"))
+    reward, margin = statistics.fmean(rewards), statistics.fmean(margins)
     here = f"the reward of chosen replies is {reward:.3f}, the margin {margin:.3f}"
     if reward >= -LITTLE:
-        text = f"The chosen replies keep their log-probability: {here}."
-        return Finding(text, stands_out=False)
+        return fine(f"The chosen replies keep their log-probability: {here}.")
     if -reward <= margin * PRICE:
-        text = f"The chosen replies lose some log-probability, the rejected more: {here}."
-        return Finding(text, stands_out=False)
+        return fine(f"The chosen replies lose some log-probability, the rejected more: {here}.")
     return Finding(
         f"The log-probability of the chosen replies collapses: {here}; both replies lose. Try a "
         "larger --beta, a smaller --learning_rate or fewer --epochs."
-    )
-
-
-def _accuracy_gap(metrics: Metrics, evaluations: Metrics) -> Finding | None:
-    """Whether the model ranks the test pairs much worse than the validation pairs."""
-    tests = column(metrics, "test_accuracy")
-    if not tests or not evaluations:
-        return None
-    best = best_evaluation(evaluations)["val_accuracy"]  # of the weights tested
-    here = f"The test accuracy is {tests[-1]:.1%}, that of validation {best:.1%}"
-    if tests[-1] >= best - ACCURACY_GAP:
-        return Finding(f"{here}.", stands_out=False)
-    return Finding(
-        f"{here}: the test pairs are of another kind, or the validation pairs are too few. Trust "
-        "the test, and validate on more pairs of its kind."
     )

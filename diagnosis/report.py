@@ -14,20 +14,15 @@ from .loss_findings import MIN_LINES, loss_findings
 from .metrics import Metrics, best_evaluation, column, has_number, having, read_metrics
 from .preference_findings import preference_findings
 
-FULL_LINE = 40  # characters of a command after which a flag begins a new line
-
 
 def find_all(
     metrics: Metrics, vocab_size: int | None = None, n_routed_experts: int = 0
 ) -> list[Finding]:
     """Everything that the metrics show, good or bad, what did harm first.
 
-    What a run is too short for is left out.
-
     Args:
         metrics: lines of metrics.jsonl.
-        vocab_size: an untrained model's loss is about its logarithm; None for a run that began
-            with trained weights.
+        vocab_size: entries of the tokenizer; None for a run that began with trained weights.
         n_routed_experts: routed experts of a layer; 0 for a dense model.
     """
     if having(having(metrics, "loss"), "margin"):
@@ -41,17 +36,8 @@ def find_all(
 def write_report(folder: Path) -> str:
     """Write report.md and, where matplotlib is installed, curves.png into a run's folder.
 
-    The run may be finished or not. Besides metrics.jsonl the folder holds config.json, of which
-    these keys are read; each may be missing, as in a folder of an older release:
-        command, launcher: the words of the script's command, and those in front of them.
-        versions, commit: versions of packages by name, and the commit of the code.
-        arguments: the flags by name; from_weight, use_moe and n_routed_experts are read.
-        vocab_size: entries of the tokenizer.
-        ending: how the run ended, such as "finished" or "stopped by SIGTERM at step 120"; added
-            when it has ended.
-
-    Args:
-        folder: the run's folder, such as out/logs/pretrain_512.
+    The run may be finished or not. It has a metrics.jsonl; each key of config.json, which
+    `training.record.write_config` writes, may be missing, as in a folder of an older release.
 
     Returns:
         A line with the path of the report and the number of things that stand out.
@@ -61,14 +47,15 @@ def write_report(folder: Path) -> str:
         ValueError: if metrics.jsonl or config.json is damaged.
     """
     metrics = read_metrics(folder / "metrics.jsonl")
-    config = _read_config(folder / "config.json")
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     flags = config.get("arguments", {})
     from_scratch = flags.get("from_weight") == "none"
     n_routed_experts = flags.get("n_routed_experts", 0) if flags.get("use_moe") else 0
     vocab_size = config.get("vocab_size") if from_scratch else None
     found = find_all(metrics, vocab_size, n_routed_experts)
     outstanding = [finding.text for finding in found if finding.stands_out]
-    fine = [finding.text for finding in found if not finding.stands_out]
+    good = [finding.text for finding in found if not finding.stands_out]
     n_lines = len(having(metrics, "loss"))
     short = ""
     if n_lines < MIN_LINES and not having(metrics, "margin"):
@@ -88,7 +75,7 @@ Ended: {config.get("ending", "not known; the run is going on, or was killed")}.
 
 ## What is as it should be
 
-{_bullets(fine) or "Nothing could be judged."}
+{_bullets(good) or "Nothing could be judged."}
 
 ## Curves
 
@@ -98,10 +85,6 @@ Ended: {config.get("ending", "not known; the run is going on, or was killed")}.
     write_atomically(path, lambda file: file.write(text.encode("utf-8")))
     count = {0: "nothing stands out", 1: "one thing stands out"}
     return f"{path}: {count.get(len(outstanding), f'{len(outstanding)} things stand out')}"
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _bullets(texts: list[str]) -> str:
@@ -134,13 +117,14 @@ def _key_figures(metrics: Metrics) -> list[tuple[str, str]]:
     lines, evaluations = having(metrics, "loss"), having(metrics, "val_loss")
     if lines:
         first, last = lines[0], lines[-1]
-        rows.append(("optimizer steps", f"{last['step']:,}"))
-        rows.append(("target tokens", f"{last['tokens']:,}"))
-        rows.append(("training time", format_duration(last["seconds"])))
-        if last["seconds"]:
-            rows.append(("tokens per second", f"{last['tokens'] / last['seconds']:,.0f}"))
-        rows.append(("first loss", f"{first['loss']:.4f} (up to step {first['step']:,})"))
-        rows.append(("last loss", f"{last['loss']:.4f}"))
+        rows += [
+            ("optimizer steps", f"{last['step']:,}"),
+            ("target tokens", f"{last['tokens']:,}"),
+            ("training time", format_duration(last["seconds"])),
+            ("tokens per second", f"{last['tokens'] / (max(last['seconds'], 1e-3)):,.0f}"),
+            ("first loss", f"{first['loss']:.4f} (up to step {first['step']:,})"),
+            ("last loss", f"{last['loss']:.4f}"),
+        ]
         if mfu := column(lines, "mfu"):
             rows.append(("MFU", f"{statistics.median(mfu):.1%}"))
         if memory := column(lines, "memory_gb"):
@@ -162,7 +146,7 @@ def _picture(folder: Path, metrics: Metrics) -> str:
         command = shlex.join(["python", "scripts/report_run.py", folder.as_posix()])
         return (
             "Drawing them needs matplotlib, which is not installed:\n\n"
-            f"```bash\npip install -r scripts/requirements.txt\n{command}\n```"
+            f"```bash\npip install -r scripts/plot_requirements.txt\n{command}\n```"
         )
     return "![loss, validation loss, learning rate and gradient norm](curves.png)"
 
@@ -184,12 +168,8 @@ def _start(config: dict[str, Any]) -> str:
     if "command" not in config:
         return ""
     versions = ", ".join(" ".join(item) for item in config.get("versions", {}).items())
-    command = ""
-    for word in [*config.get("launcher", ["python"]), *config["command"]]:
-        if word.startswith("--") and len(command.rpartition("\n")[2]) > FULL_LINE:
-            command += "\\\n    "
-        command += f"{shlex.quote(word)} "
+    command = shlex.join([*config.get("launcher", ["python"]), *config["command"]])
     return (
         f"\n## How it was started\n\nWith {versions}; commit {config.get('commit') or 'unknown'}."
-        f"\n\n```bash\n{command.rstrip()}\n```\n"
+        f"\n\n```bash\n{command}\n```\n"
     )

@@ -3,14 +3,3 @@
 from .chat_model import ChatModel
 from .command_line import add_model_arguments, listen, open_pool
 from .loading import TrainedModel, WeightSpec, load_chat_model, load_trained
-
-__all__ = [
-    "ChatModel",
-    "TrainedModel",
-    "WeightSpec",
-    "add_model_arguments",
-    "listen",
-    "load_chat_model",
-    "load_trained",
-    "open_pool",
-]

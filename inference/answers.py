@@ -1,6 +1,5 @@
 """Answer a file of questions."""
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,29 +16,20 @@ from .chat_model import ChatModel
 
 
 class Question(NamedTuple):
-    """A line to answer.
+    """A line to answer."""
 
-    Attributes:
-        record: all that the line holds.
-        ids: ids of the prompt.
-        text: its last message.
-        reference: the answer in the line itself, if it has one.
-    """
-
-    record: dict[str, Any]
-    ids: list[int]
-    text: str
-    reference: str | None
+    record: dict[str, Any]  # all that the line holds
+    ids: list[int]  # of the prompt
+    text: str  # its last message
+    reference: str | None  # the answer in the line itself, if it has one
 
 
 def read_questions(
     chat_model: ChatModel, path: Path, system: str | None = None, skip_bad_lines: float = 0.0
 ) -> list[Question]:
-    """Read the lines of a file: conversations, or beginnings of texts for pretrained weights.
+    """Read the lines of a JSONL file: conversations, or texts for pretrained weights to continue.
 
     Args:
-        chat_model: the model that answers.
-        path: JSONL file.
         system: system message of conversations without one.
         skip_bad_lines: leave out lines that cannot be answered, if they are at most this share.
 
@@ -82,13 +72,7 @@ def parse_line(chat_model: ChatModel, line: bytes, system: str | None) -> Questi
 def generate_answers(
     chat_model: ChatModel, questions: Sequence[Question], options: dict[str, Any]
 ) -> list[str]:
-    """Answer questions, as many at a time as the model's decoder has rows.
-
-    Args:
-        chat_model: the model that answers.
-        questions: in any order.
-        options: options of `MiniMindLM.generate`.
-    """
+    """Answer questions, as many at a time as the decoder has rows; options as of `generate`."""
     answers = chat_model.model.batch_generate(
         [torch.tensor(q.ids, device=chat_model.decoder.device) for q in questions],
         batch_size=len(chat_model.decoder.tokens),
@@ -107,12 +91,6 @@ def answer_file(
     The field is "answer", or "response" if a record has an "answer" of its own; if there are both,
     "response_2" and so on: no field of a record is replaced.
 
-    Args:
-        chat_model: the model that answers.
-        questions: see `read_questions`.
-        out: JSONL file to write.
-        options: options of `MiniMindLM.generate`.
-
     Raises:
         UserError: if the file exists or cannot be written.
     """
@@ -128,7 +106,7 @@ def answer_file(
 
 @contextmanager
 def new_file(path: Path, encoding: str) -> Iterator[TextIO]:
-    """Open --output_file: it is made at once, written at the end, and removed after an error.
+    """Open --output_file, which must not exist, at once; it is removed after an error.
 
     Half a surrogate pair, which a string of JSON may hold, is written as its JSON escape.
 
@@ -136,18 +114,15 @@ def new_file(path: Path, encoding: str) -> Iterator[TextIO]:
         UserError: if the file exists or cannot be written.
     """
     try:
-        path.touch(exist_ok=False)
-    except FileExistsError:
-        raise UserError(f"--output_file {path}: is there already") from None
+        file = path.open("x", encoding=encoding, errors="backslashreplace", newline="")
     except OSError as error:
         raise UserError(f"--output_file {path}: {error.strerror}") from None
     try:
-        text = io.StringIO(newline="")
-        yield text
-        try:
-            path.write_bytes(text.getvalue().encode(encoding, "backslashreplace"))
-        except OSError as error:
-            raise UserError(f"--output_file {path}: {error.strerror}") from None
+        with file:
+            yield file
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise UserError(f"--output_file {path}: {error.strerror}") from None
     except BaseException:
         path.unlink(missing_ok=True)
         raise

@@ -3,11 +3,11 @@
 import queue
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from model import Sampling
 
-from .batcher import Closed, GenerationRequest, Token
+from .batcher import Event, GenerationRequest, Token
+from .loading import PRETRAINED
 from .pool import ModelPool
 from .text import TextStream
 
@@ -29,14 +29,12 @@ class LocalModels:
     def __init__(self, pool: ModelPool):
         self.pool = pool
 
-    def names(self) -> list[str]:
-        """The models there are, the default first."""
-        return list(self.pool.cards())
+    def models(self) -> dict[str, bool]:
+        """The models, the default first, each with whether it answers conversations.
 
-    def chats(self, model: str) -> bool:
-        """Whether a model answers conversations; else it continues the last message."""
-        card = self.pool.cards().get(model)
-        return card is None or card.chats
+        One that does not continues the last message.
+        """
+        return {name: card.chats for name, card in self.pool.cards().items()}
 
     def stream(
         self, model: str, messages: Sequence[Mapping[str, str]], settings: Settings
@@ -48,42 +46,34 @@ class LocalModels:
         Raises:
             Exception: of many kinds, each with a text for the user.
         """
-        events: queue.SimpleQueue[Token | str | Exception] = queue.SimpleQueue()
-        while True:
-            batcher = self.pool.get(model)
-            chat_model = batcher.chat_model
-            if chat_model.encoder is None:
-                ids = chat_model.text_ids(messages[-1]["content"])
-            else:
-                ids = chat_model.chat_ids(messages, room=settings.max_tokens)
-            if len(ids) >= chat_model.context:
-                raise ValueError(f"{len(ids)} tokens leave no room in {chat_model.context}")
-            request = GenerationRequest(
-                ids=ids,
-                max_new_tokens=settings.max_tokens,
-                sampling=Sampling(
-                    do_sample=settings.temperature > 0,
-                    temperature=settings.temperature,
-                    top_p=settings.top_p,
-                    repetition_penalty=settings.repetition_penalty,
-                ),
-                seed=settings.seed,
-                emit=events.put,
-            )
-            try:
-                batcher.submit([request])
-                break
-            except Closed:  # another model has taken its place
-                continue
-        text = TextStream(chat_model.tokenizer)
-        try:
+        batcher = self.pool.get(model)
+        chat_model = batcher.chat_model
+        ids = chat_model.chat_ids(messages, room=settings.max_tokens)
+        if len(ids) >= chat_model.context:
+            raise ValueError(f"{len(ids)} tokens leave no room in {chat_model.context}")
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        request = GenerationRequest(
+            ids=ids,
+            max_new_tokens=settings.max_tokens,
+            sampling=Sampling(
+                do_sample=settings.temperature > 0,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                repetition_penalty=settings.repetition_penalty,
+            ),
+            seed=settings.seed,
+            emit=events.put,
+        )
+
+        def tokens() -> Iterator[int]:
             while isinstance(event := events.get(), Token):
-                if piece := text.add(event.token):
-                    yield piece
+                yield event.token
             if isinstance(event, Exception):
                 raise event
-            if piece := text.finish():
-                yield piece
+
+        batcher.submit([request])
+        try:
+            yield from TextStream(chat_model.tokenizer).decode(tokens())
         finally:
             request.cancelled = True
 
@@ -101,34 +91,29 @@ class Endpoint:
 
         self.client = openai.OpenAI(base_url=url, api_key=api_key or "none", max_retries=0)
 
-    def names(self) -> list[str]:
-        """The models there are, the default first."""
-        return [model.id for model in self.client.models.list()]
-
-    def chats(self, model: str) -> bool:
-        """Whether a model answers conversations, by the name that this project gives to weights."""
-        return not model.startswith("pretrain")
+    def models(self) -> dict[str, bool]:
+        """As in LocalModels; a model answers conversations unless its name is of pretraining."""
+        return {
+            model.id: not model.id.startswith(PRETRAINED) for model in self.client.models.list()
+        }
 
     def stream(
         self, model: str, messages: Sequence[Mapping[str, str]], settings: Settings
     ) -> Iterator[str]:
         """Generate an answer, piece by piece. Closing the iterator ends the generation."""
-        options: dict[str, Any] = {
-            "model": model,
-            "max_tokens": settings.max_tokens,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            "stream": True,
-        }
-        if settings.repetition_penalty != 1:  # not every server knows it
-            options["extra_body"] = {"repetition_penalty": settings.repetition_penalty}
-        if settings.seed is not None:
-            options["seed"] = settings.seed
-        chats = self.chats(model)
+        options = {name: value for name, value in vars(settings).items() if value is not None}
+        penalty = options.pop("repetition_penalty")
+        if penalty != 1:  # not every server knows it
+            options["extra_body"] = {"repetition_penalty": penalty}
+        chats = not model.startswith(PRETRAINED)
         if chats:
-            chunks = self.client.chat.completions.create(messages=list(messages), **options)
+            chunks = self.client.chat.completions.create(
+                model=model, messages=list(messages), stream=True, **options
+            )
         else:
-            chunks = self.client.completions.create(prompt=messages[-1]["content"], **options)
+            chunks = self.client.completions.create(
+                model=model, prompt=messages[-1]["content"], stream=True, **options
+            )
         with chunks:
             for chunk in chunks:
                 for choice in chunk.choices:

@@ -19,10 +19,8 @@ class ChatModel:
     """A model with its tokenizer.
 
     Args:
-        name: name of the model.
         model: in eval mode, on its device.
-        tokenizer: tokenizer of the model's ids.
-        chats: whether the model answers conversations; else it continues texts.
+        chats: whether the model answers conversations; else it continues texts, and has no encoder.
         quantize: "int8" for weights of 8 bits, which needs a CPU, or None.
         rows: sequences that are generated at a time.
 
@@ -63,6 +61,8 @@ class ChatModel:
     ) -> list[int]:
         """Ids of a conversation, up to where the assistant's next answer begins.
 
+        A model that continues texts gets the last message alone.
+
         Args:
             messages: the conversation.
             tools: JSON schemas.
@@ -73,6 +73,8 @@ class ChatModel:
         Raises:
             RecordError: if it needs a control token that the tokenizer lacks.
         """
+        if self.encoder is None:
+            return self.text_ids(messages[-1]["content"])
         pieces = render_chat(messages, tools, add_generation_prompt=True)
         prompt = self.encoder.encode([self.encoder.check_control(pieces)])
         if room is None:
@@ -82,17 +84,11 @@ class ChatModel:
     def stream(
         self, ids: Sequence[int], generator: torch.Generator, **options: Any
     ) -> Iterator[str]:
-        """Generate text after a prompt, piece by piece.
-
-        Args:
-            ids: ids of the prompt.
-            generator: source of randomness.
-            options: options of `MiniMindLM.generate`.
+        """Generate text after a prompt, piece by piece; for the options see `MiniMindLM.generate`.
 
         Raises:
             ValueError: if the prompt leaves no room in the model's context.
         """
-        text = TextStream(self.tokenizer)
         tokens = self.model.generate(
             torch.tensor([ids], device=self.decoder.device),
             eos_token_id=self.tokenizer.eos_token_id,
@@ -101,19 +97,11 @@ class ChatModel:
             decoder=self.decoder,
             **options,
         )
-        for token in tokens:
-            if piece := text.add(token.item()):
-                yield piece
-        if piece := text.finish():
-            yield piece
+        yield from TextStream(self.tokenizer).decode(token.item() for token in tokens)
 
 
 def make_decoder(model: MiniMindLM, quantize: str | None, rows: int) -> Decoder:
-    """The decoder that computes a model's tokens.
-
-    Raises:
-        UserError: if the model cannot be quantized.
-    """
+    """The decoder that computes a model's tokens."""
     if quantize is None:
         return TorchDecoder(model, rows)
     if model.device.type != "cpu":

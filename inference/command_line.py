@@ -32,11 +32,7 @@ def open_pool(args: argparse.Namespace, rows: int, queue: int, loaded: int) -> M
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open a socket that listens.
-
-    Raises:
-        UserError: if the port is taken, or there is no such host.
-    """
+    """Open a socket that listens. Raises UserError if the port is taken, or no such host exists."""
     try:
         family = socket.getaddrinfo(host, port)[0][0]
         return socket.create_server((host, port), family=family)

@@ -17,23 +17,14 @@ _ID = re.compile(r"[0-9a-f]{32}")
 
 @dataclass
 class Conversation:
-    """A conversation; messages as in training data, without the system message.
+    """A conversation; messages as in training data."""
 
-    Attributes:
-        system: the system message, or "".
-        model: name of the model that answers.
-        messages: all other messages.
-        tools: JSON schemas of tools, if there are any.
-        changed: time of the last change, in seconds since 1970.
-        id: name of its file.
-    """
-
-    system: str = ""
-    model: str = ""
+    system: str = ""  # the system message, which `messages` leaves out
+    model: str = ""  # name of the one that answers
     messages: list[dict[str, Any]] = field(default_factory=list)
-    tools: list[dict[str, Any]] = field(default_factory=list)
-    changed: float = 0.0
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    tools: list[dict[str, Any]] = field(default_factory=list)  # JSON schemas
+    changed: float = 0.0  # seconds since 1970
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)  # name of its file
 
     @property
     def title(self) -> str:
@@ -41,9 +32,12 @@ class Conversation:
         text = " ".join(self.messages[0]["content"].split()) if self.messages else ""
         return text[:TITLE] + "…" * (len(text) > TITLE)
 
-    def undo(self) -> None:
-        """Remove the last message of the user and what follows it."""
-        del self.messages[self.last_exchanges(1) :]
+    def undo(self) -> str:
+        """Remove the last message of the user, which is returned, and what follows it."""
+        start = self.last_exchanges(1)
+        question = self.messages[start]["content"]
+        del self.messages[start:]
+        return question
 
     def last_exchanges(self, number: int) -> int:
         """Index where the last `number` exchanges begin, each with a message of the user."""

@@ -41,8 +41,6 @@ class WeightSpec:
     """Which weights to use, as flags name them.
 
     Attributes:
-        out_dir: folder of weights.
-        tokenizer_path: folder of the tokenizer.
         weight: a stage's name or a run's (its --run_name), of whose weights the newest are used;
             the whole name of a file in `out_dir`; a .pth file; or a folder in transformers' format.
             None: the weights that the adapter was trained on; without an adapter the newest chat
@@ -65,10 +63,6 @@ class WeightSpec:
         """The fields of the shape that are given, by the config's names."""
         given = {name: getattr(self, name) for name in ("dim", "n_layers", "use_moe")}
         return {name: value for name, value in given.items() if value is not None}
-
-    def matches(self, config: LMConfig) -> bool:
-        """Whether a model has this shape."""
-        return all(getattr(config, name) == value for name, value in self.shape.items())
 
 
 def list_weights(out_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -93,11 +87,7 @@ def list_adapters(out_dir: Path) -> list[Path]:
 
 
 def adapted_base(path: Path) -> str | None:
-    """The hash of the weights that an adapter was trained on; None if the file holds no adapter.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
+    """The hash of the weights that an adapter was trained on; None if the file holds no adapter."""
     contents = read_pickle(path, mmap=True)
     return contents.get("base") if isinstance(contents, dict) else None
 
@@ -110,30 +100,22 @@ def is_pretrained(path: Path) -> bool:
 
 
 def name_patterns(name: str, dim: str = r"\d+") -> tuple[re.Pattern[str], ...]:
-    """Patterns of the file names that `name` may mean, the likelier first.
-
-    Args:
-        name: a stage's, an adapter's or a run's name, or the whole name of a file.
-        dim: pattern of the width.
-    """
+    """Patterns of the file names that a stage, an adapter or a run may have, the likelier first."""
     name = re.escape(name)
     return re.compile(rf"{name}_{dim}(_moe)?|{name}"), re.compile(rf".+_{dim}(_moe)?_{name}")
 
 
 def find_weights(spec: WeightSpec, shape: LMConfig) -> Path:
-    """The file that `spec.weight` names; without a name, the newest chat weights or other ones.
-
-    Of several files of a name, the newest of the given shape is meant.
-
-    Args:
-        spec: which weights.
-        shape: shape of weights without a .json file.
+    """The newest file that `spec` names; weights without a .json file have `shape`.
 
     Raises:
         UserError: if there is none.
     """
-    found = list_weights(spec.out_dir)
-    matching = [(path, about) for path, about in found if spec.matches(about["config"])]
+    matching = [
+        (path, about)
+        for path, about in list_weights(spec.out_dir)
+        if spec.shape.items() <= vars(about["config"]).items()
+    ]
     if spec.weight is None:
         if not matching:
             flags = "".join(f" of --{name} {value}" for name, value in spec.shape.items())
@@ -151,11 +133,7 @@ def find_weights(spec: WeightSpec, shape: LMConfig) -> Path:
 
 
 def find_adapter(spec: WeightSpec, shape: LMConfig) -> Path:
-    """The file that `spec.lora_name` names; of several shapes, the newest.
-
-    Args:
-        spec: which adapter.
-        shape: shape in the file name that an error names.
+    """The newest file that `spec.lora_name` names; the error of none names that of `shape`.
 
     Raises:
         UserError: if there is none.
@@ -163,19 +141,17 @@ def find_adapter(spec: WeightSpec, shape: LMConfig) -> Path:
     folder = spec.out_dir / "lora"
     if spec.lora_name.endswith(".pth"):
         return resolve_weights("--lora_name", spec.lora_name, folder, shape)
-    paths: list[Path] = []
     for pattern in name_patterns(spec.lora_name, r"\d+" if spec.dim is None else f"{spec.dim}"):
-        paths = paths or [path for path in folder.glob("*.pth") if pattern.fullmatch(path.stem)]
-    if not paths:
-        wanted = weights_path(folder, spec.lora_name, shape)
-        names = [re.sub(r"_\d+(_moe)?$", "", p.stem) for p in list_adapters(spec.out_dir)]
-        there = ", ".join(sorted(set(names))) or "no adapter"
-        raise UserError(f"--lora_name {spec.lora_name}: no file {wanted}; there is {there}")
-    return max(paths, key=lambda path: path.stat().st_mtime)
+        if paths := [path for path in folder.glob("*.pth") if pattern.fullmatch(path.stem)]:
+            return max(paths, key=lambda path: path.stat().st_mtime)
+    wanted = weights_path(folder, spec.lora_name, shape)
+    names = {re.sub(r"_\d+(_moe)?$", "", path.stem) for path in list_adapters(spec.out_dir)}
+    there = ", ".join(sorted(names)) or "no adapter"
+    raise UserError(f"--lora_name {spec.lora_name}: no file {wanted}; there is {there}")
 
 
 def load_base(base: str, out_dir: Path, tokenizer: str, adapter: Path) -> tuple[Path, MiniMindLM]:
-    """Find and load the weights that an adapter was trained on, by their hash: file and model.
+    """Find and load the weights that an adapter was trained on: file and model.
 
     Args:
         base: hash of the weights.
@@ -224,19 +200,10 @@ class TrainedModel:
 def load_chat_model(
     spec: WeightSpec, device: torch.device, quantize: str | None = None, rows: int = 1
 ) -> ChatModel:
-    """Load weights, tokenizer and adapter to answer with.
-
-    Args:
-        spec: which ones.
-        device: device to compute on.
-        quantize, rows: see ChatModel.
-
-    Raises:
-        UserError: if they are not there or do not belong together.
-    """
-    loaded = load_trained(spec)
-    model = loaded.model.to(device)
-    return ChatModel(loaded.name, model, loaded.tokenizer, loaded.chats, quantize, rows)
+    """Load a model to answer with; for `quantize` and `rows` see ChatModel, for errors below."""
+    trained = load_trained(spec)
+    model = trained.model.to(device)
+    return ChatModel(trained.name, model, trained.tokenizer, trained.chats, quantize, rows)
 
 
 def load_trained(spec: WeightSpec) -> TrainedModel:
@@ -246,16 +213,13 @@ def load_trained(spec: WeightSpec) -> TrainedModel:
         UserError: if they are not there or do not belong together.
     """
     if spec.weight is not None and Path(spec.weight).is_dir():
-        return load_folder(spec)
+        folder = Path(spec.weight)
+        model, tokenizer = load_folder(spec)
+        return TrainedModel(folder.name, folder, model.eval(), tokenizer, chats=True)
     tokenizer = load_tokenizer(spec.tokenizer_path)
     hash_ = tokenizer_hash(tokenizer)
     try:
-        shape = LMConfig(
-            dim=spec.dim or 512,
-            n_layers=spec.n_layers or 8,
-            use_moe=bool(spec.use_moe),
-            vocab_size=len(tokenizer),
-        )
+        shape = LMConfig(vocab_size=len(tokenizer), **spec.shape)
     except ValueError as error:
         raise UserError(f"--dim {spec.dim}: {error}") from None
     adapter = None if spec.lora_name is None else find_adapter(spec, shape)
@@ -274,13 +238,10 @@ def load_trained(spec: WeightSpec) -> TrainedModel:
     return TrainedModel(name, path, model.eval(), tokenizer, chats)
 
 
-def load_folder(spec: WeightSpec) -> TrainedModel:
+def load_folder(spec: WeightSpec) -> tuple[MiniMindLM, "PreTrainedTokenizerBase"]:
     """Load a folder in transformers' format: config.json, model.safetensors, perhaps a tokenizer.
 
     `save_pretrained` wrote such folders when MiniMindLM was one of transformers' models.
-
-    Raises:
-        UserError: if the folder holds something else.
     """
     folder = Path(spec.weight)
     if spec.lora_name is not None:
@@ -289,19 +250,18 @@ def load_folder(spec: WeightSpec) -> TrainedModel:
     tokenizer = load_tokenizer(folder if own else spec.tokenizer_path)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = config.get("model_type") if isinstance(config, dict) else None
-        if kind != LMConfig.model_type:
-            raise ValueError(f"a model of the type {kind}")
+        if config.get("model_type") != LMConfig.model_type:
+            raise ValueError(f"a model of the type {config.get('model_type')}")
         model = MiniMindLM(LMConfig.from_dict(config))
         state = load_file(folder / "model.safetensors")
         state.setdefault("output.weight", state.get("tok_embeddings.weight"))  # one tensor, tied
         model.load_state_dict(state)
-        if model.config.vocab_size != len(tokenizer):
-            raise ValueError(
-                f"{model.config.vocab_size} ids, the tokenizer has {len(tokenizer)}: "
-                "--tokenizer_path names another"
-            )
-    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = textwrap.shorten(str(error), 200)  # PyTorch names every difference, a line each
         raise UserError(f"--weight {folder}: cannot be loaded ({reason})") from None
-    return TrainedModel(folder.name, folder, model.eval(), tokenizer, True)
+    if model.config.vocab_size != len(tokenizer):
+        raise UserError(
+            f"--weight {folder}: {model.config.vocab_size} ids, the tokenizer has "
+            f"{len(tokenizer)}: --tokenizer_path names another"
+        )
+    return model, tokenizer

@@ -2,8 +2,6 @@
 
 import logging
 import threading
-import weakref
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -25,8 +23,8 @@ from .loading import (
 )
 
 LOG = logging.getLogger(__name__)
-# Tells a file from another of the same name: time of change, size, inode. None: there is no file.
-Version = tuple[int, int, int] | None
+# Of each file: its path, time of change, size and inode, which tells it from others of its name.
+Versions = list[tuple[Path, int, int, int]]
 
 
 class UnknownModel(Exception):
@@ -35,36 +33,21 @@ class UnknownModel(Exception):
 
 @dataclass(frozen=True)
 class ModelCard:
-    """A model that can be asked for.
+    """A model that can be asked for."""
 
-    Attributes:
-        path: file or folder of its weights, or file of the adapter.
-        modified: time of the last change of `path`, in seconds since 1970.
-        is_adapter: whether `path` is an adapter.
-        chats: whether the model answers conversations; else it continues texts.
-    """
-
-    path: Path
-    modified: float
+    path: Path  # file or folder of its weights, or file of the adapter
+    modified: float  # when `path` was changed, in seconds since 1970
     is_adapter: bool = False
-    chats: bool = True
+    chats: bool = True  # answers conversations; else it continues texts
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory.
-
-    Attributes:
-        batcher: generates with the model.
-        card: what was loaded.
-        versions: versions of the files that it was loaded from.
-        refused: newer versions of these files that could not be loaded, if there are any.
-    """
+    """A model in memory, what it was loaded from, and the file versions that were last tried."""
 
     batcher: Batcher
     card: ModelCard
-    versions: tuple[Version, ...]
-    refused: tuple[Version, ...] | None = None
+    versions: Versions
 
 
 class ModelPool:
@@ -77,7 +60,6 @@ class ModelPool:
     Args:
         spec: where to look. With `weight`, a file, a folder, or the name of weights in the folder,
             there is only that model.
-        device: device to compute on.
         quantize: see ChatModel.
         rows, queue: see Batcher.
         loaded: how many models stay in memory.
@@ -105,14 +87,9 @@ class ModelPool:
         self.quantize = quantize
         self.rows, self.queue, self.loaded = rows, queue, loaded
         self.models: dict[str, LoadedModel] = {}  # by name, the one used last is the last
-        # Batchers that were replaced and still have requests: their threads keep them alive.
-        self._replaced: weakref.WeakSet[Batcher] = weakref.WeakSet()
         self._loads: dict[str, Future[Batcher]] = {}  # that have begun or wait for others
         self._loader = ThreadPoolExecutor(1, "loader")
-        self._lock = threading.Lock()  # held to read or change the three above
-        names = ("tokenizer.json", "tokenizer_config.json")  # these determine what it does
-        self._tokenizer_files = [spec.tokenizer_path / name for name in names]
-        self._tokenizer_versions = file_versions(self._tokenizer_files)
+        self._lock = threading.Lock()  # held to read or change the two dicts
         self._tokenizer = tokenizer_hash(load_tokenizer(spec.tokenizer_path))
 
     def cards(self) -> dict[str, ModelCard]:
@@ -126,94 +103,76 @@ class ModelPool:
         return cards
 
     def _cards_on_disk(self) -> dict[str, ModelCard]:
+        cards: dict[str, ModelCard] = {}
+
+        def add(path: Path, **about: bool) -> None:
+            with suppress(OSError):  # it is gone
+                cards.setdefault(path.stem, ModelCard(path, path.stat().st_mtime, **about))
+
         if self.spec.weight is not None:
             path = Path(self.spec.weight)
-            with suppress(OSError):  # it is gone
-                chats = path.is_dir() or not is_pretrained(path)
-                return {path.stem: ModelCard(path, modified(path), chats=chats)}
-            return {}
-        self._reload_tokenizer()
-        cards = []
-        for path, about in list_weights(self.spec.out_dir):
+            add(path, chats=path.is_dir() or not is_pretrained(path))
+            return cards
+        try:
+            self._tokenizer = tokenizer_hash(load_tokenizer(self.spec.tokenizer_path))
+        except UserError as error:
+            LOG.warning("%s", error)
+        for path, about in sorted(
+            list_weights(self.spec.out_dir), key=lambda entry: entry[1]["stage"] == PRETRAINED
+        ):
             if about["tokenizer"] == self._tokenizer:
-                with suppress(OSError):
-                    chats = about["stage"] != PRETRAINED
-                    cards.append(ModelCard(path, modified(path), chats=chats))
-        cards.sort(key=lambda card: not card.chats)
-        by_name = {card.path.stem: card for card in cards}
+                add(path, chats=about["stage"] != PRETRAINED)
         for path in list_adapters(self.spec.out_dir) if cards else ():
-            with suppress(OSError):
-                by_name.setdefault(path.stem, ModelCard(path, modified(path), is_adapter=True))
-        return by_name
-
-    def _reload_tokenizer(self) -> None:
-        """Note the hash of the tokenizer in the folder now, if it can be loaded."""
-        versions = file_versions(self._tokenizer_files)
-        if versions != self._tokenizer_versions:
-            self._tokenizer_versions = versions
-            try:
-                self._tokenizer = tokenizer_hash(load_tokenizer(self.spec.tokenizer_path))
-            except UserError as error:
-                LOG.warning("%s", error)
+            add(path, is_adapter=True)
+        return cards
 
     def get(self, name: str) -> Batcher:
-        """The batcher of a model; waits for what `load` gives, and raises the same errors."""
+        """The batcher of a model; waits for what `load` gives, and raises its errors."""
         return self.load(name).result()
 
     def load(self, name: str) -> "Future[Batcher]":
         """Load a model on the loader's thread, unless it is in memory.
 
         Requests for a model that is being loaded share one load. If it replaces one in memory, the
-        request that finds the change waits for it; those that come meanwhile get the old one.
-
-        Returns:
-            The batcher, once there is one. It may raise UserError if the model cannot be loaded,
-            QueueFull if no other model can make room for it, and UnknownModel.
-
-        Raises:
-            UnknownModel: if there is none of that name.
+        request that finds the change waits for it; those that come meanwhile get the old one. The
+        result may be UnknownModel, UserError if the model cannot be loaded, or QueueFull if no
+        other model can make room for it.
         """
-        model = self.find_loaded(name)
-        is_current = model is not None and not self._is_outdated(model)
-        if model is None and name not in self._cards_on_disk():
-            raise UnknownModel(name)
         with self._lock:
+            model = self.models.pop(name, None)
+            if model is not None:
+                self.models[name] = model  # as the one used last
             load = self._loads.get(name)
-            if is_current or (model is not None and load is not None):
-                done: Future[Batcher] = Future()
-                done.set_result(model.batcher)
-                return done
-            if load is None:
+            if model is not None and (load is not None or not is_outdated(model)):
+                load = Future()
+                load.set_result(model.batcher)
+            elif load is None:
                 load = self._loads[name] = self._loader.submit(self._load, name)
             return load
 
     def _load(self, name: str) -> Batcher:
-        """Do the work of `load`."""
         try:
-            old = self.find_loaded(name)
-            if old is not None and not self._is_outdated(old):  # since a moment ago
-                return old.batcher
-            model = self._read_first(name) if old is None else self._read_again(name, old)
+            old = self.models.get(name)
+            if old is None:
+                card = self._cards_on_disk().get(name)
+                if card is None:
+                    raise UnknownModel(name)
+                self._make_room()
+                model = self._read(card)
+            else:
+                model = self._read_again(name, old)
             with self._lock:
                 self.models[name] = model
-                if old is not None and model.batcher is not old.batcher:
-                    self._replaced.add(old.batcher)
-                    old.batcher.retire()
+            if old is not None and old.batcher is not model.batcher:
+                old.batcher.retire()
             return model.batcher
         finally:
             with self._lock:
                 del self._loads[name]
 
-    def _read_first(self, name: str) -> LoadedModel:
-        card = self._cards_on_disk().get(name)
-        if card is None:
-            raise UnknownModel(name)
-        self._make_room()
-        return self._read(card)
-
     def _read_again(self, name: str, old: LoadedModel) -> LoadedModel:
         """Load the changed files of a model; if that fails, keep the old one."""
-        versions = self._versions(old.card)
+        versions = file_versions(old.card)
         try:
             return self._read(old.card)
         except Exception as error:  # also that both do not fit into memory
@@ -223,56 +182,31 @@ class ModelPool:
                 error,
                 exc_info=not isinstance(error, UserError),
             )
-            return replace(old, refused=versions)
+            return replace(old, versions=versions)
 
     def _read(self, card: ModelCard) -> LoadedModel:
-        versions = self._versions(card)  # first: a later change shows at the next request
-        try:
-            card = replace(card, modified=modified(card.path))
-        except OSError as error:
-            raise UserError(f"{card.path}: {error.strerror}") from None
+        versions = file_versions(card)  # first: a later change shows at the next request
+        card = replace(card, modified=card.path.stat().st_mtime)
         flag = "lora_name" if card.is_adapter else "weight"
         spec = replace(self.spec, **{flag: str(card.path)})
         chat_model = load_chat_model(spec, self.device, self.quantize, self.rows + 1)
-        card = replace(card, chats=chat_model.encoder is not None)
         return LoadedModel(Batcher(chat_model, self.rows, self.queue), card, versions)
 
-    def _is_outdated(self, model: LoadedModel) -> bool:
-        """Whether a model's files have changed, and the change was not refused.
-
-        Files that are missing, as while they are being replaced, are no change.
-        """
-        versions = self._versions(model.card)
-        return versions[0] is not None and versions not in (model.versions, model.refused)
-
-    def _versions(self, card: ModelCard) -> tuple[Version, ...]:
-        """Versions of the files that a model is loaded from, its own first.
-
-        An adapter's base is not among them: there is only one that fits.
-        """
-        files = [card.path]
-        if card.path.is_dir():
-            with suppress(OSError):
-                files += sorted(card.path.iterdir())
-        elif not card.is_adapter:
-            files.append(card.path.with_suffix(".json"))
-        return file_versions([*files, *self._tokenizer_files])
-
     def _make_room(self) -> None:
+        """Drop the model that was not used for the longest time and has no requests."""
         with self._lock:
             if len(self.models) < self.loaded:
                 return
             for name, model in self.models.items():
-                if model.batcher.close(only_if_idle=True):
-                    del self.models[name]
+                if not model.batcher.load:
+                    self.models.pop(name).batcher.retire()
                     return
         raise QueueFull(10.0)
 
     def load_first(self) -> list[UserError]:
         """Load the first model that can be loaded, and return the errors of those before it.
 
-        Raises:
-            UserError: the first model's, if none can be loaded.
+        Raises the first error if none can be loaded.
         """
         errors = []
         for name in self.cards():
@@ -283,41 +217,34 @@ class ModelPool:
                 errors.append(error)
         raise errors[0]
 
-    def find_loaded(self, name: str) -> LoadedModel | None:
-        """The model of that name if it is in memory, which counts as its use."""
-        with self._lock:
-            model = self.models.pop(name, None)
-            if model is not None:
-                self.models[name] = model
-            return model
-
     def batchers(self) -> list[Batcher]:
-        """The batchers of all models in memory, and replaced ones that still have requests."""
+        """The batchers of all models in memory."""
         with self._lock:
-            return [*(model.batcher for model in self.models.values()), *self._replaced]
+            return [model.batcher for model in self.models.values()]
 
     def close(self) -> None:
-        """End all batchers, and begin no further load."""
+        """End all requests, and begin no further load."""
         self._loader.shutdown(wait=False, cancel_futures=True)
         for batcher in self.batchers():
             batcher.close()
-        with self._lock:
-            self.models.clear()
 
 
-def modified(path: Path) -> float:
-    """Time of the last change of a file, or of the newest file in a folder. Raises OSError."""
-    files = [path, *path.iterdir()] if path.is_dir() else [path]
-    return max(file.stat().st_mtime for file in files)
+def is_outdated(model: LoadedModel) -> bool:
+    """Whether a model's files have changed since they were last tried.
+
+    Files that are missing, as while they are being replaced, are no change.
+    """
+    return model.card.path.exists() and file_versions(model.card) != model.versions
 
 
-def file_versions(files: Iterable[Path]) -> tuple[Version, ...]:
-    """The version of each file."""
-    versions: list[Version] = []
-    for file in files:
-        try:
+def file_versions(card: ModelCard) -> Versions:
+    """Versions of the files that a model is loaded from.
+
+    An adapter's base is not among them: there is only one that fits.
+    """
+    path, versions = card.path, []
+    for file in sorted(path.iterdir()) if path.is_dir() else (path, path.with_suffix(".json")):
+        with suppress(OSError):
             status = file.stat()
-            versions.append((status.st_mtime_ns, status.st_size, status.st_ino))
-        except OSError:
-            versions.append(None)
-    return tuple(versions)
+            versions.append((file, status.st_mtime_ns, status.st_size, status.st_ino))
+    return versions

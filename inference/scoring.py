@@ -35,9 +35,9 @@ def score(
 ) -> None:
     """Print perplexity and bits per byte, and for conversations how answers compare to references.
 
+    The loss of a quantized model is compared with that of its full weights.
+
     Args:
-        chat_model: the model. If it is quantized, its loss is compared with that of its full
-            weights.
         path: JSONL file of texts or conversations.
         out: file for a table of answers that a person can rate, or None.
         max_new_tokens: the most tokens of an answer.
@@ -89,9 +89,8 @@ def print_loss(chat_model: ChatModel, dataset: PretrainDataset | SFTDataset, pat
     full_nats, targets = total_loss(chat_model, dataset)
     is_quantized = not isinstance(chat_model.decoder, TorchDecoder)
     nats = stepwise_loss(chat_model.decoder, dataset) if is_quantized else full_nats
-    scores = mean_scores(
-        {"": {"loss": nats, "targets": targets, "text_bytes": dataset.text_bytes}}, "score"
-    )
+    sums = {"loss": nats, "targets": targets, "text_bytes": dataset.text_bytes}
+    scores = mean_scores({"": sums}, "score")
     print(f"{targets:,.0f} target tokens of {len(dataset):,} samples in {path}")
     line = f"loss {scores['score_loss']:.4f} nats per token"
     line += f", perplexity {scores['score_perplexity']:.2f}"
@@ -105,16 +104,12 @@ def print_loss(chat_model: ChatModel, dataset: PretrainDataset | SFTDataset, pat
         )
 
 
-def longest_first(dataset: PretrainDataset | SFTDataset) -> list[int]:
-    """Indices of samples by falling length."""
-    return np.argsort(-dataset.lengths(), kind="stable").tolist()
-
-
 @torch.no_grad()
 def total_loss(chat_model: ChatModel, dataset: PretrainDataset | SFTDataset) -> tuple[float, float]:
     """The weighted loss of all targets in nats, and the sum of their weights."""
     samples, rows = PaddedRows(dataset), len(chat_model.decoder.tokens)
-    lengths, order = dataset.lengths(), longest_first(dataset)
+    lengths = dataset.lengths()
+    order = np.argsort(-lengths).tolist()
     nats = weights = 0.0
     while order:
         size = max(1, min(rows, rows * ROW // int(lengths[order[0]])))  # logits take the memory
@@ -131,7 +126,7 @@ def total_loss(chat_model: ChatModel, dataset: PretrainDataset | SFTDataset) -> 
 def stepwise_loss(decoder: Decoder, dataset: PretrainDataset | SFTDataset) -> float:
     """The weighted loss of all targets in nats, of a decoder that computes them one at a time."""
     nats = 0.0
-    size, order = len(decoder.tokens), longest_first(dataset)
+    size, order = len(decoder.tokens), np.argsort(-dataset.lengths()).tolist()
     for start in range(0, len(order), size):
         batch = [dataset[i] for i in order[start : start + size]]
         for t in range(len(batch[0][0])):
@@ -147,11 +142,7 @@ def stepwise_loss(decoder: Decoder, dataset: PretrainDataset | SFTDataset) -> fl
 
 
 def rouge_scorer() -> "RougeScorer":
-    """The scorer of ROUGE-L.
-
-    Raises:
-        UserError: if it or sacrebleu is not installed.
-    """
+    """The scorer of ROUGE-L. Raises UserError if it or sacrebleu is not installed."""
     try:
         import sacrebleu  # noqa: F401  which `compare_answers` needs
         from rouge_score.rouge_scorer import RougeScorer

@@ -1,6 +1,6 @@
 """Decoding of new tokens to text, token by token."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tokenizers.decoders import DecodeStream
@@ -13,10 +13,6 @@ class TextStream:
     """Decodes tokens to pieces of text, and ends the text before a stop string.
 
     A piece consists of whole characters. What may be the beginning of a stop string is held back.
-
-    Args:
-        tokenizer: tokenizer of the tokens.
-        stop: strings before which the text ends.
 
     Attributes:
         stopped: whether the text has ended before a stop string.
@@ -42,6 +38,14 @@ class TextStream:
         if not self.stopped:
             self._text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
         return self._release(0)
+
+    def decode(self, tokens: Iterable[int]) -> Iterator[str]:
+        """Yield the pieces of a whole text."""
+        for token in tokens:
+            if piece := self.add(token):
+                yield piece
+        if piece := self.finish():
+            yield piece
 
     def _release(self, held_back: int) -> str:
         if self.stopped:

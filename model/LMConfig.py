@@ -18,7 +18,6 @@ class LMConfig:
         hidden_dim: inner width of the feed-forward layer. None: 2/3 · 4 · dim, which gives SwiGLU
             the parameters of an ungated layer of 4 · dim (https://arxiv.org/abs/2002.05202),
             rounded up to `multiple_of`.
-        multiple_of: rounding of a derived `hidden_dim`.
         norm_eps: added to the mean square in RMSNorm.
         max_seq_len: context length, in positions.
         rope_theta: base of the rotary frequencies.
@@ -26,15 +25,11 @@ class LMConfig:
         flash_attn: use `F.scaled_dot_product_attention`; False computes the softmax step by step.
         use_moe: replace each feed-forward layer by a mixture of experts.
         num_experts_per_tok: routed experts of a token (top-k).
-        n_routed_experts: routed experts of a layer.
-        n_shared_experts: experts of every token, as one layer of that many times the width. True
-            means 1; 0, False or None means none.
-        scoring_func: how gate logits become scores; "softmax".
+        n_shared_experts: experts of every token, as one layer of that many times the width.
         aux_loss_alpha: weight of the load-balancing loss.
         seq_aux: balance within each sequence (True) or over the whole batch (False).
         norm_topk_prob: scale the top-k scores of a token to sum 1. With top-1 the raw score stays,
             since the gate would get no gradient.
-        bos_token_id, pad_token_id: the tokens that begin a text and fill a row.
         eos_token_id: the token, or tokens, that end a text.
 
     Raises:
@@ -84,11 +79,7 @@ class LMConfig:
         """Make a configuration from the result of `dataclasses.asdict`.
 
         A dict with `transformers_version` is from when this class was a PretrainedConfig; what
-        transformers wrote beside the fields is ignored.
-
-        Raises:
-            TypeError: for a name that is no field.
-            ValueError: for an impossible combination.
+        transformers wrote beside the fields is ignored. Else an unknown name is a TypeError.
         """
         if "transformers_version" in values:
             known = {field.name for field in fields(cls)}
@@ -99,52 +90,42 @@ class LMConfig:
     def from_size(cls, size: str, **overrides: Any) -> "LMConfig":
         """Make a published size by name: "small" (26 M), "base" (104 M) or "moe" (145 M).
 
-        Raises:
-            ValueError: for another name.
+        Raises ValueError for another name.
         """
         if size not in PUBLISHED_SIZES:
             raise ValueError(f"size {size!r} is none of {', '.join(PUBLISHED_SIZES)}")
         return cls(**{**PUBLISHED_SIZES[size], **overrides})
 
     def _check(self) -> None:
-        sizes = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of"]
-        sizes += ["max_seq_len"]
-        if self.use_moe:
-            sizes += ["num_experts_per_tok", "n_routed_experts"]
+        def require(holds: bool, message: str) -> None:
+            if not holds:
+                raise ValueError(message)
+
+        above_0 = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of"]
+        above_0 += ["max_seq_len", "norm_eps", "rope_theta"]
         if self.hidden_dim is not None:
-            sizes.append("hidden_dim")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("norm_eps", "rope_theta"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
-        if self.dim % self.n_heads:
-            raise ValueError(f"dim {self.dim} is not divisible by n_heads {self.n_heads}")
-        if self.head_dim % 2:
-            raise ValueError(
-                f"dim {self.dim} / n_heads {self.n_heads} gives a head of {self.head_dim}; "
-                "rotary embeddings need an even size"
+            above_0.append("hidden_dim")
+        if self.use_moe:
+            above_0 += ["num_experts_per_tok", "n_routed_experts"]
+        for name in above_0:
+            require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
+        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
+        heads, kv_heads, top_k = self.n_heads, self.n_kv_heads, self.num_experts_per_tok
+        require(self.dim % heads == 0, f"dim {self.dim} is not divisible by n_heads {heads}")
+        require(
+            self.head_dim % 2 == 0,
+            f"dim {self.dim} / n_heads {heads} must be even, for rotary embeddings",
+        )
+        require(heads % kv_heads == 0, f"n_heads {heads} is not divisible by n_kv_heads {kv_heads}")
+        if self.use_moe:
+            for name in ("n_shared_experts", "aux_loss_alpha"):
+                value = getattr(self, name)
+                require(value >= 0, f"{name} must be at least 0, not {value}")
+            require(
+                top_k <= self.n_routed_experts,
+                f"num_experts_per_tok {top_k} is above n_routed_experts {self.n_routed_experts}",
             )
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}"
-            )
-        if not self.use_moe:
-            return
-        if self.num_experts_per_tok > self.n_routed_experts:
-            raise ValueError(
-                f"num_experts_per_tok {self.num_experts_per_tok} is above "
-                f"n_routed_experts {self.n_routed_experts}"
-            )
-        if self.n_shared_experts < 0:
-            raise ValueError(f"n_shared_experts must be at least 0, not {self.n_shared_experts}")
-        if self.aux_loss_alpha < 0:
-            raise ValueError(f"aux_loss_alpha must be at least 0, not {self.aux_loss_alpha}")
-        if self.scoring_func != "softmax":
-            raise ValueError(f"scoring_func must be 'softmax', not {self.scoring_func!r}")
+            require(self.scoring_func == "softmax", "scoring_func must be 'softmax'")
 
 
 PUBLISHED_SIZES: dict[str, dict[str, Any]] = {

@@ -26,25 +26,16 @@ class Decoder(ABC):
     """Rows of tokens with their keys and values, and how they grow.
 
     Rows 0 … n − 1 are those that `step` continues: when a row ends, `move` puts the last one into
-    its place.
-
-    Args:
-        rows: number of rows.
-        max_seq_len: the most tokens of a row.
-        device: device of the logits.
-
-    Attributes:
-        tokens: the tokens of each row whose keys and values are computed.
-        caches: keys and values, tensors of (rows, heads, slots, head_dim). All rows have as many
-            slots as the longest one ever needed, and some to grow into.
-        prefix_cache: tokens of finished rows, each with its part of every cache.
+    its place. All rows have as many slots as the longest one ever needed, and some to grow into.
     """
 
     def __init__(self, rows: int, max_seq_len: int, device: torch.device):
+        # The tokens of each row whose keys and values are computed.
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self.max_seq_len = max_seq_len
         self.device = device
-        self.caches: list[Tensor] = []
+        self.caches: list[Tensor] = []  # keys and values, (rows, heads, slots, head_dim) each
+        # Tokens of finished rows, each with its part of every cache.
         self.prefix_cache: deque[tuple[list[int], list[Tensor]]] = deque(maxlen=PREFIXES)
 
     @property
@@ -53,17 +44,10 @@ class Decoder(ABC):
         return self.caches[0].shape[2] if self.caches else 0
 
     def prefill(self, row: int, ids: Sequence[int]) -> Tensor:
-        """Put a prompt into a row; a beginning that some row or the prefix cache has is copied.
+        """Put a prompt into a row, and compute the logits of the next token: (vocab_size,).
 
-        Args:
-            row: index of the row.
-            ids: the prompt, at least one token.
-
-        Returns:
-            Logits of the next token: (vocab_size,).
-
-        Raises:
-            ValueError: if the prompt is empty or longer than the context.
+        A beginning that some row or the prefix cache has is copied. Raises ValueError if the prompt
+        is empty or longer than the context.
         """
         *_, logits = self.prefill_in_chunks(row, ids)
         return logits
@@ -73,15 +57,9 @@ class Decoder(ABC):
     ) -> Iterator[Tensor]:
         """Put a prompt into a row, CHUNK tokens at a time: other rows may take steps in between.
 
-        Args:
-            row: index of the row.
-            ids: the prompt, at least one token.
-            all_logits: compute the whole prompt and copy nothing, half as many tokens at a time
-                (the output layer then takes as long as the others).
-
-        Yields:
-            Logits after the last token of each chunk, (vocab_size,), or with `all_logits` after
-            every token of it, (T, vocab_size).
+        Yields the logits after the last token of each chunk, (vocab_size,). With `all_logits`,
+        nothing is copied, and logits follow every token, (T, vocab_size), of chunks of half the
+        size (the output layer then takes as long as the others).
         """
         ids = list(ids)
         if not ids:
@@ -102,26 +80,20 @@ class Decoder(ABC):
         in_rows = [common_prefix(tokens, ids) for tokens in self.tokens]
         stored = [common_prefix(tokens, ids) for tokens, _ in self.prefix_cache]
         shared = max(in_rows + stored)
-        if in_rows[row] < shared:
-            if shared in in_rows:
-                self._copy(in_rows.index(shared), row, shared)
-            else:
-                _, parts = self.prefix_cache[stored.index(shared)]
-                for cache, part in zip(self.caches, parts, strict=True):
-                    cache[row, :, :shared] = part[:, :shared]
+        if in_rows[row] == shared:
+            return shared
+        if shared in in_rows:
+            self._copy(in_rows.index(shared), row, shared)
+        else:
+            _, parts = self.prefix_cache[stored.index(shared)]
+            for cache, part in zip(self.caches, parts, strict=True):
+                cache[row, :, :shared] = part[:, :shared]
         return shared
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Add one token to each of the first n rows.
+        """Add one token to each of the first n rows, and compute the logits (n, vocab_size).
 
-        Args:
-            tokens: n ids.
-
-        Returns:
-            Logits of the next tokens: (n, vocab_size).
-
-        Raises:
-            ValueError: if a row is full.
+        Raises ValueError if a row is full.
         """
         lengths = [len(row) for row in self.tokens[: len(tokens)]]
         self._make_room(max(lengths) + 1)
@@ -151,9 +123,7 @@ class Decoder(ABC):
     def _make_room(self, length: int) -> None:
         """Make sure that every row has slots for so many tokens."""
         if length > self.max_seq_len:
-            raise ValueError(
-                f"{length} tokens exceed the context of max_seq_len {self.max_seq_len}"
-            )
+            raise ValueError(f"{length} tokens exceed max_seq_len {self.max_seq_len}")
         if length > self.capacity:
             self._resize(min(self.max_seq_len, max(length, 2 * self.capacity, 128)))
 
@@ -176,11 +146,7 @@ class Decoder(ABC):
 
     @abstractmethod
     def _extend(self, row: int, chunk: list[int], logits_to_keep: int) -> Tensor:
-        """Compute tokens that follow those of a row.
-
-        Returns:
-            Logits after each of the last tokens: (logits_to_keep, vocab_size).
-        """
+        """Compute tokens that follow a row's: logits of the last (logits_to_keep, vocab_size)."""
 
     @abstractmethod
     def _step(self, tokens: Sequence[int], lengths: list[int]) -> Tensor:
@@ -209,11 +175,8 @@ class TorchDecoder(Decoder):
     """A decoder of PyTorch operations, on the model's device and in its dtype.
 
     Making one takes a part of a second, since most weights are copied: code that generates often
-    keeps it. After a change of weights or of the active adapter, another must be made.
-
-    Args:
-        model: a MiniMindLM (whose file imports this one). Dropout is off, whatever its mode.
-        rows: number of rows.
+    keeps it. After a change of weights or of the active adapter, another must be made. `model` is a
+    MiniMindLM (whose file imports this one); dropout is off, whatever its mode.
     """
 
     @torch.no_grad()
@@ -234,13 +197,13 @@ class TorchDecoder(Decoder):
         attention, feed_forward = block.attention, block.feed_forward
         dense = not self.config.use_moe
         return Layer(
-            attention_norm=self._norm(block.attention_norm),
-            qkv=self._stored(attention.wq, attention.wk, attention.wv),
-            wo=self._stored(attention.wo),
-            ffn_norm=self._norm(block.ffn_norm),
-            w13=self._stored(feed_forward.w1, feed_forward.w3) if dense else None,
-            w2=self._stored(feed_forward.w2) if dense else None,
-            moe=None if dense else feed_forward,
+            self._norm(block.attention_norm),
+            self._stored(attention.wq, attention.wk, attention.wv),
+            self._stored(attention.wo),
+            self._norm(block.ffn_norm),
+            self._stored(feed_forward.w1, feed_forward.w3) if dense else None,
+            self._stored(feed_forward.w2) if dense else None,
+            None if dense else feed_forward,
         )
 
     def _norm(self, norm: nn.Module) -> Tensor:
@@ -313,19 +276,15 @@ class TorchDecoder(Decoder):
             return self._logits(self._layers(ids, self.table[positions], attend))
 
     def _layers(
-        self,
-        ids: Tensor,
-        table: Tensor,
-        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+        self, ids: Tensor, table: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     ) -> Tensor:
         """Ids (N,) → (N, dim); `attend` takes a layer's cache, the queries, the keys and values."""
-        config = self.config
-        heads, kv = config.n_heads, self.kv_heads
+        heads, kv = self.config.n_heads, self.kv_heads
         rotated = heads + kv  # queries and keys
         x = self.embedding[ids]
         for layer, cache in zip(self.layers, self.caches, strict=True):
             qkv = self._product(self._normed(x, layer.attention_norm), layer.qkv)
-            qkv = qkv.contiguous().view(len(ids), rotated + kv, config.head_dim)
+            qkv = qkv.contiguous().view(len(ids), rotated + kv, self.config.head_dim)
             qkv[:, :rotated] = rotate(qkv[:, :rotated], table)
             out = attend(cache, qkv[:, :heads], qkv[:, heads:])
             x = x + self._product(out.reshape(len(ids), -1), layer.wo)

@@ -14,30 +14,18 @@ from .sampling import History, Sampling, penalise, sample
 
 @dataclass(eq=False)
 class Continuation:
-    """A prompt and the tokens that are sampled after it.
+    """A prompt and the tokens that are sampled after it."""
 
-    Attributes:
-        ids: the prompt.
-        max_new_tokens: upper limit of new tokens.
-        sampling: how tokens are chosen.
-        generator: source of randomness. None: PyTorch's own.
-        end_tokens: tokens of which each ends the text.
-        stop: sequences of tokens of which each ends the text.
-        new_tokens: sampled so far, those that ended the text included.
-        finish_reason: None while the text goes on; "stop" after an end token or a stop sequence,
-            "length" where `max_new_tokens` or the context was reached.
-        history: what penalties need.
-    """
-
-    ids: Sequence[int]
+    ids: Sequence[int]  # the prompt
     max_new_tokens: int
     sampling: Sampling
-    generator: torch.Generator | None = None
+    generator: torch.Generator | None = None  # source of randomness; None: PyTorch's own
     end_tokens: frozenset[int] = frozenset()
-    stop: Sequence[list[int]] = ()
-    new_tokens: list[int] = field(default_factory=list)
+    stop: Sequence[list[int]] = ()  # sequences of tokens of which each ends the text
+    new_tokens: list[int] = field(default_factory=list)  # with those that ended the text
+    # "stop" after an end token or a stop sequence, "length" at `max_new_tokens` or a full context.
     finish_reason: str | None = None
-    history: History | None = None
+    history: History | None = None  # what penalties need
 
     def append(self, token: int, max_seq_len: int) -> None:
         """Add a new token, and set `finish_reason` if it is the last one."""
@@ -72,12 +60,7 @@ class SamplingLoop:
         return self.decoder.step([row.new_tokens[-1] for row in self.active])
 
     def sample(self, rows: Sequence[Continuation], logits: Tensor) -> None:
-        """Sample the next token of rows that have one `sampling` and one `generator`.
-
-        Args:
-            rows: some of `active`.
-            logits: theirs, (rows, vocab_size).
-        """
+        """Sample the next token of some active rows, with one `sampling` and one `generator`."""
         sampling = rows[0].sampling
         if sampling.penalises:
             for row in rows:
@@ -100,8 +83,7 @@ class SamplingLoop:
 def continue_all(decoder: Decoder, rows: Sequence[Continuation]) -> Iterator[None]:
     """Continue prompts, which have one `sampling` and one `generator`, until all have finished.
 
-    Yields:
-        None, each time that every unfinished row has got a token.
+    Yields each time that every unfinished row has got a token.
     """
     if rows[0].max_new_tokens == 0:
         return
@@ -150,18 +132,15 @@ class GenerationMixin(nn.Module):
             input_ids: (B, T) int64, T at least 1; shorter rows padded on the left.
             attention_mask: (B, T), 0 at padding.
             max_new_tokens: upper limit of new tokens per row.
-            eos_token_id: one or several end tokens. Default: the config's.
-            pad_token_id: what a row that has ended is filled with. Default: the config's.
+            eos_token_id: one or several end tokens. Default: the config's, as `pad_token_id`.
+            pad_token_id: what a row that has ended is filled with.
             stop: sequences of tokens after which a row ends; they stay in it, as the end token.
             num_return_sequences: continuations of each row, one after another in the result.
-            generator: source of randomness. Default: PyTorch's own.
-            seed: makes a generator.
-            stream: return an iterator over new tokens, (B · num_return_sequences,) each, as they
-                are sampled.
+            generator: source of randomness. Default: PyTorch's own, or one with `seed`.
+            stream: return an iterator over new tokens, (B · num_return_sequences,) each.
             decoder: computes the tokens, in at least as many rows. A beginning of a prompt that it
                 holds already is not computed again. Default: a new TorchDecoder.
-            sampling: do_sample, temperature, top_k, top_p, min_p, repetition_penalty,
-                frequency_penalty, presence_penalty: see `Sampling`.
+            sampling: the fields of `Sampling`.
 
         Returns:
             Prompt and continuation, (B · num_return_sequences, T + new) int64, or the iterator.
@@ -174,8 +153,6 @@ class GenerationMixin(nn.Module):
             attention_mask = torch.ones_like(input_ids)
         if input_ids.shape[1] and not attention_mask[:, -1].all():
             raise ValueError("pad prompts on the left: a row's last position must be a token")
-        if num_return_sequences < 1:
-            raise ValueError(f"num_return_sequences must be at least 1, not {num_return_sequences}")
         prompts = [row[mask] for row, mask in zip(input_ids, attention_mask.bool(), strict=True)]
         prompts = [prompt for prompt in prompts for _ in range(num_return_sequences)]
         rows = self._continuations(
@@ -204,20 +181,14 @@ class GenerationMixin(nn.Module):
         decoder: Decoder | None = None,
         **options: Any,
     ) -> list[Tensor]:
-        """Continue prompts of different lengths, several at a time, those of like length together.
+        """Continue prompts (T,) int64, those of like length together, `batch_size` at a time.
 
-        Args:
-            prompts: (T,) int64 each, T at least 1.
-            batch_size: the most rows at a time.
-            decoder: see `generate`.
-            options: max_new_tokens, eos_token_id, stop, generator, seed and sampling of `generate`.
+        The options are max_new_tokens, eos_token_id, stop, generator, seed, decoder and sampling of
+        `generate`, whose errors they cause.
 
         Returns:
-            The new tokens of each prompt, each as long as it is, without the end token; a stop
-            sequence stays: (new,) int64.
-
-        Raises:
-            ValueError: as `generate`.
+            The new tokens of each prompt, (new,) int64, without the end token; a stop sequence
+            stays.
         """
         rows = self._continuations(prompts, **options)
         if decoder is None:
@@ -245,10 +216,7 @@ class GenerationMixin(nn.Module):
             raise ValueError("the prompt is empty: give at least one token")
         longest, context = max(map(len, prompts), default=0), self.config.max_seq_len
         if longest >= context:
-            raise ValueError(
-                f"a prompt of {longest} tokens leaves no room in the context of max_seq_len "
-                f"{context}"
-            )
+            raise ValueError(f"a prompt of {longest} tokens fills the max_seq_len {context}")
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
         if not all(stop):

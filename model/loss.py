@@ -9,17 +9,11 @@ from torch import Tensor, nn
 def token_losses(
     model: nn.Module, batch: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cross-entropy of every position, weighted by the loss mask.
-
-    Args:
-        model: a MiniMindLM, or a wrapper of one.
-        batch: as `dataset.collate` makes it: input_ids, targets, position_ids (B, T) int64,
-            attention_mask (B, T), loss_mask (B, T) fp32.
+    """Cross-entropy of every position of a batch that `dataset.collate` made, times its loss mask.
 
     Returns:
-        (B, T) fp32 in nats, 0 where nothing is learnt; the auxiliary loss (0 for dense models); the
-        load of each expert (n_layers, n_experts), None for dense models. The logits are not among
-        them, as they would stay in memory.
+        (B, T) fp32 in nats, 0 where nothing is learnt; `aux_loss` and `expert_load` of
+        MiniMindOutput. The logits are not among them, as they would stay in memory.
     """
     output = model(
         batch["input_ids"],
@@ -33,29 +27,23 @@ def token_losses(
 
 
 def mean_scores(sums: dict[str, dict[str, float]], prefix: str) -> dict[str, float]:
-    """Means over data sets from their sums.
+    """Means over all data sets together, and over each as `…/name` if there are several.
 
     Args:
         sums: by the name of the data set: figures summed over its targets, the number (or sum of
-            weights) of `targets`, and, where the loss is one of tokens, `text_bytes`: UTF-8 bytes
-            of the text.
+            weights) of `targets`, and, where the loss is one of tokens, the UTF-8 `text_bytes`.
+            With these there are also the perplexity and, unless they are 0, bits per byte, for the
+            whole text with `</s>`, which can be compared between tokenizers.
         prefix: "val" or "test", which the names of the scores begin with.
-
-    Returns:
-        The mean of each figure; with `text_bytes` also the perplexity, and bits per byte: the bits
-        that the model needs for the whole text, `</s>` included, by its bytes. Unlike the other
-        two, that can be compared between tokenizers; where there is no text, as in empty answers,
-        it is left out. Of all sets together, and of each as `…/name` if there are several.
     """
     named = {f"/{name}": values for name, values in sums.items()} if len(sums) > 1 else {}
     names = next(iter(sums.values()))
     together = {name: sum(values[name] for values in sums.values()) for name in names}
     scores = {}
     for name, values in {"": together, **named}.items():
+        summed = values.keys() - {"targets", "text_bytes"}
         means = {
-            figure: value / values["targets"]
-            for figure, value in values.items()
-            if figure not in ("targets", "text_bytes")
+            figure: values[figure] / values["targets"] for figure in values if figure in summed
         }
         if "text_bytes" in values:
             loss = means["loss"]

@@ -20,12 +20,10 @@ def visible_mask(
     length: int,
     device: torch.device,
 ) -> Tensor | None:
-    """Compute which slots each of `length` queries after `past` slots attends to.
+    """Which slots each of `length` queries after `past` slots attends to: (B or 1, 1, T, S) bool.
 
-    A query of padding that may attend to nothing attends to itself: a softmax over nothing is NaN.
-
-    Returns:
-        (B or 1, 1, T, S) bool, or None where attention is simply causal.
+    None where attention is simply causal. A query of padding that may attend to nothing attends to
+    itself: a softmax over nothing is NaN.
     """
     if attention_mask is None and position_ids is None and (past == 0 or length == 1):
         return None
@@ -44,13 +42,8 @@ def visible_mask(
 def additive_mask(visible: Tensor, x: Tensor, config: LMConfig) -> Tensor:
     """Turn a mask into what attention adds to its scores, once for all layers: 0, or −∞ if hidden.
 
-    Args:
-        visible: (B or 1, 1, T, S) bool, from `visible_mask`.
-        x: (B, T, dim), input of the layers; the mask gets the dtype of their matrix products.
-        config: configuration of the model.
-
-    Returns:
-        (B or 1, 1, T, S), or with flash_attn (B · n_kv_heads, 1, T, S): see `Attention.forward`.
+    (B or 1, 1, T, S) → the same shape, or with flash_attn (B · n_kv_heads, 1, T, S): see
+    `Attention.forward`. The result has the dtype of matrix products with x (B, T, dim).
     """
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
@@ -62,10 +55,7 @@ def additive_mask(visible: Tensor, x: Tensor, config: LMConfig) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation, computed in fp32 (https://arxiv.org/abs/1910.07467).
-
-    (…, dim) → (…, dim), in the dtype of the input.
-    """
+    """Root-mean-square normalisation, computed in fp32 (https://arxiv.org/abs/1910.07467)."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -73,7 +63,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale each vector to root mean square 1, then by the learnt weight."""
+        """(…, dim) → (…, dim), in the dtype of the input."""
         normed = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
         return normed.type_as(x)
 
@@ -104,16 +94,10 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos_sin: Tensor, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        """Mix each position with those that it may attend to.
+        """Mix each position with those that it may attend to: (B, T, dim) → (B, T, dim).
 
-        Args:
-            x: (B, T, dim).
-            cos_sin: rotary table of these T positions.
-            mask: from `additive_mask`. None: causal, for an empty cache or a single query.
-            cache: keys and values of the S − T earlier slots; the new ones are appended to it.
-
-        Returns:
-            (B, T, dim).
+        `cos_sin` is the rotary table of these T positions. `mask` is from `additive_mask`, or None
+        if causal, for an empty cache or a single query. New keys and values go into `cache`.
         """
         batch, length, _ = x.shape
         q = self.wq(x).view(batch, length, self.n_heads, self.head_dim)
@@ -183,16 +167,10 @@ class MoEGate(nn.Module):
         self.weight = nn.Parameter(torch.empty(self.n_experts, config.dim))
 
     def forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Route each token.
+        """Route each token of x (B, T, dim); `valid` (B, T) is False at padding, or None.
 
-        Args:
-            x: (B, T, dim).
-            valid: (B, T) bool, False at padding; None without padding.
-
-        Returns:
-            Indices of experts (B, T, top_k) int64, their weights (B, T, top_k) fp32, the auxiliary
-            loss (scalar, alpha included), and the number of (token, choice) pairs per expert
-            (n_experts,) int64, without padding.
+        Returns indices of experts (B, T, top_k), their weights (B, T, top_k) fp32, the auxiliary
+        loss (alpha included), and (token, choice) pairs per expert without padding (n_experts,).
         """
         # In fp32: rounded to bf16, scores would change routes.
         with torch.autocast(x.device.type, enabled=False):
@@ -224,23 +202,13 @@ class MOEFeedForward(nn.Module):
             FeedForward(config.dim, config.hidden_dim) for _ in range(config.n_routed_experts)
         )
         self.gate = MoEGate(config)
-        if config.n_shared_experts:
-            self.shared_experts = FeedForward(
-                config.dim, config.hidden_dim * config.n_shared_experts
-            )
-        else:
-            self.shared_experts = None
+        shared = config.n_shared_experts
+        self.shared_experts = (
+            FeedForward(config.dim, config.hidden_dim * shared) if shared else None
+        )
 
     def forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Send each token through its experts.
-
-        Args:
-            x: (B, T, dim).
-            valid: (B, T) bool, False at padding; None without padding.
-
-        Returns:
-            (B, T, dim), and `MoEGate`'s auxiliary loss and load per expert.
-        """
+        """(B, T, dim) → (B, T, dim), with `MoEGate`'s auxiliary loss and load per expert."""
         experts, weights, aux_loss, load = self.gate(x, valid)
         tokens = x.flatten(0, 1)  # (N, dim)
         top_k = experts.shape[-1]
@@ -252,8 +220,7 @@ class MOEFeedForward(nn.Module):
             [expert(group) for expert, group in zip(self.experts, groups, strict=True)]
         )
         outputs = outputs[order.argsort()].view(-1, top_k, x.shape[-1])  # back in token order
-        y = (outputs * weights.view(-1, top_k, 1).type_as(outputs)).sum(1)
-        y = y.view_as(x)
+        y = (outputs * weights.view(-1, top_k, 1).type_as(outputs)).sum(1).view_as(x)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)
         return y, aux_loss, load
@@ -294,30 +261,22 @@ class MiniMindBlock(nn.Module):
 class MiniMindOutput(NamedTuple):
     """Result of one forward pass.
 
-    Attributes:
-        loss: scalar, with labels.
-        logits: (B, T, vocab_size), or only the last `logits_to_keep` positions.
-        past_key_values: the cache, with `use_cache`.
-        last_hidden_state: (B, T, dim), after the last norm.
-        aux_loss: scalar, load-balancing loss summed over layers, alpha included; 0 if dense.
-        expert_load: (n_layers, n_experts) int64, (token, choice) pairs of each expert without
-            padding; None if dense.
+    `expert_load` counts the (token, choice) pairs of each expert, without padding.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: KVCache | None = None
-    last_hidden_state: Tensor | None = None
-    aux_loss: Tensor | None = None
-    expert_load: Tensor | None = None
+    loss: Tensor | None = None  # scalar, with labels
+    logits: Tensor | None = None  # (B, T, vocab_size), or the last `logits_to_keep` positions
+    past_key_values: KVCache | None = None  # with `use_cache`
+    last_hidden_state: Tensor | None = None  # (B, T, dim), after the last norm
+    aux_loss: Tensor | None = None  # scalar, summed over layers, alpha included; 0 if dense
+    expert_load: Tensor | None = None  # (n_layers, n_experts) int64; None if dense
 
 
 class MiniMindLM(GenerationMixin):
     """A decoder-only language model whose output layer shares its weight with the embedding.
 
-    Attributes:
-        gradient_checkpointing: in training, store only the layers' inputs and compute the rest
-            again in the backward pass (https://arxiv.org/abs/1604.06174).
+    With `gradient_checkpointing`, training stores only the layers' inputs and computes the rest
+    again in the backward pass (https://arxiv.org/abs/1604.06174).
     """
 
     def __init__(self, config: LMConfig | None = None):
@@ -359,7 +318,7 @@ class MiniMindLM(GenerationMixin):
         logits_to_keep: int = 0,
         labels: Tensor | None = None,
     ) -> MiniMindOutput:
-        """Predict the next token at every position.
+        """Predict the next token at every position of `input_ids` (B, T) int64.
 
         A query in slot s with position p attends to the slots s − p … s that `attention_mask`
         keeps; without `position_ids`, to every kept slot up to s. Rows that hold several documents
@@ -369,58 +328,50 @@ class MiniMindLM(GenerationMixin):
             input_ids: (B, T) int64.
             attention_mask: (B, past + T), 0 at padding.
             position_ids: (B, T) int64. Default: index of the slot, padding not counted.
-            past_key_values: cache of the earlier slots. With `use_cache` it is extended in place,
-                without it stays as it is.
+            past_key_values: cache of the earlier slots, extended in place with `use_cache` only.
             use_cache: return a cache, from which the next call continues.
             logits_to_keep: compute logits of only so many last positions; 0 for all.
-            labels: (B, T) int64, as `input_ids` (not shifted); -100 is ignored.
-
-        Returns:
-            A new MiniMindOutput. `loss` is the mean over labels; in train mode a MoE's auxiliary
-            loss is added to it, so that any outside trainer balances the experts.
+            labels: (B, T) int64, as `input_ids` (not shifted); -100 is ignored. `loss` is the mean
+                over them; in train mode a MoE's auxiliary loss is added to it, so that any outside
+                trainer balances the experts.
 
         Raises:
             ValueError: if the slots exceed max_seq_len (rows with `position_ids` may be longer),
                 `attention_mask` has another width, `labels` come with `logits_to_keep`, or a cache
                 with gradient checkpointing.
         """
-        length = input_ids.shape[1]
+        length, config = input_ids.shape[1], self.config
         past = past_key_values.length if past_key_values is not None else 0
-        if position_ids is None and past + length > self.config.max_seq_len:
-            raise ValueError(
-                f"{past + length} positions exceed the context of max_seq_len "
-                f"{self.config.max_seq_len}"
-            )
-        if use_cache and self.gradient_checkpointing and self.training:
+        slots = past + length
+        checkpointing = self.gradient_checkpointing and self.training
+        if position_ids is None and slots > config.max_seq_len:
+            raise ValueError(f"{slots} positions exceed max_seq_len {config.max_seq_len}")
+        if use_cache and checkpointing:
             raise ValueError("gradient checkpointing runs layers twice and cannot fill a cache")
         if labels is not None and logits_to_keep:
             raise ValueError("labels need all logits: leave logits_to_keep at 0")
-        if attention_mask is not None and attention_mask.shape[1] != past + length:
-            raise ValueError(
-                f"attention_mask has {attention_mask.shape[1]} slots, not past + present = "
-                f"{past} + {length}"
-            )
+        if attention_mask is not None and attention_mask.shape[1] != slots:
+            raise ValueError(f"attention_mask has {attention_mask.shape[1]} slots, not {slots}")
         visible = visible_mask(attention_mask, position_ids, past, length, input_ids.device)
         valid = None if attention_mask is None else attention_mask[:, past:].bool()
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
         elif position_ids is None:
-            position_ids = torch.arange(past, past + length, device=input_ids.device)
-        cos_sin = rotary_cos_sin(self.config.head_dim, position_ids, self.config.rope_theta)
+            position_ids = torch.arange(past, slots, device=input_ids.device)
+        cos_sin = rotary_cos_sin(config.head_dim, position_ids, config.rope_theta)
 
         cache = past_key_values
         if cache is None and use_cache:
-            cache = KVCache(self.config.n_layers)
+            cache = KVCache(config.n_layers)
         x = self.dropout(self.tok_embeddings(input_ids))
-        mask = None if visible is None else additive_mask(visible, x, self.config)
+        mask = None if visible is None else additive_mask(visible, x, config)
         aux_losses, loads = [], []
         for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
-                x, aux_loss, load = checkpoint(
-                    layer, x, cos_sin, mask, cache, valid, use_reentrant=False
-                )
+            inputs = (x, cos_sin, mask, cache, valid)
+            if checkpointing:
+                x, aux_loss, load = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                x, aux_loss, load = layer(x, cos_sin, mask, cache, valid)
+                x, aux_loss, load = layer(*inputs)
             if aux_loss is not None:
                 aux_losses.append(aux_loss)
                 loads.append(load)

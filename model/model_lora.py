@@ -23,16 +23,8 @@ TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 class LoRA(nn.Module):
     """alpha / rank · B A dropout(x): what an adapter adds to one projection.
 
-    A is initialised as normal(0, 0.02) and B as 0, so that a new adapter changes nothing.
-
-    Args:
-        in_features, out_features: size of the projection.
-        rank: rows of A, columns of B.
-        alpha: scale, in units of the rank.
-        dropout: probability of dropping an input.
-
-    Raises:
-        ValueError: for a setting outside its range.
+    A is initialised as normal(0, 0.02) and B as 0, so that a new adapter changes nothing. Raises
+    ValueError for a setting outside its range.
     """
 
     def __init__(
@@ -47,15 +39,11 @@ class LoRA(nn.Module):
             raise ValueError(f"dropout must be in [0, 1), not {dropout}")
         self.rank = rank
         self.alpha = alpha
+        self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout)
         self.A = nn.Parameter(torch.empty(rank, in_features))
         self.B = nn.Parameter(torch.zeros(out_features, rank))
         nn.init.normal_(self.A, std=0.02)
-
-    @property
-    def scale(self) -> float:
-        """Factor of the product B A."""
-        return self.alpha / self.rank
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in_features) → (…, out_features)."""
@@ -63,28 +51,19 @@ class LoRA(nn.Module):
         return F.linear(F.linear(self.dropout(x), self.A) * self.scale, self.B)
 
     def delta(self) -> Tensor:
-        """The change of the projection's weight by merging: (out_features, in_features) fp32."""
+        """What merging adds to the projection's weight: (out_features, in_features) fp32."""
         return self.B.float() @ self.A.float() * self.scale
 
 
 class AdaptedLinear(nn.Linear):
-    """A projection with adapters; its own weight keeps its name.
-
-    Args:
-        linear: the projection that it replaces.
-
-    Attributes:
-        lora: the adapters, by name.
-        active: name of the active one, or None.
-        merged: whether the active one is merged into the weight.
-    """
+    """A projection with adapters, in the place of `linear`, whose weight it keeps."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
-        self.lora = nn.ModuleDict()
+        self.lora = nn.ModuleDict()  # by name of the adapter
         self.active: str | None = None
-        self.merged = False
+        self.merged = False  # whether the active one is merged into the weight
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,13 +93,14 @@ def apply_lora(
 
     Args:
         model: the base, which may have other adapters.
-        rank, alpha, dropout: see `LoRA`.
+        rank: rows of A, columns of B.
+        alpha: scale of the product, in units of the rank.
+        dropout: probability of dropping an input.
         target_modules: last names of the projections that get it, of `TARGETS`.
         name: name of the adapter, for `use_lora`.
 
     Raises:
-        ValueError: for a setting outside its range, an unknown target, a name that is taken or that
-            no module can have, or while an adapter is merged.
+        ValueError: for a bad setting, a name that is taken, or while an adapter is merged.
     """
     _check_unmerged(model)
     if not target_modules:
@@ -130,8 +110,6 @@ def apply_lora(
             raise ValueError(f"{target!r} gets no adapter, only {', '.join(TARGETS)}")
     if name in adapters(model):
         raise ValueError(f"the model has an adapter {name!r} already")
-    if not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise ValueError(f"an adapter cannot be named {name!r}")
     for path, module in list(model.named_modules()):
         parent, _, last = path.rpartition(".")
         if last not in target_modules or not isinstance(module, nn.Linear):
@@ -162,10 +140,8 @@ def active_lora(model: MiniMindLM) -> str | None:
 def use_lora(model: MiniMindLM, name: str | None) -> None:
     """Activate another of the model's adapters, or with None only the base.
 
-    Only the parameters of the active adapter require gradients.
-
-    Raises:
-        ValueError: if there is no such adapter, or while one is merged.
+    Only the parameters of the active adapter require gradients. Raises ValueError if there is no
+    such adapter, or while one is merged.
     """
     _check_unmerged(model)
     if name is not None and name not in adapters(model):
@@ -178,10 +154,7 @@ def use_lora(model: MiniMindLM, name: str | None) -> None:
 
 
 def lora_state(model: MiniMindLM) -> dict[str, Tensor]:
-    """The matrices A and B of the active adapter; empty without one.
-
-    They are named by their projection, `layers.0.attention.wq.A`, whatever the adapter's name.
-    """
+    """The active adapter's matrices by name, as `layers.0.attention.wq.A`; empty without one."""
     return {
         f"{path}.{matrix}": getattr(layer.lora[layer.active], matrix).detach()
         for path, layer in adapted_layers(model)
@@ -193,16 +166,24 @@ def lora_state(model: MiniMindLM) -> dict[str, Tensor]:
 def load_lora_state(model: MiniMindLM, state: dict[str, Tensor]) -> None:
     """Copy matrices, named as in `lora_state`, into the active adapter.
 
-    Raises:
-        ValueError: if names or shapes differ; the message has the first difference.
+    Raises ValueError if names or shapes differ; the message has the first difference.
     """
     own = lora_state(model)
-    for name in {**own, **state}:
-        there, here = (tuple(s[name].shape) if name in s else "nothing" for s in (state, own))
-        if there != here:
-            raise ValueError(f"an adapter of another shape: {name} is {there} there, {here} here")
+    if difference := state_difference(state, own):
+        raise ValueError(f"an adapter of another shape: {difference}")
     for name, tensor in own.items():
         tensor.copy_(state[name])
+
+
+def state_difference(there: dict[str, Tensor], here: dict[str, Tensor]) -> str | None:
+    """Describe the first tensor that only one of two states has, or in another shape."""
+    for name in {**here, **there}:
+        shapes = [
+            tuple(state[name].shape) if name in state else "missing" for state in (there, here)
+        ]
+        if shapes[0] != shapes[1]:
+            return f"{name} is {shapes[0]} there, {shapes[1]} here"
+    return None
 
 
 def base_state(model: MiniMindLM) -> dict[str, Tensor]:
@@ -213,8 +194,7 @@ def base_state(model: MiniMindLM) -> dict[str, Tensor]:
 def weights_hash(model: MiniMindLM) -> str:
     """SHA-256 of the base: its weights in their precision, and the numbers that its layers use.
 
-    Raises:
-        ValueError: while an adapter is merged.
+    Raises ValueError while an adapter is merged.
     """
     _check_unmerged(model)
     c = model.config
@@ -233,29 +213,25 @@ def weights_hash(model: MiniMindLM) -> str:
 def lora_settings(model: MiniMindLM) -> dict[str, Any]:
     """The arguments of `apply_lora` that made the active adapter, without its name.
 
-    Raises:
-        ValueError: if no adapter is active, or it is merged.
+    Raises ValueError if no adapter is active.
     """
-    _check_unmerged(model)
-    layers = {path: layer for path, layer in adapted_layers(model) if layer.active}
-    if not layers:
+    active = {p.rpartition(".")[2]: layer for p, layer in adapted_layers(model) if layer.active}
+    if not active:
         raise ValueError("no adapter is active")
-    layer = next(iter(layers.values()))
+    layer = next(iter(active.values()))
     lora = layer.lora[layer.active]
-    adapted = {path.rpartition(".")[2] for path in layers}
     return {
         "rank": lora.rank,
         "alpha": lora.alpha,
         "dropout": lora.dropout.p,
-        "target_modules": [target for target in TARGETS if target in adapted],
+        "target_modules": [target for target in TARGETS if target in active],
     }
 
 
 def merge_lora(model: MiniMindLM) -> None:
     """Add the active adapter to the weights, so that it costs nothing; see also `base_state`.
 
-    Raises:
-        ValueError: if no adapter is active, or it is merged already.
+    Raises ValueError if no adapter is active, or it is merged already.
     """
     _check_unmerged(model)
     if active_lora(model) is None:
@@ -268,13 +244,9 @@ def merge_lora(model: MiniMindLM) -> None:
 
 
 def unmerge_lora(model: MiniMindLM) -> None:
-    """Subtract the merged adapter from the weights again.
+    """Subtract the merged adapter from the weights again, up to rounding.
 
-    Rounding remains: a weight w, merged to v, is restored to within u · (|v| + |w|), up to u²,
-    where u is 2⁻²⁴ in fp32. For the exact base, load it again.
-
-    Raises:
-        ValueError: if no adapter is merged.
+    Raises ValueError if no adapter is merged.
     """
     merged = [layer for _, layer in adapted_layers(model) if layer.merged]
     if not merged:

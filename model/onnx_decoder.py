@@ -29,15 +29,8 @@ class OnnxDecoder(Decoder):
     """A decoder for CPUs that reads a quarter of the bytes per token that fp32 takes.
 
     Making one takes a few seconds: the weights are rounded, and ONNX Runtime packs them. After a
-    change of weights or of the active adapter, another must be made.
-
-    Args:
-        model: a model on the CPU.
-        rows: number of rows.
-        bits: bits of a weight, 8 or 32.
-
-    Raises:
-        ValueError: if ONNX Runtime's attention does not support the size of the heads.
+    change of weights or of the active adapter, another must be made. Weights have 8 or 32 `bits`.
+    Raises ValueError if ONNX Runtime's attention does not support the size of the heads.
     """
 
     def __init__(self, model: MiniMindLM, rows: int = 1, bits: int = 8):
@@ -55,8 +48,7 @@ class OnnxDecoder(Decoder):
         self.cache_names = [
             name for i in range(self.config.n_layers) for name in (f"keys.{i}", f"values.{i}")
         ]
-        # First row and number of rows of the caches that are bound.
-        self.bound: tuple[int, int] | None = None
+        self.bound: tuple[int, int] | None = None  # caches: first row and number of rows
 
     def _new_caches(self, capacity: int) -> list[Tensor]:
         config = self.config
@@ -74,11 +66,7 @@ class OnnxDecoder(Decoder):
         return self._run(0, torch.tensor(tokens)[:, None], lengths, 1)[:, 0]
 
     def _run(self, first: int, ids: Tensor, lengths: list[int], logits_to_keep: int) -> Tensor:
-        """Compute ids (n, T) for the rows from `first` on, of these lengths.
-
-        Returns:
-            Logits after each of the last tokens: (n, logits_to_keep, vocab_size).
-        """
+        """Ids (n, T) for the rows from `first` on → logits (n, logits_to_keep, vocab_size)."""
         n, new = ids.shape
         if self.bound != (first, n):
             self.binding = self.session.io_binding()
@@ -107,11 +95,7 @@ class OnnxDecoder(Decoder):
 
 
 class Graph:
-    """Collects nodes and weights; methods take and return names of results.
-
-    Args:
-        bits: bits of the weights in products, 8 or 32.
-    """
+    """Collects nodes and weights; methods take and return names of results."""
 
     def __init__(self, bits: int):
         self.bits = bits
@@ -143,17 +127,10 @@ class Graph:
         if self.bits == 32:
             return self.add("MatMul", x, self.constant(weight.t()))
         values, scales = quantize(weight)
-        return self.add(
-            "MatMulNBits",
-            x,
-            self.constant(values.numpy()),
-            self.constant(scales),
-            N=weight.shape[0],
-            K=weight.shape[1],
-            bits=8,
-            block_size=BLOCK,
-            accuracy_level=4,  # 8-bit inputs
-        )
+        quantized = self.constant(values.numpy()), self.constant(scales)
+        sizes = {"N": weight.shape[0], "K": weight.shape[1], "bits": 8, "block_size": BLOCK}
+        # Level 4: 8-bit inputs.
+        return self.add("MatMulNBits", x, *quantized, **sizes, accuracy_level=4)
 
     def norm(self, x: str, norm: nn.Module) -> str:
         """RMSNorm."""
@@ -163,7 +140,7 @@ class Graph:
         """SwiGLU."""
         w1, w2, w3 = (applied_weight(w) for w in (layer.w1, layer.w2, layer.w3))
         gate, up = self.add("Split", self.product(x, w1, w3), outputs=2, axis=-1, num_outputs=2)
-        gate = self.add("QuickGelu", gate, alpha=1.0)  # x · σ(x)
+        gate = self.add("QuickGelu", gate, alpha=1.0)  # x · σ(x), that is silu
         return self.product(self.add("Mul", gate, up), w2)
 
     def experts(self, x: str, layer: nn.Module) -> str:
@@ -187,14 +164,9 @@ class Graph:
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a weight to 8 bits, symmetrically around 128.
+    """Round a weight (out, in) to 8 bits: weight ≈ (values − 128) · scale.
 
-    Args:
-        weight: (out, in) fp32.
-
-    Returns:
-        (out, blocks, BLOCK) uint8, the last block padded with zeros, and the scales of the blocks,
-        (out · blocks,) fp32: weight ≈ (values − 128) · scale.
+    Returns values (out, blocks, BLOCK) uint8, the last block padded, and scales (out · blocks,).
     """
     blocks = nn.functional.pad(weight, (0, -weight.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     scales = blocks.abs().amax(-1, keepdim=True) / 127
@@ -205,19 +177,20 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 def build_graph(model: MiniMindLM, bits: int) -> onnx.ModelProto:
     """Convert the model to an ONNX graph that extends rows of a cache.
 
-    Inputs: `ids` (rows, T) int64; `last` (rows,) int32, slot of each row's last id; `total` (1,)
-    int32, slots of the longest row; `keys.N` and `values.N` (rows, n_kv_heads, slots, head_dim);
-    `positions` (K,) int64, indices into T of the logits to compute. Outputs: `logits` (rows, K,
-    vocab_size); `new_keys.N`, `new_values.N`.
+    Of its inputs, `last` is the slot of each row's last id, `total` the number of slots of the
+    longest row, and `positions` are indices into the new ids of the logits to compute.
     """
     config, graph = model.config, Graph(bits)
     table = rotary_cos_sin(config.head_dim, config.max_seq_len, config.rope_theta)
     rotary = [graph.constant(table[..., i]) for i in range(2)]
     x = graph.add("Gather", graph.constant(model.tok_embeddings.weight), "ids")
     slots = ["rows", config.n_kv_heads, "slots", config.head_dim]
-    inputs = [("ids", TensorProto.INT64, ["rows", "new"])]
-    inputs += [("last", TensorProto.INT32, ["rows"]), ("total", TensorProto.INT32, [1])]
-    inputs += [("positions", TensorProto.INT64, ["positions"])]
+    inputs = [
+        ("ids", TensorProto.INT64, ["rows", "new"]),
+        ("last", TensorProto.INT32, ["rows"]),
+        ("total", TensorProto.INT32, [1]),
+        ("positions", TensorProto.INT64, ["positions"]),
+    ]
     outputs = [("logits", TensorProto.FLOAT, ["rows", "positions", config.vocab_size])]
     for i, block in enumerate(model.layers):
         attention = block.attention
@@ -241,14 +214,7 @@ def build_graph(model: MiniMindLM, bits: int) -> onnx.ModelProto:
     x = graph.add("Gather", x, "positions", axis=1)  # (rows, K, dim)
     logits = graph.product(graph.norm(x, model.norm), model.output.weight)
     graph.node("Identity", [logits], ["logits"])
-    return helper.make_model(
-        helper.make_graph(
-            graph.nodes,
-            "MiniMind",
-            [helper.make_tensor_value_info(*value) for value in inputs],
-            [helper.make_tensor_value_info(*value) for value in outputs],
-            graph.weights,
-        ),
-        opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)],
-        ir_version=11,
-    )
+    ends = [[helper.make_tensor_value_info(*v) for v in values] for values in (inputs, outputs)]
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+    onnx_graph = helper.make_graph(graph.nodes, "MiniMind", *ends, graph.weights)
+    return helper.make_model(onnx_graph, opset_imports=opsets, ir_version=11)

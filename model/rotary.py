@@ -5,19 +5,12 @@ from torch import Tensor
 
 
 def rotary_cos_sin(dim: int, positions: int | Tensor, theta: float = 1e6) -> Tensor:
-    """Compute cosine and sine of every rotary angle (RoFormer, https://arxiv.org/abs/2104.09864).
+    """Cosine and sine of every rotary angle (RoFormer, https://arxiv.org/abs/2104.09864).
 
-    Pair i of a head is rotated by position · theta^(−2i / dim). The table is computed in each
-    forward pass and not kept as a buffer: casting a model to bf16 would round it, and loading
-    through the meta device would lose it.
-
-    Args:
-        dim: head size, even.
-        positions: number of positions, counted from 0, or a tensor (…) of positions.
-        theta: base of the frequencies.
-
-    Returns:
-        (…, dim / 2, 2) fp32: cosine and sine.
+    Pair i of a head of size `dim` is rotated by position · theta^(−2i / dim). The table, fp32, has
+    the shape (…, dim / 2, 2) for positions (…), or for a number of positions, counted from 0. It is
+    computed in each forward pass and not kept as a buffer: casting a model to bf16 would round it,
+    and loading through the meta device would lose it.
     """
     if isinstance(positions, int):
         positions = torch.arange(positions)
@@ -27,22 +20,16 @@ def rotary_cos_sin(dim: int, positions: int | Tensor, theta: float = 1e6) -> Ten
 
 
 def apply_rotary_emb(xq: Tensor, xk: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate each adjacent pair of components by its position's angle, in fp32.
+    """Rotate queries and keys (B, T, heads, head_dim) by their positions' angles.
 
-    Args:
-        xq: (B, T, n_heads, head_dim).
-        xk: (B, T, n_kv_heads, head_dim).
-        cos_sin: (T, head_dim / 2, 2) or (B, T, head_dim / 2, 2) from `rotary_cos_sin`.
-
-    Returns:
-        Both inputs, rotated, in their own dtypes.
+    `cos_sin` is (T, head_dim / 2, 2) or (B, T, head_dim / 2, 2), from `rotary_cos_sin`.
     """
     cos_sin = cos_sin[..., None, :, :]  # (…, T, 1, head_dim / 2, 2)
     return rotate(xq, cos_sin), rotate(xk, cos_sin)
 
 
 def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotate the pairs of one input (…, head_dim) by a table that broadcasts to it."""
+    """Rotate adjacent pairs of x (…, head_dim), in fp32, by a table that broadcasts to it."""
     pairs = x.float().unflatten(-1, (-1, 2))
     # Compilers generate no code for complex numbers, and older macOS has none.
     if torch.compiler.is_compiling() or x.device.type == "mps":

@@ -13,31 +13,21 @@ NUCLEUS = 256  # candidates that top_p tries first: it seldom needs more, and so
 class Sampling:
     """Settings of sampling; names, defaults and order of effect are those of transformers.
 
-    Attributes:
-        do_sample: draw from the distribution; False takes the most likely token.
-        temperature: divides the logits; below 1 sharpens.
-        top_k: draw among the k most likely only; None or 0 for all.
-        top_p: draw among the fewest tokens whose probability reaches p (nucleus sampling,
-            https://arxiv.org/abs/1904.09751).
-        min_p: drop what is less likely than this share of the top token's probability
-            (https://arxiv.org/abs/2407.01082).
-        repetition_penalty: divides positive and multiplies negative logits of tokens that occur in
-            the prompt or were generated (CTRL, https://arxiv.org/abs/1909.05858).
-        frequency_penalty: subtracted once for each time a token was generated (OpenAI's API).
-        presence_penalty: subtracted once if a token was generated at all (OpenAI's API).
-
-    Raises:
-        ValueError: for a setting outside its range.
+    Raises ValueError for a setting outside its range.
     """
 
-    do_sample: bool = False
+    do_sample: bool = False  # False takes the most likely token
     temperature: float = 1.0
-    top_k: int | None = None
+    top_k: int | None = None  # draw among the k most likely only; None or 0 for all
+    # Draw among the fewest tokens whose probability reaches p (https://arxiv.org/abs/1904.09751).
     top_p: float = 1.0
+    # Drop what is below this share of the top probability (https://arxiv.org/abs/2407.01082).
     min_p: float = 0.0
+    # Divides positive and multiplies negative logits of tokens that occur in the prompt or were
+    # generated (CTRL, https://arxiv.org/abs/1909.05858).
     repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0  # subtracted once for each time a token was generated
+    presence_penalty: float = 0.0  # subtracted once if a token was generated at all
 
     def __post_init__(self) -> None:
         if self.do_sample and not self.temperature > 0:
@@ -58,13 +48,7 @@ class Sampling:
 
 
 class History:
-    """The tokens of one text, as penalties need them.
-
-    Args:
-        prompt: ids, which only the repetition penalty counts.
-        vocab_size: width of the logits.
-        device: device of the logits.
-    """
+    """The tokens of one text, as penalties need them; only one penalty counts the prompt's."""
 
     def __init__(self, prompt: Sequence[int], vocab_size: int, device: torch.device):
         self.in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
@@ -115,16 +99,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """The next token of each row.
-
-    Args:
-        logits: (B, vocab_size), penalties included.
-        sampling: the settings of all rows.
-        generator: source of randomness.
-
-    Returns:
-        (B,) int64.
-    """
+    """The next token of each row, (B,) int64, from logits (B, vocab_size), penalties included."""
     if not sampling.do_sample:
         return logits.argmax(-1)
     return torch.multinomial(probabilities(logits, sampling), 1, generator=generator).squeeze(1)

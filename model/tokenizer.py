@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """Load a tokenizer from a local folder; nothing is fetched.
 
-    Raises:
-        UserError: if the folder holds none, or one without tokens that begin and end a text.
+    Raises UserError if the folder holds none, or one without tokens that begin and end a text.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast  # slow to import: not for --help
@@ -33,10 +32,9 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """SHA-256 of a tokenizer's tokenizer.json, without what does not matter here.
+    """SHA-256 of tokenizer.json, without limits of lengths and what adds control tokens to a text.
 
-    Left out are limits of lengths, and what adds control tokens to a text: it is not used here, and
-    differs between versions of transformers.
+    The latter is not used here, and differs between versions of transformers.
     """
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     for name in ("padding", "truncation", "post_processor"):

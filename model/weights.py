@@ -14,7 +14,14 @@ from common import UserError, is_run_name, report_save_errors, write_atomically
 
 from .LMConfig import LMConfig
 from .model import MiniMindLM
-from .model_lora import apply_lora, load_lora_state, lora_settings, lora_state, weights_hash
+from .model_lora import (
+    apply_lora,
+    load_lora_state,
+    lora_settings,
+    lora_state,
+    state_difference,
+    weights_hash,
+)
 
 
 def weights_path(out_dir: Path, stage: str, config: LMConfig, run_name: str | None = None) -> Path:
@@ -26,19 +33,12 @@ def weights_path(out_dir: Path, stage: str, config: LMConfig, run_name: str | No
 def resolve_weights(flag: str, name: str, out_dir: Path, config: LMConfig) -> Path:
     """Find the file that a flag names.
 
-    Args:
-        flag: the flag, for errors.
-        name: a .pth file; or the stage, the whole name or the --run_name of a file in `out_dir`.
-        out_dir: folder of the weights.
-        config: shape of the model, where `name` is not a whole name.
-
-    Raises:
-        UserError: if there is no such file, or several have this --run_name.
+    `name` is a .pth file; or the stage, the whole name or the --run_name of a file in `out_dir`.
+    Raises UserError if there is no such file, or several have this --run_name.
     """
     usual = Path(name) if name.endswith(".pth") else weights_path(out_dir, name, config)
-    runs: list[Path] = []
-    if is_run_name(name):
-        runs = sorted(out_dir.glob(weights_path(Path(), "*", config, name).name))
+    pattern = weights_path(Path(), "*", config, name).name
+    runs = sorted(out_dir.glob(pattern)) if is_run_name(name) else []
     found = (path for path in (usual, out_dir / f"{name}.pth", *runs) if path.is_file())
     path = next(found, None)
     if path is None:
@@ -56,18 +56,9 @@ def save_weights(
     tokenizer_hash: str,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a state_dict to `path`, and to its .json what is needed to rebuild the model.
+    """Write the raw model's state_dict to `path`, and to its .json what rebuilds the model.
 
-    Args:
-        path: the .pth file.
-        model: the raw model, not its DDP or compiled wrapper.
-        config: configuration of the model.
-        stage: name of the training stage.
-        tokenizer_hash: hash of the tokenizer of its ids.
-        dtype: dtype of the saved tensors.
-
-    Raises:
-        SaveError: if the disk is full or cannot be written; an older file is kept.
+    Raises SaveError if the disk is full or cannot be written; an older file is kept.
     """
     shared: dict[int, torch.Tensor] = {}  # the tied embedding stays one tensor in the file
     state = {
@@ -100,16 +91,10 @@ def save_lora(
     dtype: torch.dtype = torch.float32,
     base: str | None = None,
 ) -> None:
-    """Write the active adapter with its configuration and the hash of its base.
+    """Write the active adapter, which is not merged, with its settings and its base's hash.
 
-    Args:
-        model: a model with an active adapter, which is not merged.
-        path: file to write.
-        dtype: dtype of the saved matrices.
-        base: `weights_hash` of the base, if already computed.
-
-    Raises:
-        SaveError: if the disk is full or cannot be written; an older file is kept.
+    `base` is the model's `weights_hash`, if already computed. Raises SaveError if the disk is full
+    or cannot be written; an older file is kept.
     """
     contents = {
         "lora": lora_settings(model),
@@ -121,16 +106,11 @@ def save_lora(
 
 
 def load_lora(model: MiniMindLM, path: Path, name: str = "default") -> None:
-    """Add a saved adapter to its base and activate it.
+    """Add an adapter that `save_lora` wrote to its base and activate it, as `name`.
 
-    Args:
-        model: the base with the weights that the adapter was trained on, in their precision; it may
-            have other adapters.
-        path: file that `save_lora` wrote.
-        name: name that the adapter gets.
-
-    Raises:
-        UserError: if the file is missing or damaged, is no adapter, or one of another base.
+    The model has the weights that the adapter was trained on, in their precision; it may have other
+    adapters. Raises UserError if the file is missing or damaged, is no adapter, or one of another
+    base.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -150,11 +130,7 @@ def load_lora(model: MiniMindLM, path: Path, name: str = "default") -> None:
 def read_about(path: Path) -> dict[str, Any] | None:
     """Read the JSON file beside the weights: stage, tokenizer (a hash) and config (an LMConfig).
 
-    Returns:
-        None if there is no such file.
-
-    Raises:
-        UserError: if it is damaged.
+    None if there is no such file. Raises UserError if it is damaged.
     """
     about_path = path.with_suffix(".json")
     if not about_path.is_file():
@@ -171,13 +147,12 @@ def read_about(path: Path) -> dict[str, Any] | None:
 
 
 def read_state(path: Path, of_model: bool = False) -> dict[str, torch.Tensor]:
-    """Read the state_dict in a .pth file, memory-mapped; of an adapter, its matrices.
+    """Read the state_dict in a .pth file; of an adapter, its matrices, memory-mapped.
 
-    Raises:
-        UserError: if the file is damaged or holds anything but named tensors, or is an adapter and
-            `of_model` is set.
+    Raises UserError if the file is damaged or holds anything but named tensors, or is an adapter
+    and `of_model` is set.
     """
-    state = read_pickle(path, mmap=True)
+    state = read_pickle(path, mmap=not of_model)
     if isinstance(state, dict) and isinstance(state.get("weights"), dict):
         if of_model:
             raise UserError(f"{path}: an adapter, not a model's weights (--lora_name takes it)")
@@ -190,8 +165,7 @@ def read_state(path: Path, of_model: bool = False) -> dict[str, torch.Tensor]:
 def read_pickle(path: Path, *, mmap: bool) -> Any:
     """Read what torch.save wrote: only tensors and plain containers are unpickled.
 
-    Raises:
-        UserError: if the file is damaged or holds other objects.
+    Raises UserError if the file is damaged or holds other objects.
     """
     try:
         mmap = mmap and zipfile.is_zipfile(path)  # older files are not
@@ -206,8 +180,7 @@ def read_pickle(path: Path, *, mmap: bool) -> Any:
 def check_sums(path: Path) -> None:
     """Read the whole file and compare it with the checksums that torch.save wrote into it.
 
-    Raises:
-        UserError: if a byte of a tensor has changed. Files of old versions have no checksums.
+    Raises UserError if a byte of a tensor has changed. Files of old versions have no checksums.
     """
     try:
         if not zipfile.is_zipfile(path):
@@ -223,9 +196,16 @@ def check_sums(path: Path) -> None:
 def load_weights(path: Path, model: nn.Module, tokenizer_hash: str) -> None:
     """Copy the weights in a .pth file into the model, whatever their precision.
 
-    Raises:
-        UserError: if the file is damaged, its names or shapes are not the model's, or it belongs to
-            another tokenizer than `tokenizer_hash`.
+    Raises UserError as `matching_state` does.
+    """
+    model.load_state_dict(matching_state(path, model, tokenizer_hash))
+
+
+def matching_state(path: Path, model: nn.Module, tokenizer_hash: str) -> dict[str, torch.Tensor]:
+    """Read weights from a .pth file and make sure that they are the model's.
+
+    Raises UserError if the file is damaged, its names or shapes are not the model's, or it belongs
+    to another tokenizer than `tokenizer_hash`.
     """
     about = read_about(path)
     if about is not None and about["tokenizer"] != tokenizer_hash:
@@ -236,33 +216,30 @@ def load_weights(path: Path, model: nn.Module, tokenizer_hash: str) -> None:
     if difference:
         hint = "" if about else "; there is no .json beside it with its shape"
         raise UserError(f"{path}: weights of another model: {difference}{hint}")
-    model.load_state_dict(state)
+    return state
 
 
 def load_model(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
     """Build the model that the JSON file beside the weights describes, and load them.
 
-    Args:
-        path: the .pth file.
-        shape: configuration if there is no JSON file, as for weights from elsewhere.
-        tokenizer_hash: hash of the tokenizer in use.
-
-    Raises:
-        UserError: if there is no such file, it or its JSON file is damaged, or it belongs to
-            another tokenizer.
+    `shape` is the configuration if there is no JSON file, as for weights from elsewhere. Raises
+    UserError if there is no such file, it or its JSON file is damaged, or it belongs to another
+    tokenizer.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     about = read_about(path)
-    model = MiniMindLM(about["config"] if about else shape)
-    load_weights(path, model, tokenizer_hash)
+    with torch.device("meta"):  # memory holds the weights once, and no random ones are drawn
+        model = MiniMindLM(about["config"] if about else shape)
+    state = matching_state(path, model, tokenizer_hash)
+    model.load_state_dict({name: t.float() for name, t in state.items()}, assign=True)
+    model.output.weight = model.tok_embeddings.weight
     return model
 
 
 def first_difference(path: Path, state: dict[str, torch.Tensor], model: nn.Module) -> str | None:
     """Describe the first name or shape in which a file's weights differ from the model's."""
-    about = read_about(path)
-    if about:
+    if about := read_about(path):
         there, here = about["config"], model.config
         names = ["use_moe", "dim", "n_layers", "n_heads", "n_kv_heads"]
         if there.use_moe and here.use_moe:
@@ -270,11 +247,4 @@ def first_difference(path: Path, state: dict[str, torch.Tensor], model: nn.Modul
         for name in names:  # some of which do not show in any tensor's shape
             if getattr(there, name) != getattr(here, name):
                 return f"--{name} is {getattr(there, name)} there, {getattr(here, name)} here"
-    own = trained_state(model)
-    for name, tensor in own.items():
-        if name not in state:
-            return f"it has no {name}"
-        if state[name].shape != tensor.shape:
-            return f"{name} is {tuple(state[name].shape)} there, {tuple(tensor.shape)} here"
-    extra = next((name for name in state if name not in own), None)
-    return extra and f"{extra} is not part of this model"
+    return state_difference(state, trained_state(model))

@@ -10,18 +10,3 @@ from .scoring import (
     read_test,
     score_answers,
 )
-
-__all__ = [
-    "FILES",
-    "SAMPLE",
-    "SEED",
-    "Score",
-    "Scores",
-    "ensure_sample",
-    "format_examples",
-    "format_scorecard",
-    "is_right",
-    "read_test",
-    "score_answers",
-    "write_sample",
-]

@@ -9,27 +9,25 @@ in lines of their own.
 
 import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
 
-import argparse
 import importlib.util
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from show_batch import add_data_flags, open_dataset
 
 from common import (
     UserError,
-    add_skip_bad_lines,
-    add_tokenizer_path,
     make_parser,
     positive_int,
+    report_os_errors,
     report_user_errors,
     user_path,
 )
-from dataset import PaddedRows, PretrainDataset, SFTDataset, collate, dataset_kind, language
+from dataset import PaddedRows, PretrainDataset, SFTDataset, collate, language
 from model import (
     LMConfig,
     MiniMindLM,
@@ -39,7 +37,6 @@ from model import (
     token_losses,
     tokenizer_hash,
 )
-from sample_world import ensure_sample
 from training import check_context
 
 if TYPE_CHECKING:
@@ -52,60 +49,29 @@ Losses = dict[str, dict[str, np.ndarray]]  # by grouping and group
 
 
 class Sample(NamedTuple):
-    """The losses of one sample, an entry for each id after the first.
-
-    Attributes:
-        index: number of the sample in its data set.
-        text: text of the sample, control tokens included.
-        losses: (T,) float32, in nats.
-        learnt: (T,) bool, whether training learns the token.
-        roles: (T,) str, role of the message that the token belongs to, or "text".
-    """
+    """The losses of one sample, an entry for each id after the first."""
 
     index: int
-    text: str
-    losses: np.ndarray
-    learnt: np.ndarray
-    roles: np.ndarray
+    text: str  # control tokens included
+    losses: np.ndarray  # (T,) float32, in nats
+    learnt: np.ndarray  # (T,) bool, whether training learns the token
+    roles: np.ndarray  # (T,) str, role of the message that the token belongs to, or "text"
 
-
-def parse_args() -> argparse.Namespace:
-    """Read the command line."""
-    parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument("weights", type=user_path, help=".pth file")
-    parser.add_argument("data_path", type=user_path, help="JSONL file of texts or conversations")
-    parser.add_argument("--out_dir", type=user_path, help="where loss.json and loss.png go")
-    parser.add_argument("--max_seq_len", type=positive_int, default=512, help="positions of a row")
-    parser.add_argument("--max_samples", type=positive_int, help="score the first ones only")
-    parser.add_argument("--batch_size", type=positive_int, default=8)
-    add_skip_bad_lines(parser)
-    parser.add_argument(
-        "--cache_dir", type=user_path, help="where token stores go; default: by the data"
-    )
-    parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
-    add_tokenizer_path(parser)
-    return parser.parse_args()
+    @property
+    def mean_loss(self) -> float:
+        """Of the learnt tokens."""
+        return self.losses[self.learnt].mean(dtype=np.float64)
 
 
 @torch.no_grad()
 def score_samples(
     model: MiniMindLM,
-    device: torch.device,
     dataset: PretrainDataset | SFTDataset,
     tokenizer: "PreTrainedTokenizerBase",
     batch_size: int,
     max_samples: int | None,
 ) -> Iterator[Sample]:
-    """Score the samples of a data set, those of similar length together.
-
-    Args:
-        model: model in eval mode, on the device.
-        device: device to compute on.
-        dataset: samples to score.
-        tokenizer: tokenizer of the data set.
-        batch_size: samples at a time.
-        max_samples: number of samples from the first on, or None for all.
-    """
+    """Score the first samples of a data set, or all, those of similar length together."""
     lengths = dataset.lengths(0, max_samples)
     order = np.argsort(lengths, kind="stable").tolist()
     rows, is_chat = PaddedRows(dataset), isinstance(dataset, SFTDataset)
@@ -113,7 +79,7 @@ def score_samples(
         chosen = order[start : start + batch_size]
         batch = collate([rows[i] for i in chosen])
         everything = {**batch, "loss_mask": torch.ones_like(batch["loss_mask"])}
-        losses, *_ = token_losses(model, {key: v.to(device) for key, v in everything.items()})
+        losses, *_ = token_losses(model, {key: v.to(model.device) for key, v in everything.items()})
         for row, index in enumerate(chosen):
             length = int(lengths[index])
             ids = torch.cat((batch["input_ids"][row, :1], batch["targets"][row, :length])).numpy()
@@ -141,25 +107,22 @@ def group_losses(samples: Sequence[Sample]) -> Losses:
 
     by_role = {}
     for role in dict.fromkeys(roles.tolist()):
-        here = roles == role
-        by_role[role] = losses[here]
-        if not learnt[here].all():
-            by_role[f"{role}, learnt"] = losses[here & learnt]
+        by_role[role] = roles == role
+        if not learnt[by_role[role]].all():
+            by_role[f"{role}, learnt"] = by_role[role] & learnt
     ranges = [(0, 16), *((1 << bits, 2 << bits) for bits in range(4, max(lengths).bit_length()))]
-    tables = {
-        "all": {"learnt": losses[learnt], "only read": losses[~learnt]},
+    groups = {
+        "all": {"learnt": learnt, "only read": ~learnt},
         "role": by_role,
         "position": {
-            f"{low} to {high - 1}": losses[learnt & (positions >= low) & (positions < high)]
+            f"{low} to {high - 1}": learnt & (positions >= low) & (positions < high)
             for low, high in ranges
         },
-        "language": {
-            name: losses[learnt & (languages == name)] for name in dict.fromkeys(languages.tolist())
-        },
+        "language": {name: learnt & (languages == name) for name in dict.fromkeys(languages)},
     }
     return {
-        grouping: {name: found for name, found in table.items() if len(found)}
-        for grouping, table in tables.items()
+        grouping: {name: losses[mask] for name, mask in masks.items() if mask.any()}
+        for grouping, masks in groups.items()
     }
 
 
@@ -205,48 +168,36 @@ def draw(tables: Losses, path: Path) -> None:
 
 def worst_lines(samples: list[Sample], dataset: PretrainDataset | SFTDataset) -> list[str]:
     """The samples with the highest mean loss of learnt tokens: figures, place, beginning."""
-    ordered = sorted(samples, key=lambda s: -s.losses[s.learnt].mean(dtype=np.float64))
     return [
-        f"{s.losses[s.learnt].mean():.4f}  {dataset.store.path}:{dataset.line_number(s.index)}  "
+        f"{s.mean_loss:.4f}  {dataset.store.path}:{dataset.line_number(s.index)}  "
         f"{' '.join(s.text.split())[:100]}"
-        for s in ordered[:WORST]
+        for s in sorted(samples, key=lambda s: -s.mean_loss)[:WORST]
     ]
-
-
-def make_out_dir(folder: Path) -> None:
-    """Raise UserError, before anything is computed, if the figures cannot be drawn or written."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--out_dir needs matplotlib: pip install -r scripts/requirements.txt")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"--out_dir {folder}: {error.strerror}") from None
 
 
 def main() -> None:
     """Score, print, write."""
-    args = parse_args()
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("weights", type=user_path, help=".pth file")
+    parser.add_argument("data_path", type=user_path, help="JSONL file of texts or conversations")
+    parser.add_argument("--out_dir", type=user_path, help="where loss.json and loss.png go")
+    parser.add_argument("--max_samples", type=positive_int, help="score the first ones only")
+    parser.add_argument("--batch_size", type=positive_int, default=8)
+    add_data_flags(parser)
+    parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
+    args = parser.parse_args()
     if args.out_dir:
-        make_out_dir(args.out_dir)
+        if importlib.util.find_spec("matplotlib") is None:
+            raise UserError("--out_dir needs matplotlib: pip install -r scripts/requirements.txt")
+        with report_os_errors(f"--out_dir {args.out_dir}"):
+            args.out_dir.mkdir(parents=True, exist_ok=True)
     device = choose_device(args.device)
     tokenizer = load_tokenizer(args.tokenizer_path)
     shape = LMConfig(vocab_size=len(tokenizer))
     model = load_model(args.weights, shape, tokenizer_hash(tokenizer)).to(device).eval()
     check_context(args.max_seq_len, model.config)
-    path = ensure_sample(args.data_path)
-    dataset = dataset_kind(path)(
-        path,
-        tokenizer,
-        args.max_seq_len + 1,
-        cache_dir=args.cache_dir,
-        skip_bad_lines=args.skip_bad_lines,
-    )
-    for note in dataset.notes:
-        print(f"{args.data_path}: {note}")
-    samples = list(
-        score_samples(model, device, dataset, tokenizer, args.batch_size, args.max_samples)
-    )
+    dataset = open_dataset(args, tokenizer)
+    samples = list(score_samples(model, dataset, tokenizer, args.batch_size, args.max_samples))
     losses = group_losses(samples)
     shown = {
         grouping: {group: figures(found) for group, found in table.items()}
@@ -256,12 +207,10 @@ def main() -> None:
     worst = worst_lines(samples, dataset)
     print("the worst samples, by mean loss of learnt tokens\n" + "\n".join(worst))
     if args.out_dir:
-        try:
+        with report_os_errors(f"--out_dir {args.out_dir}"):
             text = json.dumps({**shown, "worst": worst}, ensure_ascii=False, indent=2)
             (args.out_dir / "loss.json").write_text(text, encoding="utf-8")
             draw(losses, args.out_dir / "loss.png")
-        except OSError as error:
-            raise UserError(f"--out_dir {args.out_dir}: {error.strerror}") from None
         print(args.out_dir / "loss.png")
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
 CONSTRAINTS = "constraints.txt"
 
 
@@ -41,17 +40,11 @@ def require_python() -> None:
         fail(f"needs Python 3.10 or newer, this is {sys.version.split()[0]}")
 
 
-# Commands
-
-
 def run(*command: str | Path) -> int:
     """Run a command in the project root with its output shown, and return its exit status.
 
     Ctrl-C reaches the command as well, SIGTERM is passed on to it; either way it may save first,
-    and its end is waited for.
-
-    Raises:
-        KeyboardInterrupt: if Ctrl-C ended the command.
+    and its end is waited for. KeyboardInterrupt is raised if Ctrl-C ended the command.
     """
     environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment)
@@ -94,9 +87,6 @@ def short(word: str | Path) -> str:
     return str(word)
 
 
-# Virtual environments
-
-
 def interpreter_version(python: Path) -> str | None:
     """The full version of an interpreter, or None if it does not run or is too old."""
     code = "import sys; print(sys.version); sys.exit(sys.version_info < (3, 10))"
@@ -110,45 +100,39 @@ def interpreter_version(python: Path) -> str | None:
 def interpreter(venv: Path) -> tuple[Path, str]:
     """The interpreter of a virtual environment and its version; made if there is none that runs."""
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    version = interpreter_version(python)
-    if version is None:
+    if interpreter_version(python) is None:
         make_venv(venv)
-        version = interpreter_version(python)
-    if version is None:
-        fail(f"{python} does not run: delete {venv} and try again")
-    return python, version
+    version = interpreter_version(python)
+    return python, version or fail(f"{python} does not run: delete {venv} and try again")
 
 
 def make_venv(venv: Path) -> None:
     """Make a virtual environment; a broken one is replaced, anything else is left alone."""
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         fail("this Python lacks the venv module (Debian, Ubuntu: apt install python3-venv)")
-    is_venv = (venv / "pyvenv.cfg").is_file()
-    if venv.exists() and not is_venv and not (venv.is_dir() and not any(venv.iterdir())):
+    if venv.exists() and not (venv / "pyvenv.cfg").is_file():
         fail(f"{venv} is in the way and is no virtual environment: move or delete it")
     if run(sys.executable, "-m", "venv", "--clear", venv):
         fail(f"cannot make {venv}")
 
 
 def install(python: Path, requirements: Sequence[str], *options: str) -> None:
-    """Install the requirements with pip, and pip itself if the environment lacks it."""
+    """Install the files of requirements with pip, and pip itself if the environment lacks it."""
     if subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode:
         run(python, "-m", "ensurepip", "--upgrade")
     files = [argument for name in requirements for argument in ("-r", name)]
-    pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
-    if run(*pip, *files, *options):
+    if run(python, "-m", "pip", "install", "--disable-pip-version-check", *files, *options):
         fail(f"installing failed (if {python.parent.parent} is damaged, delete it and try again)")
 
 
 def prepare(requirements: Sequence[str], stamp: str) -> Path:
     """Make or complete `.venv`, and return its interpreter.
 
-    Args:
-        requirements: files of requirements, from the project root.
-        stamp: name of the file in `.venv` that records what was installed for them.
+    The file `stamp` in it records what was installed for these files of requirements.
     """
-    python, version = interpreter(VENV)
-    digest, recorded = hashlib.sha256(version.encode("utf-8")), VENV / stamp
+    venv = ROOT / ".venv"
+    python, version = interpreter(venv)
+    digest, recorded = hashlib.sha256(version.encode("utf-8")), venv / stamp
     for name in [*requirements, CONSTRAINTS]:
         digest.update(name.encode("utf-8") + b"\0" + (ROOT / name).read_bytes() + b"\0")
     installed = digest.hexdigest()
@@ -162,13 +146,11 @@ def prepare_newest(requirements: Sequence[str]) -> Path:
     """Bring `.venv-newest` to the newest versions that are allowed, and return its interpreter.
 
     torch stays as in constraints.txt: its releases differ in the hardware that they run on.
-
-    Args:
-        requirements: files of requirements, from the project root.
     """
     python, _ = interpreter(ROOT / ".venv-newest")
     pins = (ROOT / CONSTRAINTS).read_text(encoding="utf-8").splitlines()
     torch = [line for line in pins if line.startswith("torch==")]
     print("installing the newest versions", flush=True)
     install(python, requirements, *torch, "--upgrade", "--upgrade-strategy", "eager", "--quiet")
+    run(python, "-m", "pip", "freeze")
     return python

@@ -11,6 +11,7 @@ import argparse
 import re
 import runpy
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,27 +25,23 @@ MARKERS = re.compile(
 HEADS = {"en": "| flag | default | meaning |", "zh": "| 参数 | 默认值 | 含义 |"}
 
 
-class ParserFound(Exception):
-    """Carries the parser of a script out of it, in the place of its parsed command line."""
-
-
 @cache
 def parser_of(script: str) -> argparse.ArgumentParser:
     """The parser of a script, which runs up to where it would read the command line."""
+    found: list[argparse.ArgumentParser] = []
 
     def stop(parser: argparse.ArgumentParser, *_: Any) -> None:
-        raise ParserFound(parser)
+        found.append(parser)
+        sys.exit()
 
     path = ROOT / script
     with (
         mock.patch.object(argparse.ArgumentParser, "parse_known_args", stop),
         mock.patch.object(sys, "path", [str(path.parent), *sys.path]),
+        suppress(SystemExit),
     ):
-        try:
-            runpy.run_path(str(path), run_name="__main__")
-        except ParserFound as found:
-            return found.args[0]
-    raise ValueError(f"{script} parses no command line")
+        runpy.run_path(str(path), run_name="__main__")
+    return found[0]
 
 
 def default_text(value: Any) -> str:
@@ -63,9 +60,8 @@ def default_text(value: Any) -> str:
 
 def flag_row(action: argparse.Action) -> str:
     """A line of a table. A default that the help text describes is shown as the default."""
-    names = action.option_strings[:1]
-    if isinstance(action, BooleanFlag) and action.default:
-        names = action.option_strings
+    is_on = isinstance(action, BooleanFlag) and action.default
+    names = action.option_strings if is_on else action.option_strings[:1]
     meaning = (action.help or "").replace("%%", "%")
     default = "required" if action.required else default_text(action.default)
     if found := re.fullmatch(r"(.*?)[;, ]*\(?\bdefault: ([^()]*)\)?", meaning):
@@ -88,11 +84,8 @@ def shown_flags(actions: list[argparse.Action]) -> list[argparse.Action]:
 
 def flag_table(script: str, beyond: str | None, head: str) -> str:
     """A table of a script's flags by group, or of those that differ from another script's."""
-    known = (
-        {}
-        if beyond is None
-        else {a.dest: a.default for a in shown_flags(parser_of(beyond)._actions)}
-    )
+    other = shown_flags(parser_of(beyond)._actions) if beyond else []
+    known = {action.dest: action.default for action in other}
     lines = [head, "|---|---|---|"]
     for group in parser_of(script)._action_groups:
         rows = [

@@ -9,7 +9,7 @@ another version of the generator.
 
 import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
 
-from common import UserError, make_parser, report_user_errors, seed, user_path
+from common import make_parser, report_os_errors, report_user_errors, seed, user_path
 from sample_world import SAMPLE, SEED, write_sample
 
 
@@ -19,10 +19,8 @@ def main() -> None:
     parser.add_argument("--out_dir", type=user_path, default=SAMPLE)
     parser.add_argument("--seed", type=seed, default=SEED)
     args = parser.parse_args()
-    try:
+    with report_os_errors(f"--out_dir {args.out_dir}"):
         written = write_sample(args.out_dir, args.seed)
-    except OSError as error:
-        raise UserError(f"--out_dir {args.out_dir}: {error.strerror}") from None
     for path in written:
         content = path.read_bytes()
         lines = content.count(b"\n")

@@ -25,8 +25,10 @@ from further_stages import SETTINGS, Quickstart, copy_beginning, run_further_sta
 
 REQUIREMENTS = ["requirements.txt", "scripts/plot_requirements.txt"]
 SAMPLE = ROOT / "dataset" / "sample"
-FILES = ("pretrain.jsonl", "sft.jsonl", "test.jsonl")
-FURTHER = ("dpo.jsonl", "dpo_test.jsonl", "lora.jsonl", "lora_test.jsonl")
+FILES = [
+    *("pretrain.jsonl", "sft.jsonl", "test.jsonl"),
+    *("dpo.jsonl", "dpo_test.jsonl", "lora.jsonl", "lora_test.jsonl"),
+]
 SMOKE_LINES, SMOKE_QUESTIONS = 300, 100  # of each file and each test, with --smoke
 
 VOCABULARY, SMOKE_VOCABULARY = 3200, 600  # a small world needs few words, and learns them faster
@@ -65,23 +67,9 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def cut_sample(folder: Path) -> Path:
-    """Write the first lines of each of the sample's files into a folder, and return it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (*FILES, *FURTHER):
-        lines = SMOKE_QUESTIONS if "test" in name else SMOKE_LINES
-        copy_beginning(SAMPLE / name, folder / name, lines)
-    return folder
-
-
 def check_recipe(out_dir: Path, smoke: bool) -> None:
-    """Record the settings and data of the folder's models; exit with status 2 if they differ.
-
-    A stage can only go on with the data and the settings that it began with.
-    """
-    versions = [
-        (SAMPLE / f"{name}.version").read_text(encoding="utf-8") for name in (*FILES, *FURTHER)
-    ]
+    """Record the settings and data of the folder's models; exit with status 2 if they differ."""
+    versions = [(SAMPLE / f"{name}.version").read_text(encoding="utf-8") for name in FILES]
     settings = [VOCABULARY, MODEL, PRETRAINING, TUNING, EPOCHS, ROWS, *SETTINGS]
     if smoke:
         settings = [SMOKE_VOCABULARY, SMOKE_MODEL, SMOKE_LINES, SMOKE_QUESTIONS, *settings]
@@ -94,14 +82,9 @@ def check_recipe(out_dir: Path, smoke: bool) -> None:
 
 
 def train(start: Quickstart, control: bool) -> dict[str, Path]:
-    """Train the tokenizer, pretrain, tune.
+    """Train the tokenizer, pretrain, tune, and return the weights by name.
 
-    Args:
-        start: where the models go, and their flags.
-        control: also tune a model that was not pretrained.
-
-    Returns:
-        The weights by name.
+    With `control`, a model that was not pretrained is tuned too.
     """
     texts, chats = start.sample / "pretrain.jsonl", start.sample / "sft.jsonl"
     if not (start.tokenizer / "tokenizer_config.json").is_file():
@@ -109,21 +92,18 @@ def train(start: Quickstart, control: bool) -> dict[str, Path]:
         words = [texts, chats, "--out_dir", start.tokenizer, "--overwrite", "--keep_repeats"]
         title = "A tokenizer for this world"
         step(title, start.python, "scripts/train_tokenizer.py", *words, "--vocab_size", size)
-    start.train(
-        "Pretraining on plain text about the world",
-        "train_pretrain.py",
-        *["--data_path", texts, *PRETRAINING, "--epochs", EPOCHS],
-    )
+    pretraining = ["--data_path", texts, *PRETRAINING, "--epochs", EPOCHS]
+    start.train("Pretraining on plain text about the world", "train_pretrain.py", *pretraining)
     tuning = ["--data_path", chats, "--val_ratio", "0.02", *TUNING, "--epochs", EPOCHS]
     title = "Instruction tuning on questions and answers"
     start.train(title, "train_full_sft.py", *tuning)
-    weights = {PRETRAINED: start.weights("pretrain"), BOTH: start.weights("full_sft")}
-    if not control:
-        return weights
-    alone = replace(start, out_dir=start.out_dir / "without_pretraining")
-    title = "For comparison: the same tuning without pretraining"
-    alone.train(title, "train_full_sft.py", *tuning, "--from_weight", "none")
-    return {PRETRAINED: weights[PRETRAINED], TUNED: alone.weights("full_sft"), BOTH: weights[BOTH]}
+    weights = {PRETRAINED: start.weights("pretrain")}
+    if control:
+        alone = replace(start, out_dir=start.out_dir / "without_pretraining")
+        title = "For comparison: the same tuning without pretraining"
+        alone.train(title, "train_full_sft.py", *tuning, "--from_weight", "none")
+        weights[TUNED] = alone.weights("full_sft")
+    return weights | {BOTH: start.weights("full_sft")}
 
 
 def misses(scores: dict[str, dict[str, float]]) -> list[str]:
@@ -147,21 +127,20 @@ def main() -> int:
     """Go all the way; returns the exit status."""
     require_python()
     args = parse_args()
-    try:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out_dir {args.out_dir}: {error.strerror}")
+    args.out_dir.mkdir(parents=True, exist_ok=True)
     print("== Environment: .venv in the project's folder", flush=True)
     python = prepare(REQUIREMENTS, "quickstart.sha256")
     step("The sample world", python, "scripts/make_sample_data.py")
-    try:
-        check_recipe(args.out_dir, args.smoke)
-        sample = cut_sample(args.out_dir / "sample") if args.smoke else SAMPLE
-    except OSError as error:
-        fail(f"{error.filename}: {error.strerror}")
+    check_recipe(args.out_dir, args.smoke)
+    sample, model = SAMPLE, MODEL
+    if args.smoke:
+        sample, model = args.out_dir / "sample", SMOKE_MODEL
+        sample.mkdir(exist_ok=True)
+        for name in FILES:
+            lines = SMOKE_QUESTIONS if "test" in name else SMOKE_LINES
+            copy_beginning(SAMPLE / name, sample / name, lines)
     started = time.perf_counter()
     tokenizer = args.out_dir / "tokenizer"
-    model = SMOKE_MODEL if args.smoke else MODEL
     start = Quickstart(python, args.out_dir, sample, tokenizer, model, ROWS, args.smoke)
     weights = train(start, args.control or args.smoke)
     scores = start.score(
@@ -174,13 +153,12 @@ def main() -> int:
     further = run_further_stages(start, scores[PRETRAINED], scores[BOTH]) if args.all else []
     print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes of computing in this start.")
     below = [] if args.smoke else misses(scores) + further
-    if not args.smoke:
-        if below:
-            print("Below the goals:\n  " + "\n  ".join(below), file=sys.stderr, flush=True)
-        else:
-            print("All scores reach their goals.")
-        if TUNED not in weights:
-            print("Not measured: tuning alone (--control).")
+    if below:
+        print("Below the goals:\n  " + "\n  ".join(below), file=sys.stderr, flush=True)
+    elif not args.smoke:
+        print("All scores reach their goals.")
+    if TUNED not in weights:
+        print("Not measured: tuning alone (--control).")
     chat = ["--weight", weights[BOTH], "--tokenizer_path", tokenizer, "--temperature", "0"]
     if sys.stdin.isatty() and sys.stdout.isatty():
         step("Chat", python, "eval_model.py", *chat)
@@ -192,6 +170,8 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         print("quickstart.py: stopped; run it again to go on", file=sys.stderr)
         sys.exit(130)

@@ -6,7 +6,7 @@ python scripts/report_run.py out/logs/pretrain_512 [another run …] --out curve
 
 from pathlib import Path
 
-from common import UserError, make_parser, report_user_errors, user_path
+from common import UserError, make_parser, report_os_errors, report_user_errors, user_path
 from diagnosis.curves import draw_curves
 from diagnosis.metrics import having, read_metrics
 from diagnosis.report import write_report
@@ -36,12 +36,7 @@ def main() -> None:
 
 
 def draw_together(folders: list[Path], out: Path) -> None:
-    """Draw the curves of runs, one over the other.
-
-    Raises:
-        UserError: if there is nothing to draw, no matplotlib, or `out` cannot be written.
-        OSError, ValueError: as `read_metrics`.
-    """
+    """Draw the curves of runs, one over the other; raises as `read_metrics`, and UserError."""
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: must end in .png")
     names = [folder.resolve().name for folder in folders]
@@ -53,11 +48,10 @@ def draw_together(folders: list[Path], out: Path) -> None:
         if not having(runs[name], "loss"):
             raise UserError(f"{folder / 'metrics.jsonl'}: holds no training line yet")
     try:
-        draw_curves(runs, out)
+        with report_os_errors(f"--out {out}"):
+            draw_curves(runs, out)
     except ImportError:
         raise UserError("needs matplotlib: pip install -r scripts/requirements.txt") from None
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror or error}") from None
     print(out)
 
 

@@ -21,6 +21,7 @@ from common import (
     add_tokenizer_path,
     make_parser,
     named_path,
+    report_os_errors,
     report_user_errors,
     user_path,
 )
@@ -36,7 +37,6 @@ from model import (
 )
 from sample_world import (
     SAMPLE,
-    Scores,
     ensure_sample,
     format_examples,
     format_scorecard,
@@ -76,20 +76,7 @@ def parse_args() -> argparse.Namespace:
     for flag, path in {"--out": args.out, "--json": args.json}.items():
         if path and not path.parent.is_dir():
             raise UserError(f"{flag} {path}: there is no such folder")
-        if path and path.is_dir():
-            raise UserError(f"{flag} {path}: is a folder")
     return args
-
-
-def encode_questions(
-    tokenizer: "PreTrainedTokenizerBase", records: Sequence[Mapping[str, Any]]
-) -> list[torch.Tensor]:
-    """Ids of each record's question and of the header of its answer: (T,) int64 each."""
-    prompts = [
-        render_chat(record["conversations"][:1], add_generation_prompt=True) for record in records
-    ]
-    encoded = ChatEncoder(tokenizer).encode(prompts)
-    return list(torch.from_numpy(encoded.ids.astype("int64")).split(encoded.lengths.tolist()))
 
 
 def load(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
@@ -102,40 +89,18 @@ def load(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
     return model
 
 
-def score_weights(
-    weights: Sequence[tuple[str, Path]],
+def answer(
+    model: MiniMindLM,
     records: Sequence[Mapping[str, Any]],
     tokenizer: "PreTrainedTokenizerBase",
     device: torch.device,
-) -> tuple[dict[str, Scores], dict[str, list[str]]]:
-    """Scores and answers of an untrained model and of each weight file.
-
-    Args:
-        weights: names and paths, of .pth files or base.pth+adapter.pth; the untrained model has
-            the shape of the last.
-        records: questions of the test.
-        tokenizer: tokenizer of the weights.
-        device: device to compute on.
-
-    Raises:
-        UserError: if a file cannot be loaded.
-    """
-    shape = LMConfig(vocab_size=len(tokenizer))
-    models = {
-        name: load(path, shape, tokenizer_hash(tokenizer)).to(device).eval()
-        for name, path in weights
-    }
-    torch.manual_seed(0)
-    untrained = MiniMindLM(models[weights[-1][0]].config).to(device).eval()
-    prompts = encode_questions(tokenizer, records)
-    answers = {
-        name: [
-            tokenizer.decode(answer.tolist(), skip_special_tokens=True)
-            for answer in model.batch_generate(prompts, max_new_tokens=LONGEST_ANSWER)
-        ]
-        for name, model in {UNTRAINED: untrained, **models}.items()
-    }
-    return {name: score_answers(records, given) for name, given in answers.items()}, answers
+) -> list[str]:
+    """The model's greedy answers to the questions of a test."""
+    chats = [render_chat(r["conversations"][:1], add_generation_prompt=True) for r in records]
+    encoded = ChatEncoder(tokenizer).encode(chats)
+    prompts = torch.from_numpy(encoded.ids.astype("int64")).split(encoded.lengths.tolist())
+    answers = model.to(device).eval().batch_generate(prompts, max_new_tokens=LONGEST_ANSWER)
+    return [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in answers]
 
 
 def main() -> None:
@@ -144,10 +109,15 @@ def main() -> None:
     records = read_test(ensure_sample(args.data_path))
     device = choose_device(args.device)
     tokenizer = load_tokenizer(args.tokenizer_path)
-    scores, answers = score_weights(args.weights, records, tokenizer, device)
+    shape, digest = LMConfig(vocab_size=len(tokenizer)), tokenizer_hash(tokenizer)
+    models = {name: load(path, shape, digest) for name, path in args.weights}
+    last = args.weights[-1][0]
+    torch.manual_seed(0)
+    models = {UNTRAINED: MiniMindLM(models[last].config), **models}
+    answers = {name: answer(model, records, tokenizer, device) for name, model in models.items()}
+    scores = {name: score_answers(records, given) for name, given in answers.items()}
     table = format_scorecard(scores)
     print(table)
-    last = args.weights[-1][0]
     print(f"Answers of {last} (+ right, - wrong):\n{format_examples(records, answers[last])}")
     skills = {
         name: {skill: score.share for (skill, language), score in given.items() if not language}
@@ -155,13 +125,10 @@ def main() -> None:
     }
     shares = ", ".join(f"{skill} {share:.1%}" for skill, share in skills[last].items())
     print(f"\n{last}: {shares}")
-    try:
-        if args.json:
-            args.json.write_text(json.dumps(skills, indent=2), encoding="utf-8")
-        if args.out:
-            args.out.write_text(table, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename}: {error.strerror}") from None
+    for path, text in ((args.json, json.dumps(skills, indent=2)), (args.out, table)):
+        if path:
+            with report_os_errors(path):
+                path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

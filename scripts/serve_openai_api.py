@@ -4,7 +4,7 @@
     python scripts/serve_openai_api.py --quantize int8 --api_key secret --host 0.0.0.0
 
 It offers all weights in out/ and all adapters in out/lora/; a request's `model` selects one.
-Requests are batched without changing their texts. /docs describes the API, /metrics has figures.
+/docs describes the API, /metrics has figures.
 """
 
 import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
@@ -23,8 +23,6 @@ from common import (
     report_user_errors,
 )
 from inference import add_model_arguments, listen, open_pool
-
-PATIENCE = 5  # seconds that answers may still take when the server ends
 
 
 def parse_args() -> argparse.Namespace:
@@ -60,7 +58,7 @@ def parse_args() -> argparse.Namespace:
     limits.add_argument("--max_seconds", type=positive_float, default=300.0, help="per request")
     limits.add_argument("--max_bytes", type=positive_int, default=1_000_000, help="per request")
     args = parser.parse_args()
-    if args.api_key is None:
+    if args.api_key is None:  # no default of the flag: --help shows those
         args.api_key = os.environ.get("MINIMIND_API_KEY")
     if args.api_key == "":
         raise UserError("--api_key, MINIMIND_API_KEY: empty; leave both out to ask for no key")
@@ -90,7 +88,8 @@ def main() -> None:
     request_log = sys.stdout if args.log_requests else None
     app = create_app(pool, limits, args.api_key, args.cors_origin, request_log)
     print(f"{', '.join(names)} at http://{args.host}:{server.getsockname()[1]}/v1", flush=True)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE)
+    # Answers may take 5 s more when the server ends.
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
     uvicorn.Server(config).run(sockets=[server])
 
 

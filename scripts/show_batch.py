@@ -29,7 +29,7 @@ from common import (
     report_user_errors,
     user_path,
 )
-from dataset import PackedRows, dataset_kind
+from dataset import PackedRows, PretrainDataset, SFTDataset, dataset_kind
 from model import load_tokenizer
 from sample_world import SAMPLE, ensure_sample
 
@@ -39,46 +39,38 @@ if TYPE_CHECKING:
 LEARNT, READ, CONTROL, BORDER, END = "\033[32m", "\033[90m", "\033[7m", "\033[36m", "\033[0m"
 
 
-def parse_args() -> argparse.Namespace:
-    """Read the command line."""
-    parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument(
-        "data_path", type=user_path, nargs="?", default=SAMPLE / "sft.jsonl", help="JSONL file"
-    )
-    parser.add_argument("--index", type=int, default=0, help="of the sample, or of the row")
-    parser.add_argument("--packed", action=BooleanFlag, default=False, help="show a packed row")
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `open_dataset` reads, `data_path` apart."""
     parser.add_argument("--max_seq_len", type=positive_int, default=512, help="positions of a row")
     add_skip_bad_lines(parser)
     parser.add_argument(
         "--cache_dir", type=user_path, help="where token stores go; default: by the data"
     )
     add_tokenizer_path(parser)
-    return parser.parse_args()
+
+
+def open_dataset(
+    args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase"
+) -> PretrainDataset | SFTDataset:
+    """Open the texts or conversations in `args.data_path`, and print the notes about them."""
+    path = ensure_sample(args.data_path)
+    options = {"cache_dir": args.cache_dir, "skip_bad_lines": args.skip_bad_lines}
+    dataset = dataset_kind(path)(path, tokenizer, args.max_seq_len + 1, **options)
+    for note in dataset.notes:
+        print(f"{args.data_path}: {note}")
+    return dataset
 
 
 def painted(
     ids: Tensor, learnt: Tensor, tokenizer: "PreTrainedTokenizerBase", colours: bool
 ) -> Iterator[str]:
-    """The text of a document, run by run of what is learnt alike.
-
-    Args:
-        ids: (T,) int64.
-        learnt: (T,) bool, whether each id is a target.
-        tokenizer: tokenizer of the ids.
-        colours: whether to write ANSI colours; else learnt runs are put in brackets.
-    """
+    """The text of ids (T,), run by run of what is `learnt` (T,) alike, coloured or in brackets."""
     special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
-    keys = [
-        (is_target, id_ in special)
-        for id_, is_target in zip(ids.tolist(), learnt.tolist(), strict=True)
-    ]
-    position = 0
+    pairs = zip(ids.tolist(), learnt.tolist(), strict=True)
     inside = False
-    for (is_learnt, is_control), run in groupby(keys):
-        length = len(list(run))
+    for (is_learnt, is_control), run in groupby(pairs, lambda pair: (pair[1], pair[0] in special)):
         # A run is decoded whole: its tokens may be parts of characters.
-        text = tokenizer.decode(ids[position : position + length], skip_special_tokens=False)
-        position += length
+        text = tokenizer.decode([id_ for id_, _ in run], skip_special_tokens=False)
         if colours:
             style = (LEARNT if is_learnt else READ) + (CONTROL if is_control else "")
             # Each line on its own: pagers forget colours at a line's end.
@@ -90,6 +82,11 @@ def painted(
             yield text
     if inside:
         yield "⟧"
+
+
+def print_border(text: str, colours: bool) -> None:
+    """Print a line between documents."""
+    print(f"{BORDER}── {text}{END}" if colours else f"── {text}")
 
 
 def show(
@@ -104,25 +101,22 @@ def show(
     learnt = torch.cat((torch.zeros(1, dtype=torch.bool), mask > 0))
     weights = sorted(set(mask[mask > 0].tolist()) - {1.0})
     note = f", weights {', '.join(f'{w:g}' for w in weights)}" if weights else ""
-    line = f"── {title}: {len(ids)} tokens, {int(learnt.sum())} learnt{note} "
-    print(f"{BORDER}{line}{END}" if colours else line)
+    print_border(f"{title}: {len(ids)} tokens, {int(learnt.sum())} learnt{note} ", colours)
     print("".join(painted(ids, learnt, tokenizer, colours)).rstrip("\n"))
 
 
 def main() -> None:
     """Show one sample or row."""
-    args = parse_args()
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    path = ensure_sample(args.data_path)
-    dataset = dataset_kind(path)(
-        path,
-        tokenizer,
-        args.max_seq_len + 1,
-        cache_dir=args.cache_dir,
-        skip_bad_lines=args.skip_bad_lines,
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument(
+        "data_path", type=user_path, nargs="?", default=SAMPLE / "sft.jsonl", help="JSONL file"
     )
-    for note in dataset.notes:
-        print(f"{args.data_path}: {note}")
+    parser.add_argument("--index", type=int, default=0, help="of the sample, or of the row")
+    parser.add_argument("--packed", action=BooleanFlag, default=False, help="show a packed row")
+    add_data_flags(parser)
+    args = parser.parse_args()
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    dataset = open_dataset(args, tokenizer)
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     rows = PackedRows(dataset, args.max_seq_len) if args.packed else dataset
     if not 0 <= args.index < len(rows):
@@ -134,8 +128,7 @@ def main() -> None:
         show(dataset[item], title, tokenizer, colours)
     if args.packed:
         padding = args.max_seq_len - sum(len(dataset[item][0]) for item in items)
-        line = f"── {padding} of {args.max_seq_len} positions are padding"
-        print(f"{BORDER}{line}{END}" if colours else line)
+        print_border(f"{padding} of {args.max_seq_len} positions are padding", colours)
 
 
 if __name__ == "__main__":

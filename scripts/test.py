@@ -12,10 +12,9 @@ runs a core of the tests there: every stage, scoring, chat, server.
 """
 
 import argparse
-import re
 import sys
 
-from environment import ROOT, prepare, prepare_newest, require_python, run
+from environment import prepare, prepare_newest, require_python, run
 
 REQUIREMENTS = ["requirements.txt", "scripts/requirements.txt", "tests/requirements.txt"]
 # Files are shared out among processes; each needs a gigabyte of memory.
@@ -32,12 +31,6 @@ CORE = [
     "tests/test_server.py::test_texts_are_continued",
     "tests/test_server.py::test_langchain",
 ]
-VERSIONS = """
-import sys
-from importlib.metadata import version
-
-print(f"Python {sys.version.split()[0]}", *(f"{n} {version(n)}" for n in sys.argv[1:]), sep=", ")
-"""
 
 
 def main() -> int:
@@ -54,9 +47,6 @@ def main() -> int:
         python = prepare(REQUIREMENTS, "installed.sha256")
         lint = ["ruff", "format", "--check", "."], ["ruff", "check", "."]
         checks = [*lint, [*PYTEST, *arguments]]
-    lines = [line for name in REQUIREMENTS for line in (ROOT / name).open(encoding="utf-8")]
-    names = re.findall(r"^\w[\w-]*", "".join(lines), re.MULTILINE)
-    run(python, "-c", VERSIONS, *names)
     failed = {}
     for check in checks:
         print(">", *check, flush=True)

@@ -7,27 +7,24 @@ The tokenizer in model/minimind_tokenizer is the result of
 
 `PATH=WEIGHT` counts a file's records WEIGHT times (default 1; 0.25 takes every fourth record).
 A record may be of any kind that a training stage reads; of a preference pair, the chosen side alone
-is counted.
+is counted. These weights keep the manuals, most of the text, from filling the vocabulary; they were
+chosen by bytes per token on held-out files of all three kinds.
 
 How text is cut before merging (PRE_TOKENS), and why:
 
-* A newline stands alone, so no merge and no choice of merges looks across one, and a text encodes
-  the same alone and between the newlines and control tokens of the chat template.
-* A digit stands alone, so a number's tokens are its digits.
+* A newline stands alone, so a text encodes the same alone and between the newlines and control
+  tokens of the chat template. A digit stands alone, so a number's tokens are its digits.
 * All else is cut after each run of letters: a pre-token is any non-letters, then letters. That
   keeps words whole with what leads them: " the", ", and", "'t", "，因为". At 6,400 entries this
-  saves 2.5 to 3 % of the tokens against GPT-2's pattern (a word with one leading space, punctuation
-  apart). Letting merges cross words as well would save 1 % more, and fill the vocabulary with
-  phrases.
-* Where a cut falls depends on the two characters beside it, never on what lies further off. So
-  merges do not reach over cuts, and an engine that cuts out numbers and nothing else gives the same
-  ids. (Merges of parts of characters could break this; the tests check the shipped ones.)
+  saves 2.5 to 3 % of the tokens against GPT-2's pattern. Letting merges cross words as well would
+  save 1 % more, and fill the vocabulary with phrases.
+* Where a cut falls depends on the two characters beside it. So merges do not reach over cuts, and
+  an engine that cuts out numbers and nothing else gives the same ids. (Merges of parts of
+  characters could break this; the tests check the shipped ones.)
 
-What is counted: each distinct line once (DISTINCT_LINES), since a page header that recurs two
-thousand times is no sample of the language; and no token grows beyond MAX_TOKEN_BYTES. Where lines
-recur on purpose, as the facts of a small world do, --keep_repeats counts all of them. The weights
-in the command above keep the manuals, most of the text there is, from filling the vocabulary; they
-were chosen by bytes per token on held-out files of all three kinds.
+Each distinct line counts once, since a page header that recurs two thousand times is no sample of
+the language. Where lines recur on purpose, as the facts of a small world do, --keep_repeats counts
+all of them.
 """
 
 import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
@@ -36,7 +33,6 @@ import argparse
 import hashlib
 import json
 import sys
-from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import islice
 from math import floor
@@ -49,6 +45,7 @@ from common import (
     make_parser,
     number,
     positive_float,
+    report_os_errors,
     report_user_errors,
     user_path,
     write_atomically,
@@ -65,66 +62,10 @@ SMALLEST = len(CONTROL_TOKENS) + len(pre_tokenizers.ByteLevel.alphabet())  # ent
 PRE_TOKENS = r"\n|\p{N}|[^\n\p{N}\p{L}\p{M}]*[\p{L}\p{M}]+|[^\n\p{N}\p{L}\p{M}]+"
 MAX_TOKEN_BYTES = 16
 DISTINCT_LINES = 500_000  # how many lines back a repetition is noticed; about 70 MB
-VOCABULARY_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
+FILES = ("tokenizer.json", "tokenizer_config.json")
 
-# Every piece of text below begins and ends at a newline or a control token.
-CHAT_TEMPLATE = r"""
-{%- set tools_text -%}
-    {%- if tools -%}
-        {{- 'You can call these tools, described by one JSON schema per line:\n' -}}
-        {%- for tool in tools -%}
-            {{- tool | tojson + '\n' -}}
-        {%- endfor -%}
-        {{- 'To call one, put a JSON object with its "name" and "arguments" in a tool_call ' -}}
-        {{- 'block; an answer may contain several.' -}}
-    {%- endif -%}
-{%- endset -%}
-{%- if tools and not (messages and messages[0].role == 'system') -%}
-    {{- '<s>system\n' + tools_text + '</s>\n' -}}
-{%- endif -%}
-
-{%- for message in messages -%}
-    {%- if message.role not in ['system', 'user', 'assistant', 'tool'] -%}
-        {{- raise_exception('unknown role: ' ~ message.role) -}}
-    {%- endif -%}
-    {%- if message.content is string -%}
-        {%- set content = message.content -%}
-    {%- elif message.role == 'assistant' and not message.content -%}
-        {%- set content = '' -%}
-    {%- else -%}
-        {{- raise_exception('content of role ' ~ message.role ~ ' must be a string') -}}
-    {%- endif -%}
-
-    {{- '<s>' + message.role + '\n' -}}
-    {%- if message.role == 'system' and tools and loop.first -%}
-        {{- content + ('\n\n' if content else '') + tools_text -}}
-    {%- elif message.role == 'tool' -%}
-        {{- '<tool_response>\n' + content + '\n</tool_response>' -}}
-    {%- elif message.role == 'assistant' -%}
-        {%- if message.reasoning_content -%}
-            {{- '<think>\n' + message.reasoning_content + '\n</think>\n' -}}
-        {%- endif -%}
-        {{- content -}}
-        {%- for tool_call in message.tool_calls or [] -%}
-            {%- set call = tool_call.function or tool_call -%}
-            {%- if call.arguments is string -%}
-                {%- set arguments = call.arguments -%}
-            {%- else -%}
-                {%- set arguments = (call.arguments or {}) | tojson -%}
-            {%- endif -%}
-            {{- '\n' if content or not loop.first else '' -}}
-            {{- '<tool_call>\n{"name": ' + call.name | tojson -}}
-            {{- ', "arguments": ' + arguments + '}\n</tool_call>' -}}
-        {%- endfor -%}
-    {%- else -%}
-        {{- content -}}
-    {%- endif -%}
-    {{- '</s>\n' -}}
-{%- endfor -%}
-{{- '<s>assistant\n' if add_generation_prompt else '' -}}
-""".strip()
-
+# Every piece of text in the template begins and ends at a newline or a control token.
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8").strip()
 TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": "<s>",
@@ -149,21 +90,15 @@ def read_texts(path: Path) -> Iterator[str]:
 
 
 def training_texts(files: list[tuple[Path, float]], keep_repeats: bool = False) -> Iterator[str]:
-    """What is counted: each file's records by its weight, without the lines met before.
-
-    With `keep_repeats` those count too.
-
-    A line is known by its hash among the last DISTINCT_LINES distinct ones, so memory is bounded.
-    """
-    seen: OrderedDict[bytes, None] = OrderedDict()
+    """What is counted: each file's records by its weight, if need be without lines met before."""
+    seen: dict[bytes, bool] = {}  # the last DISTINCT_LINES
 
     def is_new(line: str) -> bool:
         key = hashlib.blake2b(line.encode("utf-8"), digest_size=8).digest()
-        known = key in seen
-        seen[key] = None
-        seen.move_to_end(key)
+        known = seen.pop(key, False)
+        seen[key] = True
         if len(seen) > DISTINCT_LINES:
-            seen.popitem(last=False)
+            del seen[next(iter(seen))]
         return not known
 
     for path, weight in files:
@@ -199,8 +134,7 @@ def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 def save(tokenizer: Tokenizer, out_dir: Path) -> None:
     """Write what `AutoTokenizer.from_pretrained(out_dir)` needs, each file whole or not at all."""
     config = json.dumps(TOKENIZER_CONFIG, ensure_ascii=False, indent=2)
-    contents = {VOCABULARY_FILE: tokenizer.to_str(pretty=True), CONFIG_FILE: config}
-    for name, text in contents.items():
+    for name, text in zip(FILES, (tokenizer.to_str(pretty=True), config), strict=True):
         content = f"{text}\n".encode()
         write_atomically(out_dir / name, lambda file, content=content: file.write(content))
 
@@ -257,13 +191,13 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the tokenizer in out_dir")
     args = parser.parse_args()
-
-    args.eval = args.eval or [path for path, _ in args.files]
-    for path in [*(path for path, _ in args.files), *args.eval]:
+    files = [path for path, _ in args.files]
+    args.eval = args.eval or files
+    for path in files + args.eval:
         check_file(path)
-    if args.out_dir.exists() and not args.out_dir.is_dir():
+    if args.out_dir.is_file():
         raise UserError(f"--out_dir {args.out_dir}: is not a folder")
-    for name in (VOCABULARY_FILE, CONFIG_FILE):
+    for name in FILES:
         if (args.out_dir / name).exists() and not args.overwrite:
             raise UserError(f"{args.out_dir / name} exists; --overwrite replaces it")
     return args
@@ -276,10 +210,8 @@ def main() -> None:
     entries = tokenizer.get_vocab_size()
     if entries < args.vocab_size:
         raise UserError(f"--vocab_size {args.vocab_size}: the text yields only {entries}")
-    try:
+    with report_os_errors(f"--out_dir {args.out_dir}"):
         save(tokenizer, args.out_dir)
-    except OSError as error:
-        raise UserError(f"--out_dir {args.out_dir}: {error.strerror}") from None
     print(f"{entries:,} entries in {args.out_dir}")
     report(tokenizer, args.eval)
 

@@ -3,8 +3,7 @@
     python scripts/web_demo.py                                   (the weights in out/)
     python scripts/web_demo.py --endpoint http://127.0.0.1:8000/v1   (any OpenAI server)
 
-The page is for the person at this machine: it listens on 127.0.0.1 only unless told otherwise, and
-keeps its conversations in out/chats/.
+The page is for the person at this machine. Its conversations are in out/chats/.
 """
 
 import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
@@ -35,11 +34,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_backend(args: argparse.Namespace) -> Backend:
-    """The source of answers that the flags name.
-
-    Raises:
-        UserError: if they do not fit together.
-    """
+    """The source of answers that the flags name."""
     if args.endpoint is not None:
         return Endpoint(args.endpoint, args.api_key or os.environ.get("OPENAI_API_KEY"))
     return LocalModels(open_pool(args, rows=4, queue=16, loaded=2))
@@ -56,9 +51,9 @@ def main() -> None:
         raise UserError(f"needs {error.name}: pip install -r scripts/requirements.txt") from None
     with listen(args.host, args.port) as socket:  # Streamlit opens its own, and says less
         args.port = socket.getsockname()[1]
-    options = ["--server.address", args.host, "--server.port", str(args.port)]
-    options += ["--server.headless", "true", "--browser.gatherUsageStats", "false"]
-    options += ["--client.toolbarMode", "minimal"]
+    options = [f"--server.address={args.host}", f"--server.port={args.port}"]
+    options += ["--server.headless=true", "--browser.gatherUsageStats=false"]
+    options.append("--client.toolbarMode=minimal")
     print(f"http://{args.host}:{args.port}", flush=True)
     streamlit(["run", __file__, *options, "--", *sys.argv[1:]])
 

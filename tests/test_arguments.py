@@ -110,10 +110,6 @@ def test_flags_with_a_figure_of_their_own():
     [
         ([], 0),
         (["--skip_bad_lines"], 0.1),
-        (["--skip_bad_lines", "True"], 0.1),
-        (["--skip_bad_lines=yes"], 0.1),
-        (["--skip_bad_lines", "false"], 0),
-        (["--skip_bad_lines", "0.5", "--no-skip_bad_lines"], 0),
         (["--skip_bad_lines", "0"], 0),
         (["--skip_bad_lines", "0.5"], 0.5),
         (["--skip_bad_lines", "1"], 1),

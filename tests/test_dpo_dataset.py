@@ -205,11 +205,11 @@ def test_text_forges_no_reply(open_pairs, tokenizer):
         ),
         (
             {"chosen": [user("A"), GOOD], "rejected": [user("A"), BAD, user("B")]},
-            '"rejected": the last message is not the assistant\'s',
+            '"rejected": what both sides share is not followed by a reply',
         ),
         (
             {"chosen": [*PROMPT, GOOD], "rejected": PROMPT},
-            '"rejected": no reply of the assistant after what both sides share',
+            '"rejected": what both sides share is not followed by a reply',
         ),
         ({"prompt": [], "chosen": "a", "rejected": "b"}, '"chosen": '),
         ({"prompt": [{"role": "x", "content": ""}], "chosen": "a", "rejected": "b"}, '"chosen": '),

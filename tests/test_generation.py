@@ -224,7 +224,6 @@ def test_dropout_is_off_in_train_mode_too():
         ({"do_sample": True, "min_p": -0.1}, "min_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
-        ({"num_return_sequences": 0}, "num_return_sequences"),
         ({"stop": [[5], []]}, "stop"),
         ({"seed": 1, "generator": torch.Generator()}, "seed"),
         ({"decoder": TorchDecoder(tiny(), rows=1)}, "rows"),

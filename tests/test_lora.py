@@ -184,9 +184,6 @@ def test_an_adapter_is_in_the_mode_of_its_model(training):
         ({"dropout": 1}, r"dropout must be in \[0, 1\)"),
         ({"target_modules": []}, "needs a target"),
         ({"target_modules": ["output"]}, "'output' gets no adapter"),
-        ({"name": ""}, "cannot be named"),
-        ({"name": "a.b"}, "cannot be named"),
-        ({"name": "keys"}, "cannot be named"),
     ],
 )
 def test_settings_out_of_range(settings, message):

@@ -230,7 +230,11 @@ MISTAKES = [
     ("data HTML", data_that_holds("<!DOCTYPE html>\n<html></html>"), "my.jsonl: is an HTML page"),
     ("data prose", data_that_holds("Once upon a time.\n"), "my.jsonl: is plain text"),
     ("data UTF-16", data_that_holds(b"\xff\xfe" + GOOD.encode("utf-16-le")), "UTF-8"),
-    ("data an array cut off", data_that_holds(ARRAY[:-9]), "my.jsonl:5: the array does not end"),
+    (
+        "data an array cut off",
+        data_that_holds(ARRAY[:-9]),
+        "my.jsonl:5: the array is broken or cut off",
+    ),
     ("data arrays", data_that_holds('["one"]\n["two"]\n'), "my.jsonl:2: more follows the end"),
     ("data a table", data_that_holds("text,label\ngood,1\n"), "my.jsonl: is a table"),
     ("data without text", data_that_holds(2 * GOOD + BAD), 'my.jsonl:3: "text" is missing'),

@@ -401,9 +401,9 @@ def test_every_query_sees_what_the_contract_says(flash_attn, case):
 # Cache
 
 
-def in_chunks(model: MiniMindLM, ids: Tensor, lengths: list[int], **arguments) -> Tensor:
+def in_chunks(model: MiniMindLM, ids: Tensor, lengths: list[int]) -> Tensor:
     """Logits of a row fed piece by piece through one cache."""
-    cache, logits = KVCache(model.config.n_layers, **arguments), []
+    cache, logits = KVCache(model.config.n_layers), []
     for chunk in ids.split(lengths, dim=1):
         out = model(chunk, past_key_values=cache, use_cache=True)
         assert out.past_key_values is cache
@@ -422,9 +422,8 @@ def test_any_split_into_chunks_equals_one_pass(use_moe, flash_attn, lengths):
     model = tiny(use_moe=use_moe, flash_attn=flash_attn)
     ids = random_ids(2, 12)
     whole = model(ids).logits
-    for capacity in (0, 5, 50):
-        chunked = in_chunks(model, ids, lengths, capacity=capacity)
-        assert_equal_to_rounding(chunked, whole, forward_sums(model.config, 12))
+    chunked = in_chunks(model, ids, lengths)
+    assert_equal_to_rounding(chunked, whole, forward_sums(model.config, 12))
 
 
 @both_kinds
@@ -457,7 +456,7 @@ def test_gradients_reach_queries_when_keys_are_frozen(flash_attn):
 def test_a_pass_without_gradients_leaves_an_earlier_graph_intact():
     ids = random_ids(2, 8)
     model = tiny()
-    cache = KVCache(2, capacity=16)
+    cache = KVCache(2)
     logits = model(ids[:, :5], past_key_values=cache, use_cache=True).logits
     with torch.no_grad():
         model(ids[:, 5:], past_key_values=cache, use_cache=True)
@@ -493,16 +492,15 @@ def test_without_use_cache_a_past_is_read_and_left_alone(recording):
 
 
 @torch.no_grad()
-def test_the_cache_takes_its_capacity_at_once_and_otherwise_doubles():
+def test_the_cache_doubles():
     model = tiny()
-    ids = random_ids(1, 40)
-    for capacity, allocations in ((40, 1), (0, 7)):  # 1, 2, 4, 8, 16, 32, 64 slots
-        cache, places = KVCache(2, capacity=capacity), []
-        for token in ids.split(1, dim=1):
-            model(token, past_key_values=cache, use_cache=True)
-            places.append(cache.keys[1].data_ptr())
-        assert 1 + sum(a != b for a, b in itertools.pairwise(places)) == allocations
-        assert cache.keys[1].shape == (1, 2, 40 if capacity else 64, 8)
+    cache, places = KVCache(2), []
+    for token in random_ids(1, 40).split(1, dim=1):
+        model(token, past_key_values=cache, use_cache=True)
+        places.append(cache.keys[1].data_ptr())
+    allocations = 1 + sum(a != b for a, b in itertools.pairwise(places))
+    assert allocations == 7  # 1, 2, 4, 8, 16, 32, 64 slots
+    assert cache.keys[1].shape == (1, 2, 64, 8)
 
 
 # Padding

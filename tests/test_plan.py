@@ -21,7 +21,7 @@ from common import UserError
 from diagnosis.compute import PEAKS, count_parameters, flops_per_token, peak_flops
 from diagnosis.curves import draw_lr_curve
 from diagnosis.memory import _cgroup_limits, device_memory, estimate_memory
-from diagnosis.plan import Plan, memory_warnings, setting_warnings
+from diagnosis.plan import Plan, memory_warnings
 from model import LMConfig, MiniMindLM
 from training.guards import explain_out_of_memory
 from training.optimizer import make_optimizer
@@ -355,9 +355,11 @@ RATES = ((1e7, 1e-4, 5e-3), (6e7, 1e-4, 2e-3), (math.inf, 5e-5, 1e-3))
 
 
 def warnings(parameters: float = 26e6, total_steps: int = 479, warmup: int = 14, **changed):
+    weights = types.SimpleNamespace(numel=lambda: parameters, requires_grad=True)
+    model = types.SimpleNamespace(parameters=lambda: [weights], modules=lambda: [])
     args = flags(**changed)
-    rows_per_step = args.batch_size * args.accumulation_steps
-    return list(setting_warnings(args, parameters, total_steps, warmup, rows_per_step, RATES))
+    plan = Plan(args, model, CPU, torch.float32, 1, 10**7, total_steps, warmup, RATES)
+    return list(plan.setting_warnings())
 
 
 @pytest.mark.parametrize(
@@ -445,7 +447,7 @@ def test_the_plan_compares_with_the_memory_of_the_device(
         model = MiniMindLM(LMConfig.from_size("small"))
     plan = Plan(flags(), model, CPU, torch.float32, processes, 10**7, 479, 14, RATES)
     lines = plan.describe(lambda step: 1e-3, tmp_path / "lr.png")
-    assert "learning rate: pip install -r scripts/requirements.txt to draw it" in lines
+    assert "learning rate: pip install -r scripts/plot_requirements.txt to draw it" in lines
     (needed,) = re.findall(r"memory: about ([\d.]+) GB", "\n".join(lines))
     assert 0.75 < float(needed) < 3
     found = [line for line in lines if line.startswith("warning: ")]
@@ -458,9 +460,8 @@ def test_the_plan_compares_with_the_memory_of_the_device(
     [
         ("0::/box/job\n", {"box/job/memory.max": "max", "box/memory.max": "8000000"}, [8000000]),
         ("0::/\n", {"memory.max": "5000000"}, [5000000]),  # as a container sees itself
-        ("4:cpu:/\n3:memory:/a\n0::/\n", {"memory/a/memory.limit_in_bytes": "7000000"}, [7000000]),
         # The path is that of the host; the container has its own group at the top.
-        ("3:cpu,memory:/a/b\n", {"memory/memory.limit_in_bytes": "6000000"}, [6000000]),
+        ("1:name=systemd:/a\n0::/a/b\n", {"memory.max": "6000000"}, [6000000]),
         ("0::/\n", {}, []),
     ],
 )

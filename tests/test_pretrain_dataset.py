@@ -152,11 +152,9 @@ def test_two_lengths_share_one_store(tmp_path, tokenizer):
     assert len(list(tmp_path.glob("*.tokens"))) == 1
 
 
-def test_unusable_tokenizers_and_lengths(tmp_path, tokenizer_dir):
+def test_unusable_tokenizers(tmp_path, tokenizer_dir):
     path = write_lines(tmp_path / "data.jsonl", ["text"])
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    with pytest.raises(ValueError, match="max_length"):
-        PretrainDataset(path, tokenizer, 1)
     tokenizer.bos_token = None
     with pytest.raises(UserError, match="bos_token"):
         PretrainDataset(path, tokenizer, 64)

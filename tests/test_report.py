@@ -71,17 +71,6 @@ def waves(climb, times, n=60):
     return losses
 
 
-def epochs(jump, n=20, count=3):
-    """Each epoch falls by 4 %; from one to the next the loss changes by `jump`."""
-    losses, epoch = [], []
-    start = 6.0
-    for number in range(count):
-        losses += [start * (1 - 0.04 * i / n) for i in range(n)]
-        epoch += [number] * n
-        start = losses[-1] * (1 + jump)
-    return training_lines(losses, epoch=epoch)
-
-
 def validated(train_end, validation):
     """A run of 40 lines that falls from 6 to `train_end`, evaluated every ten lines."""
     lines = training_lines([6 + (train_end - 6) * i / 39 for i in range(40)])
@@ -221,13 +210,11 @@ CASES = {
         [*validated(4.0, [5.0, 4.5, 4.2]), {"step": 400, "test_loss": 4.2}],
     ),
     "test": (
-        "The test loss is 4.630, far above the best validation loss of 4.200",
+        "The test loss is 4.630, the best validation loss 4.200, far from it",
         [*validated(4.0, [5.0, 4.5, 4.2]), {"step": 400, "test_loss": 4.63}],
         [*validated(4.0, [5.0, 4.5, 4.2]), {"step": 400, "test_loss": 4.61}],
     ),
     "most updates skipped": ("most of the run", counted("skipped", 301), counted("skipped", 300)),
-    "epochs, downwards": ("jumps by -", epochs(-0.055), epochs(-0.045)),
-    "epochs, upwards": ("jumps by +", epochs(0.055), epochs(0.045)),
     "over-fitting": (
         "Over-fitting",
         validated(3.9, [5.0, 4.0, 4.03, 4.05]),
@@ -247,11 +234,6 @@ CASES = {
         "below 0.01",
         training_lines(learning(), grad_norm=0.009),
         training_lines(learning(), grad_norm=0.011),
-    ),
-    "gradient large": (
-        "above 1:",
-        training_lines(learning(), grad_norm=1.1),
-        training_lines(learning(), grad_norm=[8.0] * 20 + [0.9] * 40),
     ),
     "gradient huge": (
         "above 10",
@@ -439,10 +421,6 @@ def test_the_four_panels_show_the_figures(tmp_path, figures):
     assert points(lr.lines[0]) == [(1, 1e-4), (2, 2e-4), (3, 3e-4)]
     assert points(grad_norm.lines[0]) == [(1, 4.0), (2, 0.0)]
     assert lr.get_xlabel() == "thousand tokens"
-    low, high = validation.get_ylim()
-    right = validation.child_axes[0]
-    figures[0].draw_without_rendering()
-    assert right.get_ylim() == pytest.approx((low / 2, high / 2))  # bits per byte
     assert figures[0].legends == []
 
 
@@ -589,10 +567,8 @@ def test_the_report_by_validation_set(tmp_path, no_picture):
 
 
 def started(text):
-    """The command under "How it was started", on one line as a shell joins it."""
-    command = section(text, "How it was started").partition("```bash\n")[2].removesuffix("\n```")
-    assert max(map(len, command.splitlines())) < 100
-    return command.replace("\\\n", "")
+    """The command under "How it was started"."""
+    return section(text, "How it was started").partition("```bash\n")[2].removesuffix("\n```")
 
 
 AWKWARD = ["--val_data_path", "prose=my $prose.jsonl", "it's.jsonl", "--use_moe", "--no-packing"]
@@ -649,7 +625,9 @@ def test_without_matplotlib_the_report_says_how_to_get_its_plots(tmp_path, monke
         done = run(folder, "--out", tmp_path / "x.png", script="scripts/report_run.py", code=2)
     assert "pip install -r scripts/requirements.txt" in done.stderr
     assert done.stderr.count("\n") == 1
-    assert "pip install -r scripts/requirements.txt\n" in curves and "](curves.png)" not in curves
+    assert (
+        "pip install -r scripts/plot_requirements.txt\n" in curves and "](curves.png)" not in curves
+    )
     assert {file.name for file in folder.iterdir()} == {"config.json", "metrics.jsonl", "report.md"}
 
     pytest.importorskip("matplotlib")

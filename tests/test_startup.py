@@ -17,6 +17,7 @@ SCRIPTS = [
 ]
 HELP = """
 import contextlib, io, runpy, sys
+sys.path.insert(0, "scripts")
 for script in sys.argv[1:]:
     sys.argv = [script, "--help"]
     printed = io.TextIOWrapper(io.BytesIO())

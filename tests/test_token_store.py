@@ -17,7 +17,7 @@ from common import UserError
 from dataset import fields, reader, token_store
 from dataset.records import parse_text
 from dataset.text import PIECE_CHARS, TextEncoder, TextTokenizer
-from dataset.token_store import Encoded, Parsed, TokenStore
+from dataset.token_store import Encoded, TokenStore
 
 
 class ByteEncoder:
@@ -29,11 +29,11 @@ class ByteEncoder:
     key = "bytes"
     dtype = np.dtype("<u4")
     is_chat = True
-    counted = ("spaces",)
+    counted = ("bytes", "spaces")
 
     def parse(self, line):
         text = parse_text(line).encode("utf-8")
-        return Parsed(text, len(text), (text.count(b" "),))
+        return text, (len(text), text.count(b" "))
 
     def encode(self, records):
         ids = np.frombuffer(b"".join(records), np.uint8).astype(np.uint32) + 100_000
@@ -335,7 +335,7 @@ import os, sys, time
 from pathlib import Path
 import numpy as np
 from dataset.records import UserError, parse_text
-from dataset.token_store import Encoded, Parsed, TokenStore
+from dataset.token_store import Encoded, TokenStore
 
 path, events, go = map(Path, sys.argv[1:])
 
@@ -346,7 +346,7 @@ class Waiting:
     counted = ()
 
     def parse(self, line):
-        return Parsed(parse_text(line), 0)
+        return parse_text(line), ()
 
     def encode(self, records):
         with events.open("a") as file:

@@ -45,9 +45,7 @@ def train_epoch(run: training.Run, model: nn.Module, optimizer: torch.optim.Opti
         if math.isfinite(sums["loss"] + grad_norm):
             optimizer.step()
         optimizer.zero_grad()
-        run.add_step(
-            batches, totals, sums, targets=weights, tokens=tokens, lr=lr, grad_norm=grad_norm
-        )
+        run.add_step(batches, totals, targets=weights, tokens=tokens, lr=lr, grad_norm=grad_norm)
 
 
 def main() -> int:

@@ -15,40 +15,10 @@ from .setup import (
     check_resume,
     find_resume,
     load_first_weights,
+    open_chat_splits,
     open_splits,
     prepare,
 )
 from .signals import StopSignal
 from .start import start_run
 from .step import StepTotals, count_targets, rows_with_text, score_tokens
-
-__all__ = [
-    "CHAT_IDENTITY",
-    "Distributed",
-    "Run",
-    "Setup",
-    "Splits",
-    "Stage",
-    "StepTotals",
-    "StopSignal",
-    "add_chat_arguments",
-    "add_stage_arguments",
-    "autocast_dtype",
-    "check_context",
-    "check_resume",
-    "check_stage_arguments",
-    "count_targets",
-    "explain_out_of_memory",
-    "find_processes",
-    "find_resume",
-    "get_lr",
-    "load_first_weights",
-    "lock_run",
-    "make_optimizer",
-    "open_process_group",
-    "open_splits",
-    "prepare",
-    "rows_with_text",
-    "score_tokens",
-    "start_run",
-]

@@ -47,21 +47,25 @@ def pattern_and_number(text: str) -> tuple[str, float]:
     return pattern, non_negative_float(number_text)
 
 
-def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+def add_stage_arguments(
+    parser: argparse.ArgumentParser, *, packing: bool = True, **defaults: Any
+) -> None:
     """Add the flags that every training stage has.
 
     Args:
         parser: where to add them.
-        defaults: the stage's own defaults, by flag name: data_path, from_weight, learning_rate,
-            weight_decay, epochs, grad_clip, max_seq_len, batch_size; packing, False where rows
-            cannot hold several documents; log_interval, if it is not 10.
+        packing: False where rows cannot hold several documents.
+        defaults: the stage's own defaults, by flag name: at least data_path, from_weight,
+            learning_rate, weight_decay, epochs, batch_size, grad_clip and max_seq_len.
     """
+    switch: dict[str, Any] = {"action": BooleanFlag, "default": False}
     model = parser.add_argument_group("model")
-    model.add_argument("--dim", type=positive_int, default=512, help="width")
-    model.add_argument("--n_layers", type=positive_int, default=8, help="blocks")
-    model.add_argument("--n_heads", type=positive_int, default=8, help="query heads")
-    model.add_argument("--n_kv_heads", type=positive_int, default=2, help="key and value heads")
-    model.add_argument("--use_moe", action=BooleanFlag, default=False, help="mixture of experts")
+    add = model.add_argument
+    add("--dim", type=positive_int, default=512, help="width")
+    add("--n_layers", type=positive_int, default=8, help="blocks")
+    add("--n_heads", type=positive_int, default=8, help="query heads")
+    add("--n_kv_heads", type=positive_int, default=2, help="key and value heads")
+    add("--use_moe", **switch, help="mixture of experts")
     experts: dict[str, tuple[Any, str]] = {
         "n_routed_experts": (positive_int, "routed experts per layer"),
         "n_shared_experts": (non_negative_int, "experts applied to every token"),
@@ -69,25 +73,19 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
         "aux_loss_alpha": (non_negative_float, "weight of the load-balancing loss"),
     }
     for name, (kind, meaning) in experts.items():
-        default = f"with --use_moe; default: {MOE_DEFAULTS[name]}"
-        model.add_argument(f"--{name}", type=kind, help=f"{meaning}, {default}")
-    model.add_argument("--dropout", type=half_open_unit_interval, default=0.0)
-    model.add_argument(
-        "--flash_attn", action=BooleanFlag, default=True, help="PyTorch's fused attention kernels"
-    )
-    model.add_argument(
-        "--from_weight",
-        type=name_or_path,
-        default=defaults["from_weight"],
-        help="weights to start from: a .pth file, a stage's or a run's name, or none",
-    )
+        add(
+            f"--{name}", type=kind, help=f"{meaning}, with --use_moe; default: {MOE_DEFAULTS[name]}"
+        )
+    add("--dropout", type=half_open_unit_interval, default=0.0)
+    add("--flash_attn", action=BooleanFlag, default=True, help="PyTorch's fused attention kernels")
+    weights = "weights to start from: a .pth file, a stage's or a run's name, or none"
+    add("--from_weight", type=name_or_path, help=weights)
     add_tokenizer_path(model)
 
     data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data_path", type=user_path, default=defaults["data_path"], help="JSONL file"
-    )
-    data.add_argument(
+    add = data.add_argument
+    add("--data_path", type=user_path, help="JSONL file")
+    add(
         "--val_data_path",
         type=named_path,
         nargs="+",
@@ -96,170 +94,85 @@ def add_stage_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> Non
         metavar="[NAME=]PATH",
         help="JSONL files to evaluate on",
     )
-    data.add_argument(
-        "--val_ratio",
-        type=open_unit_interval,
-        help="share of the documents that is held out for evaluation",
-    )
-    data.add_argument(
-        "--test_data_path",
-        type=user_path,
-        help="JSONL file to score the best weights on at the end",
-    )
-    data.add_argument(
-        "--max_seq_len",
-        type=number(int, 2),
-        default=defaults["max_seq_len"],
-        help="positions of a row",
-    )
-    if defaults.get("packing", True):
-        data.add_argument(
-            "--packing",
-            action=BooleanFlag,
-            default=True,
-            help="fill each row from several documents",
-        )
-    data.add_argument(
-        "--cache_dir", type=user_path, help="where token stores go; default: by the data"
-    )
+    held_out = "share of the documents that is held out for evaluation"
+    add("--val_ratio", type=open_unit_interval, help=held_out)
+    scored = "JSONL file to score the best weights on at the end"
+    add("--test_data_path", type=user_path, help=scored)
+    add("--max_seq_len", type=number(int, 2), help="positions of a row")
+    if packing:
+        filled = "fill each row from several documents"
+        add("--packing", action=BooleanFlag, default=True, help=filled)
+    add("--cache_dir", type=user_path, help="where token stores go; default: by the data")
     add_skip_bad_lines(data)
-    data.add_argument(
-        "--num_workers", type=non_negative_int, help="loader processes; default: 2 on cuda, else 0"
-    )
+    loaders = "loader processes; default: 2 on cuda, else 0"
+    add("--num_workers", type=non_negative_int, help=loaders)
 
-    loop = parser.add_argument_group("optimisation")
-    loop.add_argument("--epochs", type=positive_int, default=defaults["epochs"])
-    loop.add_argument(
-        "--batch_size", type=positive_int, default=defaults["batch_size"], help="rows per process"
-    )
-    loop.add_argument(
-        "--accumulation_steps", type=positive_int, default=1, help="batches per optimizer step"
-    )
-    loop.add_argument("--learning_rate", type=positive_float, default=defaults["learning_rate"])
-    loop.add_argument("--min_lr", type=non_negative_float, help="default: learning_rate / 10")
-    loop.add_argument(
-        "--warmup_iters", type=non_negative_int, help="optimizer steps; default: 3 %% of the run"
-    )
-    loop.add_argument(
-        "--warmup_ratio", type=half_open_unit_interval, help="warm-up as a share of the run"
-    )
-    loop.add_argument("--lr_decay", choices=DECAYS, default="cosine", help="after the warm-up")
-    loop.add_argument("--weight_decay", type=non_negative_float, default=defaults["weight_decay"])
-    loop.add_argument(
-        "--lr_scale",
-        type=pattern_and_number,
-        nargs="+",
-        default=[],
-        metavar="PATTERN=FACTOR",
-        help="multiply the learning rate of parameters whose name the pattern matches",
-    )
-    loop.add_argument(
-        "--weight_decay_for",
-        type=pattern_and_number,
-        nargs="+",
-        default=[],
-        metavar="PATTERN=DECAY",
-        help="weight decay of parameters whose name the pattern matches",
-    )
-    loop.add_argument("--beta1", type=half_open_unit_interval, default=0.9)
-    loop.add_argument("--beta2", type=half_open_unit_interval, default=0.95)
-    loop.add_argument(
-        "--grad_clip",
-        type=positive_float,
-        default=defaults["grad_clip"],
-        help="largest gradient norm",
-    )
-    loop.add_argument(
-        "--max_bad_steps",
-        type=positive_int,
-        default=10,
-        help="stop after this many steps in a row with a non-finite loss or gradient",
-    )
-    loop.add_argument("--seed", type=seed, default=42)
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=positive_int)
+    add("--batch_size", type=positive_int, help="rows per process")
+    add("--accumulation_steps", type=positive_int, default=1, help="batches per optimizer step")
+    add("--learning_rate", type=positive_float)
+    add("--min_lr", type=non_negative_float, help="default: learning_rate / 10")
+    warmup = "optimizer steps; default: 3 %% of the run"
+    add("--warmup_iters", type=non_negative_int, help=warmup)
+    add("--warmup_ratio", type=half_open_unit_interval, help="warm-up as a share of the run")
+    add("--lr_decay", choices=DECAYS, default="cosine", help="after the warm-up")
+    add("--weight_decay", type=non_negative_float)
+    for name, number_name, meaning in (
+        ("lr_scale", "FACTOR", "multiply the learning rate of parameters"),
+        ("weight_decay_for", "DECAY", "weight decay of parameters"),
+    ):
+        add(
+            f"--{name}",
+            type=pattern_and_number,
+            nargs="+",
+            default=[],
+            metavar=f"PATTERN={number_name}",
+            help=f"{meaning} whose name the pattern matches",
+        )
+    add("--beta1", type=half_open_unit_interval, default=0.9)
+    add("--beta2", type=half_open_unit_interval, default=0.95)
+    add("--grad_clip", type=positive_float, help="largest gradient norm")
+    bad = "stop after this many steps in a row with a non-finite loss or gradient"
+    add("--max_bad_steps", type=positive_int, default=10, help=bad)
+    add("--seed", type=seed, default=42)
 
-    stopping = parser.add_argument_group("validation")
-    stopping.add_argument(
-        "--eval_interval", type=positive_int, help="optimizer steps; default: save_interval"
-    )
-    stopping.add_argument(
-        "--save_best", action=BooleanFlag, default=False, help="keep the best weights as …_best.pth"
-    )
-    stopping.add_argument(
-        "--early_stopping_patience",
-        type=positive_int,
-        nargs="?",
-        const=3,
-        help="stop after this many evaluations without progress; 3 if no number is given",
-    )
-    stopping.add_argument(
-        "--early_stopping_min_delta",
-        type=non_negative_float,
-        default=1e-4,
-        help="a lower validation loss is progress if it is lower by more than this",
-    )
+    add = parser.add_argument_group("validation").add_argument
+    add("--eval_interval", type=positive_int, help="optimizer steps; default: save_interval")
+    add("--save_best", **switch, help="keep the best weights as …_best.pth")
+    patience = "stop after this many evaluations without progress; 3 if no number is given"
+    add("--early_stopping_patience", type=positive_int, nargs="?", const=3, help=patience)
+    progress = "a lower validation loss is progress if it is lower by more than this"
+    add("--early_stopping_min_delta", type=non_negative_float, default=1e-4, help=progress)
 
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
-    machine.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    machine.add_argument(
-        "--compile", action=BooleanFlag, default=False, help="torch.compile the model"
-    )
-    machine.add_argument(
-        "--gradient_checkpointing", action=BooleanFlag, default=False, help="less memory, more time"
-    )
-    machine.add_argument("--ddp", action=BooleanFlag, default=False, help="require torchrun")
-    machine.add_argument(
-        "--local_rank", "--local-rank", type=int, help="accepted from launchers; not used"
-    )
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    add("--compile", **switch, help="torch.compile the model")
+    add("--gradient_checkpointing", **switch, help="less memory, more time")
+    add("--ddp", **switch, help="require torchrun")
+    add("--local_rank", "--local-rank", type=int, help="accepted from launchers; not used")
 
-    output = parser.add_argument_group("output")
-    output.add_argument("--out_dir", type=user_path, default=Path("out"))
-    output.add_argument(
-        "--run_name",
-        type=run_name,
-        help="suffix of the names of weights and logs, so that runs can share an --out_dir",
-    )
-    output.add_argument(
-        "--resume",
-        action=BooleanFlag,
-        default=False,
-        help="continue the run that --out_dir holds",
-    )
-    output.add_argument(
-        "--overwrite",
-        action=BooleanFlag,
-        default=False,
-        help="delete an earlier run of this name, instead of moving it to replaced/ in --out_dir",
-    )
-    output.add_argument(
-        "--dry_run",
-        action=BooleanFlag,
-        default=False,
-        help="print the plan and stop before training",
-    )
-    output.add_argument(
-        "--gpu_price", type=positive_float, help="price of a GPU-hour, for an estimate of the cost"
-    )
-    output.add_argument(
-        "--log_interval",
-        type=positive_int,
-        default=defaults.get("log_interval", 10),
-        help="optimizer steps",
-    )
-    output.add_argument("--save_interval", type=positive_int, default=100, help="optimizer steps")
-    output.add_argument("--save_dtype", choices=("float32", "float16"), default="float32")
-    output.add_argument(
-        "--save_total_limit",
-        type=positive_int,
-        nargs="?",
-        const=3,
-        help="also keep the weights of this many last saves as …_step{N}.pth; 3 if no number",
-    )
-    output.add_argument(
-        "--keep_every", type=positive_int, help="keep …_step{N}.pth for good every this many steps"
-    )
-    output.add_argument("--use_wandb", action=BooleanFlag, default=False)
-    output.add_argument("--wandb_project", default="MiniMind")
+    add = parser.add_argument_group("output").add_argument
+    add("--out_dir", type=user_path, default=Path("out"))
+    suffix = "suffix of the names of weights and logs, so that runs can share an --out_dir"
+    add("--run_name", type=run_name, help=suffix)
+    add("--resume", **switch, help="continue the run that --out_dir holds")
+    deleted = "delete an earlier run of this name, instead of moving it to replaced/ in --out_dir"
+    add("--overwrite", **switch, help=deleted)
+    add("--dry_run", **switch, help="print the plan and stop before training")
+    price = "price of a GPU-hour, for an estimate of the cost"
+    add("--gpu_price", type=positive_float, help=price)
+    add("--log_interval", type=positive_int, default=10, help="optimizer steps")
+    add("--save_interval", type=positive_int, default=100, help="optimizer steps")
+    add("--save_dtype", choices=("float32", "float16"), default="float32")
+    last = "also keep the weights of this many last saves as …_step{N}.pth; 3 if no number"
+    add("--save_total_limit", type=positive_int, nargs="?", const=3, help=last)
+    every = "keep …_step{N}.pth for good every this many steps"
+    add("--keep_every", type=positive_int, help=every)
+    add("--use_wandb", **switch)
+    add("--wandb_project", default="MiniMind")
+    parser.set_defaults(**defaults)
 
 
 CHAT_IDENTITY = ("max_turns", "loss_weighting")  # flags below that a resumed run keeps
@@ -267,11 +180,9 @@ CHAT_IDENTITY = ("max_turns", "loss_weighting")  # flags below that a resumed ru
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that stages which learn from conversations share besides."""
-    chat = parser.add_argument_group("conversations")
-    chat.add_argument(
-        "--max_turns", type=positive_int, help="use only this many last turns of each"
-    )
-    chat.add_argument(
+    add = parser.add_argument_group("conversations").add_argument
+    add("--max_turns", type=positive_int, help="use only this many last turns of each")
+    add(
         "--loss_weighting",
         choices=("token", "sample"),
         default="token",
@@ -280,11 +191,7 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_stage_arguments(args: argparse.Namespace) -> None:
-    """Fill in the defaults that depend on other flags; refuse flags that contradict each other.
-
-    Raises:
-        UserError: for those.
-    """
+    """Fill in the defaults that depend on other flags; UserError for flags that contradict."""
     for name, default in MOE_DEFAULTS.items():
         if not args.use_moe and getattr(args, name) is not None:
             raise UserError(f"--{name} needs --use_moe")

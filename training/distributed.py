@@ -18,16 +18,10 @@ from model import choose_device
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process among all those of torchrun.
-
-    Attributes:
-        rank: number of the process over all hosts.
-        world_size: processes over all hosts; 1 without torchrun.
-        device: what it computes on.
-    """
+    """This process among all those of torchrun, on all hosts."""
 
     rank: int
-    world_size: int
+    world_size: int  # 1 without torchrun
     device: torch.device
 
     @property
@@ -95,41 +89,32 @@ class Distributed:
 
 
 def find_processes(device: str | None, ddp: bool) -> Distributed:
-    """Read torchrun's environment and choose the device. Opens nothing.
+    """Read torchrun's environment and choose the device, as `choose_device`. Opens nothing.
 
-    Args:
-        device: "cuda", "cuda:1", "mps" or "cpu"; None takes cuda, mps or cpu, the first there is.
-        ddp: whether `--ddp` was given.
-
-    Raises:
-        UserError: for `--ddp` without torchrun, or a device that is not there.
+    UserError for `ddp`, the flag, without torchrun, or a device that is not there.
     """
-    launched = "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if ddp and not launched:
-        raise UserError(
-            f"--ddp: start with torchrun, e.g. torchrun --nproc_per_node 2 {Path(sys.argv[0]).name}"
-        )
-    rank, local_rank, world_size = (
-        int(os.environ.get(name, default)) if launched else default
-        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
-    chosen = choose_device(
-        device,
-        local_rank if launched else None,
-        int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-    )
+    if "LOCAL_RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        if ddp:
+            script = Path(sys.argv[0]).name
+            raise UserError(
+                f"--ddp: start with torchrun, e.g. torchrun --nproc_per_node 2 {script}"
+            )
+        return Distributed(0, 1, choose_device(device))
+    local_rank, world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    chosen = choose_device(device, local_rank, local_world_size)
     if chosen.type == "mps" and world_size > 1:
         raise UserError("--device mps: several processes need --device cpu")
-    return Distributed(rank, world_size, chosen)
+    return Distributed(int(os.environ.get("RANK", 0)), world_size, chosen)
 
 
 @contextmanager
 def open_process_group(world: Distributed) -> Iterator[None]:
     """Join the processes of torchrun (nccl for GPUs, gloo for CPUs) for as long as the block runs.
 
-    Slow preparations of a single process, such as tokenising a file, belong before it: the others
-    would time out in their first collective. Models that DDP wraps belong to functions called
-    inside it, so that they are gone when it ends.
+    Slow preparations of one process belong before it: the others would time out in their first
+    collective. Models that DDP wraps belong to functions called inside it, so that they are gone
+    when it ends.
     """
     if not world.is_distributed:
         yield
@@ -144,13 +129,9 @@ def open_process_group(world: Distributed) -> Iterator[None]:
 
 
 def autocast_dtype(dtype: str, world: Distributed) -> torch.dtype:
-    """The precision of matrix products: what was asked for, where the hardware has it.
+    """The dtype of matrix products; float32 for bfloat16 where hardware would have to emulate it.
 
-    bfloat16 falls back to float32 with a line that says so: emulated, it would be slower than
-    float32.
-
-    Raises:
-        UserError: for float16 on a CPU, where it is emulated too and no scaler helps.
+    UserError for float16 on a CPU, where it is emulated too and no scaler helps.
     """
     if dtype == "float16" and world.device.type == "cpu":
         raise UserError("--dtype float16: not on a CPU; use bfloat16 or float32")

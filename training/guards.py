@@ -17,14 +17,10 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", 
 
 @dataclass
 class SpikeWatch:
-    """Recognises a loss that is far above those of the steps before it.
+    """Recognises a loss that is far above the running mean of the steps before it."""
 
-    It keeps a running mean and variance, in which a step's weight halves every 14 steps, and calls
-    a spike what lies more than `DEVIATIONS` standard deviations above the mean.
-    """
-
-    DEVIATIONS = 5.0
-    WEIGHT = 0.05
+    DEVIATIONS = 5.0  # standard deviations above the mean that make a spike
+    WEIGHT = 0.05  # of a step in mean and variance: it halves every 14 steps
     FIRST_STEPS = 20  # until then the variance is not yet known
 
     steps: int = 0
@@ -33,10 +29,8 @@ class SpikeWatch:
 
     def is_spike(self, loss: float) -> bool:
         """Whether this finite loss is a spike; it then counts among the losses seen."""
-        above = loss - self.mean
-        spike = self.steps >= self.FIRST_STEPS and above > self.DEVIATIONS * math.sqrt(
-            self.variance
-        )
+        above, limit = loss - self.mean, self.DEVIATIONS * math.sqrt(self.variance)
+        spike = self.steps >= self.FIRST_STEPS and above > limit
         weight = max(self.WEIGHT, 1 / (self.steps + 1))
         self.mean += weight * above
         self.variance = (1 - weight) * (self.variance + weight * above**2)
@@ -46,17 +40,12 @@ class SpikeWatch:
 
 @contextmanager
 def explain_out_of_memory() -> Iterator[None]:
-    """Turn running out of memory inside the block into one line that says what to do.
-
-    Raises:
-        UserError: with that line, on whichever process it happens.
-    """
+    """Turn running out of memory inside the block into a UserError that says what to do."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
-            sign in str(error).lower() for sign in OUT_OF_MEMORY
-        ):
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and not any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
             raise
         raise UserError(f"out of memory; {LESS_MEMORY}", every_rank=True) from None
 
@@ -69,13 +58,8 @@ def find_sample(
 ) -> str:
     """`file:line` of the first sample of the first batch whose loss is not finite.
 
-    Where every loss is finite, the first batch of all stands for it. Called by all processes.
-
-    Args:
-        world: this process.
-        dataset: what the rows were made of.
-        batches: this process's micro-batches of the step.
-        losses: (len(batches),) the loss of each.
+    Where every loss is finite, the first batch of all stands for it. All processes call this, each
+    with its own micro-batches of the step and their losses, (len(batches),).
     """
     bad = (~losses.isfinite()).nonzero().flatten().tolist()
     own = torch.zeros(2, world.world_size, dtype=torch.int64, device=world.device)

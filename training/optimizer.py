@@ -14,12 +14,7 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Ad
 
     Norm scales and the embedding, which is also the output layer, are not decayed; parameters that
     do not require gradients are left out. Each group's `initial_lr` is the peak of its learning
-    rate.
-
-    Args:
-        model: the model without wrappers.
-        args: flags of `add_stage_arguments`. --lr_scale and --weight_decay_for give numbers by
-            regular expression; of those that match a parameter's name the first counts.
+    rate. Of the patterns of --lr_scale and --weight_decay_for that match a name the first counts.
 
     Raises:
         UserError: for a pattern that no parameter's name matches.

@@ -21,45 +21,33 @@ from common import ROOT, UserError, format_duration, write_atomically
 from .distributed import Distributed
 from .resume import TrainState, json_arguments
 
+STEPS_BEFORE_ESTIMATE = 5
 BAR_FORMAT = "{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 
 
 def start_wandb(args: argparse.Namespace, name: str, run_id: str | None) -> Any:
-    """Begin a run of wandb, or continue the run `run_id`; WANDB_MODE=offline uploads nothing.
-
-    Raises:
-        UserError: if wandb is not installed, or does not let the run begin.
-    """
+    """Begin a run of wandb, or continue the run `run_id`; UserError if it cannot be had."""
     try:
         import wandb
     except ImportError:
         raise UserError("--use_wandb: wandb is not installed; pip install wandb") from None
     try:
-        return wandb.init(
-            project=args.wandb_project,
-            name=name,
-            config=json_arguments(args),
-            id=run_id,
-            resume="allow",
-        )
+        config = json_arguments(args)
+        project = args.wandb_project
+        return wandb.init(project=project, name=name, config=config, id=run_id, resume="allow")
     except wandb.errors.Error as error:
         raise UserError(f"--use_wandb: {error}; WANDB_MODE=offline needs no account") from None
 
 
 def write_config(path: Path, args: argparse.Namespace, run_id: str, vocab_size: int) -> None:
-    """Keep what the run was started with, which `diagnosis.report` reads.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
-    packages = ("torch", "transformers", "tokenizers", "numpy")
+    """Keep what the run was started with, which `diagnosis.report` reads."""
+    versions = {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}
     contents = {
         "run_id": run_id,
         "launcher": _launcher(),
         "command": sys.argv,
         "arguments": json_arguments(args),
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in packages},
+        "versions": {"python": platform.python_version(), **versions},
         "commit": _commit(),
         "vocab_size": vocab_size,
     }
@@ -67,11 +55,7 @@ def write_config(path: Path, args: argparse.Namespace, run_id: str, vocab_size: 
 
 
 def add_ending(path: Path, ending: str) -> None:
-    """Add to the file of `write_config` how the run ended.
-
-    Raises:
-        OSError: if the file cannot be read or written.
-    """
+    """Add to the file of `write_config` how the run ended."""
     _write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"ending": ending})
 
 
@@ -106,9 +90,7 @@ def _commit() -> str | None:
 class LineFile:
     """A UTF-8 file that grows by whole lines. On a disk that is full, lines are lost, not the run.
 
-    Args:
-        path: the file; it is made if need be.
-        length: bytes to cut it to, if it is longer.
+    It is cut to `length` bytes, if it is longer.
     """
 
     def __init__(self, path: Path, length: int | None = None):
@@ -134,12 +116,13 @@ class LineFile:
                 self._file.truncate(before)
             self._warn_once(error)
 
-    def sync(self) -> None:
-        """Wait until the lines are on disk."""
+    def sync(self) -> int:
+        """Wait until the lines are on disk; the bytes in the file."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
             self._warn_once(error)
+        return self.size
 
     def close(self) -> None:
         """Close the file."""
@@ -155,15 +138,8 @@ class LineFile:
 class Record:
     """Shows progress on a terminal, prints plain lines elsewhere, and keeps log and figures.
 
-    Only the main process has output.
-
-    Args:
-        world: this process.
-        folder: gets metrics.jsonl (an object per report) and training_log.txt.
-        total_steps: optimizer steps of the run.
-        step: optimizer steps taken before.
-        metrics_bytes: the length to cut metrics.jsonl to, for a run that is resumed.
-        wandb_run: a run of wandb, or None.
+    Only the main process has output. `folder` gets metrics.jsonl (an object per report) and
+    training_log.txt. `step` steps were taken before; metrics.jsonl is cut to `metrics_bytes`.
     """
 
     def __init__(
@@ -181,55 +157,46 @@ class Record:
         self.wandb_run = wandb_run
         self.first_step = step
         self.started = time.perf_counter()
-        self.bar: tqdm | None = None
         self.metrics: LineFile | None = None
         self.log_file: LineFile | None = None
-        if not world.is_main:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        self.metrics = LineFile(folder / "metrics.jsonl", metrics_bytes)
-        self.log_file = LineFile(folder / "training_log.txt")
-        if sys.stderr.isatty():
-            self.bar = tqdm(
-                total=total_steps, initial=step, bar_format=BAR_FORMAT, dynamic_ncols=True
-            )
+        self.bar = tqdm(
+            total=total_steps,
+            initial=step,
+            bar_format=BAR_FORMAT,
+            dynamic_ncols=True,
+            disable=None if world.is_main else True,  # None: unless stderr is a terminal
+        )
+        if world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.metrics = LineFile(folder / "metrics.jsonl", metrics_bytes)
+            self.log_file = LineFile(folder / "training_log.txt")
 
-    def advance(self, step: int) -> None:
-        """Move the bar to `step`."""
-        if self.bar is not None:
-            self.bar.update(step - self.bar.n)
-
-    def estimate(self, step: int, gpu_price: float | None) -> None:
-        """Report how long the rest of the run takes, and what it costs."""
+    def advance(self, step: int, gpu_price: float | None) -> None:
+        """Move the bar to `step`; after a few, report how long the rest takes and what it costs."""
+        self.bar.update(step - self.bar.n)
         left = self.total_steps - step
-        self.print(cost_line(self.seconds_per_step(step), left, gpu_price, self.world.world_size))
+        if left and step - self.first_step == STEPS_BEFORE_ESTIMATE:
+            seconds = self.seconds_per_step(step)
+            self.print(cost_line(seconds, left, gpu_price, self.world.world_size))
 
-    def log(self, state: TrainState, epoch: int, **figures: float) -> None:
-        """Report training steps: to the screen, the files and wandb.
-
-        Args:
-            state: progress of the run.
-            epoch: epoch of the last step, from 0.
-            figures: values by name.
-        """
-        step = state.step
-        shown = "  ".join(f"{name} {_format(value)}" for name, value in figures.items() if value)
-        if self.bar is not None:
-            names = ("loss", "lr", "tokens_per_second")
-            self.bar.set_postfix_str(
-                ", ".join(f"{name} {_format(figures[name])}" for name in names if name in figures)
-            )
-            self._write_log(f"step {step}/{self.total_steps}  {shown}")
+    def log(self, state: TrainState, figures: dict[str, float]) -> None:
+        """Report training steps: to screen, files and wandb."""
+        shown = _line({name: value for name, value in figures.items() if value}, "  ")
+        line = f"step {state.step}/{self.total_steps}  {shown}"
+        if self.bar.disable:
+            left = self.seconds_per_step(state.step) * (self.total_steps - state.step)
+            self.print(f"{line}  left {format_duration(left)}")
         else:
-            left = self.seconds_per_step(step) * (self.total_steps - step)
-            self.print(f"step {step}/{self.total_steps}  {shown}  left {format_duration(left)}")
-        self._write(state, epoch, figures)
+            names = ("loss", "lr", "tokens_per_second")
+            shown = {name: figures[name] for name in names if name in figures}
+            self.bar.set_postfix_str(_line(shown, ", "))
+            self._write_log(line)
+        self._write(state, figures)
 
-    def log_scores(self, state: TrainState, epoch: int, **scores: float) -> None:
+    def log_scores(self, state: TrainState, scores: dict[str, float]) -> None:
         """Report an evaluation, on a line of its own."""
-        shown = "  ".join(f"{name} {_format(value)}" for name, value in scores.items())
-        self.print(f"step {state.step}/{self.total_steps}  {shown}")
-        self._write(state, epoch, scores)
+        self.print(f"step {state.step}/{self.total_steps}  {_line(scores, '  ')}")
+        self._write(state, scores)
 
     def seconds_per_step(self, step: int) -> float:
         """Wall-clock seconds of a step since this process began, evaluations and saves included."""
@@ -237,18 +204,15 @@ class Record:
 
     def print(self, message: str) -> None:
         """Print a line without breaking the bar, and log it."""
-        if self.bar is not None:
-            self.bar.write(message)
-        else:
+        if self.bar.disable:
             self.world.log(message)
+        else:
+            self.bar.write(message)
         self._write_log(message)
 
     def sync(self) -> int:
         """Make sure that the metrics are on disk; the length of their file in bytes."""
-        if self.metrics is None:
-            return 0
-        self.metrics.sync()
-        return self.metrics.size
+        return 0 if self.metrics is None else self.metrics.sync()
 
     def close(self) -> None:
         """Finish the bar, the files and wandb."""
@@ -258,20 +222,23 @@ class Record:
         if self.wandb_run is not None:
             self.wandb_run.finish()
 
-    def _write(self, state: TrainState, epoch: int, figures: dict[str, float]) -> None:
-        about = {"step": state.step, "epoch": epoch, "tokens": state.tokens}
+    def _write(self, state: TrainState, figures: dict[str, float]) -> None:
+        about = {"epoch": max(0, state.epoch - (state.row == 0)), "tokens": state.tokens}
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         if self.metrics is not None:
-            line = about | {"seconds": round(state.seconds, 3)} | finite
+            line = {"step": state.step, **about, "seconds": round(state.seconds, 3), **finite}
             self.metrics.add(json.dumps(line, allow_nan=False) + "\n")
         if self.wandb_run is not None:
-            del about["step"]
             self.wandb_run.log(about | finite, step=state.step)
 
     def _write_log(self, message: str) -> None:
         if self.log_file is not None:
             stamp = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
             self.log_file.add("".join(f"{stamp}  {line}\n" for line in message.splitlines()))
+
+
+def _line(figures: dict[str, float], separator: str) -> str:
+    return separator.join(f"{name} {_format(value)}" for name, value in figures.items())
 
 
 def _format(value: float) -> str:
@@ -281,14 +248,7 @@ def _format(value: float) -> str:
 
 
 def cost_line(seconds_per_step: float, steps_left: int, gpu_price: float | None, gpus: int) -> str:
-    """How long the rest of a run takes and, with a price, what it costs.
-
-    Args:
-        seconds_per_step: mean so far.
-        steps_left: optimizer steps.
-        gpu_price: price of one GPU for an hour, in any currency, or None.
-        gpus: number of GPUs that are paid for.
-    """
+    """How long the rest of a run takes and, with the price of a GPU-hour, what it costs."""
     seconds = seconds_per_step * steps_left
     line = f"about {format_duration(seconds)} to go"
     if gpu_price is None:

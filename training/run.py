@@ -7,7 +7,7 @@ import platform
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -25,29 +25,14 @@ from .record import Record, add_ending
 from .resume import Tally, TrainState
 from .saving import Saver
 from .schedule import warmup_steps
-from .setup import Rows, Setup, Splits, Stage
+from .setup import Rows, Setup, Splits
 from .signals import StopSignal
 from .step import Batch, Score, StepTotals
-
-STEPS_BEFORE_ESTIMATE = 5
 
 
 @dataclass
 class Run:
-    """What a stage's loop calls by name.
-
-    Attributes:
-        setup: what the run began with.
-        data: the rows to train on, to validate on and to test on.
-        state: progress of the run.
-        saver: writes its files.
-        record: reports to screen, log, metrics and wandb.
-        stop: whether a signal came.
-        score: computes the figures of a batch, for validation and test.
-        peak_tokens_per_second: speed of all processes at an MFU of 100 %; None if unknown.
-        ending: why the run stops before its last step; None while it goes on.
-        exit_status: what the process ends with, then.
-    """
+    """What a stage's loop calls by name."""
 
     setup: Setup
     data: Splits
@@ -56,15 +41,11 @@ class Run:
     record: Record
     stop: StopSignal
     score: Score
-    peak_tokens_per_second: float | None = None
-    ending: str | None = None
+    peak_tokens_per_second: float | None = None  # of all processes, at an MFU of 100 %, if known
+    ending: str | None = None  # why the run stops before its last step
     exit_status: int = 0
-    first_step: int = field(init=False)
-    step_began: float = field(init=False, default=0.0)
-    lr: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
-        self.first_step = self.state.step
         self._check_patience()  # which may have run out before
 
     @property
@@ -76,11 +57,6 @@ class Run:
     def world(self) -> Distributed:
         """This process."""
         return self.setup.world
-
-    @property
-    def stage(self) -> Stage:
-        """What the shared code needs to know of the stage."""
-        return self.setup.stage
 
     @property
     def autocast(self) -> torch.autocast:
@@ -99,16 +75,11 @@ class Run:
         return not self.complete and self.ending is None
 
     @property
-    def epoch(self) -> int:
-        """The epoch of the last step."""
-        return max(0, self.state.epoch - (self.state.row == 0))
-
-    @property
     def schedule(self) -> tuple[float, int, float, float, float, str]:
         """The next step as `get_lr` takes it: its place, the run's steps, and the flags.
 
-        The place follows the rows seen, counted in steps of the size that the run began with: so
-        the rate stays on one curve when the batch or the number of processes changes on the way.
+        The place follows the rows seen, in steps of the size that the run began with: so the rate
+        stays on one curve when the batch or the number of processes changes on the way.
         """
         args, state = self.args, self.state
         per_epoch = math.ceil(len(self.data.train) / state.rows_per_step)
@@ -135,7 +106,7 @@ class Run:
             start=start,
             shuffle=shuffle,
             lengths=getattr(rows, "lengths", None),  # pairs of like length share a batch
-            collate_fn=self.stage.collate,
+            collate_fn=self.setup.stage.collate,
             num_workers=self.args.num_workers,
             on_cuda=self.world.device.type == "cuda",
         )
@@ -143,30 +114,29 @@ class Run:
     def accumulations(self, model: nn.Module) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step that is left of the epoch, on the device.
 
-        After each step what is due happens: a line of figures, validation, saving. A signal to stop
-        lets the step finish.
-
-        Args:
-            model: what validation calls.
+        After each step what is due happens: a line of figures, validation of `model`, saving. A
+        signal to stop lets the step finish.
         """
-        state, n = self.state, self.args.accumulation_steps
+        args, state = self.args, self.state
         loader = self.loader(self.data.train, state.epoch, state.row, shuffle=True)
-        micro_batches, started = iter(loader), time.perf_counter()
-        while batches := [self.world.to_device(b) for b in islice(micro_batches, n)]:
-            self.step_began = started
+        micro_batches, started = map(self.world.to_device, loader), time.perf_counter()
+        while batches := list(islice(micro_batches, args.accumulation_steps)):
             yield batches
+            seconds = time.perf_counter() - started
+            state.seconds += seconds
+            state.tally.seconds += seconds
             self.log_if_due()
             self.validate_if_due(model)
             if not self.going_on or self.check_signal():
                 return
-            self.save_if_due()
+            if self.due(args.save_interval) or (args.keep_every and self.due(args.keep_every)):
+                self.save()
             started = time.perf_counter()
 
     def add_step(
         self,
         batches: Sequence[Batch],
         totals: StepTotals,
-        sums: dict[str, float],
         *,
         targets: float,
         tokens: float,
@@ -177,34 +147,27 @@ class Run:
 
         Args:
             batches: this process's micro-batches.
-            totals: sums over these micro-batches.
-            sums: result of `totals.add_up()`: `loss`, `aux_loss`, further figures of the stage.
-            targets: what the loss is a mean over: the sum of target tokens' weights in the loss
-                mask, or the number of pairs.
+            totals: sums over them, added up over all processes.
+            targets: what the loss is a mean over: weights of target tokens, or pairs.
             tokens: target tokens of all processes.
             lr: the learning rate.
             grad_norm: gradient norm before clipping.
         """
-        state, tally = self.state, self.state.tally
-        state.row += self.args.batch_size * self.args.accumulation_steps * self.world.world_size
+        state, tally, sums = self.state, self.state.tally, totals.sums
+        state.row += self.setup.rows_per_step
         if state.row >= len(self.data.train):
             state.epoch, state.row = state.epoch + 1, 0
         state.step += 1
-        seconds = time.perf_counter() - self.step_began
-        state.seconds += seconds
-        tally.seconds += seconds
         tally.steps += 1
-        self.lr = lr
-        self.record.advance(state.step)
-        if state.step - self.first_step == STEPS_BEFORE_ESTIMATE and not self.complete:
-            self.record.estimate(state.step, self.args.gpu_price)
+        tally.lr = lr
+        self.record.advance(state.step, self.args.gpu_price)
         load = totals.expert_load
         if load is not None:
             load = self.world.all_reduce_sum(load).tolist()
 
         def sample() -> str:
-            dataset = self.data.train.dataset
-            return find_sample(self.world, dataset, batches, torch.stack(totals.losses))
+            losses = torch.stack([figures["loss"] for figures in totals.figures])
+            return find_sample(self.world, self.data.train.dataset, batches, losses)
 
         if not math.isfinite(sums["loss"] + sums["aux_loss"] + grad_norm):
             self._skip(sums["loss"] + sums["aux_loss"], grad_norm, sample())
@@ -240,33 +203,24 @@ class Run:
 
     def log_if_due(self) -> None:
         """Report the steps since the last report."""
-        state, tally = self.state, self.state.tally
-        if not tally.steps or (not self.due(self.args.log_interval) and self.ending is None):
+        state = self.state
+        if not self.due(self.args.log_interval) and self.ending is None:
             return
-        figures = tally.means(self.lr)
+        figures = state.tally.means()
         figures["skipped"], figures["spikes"] = state.skipped, state.spikes
         if self.peak_tokens_per_second:
             figures["mfu"] = round(figures["tokens_per_second"] / self.peak_tokens_per_second, 4)
         memory = peak_memory(self.world.device)
         if memory is not None:
             figures["memory_gb"] = round(memory / 1e9, 3)
-        self.record.log(state, self.epoch, **figures)
+        self.record.log(state, figures)
         state.tally = Tally()
 
     @torch.no_grad()
     def evaluate(
         self, model: nn.Module, sets: dict[str, Rows], prefix: str
     ) -> dict[str, float] | None:
-        """Score the model on data sets, each on its own if there are several, and on all together.
-
-        Args:
-            model: what is called.
-            sets: the data sets by name.
-            prefix: "val" or "test", which the names of the scores begin with.
-
-        Returns:
-            As `mean_scores`; None if a signal to stop came.
-        """
+        """Score a model on data sets by name; as `mean_scores`, None if a signal to stop came."""
         world, was_training = self.world, model.training
         model.eval()
         sums = {}
@@ -281,7 +235,7 @@ class Run:
                     totals[figure] = totals.get(figure, 0) + values.sum(dtype=world.sum_dtype)
             values = world.all_reduce_sum(torch.stack(list(totals.values()))).tolist()
             sums[name] = dict(zip(totals, values, strict=True))
-            if self.stage.scores_text:
+            if self.setup.stage.scores_text:
                 sums[name]["text_bytes"] = rows.dataset.text_bytes
         model.train(was_training)
         return mean_scores(sums, prefix)
@@ -295,7 +249,7 @@ class Run:
         if scores is None:
             return
         args = self.args
-        self.record.log_scores(state, self.epoch, **scores)
+        self.record.log_scores(state, scores)
         state.evaluated_at = state.step
         min_delta = args.early_stopping_min_delta if args.early_stopping_patience else 0.0
         if scores["val_loss"] < state.best_loss - min_delta:
@@ -319,38 +273,21 @@ class Run:
         """End the run if any process got a signal to stop; whether it ends."""
         number = self.world.all_reduce_max(self.stop.number)
         if number:
-            self.ending = (
-                f"stopped by {signal.Signals(number).name} at step {self.state.step}; "
-                "--resume goes on"
-            )
+            name = signal.Signals(number).name
+            self.ending = f"stopped by {name} at step {self.state.step}; --resume goes on"
             self.exit_status = 128 + number
         return bool(number)
 
-    def save_if_due(self) -> None:
-        """Save at the intervals that were asked for."""
-        keep_every = self.args.keep_every
-        if self.due(self.args.save_interval) or (keep_every and self.due(keep_every)):
-            self.save()
-
     def save(self) -> None:
         """Write the weights, numbered ones where they are due, and the resume file."""
-        args, state = self.args, self.state
-        state.metrics_bytes = self.record.sync()
-        numbered = ""
-        if args.keep_every is not None and state.step % args.keep_every == 0:
-            numbered = "for good"
-        elif args.save_total_limit and self.due(args.save_interval):
-            numbered = "for now"
-        self.saver.save(state, numbered)
+        self.state.metrics_bytes = self.record.sync()
+        self.saver.save(self.state, self.due(self.args.save_interval))
 
     def finish(self) -> int:
         """Score the test data, save, write the report, and print how the run ended.
 
-        Returns:
-            The exit status: 130 or 143 if a signal stopped the run, else 0.
-
-        Raises:
-            UserError: if the last save failed, or the run could not go on.
+        Returns 130 or 143 if a signal stopped the run, else 0. UserError if the last save failed,
+        or the run could not go on.
         """
         if self.data.test is not None and self.exit_status == 0 and not self.state.tested:
             self.save()  # the test may take its time
@@ -381,7 +318,7 @@ class Run:
             load_trained_state(model, self.saver.best_state())
         scores = self.evaluate(model, {"": rows}, "test")
         if scores is not None:
-            self.record.log_scores(self.state, self.epoch, **scores)
+            self.record.log_scores(self.state, scores)
             self.state.tested = True
 
 

@@ -3,12 +3,11 @@
 A run's name is that of its weights without `.pth`, as `full_sft_512_moe`, in its folder.
 
 The lock is `.{name}.lock` beside the weights. It rests on the operating system's lock on that file
-(flock; msvcrt's on Windows), which ends with the process that holds it, however that ends: there is
-no number of a process that another one may have by now, and nothing to wait for. NFS, SMB, GPFS and
-Lustre with `-o flock` carry such locks from host to host. Where a shared file system does not
-(Lustre without, NFS with nolock, most of FUSE), another host is known by the identity in the file,
-and a run there by the file's time of change, which it renews every HEARTBEAT seconds: if that has
-stood still for SILENCE seconds, by the clock of the one who waits, the run is dead.
+(flock; msvcrt's on Windows), which ends with the process that holds it, however that ends. Not
+every shared file system carries it from host to host (Lustre without `-o flock`, NFS with nolock,
+most of FUSE). There another host is known by the identity in the file, and a run there by the
+file's time of change, which it renews every HEARTBEAT seconds: if that has stood still for SILENCE
+seconds, by the clock of the one who waits, the run is dead.
 """
 
 import json
@@ -39,17 +38,22 @@ HEARTBEAT, SILENCE = 5.0, 30.0  # seconds
 PROCESS = uuid.uuid4().hex  # tells this process from all others, of other hosts too
 
 
+def beside(weights: Path, end: str) -> Path:
+    """The file of a run whose name ends in `_{end}.pth`: best, step{N}, resume, resume.prev."""
+    return weights.with_name(f"{weights.stem}_{end}.pth")
+
+
+def log_folder(weights: Path) -> Path:
+    """The folder of a run's record."""
+    return weights.parent / "logs" / weights.stem
+
+
 @contextmanager
 def lock_run(weights: Path, world: Distributed, dry_run: bool) -> Iterator[None]:
     """Keep the files of a run to this process, or to all of torchrun's, while the block runs.
 
-    Args:
-        weights: path of the run's weights.
-        world: this process; the main one holds the lock.
-        dry_run: do nothing, as nothing will be written.
-
-    Raises:
-        UserError: if another run holds them, or the folder cannot be written.
+    The main process holds the lock. A dry run, which writes nothing, needs none. UserError if
+    another run holds it, or the folder cannot be written.
     """
     if dry_run or not world.is_main:
         yield
@@ -75,12 +79,9 @@ def lock_run(weights: Path, world: Distributed, dry_run: bool) -> Iterator[None]
 
 
 def check_lock(weights: Path) -> None:
-    """Make sure that this process holds the lock still, before it begins to write.
+    """Raise UserError if this process does not hold the lock still, before it begins to write.
 
     Of two hosts that began in the same moment, without locks between them, only the later one does.
-
-    Raises:
-        UserError: if not.
     """
     holder = _read_holder(_lock_path(weights))
     if holder.get("process") != PROCESS:
@@ -177,11 +178,7 @@ def _is_named(file: IO[bytes], path: Path) -> bool:
 
 
 def _await_silence(path: Path, weights: Path, holder: dict[str, Any]) -> None:
-    """Wait until a holder on another host is known to be dead, or gone.
-
-    Raises:
-        UserError: if it lives.
-    """
+    """Wait until a holder on another host is known to be dead, or gone; UserError if it lives."""
 
     def changed() -> int:
         with path.open("rb") as file:  # on NFS a time of change is fresh where a file is opened
@@ -211,16 +208,7 @@ def move_earlier_run(weights: Path, out_dir: Path, overwrite: bool) -> list[str]
     There it lies as it did in `out_dir`, so that every tool takes that folder for its --out_dir.
     The resume files go first: if this is broken off, --resume finds all of a run or nothing of it.
 
-    Args:
-        weights: path of the run's weights.
-        out_dir: what they are below.
-        overwrite: delete.
-
-    Returns:
-        A line for the user, or none if there was no such run.
-
-    Raises:
-        UserError: if something cannot be moved or deleted.
+    Returns a line for the user, or none if there was no such run.
     """
     left = _left_by_run(weights)
     if not left:
@@ -230,7 +218,8 @@ def move_earlier_run(weights: Path, out_dir: Path, overwrite: bool) -> list[str]
             for path in left:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             return [f"--overwrite: the earlier run {weights.stem} is deleted"]
-        folder = _new_folder(out_dir / "replaced" / weights.stem)
+        time_now = f"{datetime.now().astimezone():%Y%m%d-%H%M%S-%f}"
+        folder = out_dir / "replaced" / f"{weights.stem}-{time_now}"
         for path in left:
             target = folder / path.relative_to(out_dir)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +231,7 @@ def move_earlier_run(weights: Path, out_dir: Path, overwrite: bool) -> list[str]
 
 def _left_by_run(weights: Path) -> list[Path]:
     """Resume files, weights of all kinds, and the folder of logs, unless no run has begun there."""
-    name, logs = re.escape(weights.stem), weights.parent / "logs" / weights.stem
+    name, logs = re.escape(weights.stem), log_folder(weights)
     kinds = (rf"{name}_resume(\.prev|\.old)?\.pth", rf"{name}(_best|_step\d+)?\.(pth|json)")
     files = sorted(path for path in weights.parent.iterdir() if path.is_file())
     left = [path for kind in kinds for path in files if re.fullmatch(kind, path.name)]
@@ -250,14 +239,3 @@ def _left_by_run(weights: Path) -> list[Path]:
     if (left and logs.is_dir()) or (metrics.is_file() and metrics.stat().st_size):
         left.append(logs)
     return left
-
-
-def _new_folder(path: Path) -> Path:
-    """`path`-TIME, made now; where that is there, with a number at the end."""
-    stamp = f"{datetime.now().astimezone():%Y%m%d-%H%M%S}"
-    folder, number = path.with_name(f"{path.name}-{stamp}"), 1
-    while folder.exists():
-        number += 1
-        folder = path.with_name(f"{path.name}-{stamp}-{number}")
-    folder.mkdir(parents=True)
-    return folder

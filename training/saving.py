@@ -11,8 +11,8 @@ from common import SaveError, report_save_errors
 from model import active_lora, load_trained_state, save_lora, save_weights, trained_state
 from model.weights import read_state
 
-from .random_states import get_random_states
-from .resume import Resume, TrainState, json_arguments, save_resume
+from .resume import Resume, TrainState, get_random_states, json_arguments, save_resume
+from .run_files import beside
 from .setup import Setup
 
 
@@ -21,56 +21,42 @@ class Saver:
     """Writes the files of a run beside each other; only the main process writes.
 
     What cannot be written is reported and kept in `errors`; the run goes on.
-
-    Attributes:
-        setup: what the run began with.
-        identity: what may not change when the run is resumed, by flag.
-        optimizer, scaler: their states go into the resume file.
-        report: takes a line for the user.
-        saved_as: the file that holds this run's last save, see `Resume`.
-        errors: why the last try to save something failed, by what it is.
     """
 
     setup: Setup
-    identity: dict[str, Any]
+    identity: dict[str, Any]  # what may not change when the run is resumed, by flag
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    report: Callable[[str], None]
-    saved_as: Literal["newest", "previous"]
-    errors: dict[str, str] = field(default_factory=dict)
+    report: Callable[[str], None]  # takes a line for the user
+    saved_as: Literal["newest", "previous"]  # as in `Resume`
+    errors: dict[str, str] = field(default_factory=dict)  # why the last try failed, by what
 
-    @property
-    def best_path(self) -> Path:
-        """File of the best weights."""
-        return self.setup.path.with_name(f"{self.setup.path.stem}_best.pth")
+    def save(self, state: TrainState, at_interval: bool) -> None:
+        """Write the weights, numbered ones where they are due, and the resume file.
 
-    def save(self, state: TrainState, numbered: Literal["", "for good", "for now"]) -> None:
-        """Write the weights, numbered ones if asked for, and the resume file.
-
-        Args:
-            state: progress of the run.
-            numbered: whether …_step{N}.pth is written, and whether --save_total_limit counts it.
+        --save_total_limit counts the saves `at_interval`, of --save_interval.
         """
-        world = self.setup.world
+        args, world = self.setup.args, self.setup.world
         random_states = world.all_gather(get_random_states(world.device))
         if world.is_main:
             self._try(state, "weights", lambda: self._save_weights(self.setup.path))
-            if numbered:
-                self._try(state, "numbered", lambda: self._save_numbered(state, numbered))
+            for_good = args.keep_every is not None and state.step % args.keep_every == 0
+            if for_good or (args.save_total_limit and at_interval):
+                self._try(state, "numbered", lambda: self._save_numbered(state, for_good))
             self._try(state, "resume", lambda: self._save_resume(state, random_states))
 
     def save_best(self, state: TrainState) -> bool:
         """Write the best weights; whether that worked, on every process."""
         world = self.setup.world
-        saved = world.is_main and self._try(
-            state, "best", lambda: self._save_weights(self.best_path)
-        )
+        best = beside(self.setup.path, "best")
+        saved = world.is_main and self._try(state, "best", lambda: self._save_weights(best))
         return bool(world.all_reduce_max(int(saved)))
 
     def best_state(self) -> dict[str, torch.Tensor] | None:
         """The best weights, on every process."""
         world = self.setup.world
-        return world.broadcast(read_state(self.best_path) if world.is_main else None)
+        best = beside(self.setup.path, "best")
+        return world.broadcast(read_state(best) if world.is_main else None)
 
     def _try(self, state: TrainState, what: str, save: Callable[[], None]) -> bool:
         try:
@@ -88,25 +74,20 @@ class Saver:
         if active_lora(setup.raw_model):
             save_lora(setup.raw_model, path, dtype, setup.frozen["--from_weight"])
         else:
-            config = setup.raw_model.config
-            save_weights(
-                path, setup.raw_model, config, setup.stage.name, setup.tokenizer_hash, dtype
-            )
+            model, stage = setup.raw_model, setup.stage.name
+            save_weights(path, model, model.config, stage, setup.tokenizer_hash, dtype)
 
-    def _save_numbered(self, state: TrainState, how: Literal["for good", "for now"]) -> None:
-        self._save_weights(self._numbered(state.step))
-        if how == "for good" or state.step in state.numbered:
+    def _save_numbered(self, state: TrainState, for_good: bool) -> None:
+        self._save_weights(beside(self.setup.path, f"step{state.step}"))
+        if for_good or state.step in state.numbered:
             return
         state.numbered.append(state.step)
         while len(state.numbered) > self.setup.args.save_total_limit:
-            path = self._numbered(state.numbered[0])
+            path = beside(self.setup.path, f"step{state.numbered[0]}")
             with report_save_errors(path):
                 path.unlink(missing_ok=True)
                 path.with_suffix(".json").unlink(missing_ok=True)
             state.numbered.pop(0)
-
-    def _numbered(self, step: int) -> Path:
-        return self.setup.path.with_name(f"{self.setup.path.stem}_step{step}.pth")
 
     def _save_resume(self, state: TrainState, random_states: list[dict[str, Any]]) -> None:
         resume = Resume(
@@ -124,10 +105,7 @@ class Saver:
 
 
 def load_resume(
-    setup: Setup,
-    resume: Resume,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    setup: Setup, resume: Resume, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> None:
     """Put model, optimizer and scaler where a resume file left them; the flags are those of now."""
     load_trained_state(setup.raw_model, resume.model)

@@ -18,10 +18,8 @@ def get_lr(
 
     Args:
         step: optimizer steps taken before this one; a fraction where the batch size was changed.
-        total_steps: optimizer steps of the run; `min_lr` is reached there.
-        lr: peak.
-        warmup_iters: optimizer steps of the warm-up.
-        min_lr: where the decay ends.
+        total_steps: optimizer steps of the run, at whose end the rate is `min_lr`.
+        lr, warmup_iters, min_lr: see above.
         decay: how the rate falls over the steps that follow the warm-up:
             "cosine" as SGDR's without restarts (https://arxiv.org/abs/1608.03983);
             "linear";

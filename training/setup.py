@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from common import UserError, write_atomically
-from dataset import PackedRows, PaddedRows, PairRows, TeacherTopK, collate
+from dataset import PackedRows, PaddedRows, PairRows, SFTDataset, TeacherTopK, collate
 from dataset.stored import StoredDataset
 from diagnosis.plan import LearningRates
 from model import (
@@ -29,8 +29,8 @@ from model.weights import first_difference, read_state
 
 from .arguments import MOE_DEFAULTS
 from .distributed import Distributed, autocast_dtype, find_processes
-from .random_states import seed_everything
-from .resume import Resume, check_identity, json_arguments, read_resume, resume_paths
+from .resume import Resume, check_identity, json_arguments, read_resume, seed_everything
+from .run_files import beside, log_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,53 +40,40 @@ Rows = PackedRows | PaddedRows | PairRows | TeacherTopK
 
 @dataclass(frozen=True)
 class Stage:
-    """What the shared code needs to know of a stage.
+    """What the shared code needs to know of a stage."""
 
-    Attributes:
-        name: begins the names of its files.
-        learning_rates: rates outside make a warning in the plan.
-        identity: the stage's own flags that may not change when a run is resumed.
-        collate: makes a batch of rows.
-        sequences_per_row: 2 for pairs.
-        scores_text: whether perplexity and bits per byte are scores, too.
-    """
-
-    name: str
-    learning_rates: LearningRates
-    identity: tuple[str, ...] = ()
-    collate: Callable[[Sequence[Any]], dict[str, Tensor]] = collate
-    sequences_per_row: int = 1
-    scores_text: bool = True
+    name: str  # begins the names of its files
+    learning_rates: LearningRates  # rates outside make a warning in the plan
+    identity: tuple[str, ...] = ()  # its own flags that may not change when a run is resumed
+    collate: Callable[[Sequence[Any]], dict[str, Tensor]] = collate  # makes a batch of rows
+    sequences_per_row: int = 1  # 2 for pairs
+    scores_text: bool = True  # whether perplexity and bits per byte are scores, too
 
 
 @dataclass
 class Setup:
-    """What a stage begins with.
-
-    Attributes:
-        raw_model: the model without wrappers.
-        path: file that the weights are written to.
-        frozen: hashes of weights that the run needs and does not train, by flag; the main
-            process's count.
-        resume: a resume file's content, None for a new run; the main process's counts.
-        notes: lines that the run reports first.
-    """
+    """What a stage begins with. Of `frozen` and `resume` the main process's count."""
 
     args: argparse.Namespace
     stage: Stage
     world: Distributed
     dtype: torch.dtype
     tokenizer: "PreTrainedTokenizerBase"
-    raw_model: MiniMindLM
-    path: Path
-    frozen: dict[str, str] = field(default_factory=dict)
-    resume: Resume | None = None
-    notes: list[str] = field(default_factory=list)
+    raw_model: MiniMindLM  # without wrappers
+    path: Path  # file that the weights are written to
+    frozen: dict[str, str] = field(default_factory=dict)  # hashes of untrained weights, by flag
+    resume: Resume | None = None  # None for a new run
+    notes: list[str] = field(default_factory=list)  # lines that the run reports first
 
     @property
     def tokenizer_hash(self) -> str:
         """Identifies the tokenizer."""
         return tokenizer_hash(self.tokenizer)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step, of all processes."""
+        return self.args.batch_size * self.args.accumulation_steps * self.world.world_size
 
     def identity(self, rows: Rows) -> dict[str, Any]:
         """By flag, what may not change when a run on these rows is resumed."""
@@ -105,32 +92,27 @@ class Setup:
 def prepare(args: argparse.Namespace, stage: Stage) -> Setup:
     """Find the processes, load the tokenizer and build the model, the same on every process.
 
-    Raises:
-        UserError: for a device, a precision, a tokenizer or a shape that cannot be had.
+    UserError for a device, a dtype, a tokenizer or a shape that cannot be had.
     """
     world = find_processes(args.device, args.ddp)
     dtype = autocast_dtype(args.dtype, world)
     tokenizer = load_tokenizer(args.tokenizer_path)
     seed_everything(args.seed)
-    experts = {name: getattr(args, name) for name in MOE_DEFAULTS} if args.use_moe else {}
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", *(MOE_DEFAULTS if args.use_moe else ()))
+    shape = {name: getattr(args, name) for name in names}
     try:
         config = LMConfig(
-            dim=args.dim,
-            n_layers=args.n_layers,
-            n_heads=args.n_heads,
-            n_kv_heads=args.n_kv_heads,
+            **shape,
+            use_moe=args.use_moe,
             vocab_size=len(tokenizer),
             dropout=args.dropout,
             flash_attn=args.flash_attn,
-            use_moe=args.use_moe,
-            **experts,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     except ValueError as error:
-        names = ("dim", "n_layers", "n_heads", "n_kv_heads", *experts)
-        flags = " ".join(f"--{name} {getattr(args, name)}" for name in names)
+        flags = " ".join(f"--{name} {value}" for name, value in shape.items())
         raise UserError(f"{flags}: {error}") from None
     check_context(args.max_seq_len, config)
     raw_model = MiniMindLM(config)
@@ -148,86 +130,65 @@ def check_context(max_seq_len: int, config: LMConfig) -> None:
 
 
 def load_first_weights(setup: Setup) -> None:
-    """Load the weights that --from_weight names, if any, on the main process.
-
-    Raises:
-        UserError: if there is no such file, or it cannot be loaded into this model.
-    """
-    args = setup.args
+    """Load the weights that --from_weight names, if any, on the main process; or UserError."""
+    args, model = setup.args, setup.raw_model
     if args.from_weight != "none" and setup.world.is_main:
-        config = setup.raw_model.config
-        path = resolve_weights("--from_weight", args.from_weight, args.out_dir, config)
-        load_weights(path, setup.raw_model, setup.tokenizer_hash)
+        path = resolve_weights("--from_weight", args.from_weight, args.out_dir, model.config)
+        load_weights(path, model, setup.tokenizer_hash)
 
 
 def find_resume(setup: Setup) -> None:
     """Read what the run goes on from into `setup.resume`, on the main process.
 
-    Raises:
-        UserError: for --resume where only another --dim or --use_moe has something to resume, or a
-            new run whose files cannot be written.
+    UserError if only another --dim or --use_moe has it, or files of a new run cannot be written.
     """
     if not setup.world.is_main:
         return
     args, path = setup.args, setup.path
-    newest, _ = resume_paths(path)
     resume, notes = read_resume(path)
     if args.resume and resume is not None:
         setup.notes += [*notes, f"--resume: going on after step {resume.state.step}"]
         setup.resume = resume
         return
     if args.resume:
-        end = rf"{f'_{args.run_name}' if args.run_name else ''}_resume\.pth"
-        name = re.compile(rf"{re.escape(Path(setup.stage.name).name)}_\d+(_moe)?{end}")
-        others = {other for other in path.parent.glob("*_resume.pth") if name.fullmatch(other.name)}
-        others -= {newest}
-        if others and not notes:
+        run = f"_{args.run_name}" if args.run_name else ""
+        name = rf"{re.escape(Path(setup.stage.name).name)}_\d+(_moe)?{run}_resume\.pth"
+        there = sorted(path.parent.glob("*_resume.pth"))
+        other = next((file for file in there if re.fullmatch(name, file.name)), None)
+        if other and not notes:  # which a damaged file has
             raise UserError(
-                f"--resume: nothing of this --dim and --use_moe, but {min(others)}; without "
-                "--resume a new run starts"
+                f"--resume: nothing of this --dim and --use_moe, but {other}; without --resume a "
+                "new run starts"
             )
         nothing = f"--resume: nothing to go on from in {path.parent}: a new run starts"
         setup.notes += [*notes, nothing]
     elif resume is not None and resume.state.epoch < resume.arguments["epochs"]:
         setup.notes.append(
-            f"{newest} holds an unfinished run, at step {resume.state.step}: --resume goes on "
-            f"with it; this new run {'deletes' if args.overwrite else 'moves'} it"
+            f"{beside(path, 'resume')} holds an unfinished run, at step {resume.state.step}: "
+            f"--resume goes on with it; this new run {'deletes' if args.overwrite else 'moves'} it"
         )
     check_output(path, setup.raw_model)
 
 
 def check_resume(setup: Setup, rows: Rows) -> None:
-    """Make sure that a run can go on with these flags and rows; nothing for a new run.
-
-    Raises:
-        UserError: naming every flag that differs, or what cannot be written.
-    """
+    """Raise UserError if a run that is resumed cannot go on with these flags and rows."""
     if setup.resume is not None:
         check_identity(setup.path, setup.resume, setup.identity(rows))
         check_output(setup.path, setup.raw_model)
 
 
 def check_output(path: Path, raw_model: MiniMindLM) -> None:
-    """Make sure, before training, that weights and logs can be written.
-
-    Args:
-        path: file of the weights; the best go beside it, the logs below its folder.
-        raw_model: model without wrappers.
-
-    Raises:
-        UserError: if a folder cannot be written, or the weights there are of another shape.
-    """
-    for probe in (path.with_suffix(".probe"), path.parent / "logs" / path.stem / ".probe"):
+    """Raise UserError if files cannot be written, or the weights there are of another shape."""
+    for probe in (path.with_suffix(".probe"), log_folder(path) / ".probe"):
         try:
             write_atomically(probe, lambda file: file.write(b"a byte, as a full disk has none"))
             probe.unlink()
         except OSError as error:
             raise UserError(f"--out_dir {probe.parent}: {error.strerror or error}") from None
-    for weights in (path, path.with_name(f"{path.stem}_best.pth")):
+    for weights in (path, beside(path, "best")):
         if not weights.is_file():
             continue
-        difference = first_difference(weights, read_state(weights), raw_model)
-        if difference:
+        if difference := first_difference(weights, read_state(weights), raw_model):
             other = "--lora_name" if lora_state(raw_model) else "--out_dir"
             raise UserError(
                 f"{weights} holds another model ({difference}): move it, or choose another {other} "
@@ -253,16 +214,12 @@ def open_splits(
 
     Args:
         args: the flags.
-        open_file: gives the data set of a file; its second argument is True where the data set is
-            scored and not learnt from.
+        open_file: opens a data set; its second argument: whether it is scored, not learnt from.
         make_rows: makes rows of a data set; None: packed or padded, as --packing is.
-
-    Raises:
-        UserError: naming what is wrong with a file.
     """
     if make_rows is None:
-        row_length = args.max_seq_len
-        make_rows = partial(PackedRows, row_length=row_length) if args.packing else PaddedRows
+        packed = partial(PackedRows, row_length=args.max_seq_len)
+        make_rows = packed if args.packing else PaddedRows
     test = make_rows(open_file(args.test_data_path, True)) if args.test_data_path else None
     val = {name: make_rows(open_file(path, True)) for name, path in args.val_data_path}
     train = open_file(args.data_path, False)
@@ -271,3 +228,30 @@ def open_splits(
         train, _ = train.split(args.val_ratio)
         val = {"held out": make_rows(held_out)}
     return Splits(make_rows(train), val, test)
+
+
+def open_chat_splits(
+    args: argparse.Namespace,
+    tokenizer: "PreTrainedTokenizerBase",
+    find_file: Callable[[Path], Path],
+    *,
+    max_turns: int | None,
+    loss_weighting: Literal["token", "sample"],
+) -> Splits:
+    """Open conversations, as `open_splits`; `find_file` gives the file of a path (ensure_sample).
+
+    Scores are means over tokens, whatever `loss_weighting` is, so that they can be compared.
+    """
+
+    def open_file(path: Path, scored: bool) -> SFTDataset:
+        return SFTDataset(
+            find_file(path),
+            tokenizer,
+            args.max_seq_len + 1,  # so that X, one id shorter, can fill a row
+            cache_dir=args.cache_dir,
+            skip_bad_lines=args.skip_bad_lines,
+            max_turns=max_turns,
+            loss_weighting="token" if scored else loss_weighting,
+        )
+
+    return open_splits(args, open_file)

@@ -8,11 +8,16 @@ import torch
 from common import UserError
 from diagnosis.plan import Plan
 
-from .random_states import seed_everything, set_random_states
 from .record import Record, start_wandb, write_config
-from .resume import TrainState, changed_arguments, json_arguments
+from .resume import (
+    TrainState,
+    changed_arguments,
+    json_arguments,
+    seed_everything,
+    set_random_states,
+)
 from .run import Run
-from .run_files import check_lock, move_earlier_run
+from .run_files import check_lock, log_folder, move_earlier_run
 from .saving import Saver, load_resume
 from .schedule import get_lr, warmup_steps
 from .setup import Rows, Setup, Splits
@@ -28,28 +33,17 @@ def start_run(
     scaler: torch.amp.GradScaler,
     score: Score,
 ) -> Run | None:
-    """Start or resume a run: report its plan and open its record.
+    """Start or resume a run, its model on its device: report its plan and open its record.
 
-    Args:
-        setup: what the stage begins with, the model on its device.
-        data: the rows to train on, to validate on and to test on.
-        stop: whether a signal came.
-        optimizer, scaler: as the training step uses them.
-        score: computes the figures of a batch, for validation and test.
-
-    Returns:
-        None if there is nothing to do: the run is finished, or --dry_run was given.
-
-    Raises:
-        UserError: if another run holds the files, or they cannot be written.
+    None if there is nothing to do: the run is finished, or --dry_run was given. UserError if
+    another run holds the files, or they cannot be written.
     """
     args, world, path, raw_model = setup.args, setup.world, setup.path, setup.raw_model
     seed_everything(args.seed + world.rank)  # for dropout, which differs between processes
-    rows_per_step = args.batch_size * args.accumulation_steps * world.world_size
     resume = world.broadcast(setup.resume)
     notes = setup.notes
     if resume is None:
-        state = TrainState(run_id=uuid.uuid4().hex, rows_per_step=rows_per_step)
+        state = TrainState(run_id=uuid.uuid4().hex, rows_per_step=setup.rows_per_step)
     else:
         state = resume.state
         load_resume(setup, resume, optimizer, scaler)
@@ -69,8 +63,8 @@ def start_run(
         check_lock(path)
         if resume is None:
             notes = notes + move_earlier_run(path, args.out_dir, args.overwrite)
-    folder = path.parent / "logs" / path.stem
-    total_steps = state.step + steps_left(state, len(data.train), rows_per_step, args.epochs)
+    folder = log_folder(path)
+    total_steps = state.step + steps_left(setup, state, len(data.train))
     warmup = warmup_steps(args.warmup_iters, args.warmup_ratio, total_steps)
     plan = Plan(
         args,
@@ -125,28 +119,18 @@ def describe_rows(use: str, rows: Rows) -> list[str]:
     return [f"{use} data {dataset.store.path}: {note}" for note in (size, *dataset.notes)]
 
 
-def steps_left(state: TrainState, n_rows: int, rows_per_step: int, epochs: int) -> int:
-    """Optimizer steps from here to the end of a run.
-
-    Args:
-        state: progress of the run.
-        n_rows: rows of an epoch.
-        rows_per_step: rows of a step, of all processes together.
-        epochs: epochs of the run.
-    """
-    if state.epoch >= epochs:
+def steps_left(setup: Setup, state: TrainState, n_rows: int) -> int:
+    """Optimizer steps to the end of a run whose epochs have `n_rows` rows."""
+    epochs_left = setup.args.epochs - state.epoch
+    if epochs_left <= 0:
         return 0
-    this_epoch = math.ceil((n_rows - state.row) / rows_per_step)
-    return this_epoch + (epochs - state.epoch - 1) * math.ceil(n_rows / rows_per_step)
+    this_epoch = math.ceil((n_rows - state.row) / setup.rows_per_step)
+    return this_epoch + (epochs_left - 1) * math.ceil(n_rows / setup.rows_per_step)
 
 
 def is_finished(setup: Setup, state: TrainState, data: Splits) -> bool:
     """Whether a run that could be resumed has nothing left to do."""
-    patience = setup.args.early_stopping_patience
-    ended = state.epoch >= setup.args.epochs or (
-        patience and state.evaluations_since_best >= patience
-    )
-    scored = (state.evaluated_at == state.step or not data.val) and (
-        state.tested or data.test is None
-    )
-    return bool(ended and scored)
+    patience = setup.args.early_stopping_patience or math.inf
+    ended = state.epoch >= setup.args.epochs or state.evaluations_since_best >= patience
+    validated = not data.val or state.evaluated_at == state.step
+    return ended and validated and (state.tested or data.test is None)

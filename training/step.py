@@ -24,9 +24,7 @@ def score_tokens(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 def count_targets(batches: Sequence[Batch], world: Distributed) -> tuple[float, float, float]:
     """What a step over all processes learns from: weights of its targets, targets, rows with text.
 
-    Args:
-        batches: this process's micro-batches: loss_mask and attention_mask (B, T).
-        world: this process.
+    Each of this process's micro-batches has a loss_mask and an attention_mask (B, T).
     """
     masks = [batch["loss_mask"] for batch in batches]
     rows = [rows_with_text(batch) for batch in batches]  # the others are padding
@@ -41,17 +39,13 @@ def rows_with_text(batch: Batch) -> Tensor:
 
 
 class StepTotals:
-    """Sums over the micro-batches of an optimizer step, without gradients.
-
-    Args:
-        world: this process; `add_up` adds over all of them.
-    """
+    """Sums over the micro-batches of an optimizer step, without gradients."""
 
     def __init__(self, world: Distributed):
         self.world = world
-        self.losses: list[Tensor] = []  # of each micro-batch
-        self.figures: list[dict[str, Tensor]] = []
-        self.expert_load: Tensor | None = None
+        self.figures: list[dict[str, Tensor]] = []  # sums of each micro-batch, `loss` first
+        self.sums: dict[str, float] = {}  # result of `add_up`
+        self.expert_load: Tensor | None = None  # (layers, experts)
 
     def add(
         self, losses: Tensor, aux_loss: Tensor, expert_load: Tensor | None, **figures: Tensor
@@ -59,14 +53,13 @@ class StepTotals:
         """Count a micro-batch: its losses, its share of the auxiliary loss, its figures."""
         values = {"loss": losses, "aux_loss": aux_loss, **figures}
         self.figures.append({name: value.detach().sum() for name, value in values.items()})
-        self.losses.append(self.figures[-1]["loss"])
-        if expert_load is not None:
-            self.expert_load = (
-                expert_load if self.expert_load is None else self.expert_load + expert_load
-            )
+        if expert_load is not None and self.expert_load is not None:
+            expert_load = self.expert_load + expert_load
+        self.expert_load = expert_load
 
     def add_up(self) -> dict[str, float]:
         """The sums over all micro-batches of all processes, by name."""
         sums = torch.stack([torch.stack(list(each.values())) for each in self.figures]).sum(0)
         totals = self.world.all_reduce_sum(sums.to(self.world.sum_dtype)).tolist()
-        return dict(zip(self.figures[0], totals, strict=True))
+        self.sums = dict(zip(self.figures[0], totals, strict=True))
+        return self.sums

@@ -1,5 +1,4 @@
 """OpenAI's API over HTTP."""
 
-from .app import Limits, create_app
-
-__all__ = ["Limits", "create_app"]
+from .app import create_app
+from .middleware import Limits

@@ -26,7 +26,7 @@ class Prompt:
 
 @dataclass
 class Chunk:
-    """A part of choice `index`, or all of it; the text of its tokens may come in a later chunk."""
+    """A part of choice `index`, or all of it: whole characters and their tokens."""
 
     index: int
     text: str = ""
@@ -37,12 +37,7 @@ class Chunk:
 class Choices:
     """The choices of one request: `n` for each prompt.
 
-    Args:
-        batcher: generates them.
-        prompts: the prompts.
-        request: settings of the generation.
-        max_tokens: the most new tokens of a choice.
-        max_seconds: time after which choices end as they are.
+    After `max_seconds` choices end as they are.
 
     Attributes:
         prompt_tokens: tokens of all prompts, each counted once.
@@ -50,7 +45,7 @@ class Choices:
         first_token_time: `time.perf_counter()` at the first new token.
 
     Raises:
-        QueueFull, Closed: see `Batcher.submit`.
+        QueueFull: if the batcher has not enough room.
     """
 
     def __init__(
@@ -61,13 +56,14 @@ class Choices:
         max_tokens: int,
         max_seconds: float,
     ):
-        n = request.n or 1
         self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         self.completion_tokens = 0
         self.first_token_time: float | None = None
-        self._prompts = [prompt for prompt in prompts for _ in range(n)]
+        self._prompts = [prompt for prompt in prompts for _ in range(request.n or 1)]
         self._scores_prompts = prompts[0].echo is not None and request.n_logprobs is not None
-        self._eos = batcher.chat_model.tokenizer.eos_token_id
+        tokenizer = batcher.chat_model.tokenizer
+        self._eos = tokenizer.eos_token_id
+        self._texts = [TextStream(tokenizer, request.stop_strings()) for _ in self._prompts]
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         deadline = time.monotonic() + max_seconds
@@ -84,12 +80,7 @@ class Choices:
             )
             for i, prompt in enumerate(self._prompts)
         ]
-        tokenizer = batcher.chat_model.tokenizer
-        self._texts = [TextStream(tokenizer, request.stop_strings()) for _ in self._requests]
         batcher.submit(self._requests)
-
-    def __len__(self) -> int:
-        return len(self._requests)
 
     @property
     def usage(self) -> dict[str, int]:
@@ -113,54 +104,54 @@ class Choices:
                 scored.
             Exception: an error of one of them.
         """
-        running = set(range(len(self)))
-        unscored = set(running) if self._scores_prompts else set()
         for index, prompt in enumerate(self._prompts):
             if prompt.echo is not None and not self._scores_prompts:
                 yield Chunk(index, prompt.echo)
+        running = set(range(len(self._prompts)))
+        held: list[list[Token]] = [[] for _ in running]  # not yet a whole character
         while running:
             index, event = await self._events.get()
             if index not in running:
                 continue
-            text = self._texts[index]
+            text, piece, reason = self._texts[index], "", None
             if isinstance(event, list):
-                unscored.remove(index)
-                yield self._scored_prompt(index, event)
+                held[index] = event[self._prompts[index].n_hidden :]
+                if held[index]:  # the first one is unscored: in the text it has none before it
+                    held[index][0] = Token(held[index][0].token)
+                piece = self._prompts[index].echo
             elif isinstance(event, Token):
                 self.first_token_time = self.first_token_time or time.perf_counter()
                 self.completion_tokens += event.token != self._eos
-                yield Chunk(index, text.add(event.token), [event])
+                held[index].append(event)
+                piece = text.add(event.token)
                 if text.stopped:
                     self._requests[index].cancelled = True
-                    running.remove(index)
-                    yield Chunk(index, finish_reason="stop")
-            elif isinstance(event, str) and index not in unscored:
-                running.remove(index)
-                yield Chunk(index, text.finish(), finish_reason=event)
-            elif isinstance(event, QueueFull) and self.completion_tokens and not unscored:
-                running.remove(index)
-                yield Chunk(index, finish_reason="length")
+                    reason = "stop"
+            elif isinstance(event, str):
+                piece, reason = text.finish(), event
+            elif (
+                isinstance(event, QueueFull) and self.completion_tokens and not self._scores_prompts
+            ):
+                reason = "length"
             else:
-                raise event if isinstance(event, Exception) else QueueFull(1.0)
-
-    def cancel(self) -> None:
-        """End the generation of all choices within one step."""
-        for request in self._requests:
-            request.cancelled = True
-
-    def _scored_prompt(self, index: int, tokens: list[Token]) -> Chunk:
-        prompt = self._prompts[index]
-        tokens = tokens[prompt.n_hidden :]
-        if tokens:
-            tokens[0] = Token(tokens[0].token)  # unscored: in the text it has none before it
-        return Chunk(index, prompt.echo, tokens)
+                raise event
+            if piece or reason:
+                yield Chunk(index, piece, held[index], reason)
+                held[index] = []
+            if reason:
+                running.remove(index)
 
     async def collect(self) -> list[Chunk]:
-        """Wait for all choices and return each as one chunk. Raises the errors of `stream`."""
-        choices = [Chunk(index) for index in range(len(self))]
+        """Wait for all choices, each as one chunk. Raises the errors of `stream`."""
+        choices = [Chunk(index) for index in range(len(self._prompts))]
         async for chunk in self.stream():
             choice = choices[chunk.index]
             choice.text += chunk.text
             choice.tokens += chunk.tokens
             choice.finish_reason = chunk.finish_reason
         return choices
+
+    def cancel(self) -> None:
+        """End the generation of all choices before the next step."""
+        for request in self._requests:
+            request.cancelled = True

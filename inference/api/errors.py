@@ -1,9 +1,11 @@
 """Errors as OpenAI's API gives them: https://platform.openai.com/docs/guides/error-codes."""
 
-from fastapi import HTTPException, Request
+from collections.abc import Mapping
+
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.exceptions import HTTPException
 
 from ..batcher import QueueFull
 from ..pool import UnknownModel
@@ -11,52 +13,30 @@ from ..pool import UnknownModel
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
-class ApiError(HTTPException):
-    """An error response.
-
-    Args:
-        status_code: HTTP status.
-        message: explanation for the user.
-        param: name of the parameter that is wrong, or None.
-        code: identifier for programs, or None.
-        headers: headers of the response.
-    """
+class ApiError(Exception):
+    """An error response; `param` is the parameter that is wrong, `code` is for programs."""
 
     def __init__(
         self,
-        status_code: int,
+        status: int,
         message: str,
         param: str | None = None,
         code: str | None = None,
-        headers: dict[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
     ):
-        super().__init__(status_code, message, headers)
-        self.param = param
-        self.code = code
-
-    @property
-    def body(self) -> dict[str, dict[str, str | None]]:
-        """The JSON object."""
-        kind = "server_error" if self.status_code >= 500 else "invalid_request_error"
-        return {
-            "error": {
-                "message": self.detail.encode("utf-8", "replace").decode("utf-8"),
-                "type": TYPES.get(self.status_code, kind),
-                "param": self.param,
-                "code": self.code,
-            }
-        }
-
-    def response(self) -> JSONResponse:
-        """The response."""
-        return JSONResponse(self.body, self.status_code, self.headers)
+        super().__init__(message)
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        text = message.encode("utf-8", "replace").decode("utf-8")
+        error = {"message": text, "type": TYPES.get(status, kind), "param": param, "code": code}
+        self.body = {"error": error}
+        self.response = JSONResponse(self.body, status, headers)
 
 
 def to_api_error(error: Exception) -> ApiError:
     """The error that a client gets for an exception of one of HANDLED."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, StarletteHTTPException):
+    if isinstance(error, HTTPException):
         return ApiError(error.status_code, f"{error.detail}", headers=error.headers)
     if isinstance(error, RequestValidationError):
         return explain_validation(error)
@@ -70,40 +50,36 @@ def to_api_error(error: Exception) -> ApiError:
     raise error
 
 
-HANDLED = (StarletteHTTPException, RequestValidationError, UnknownModel, QueueFull)
+HANDLED = (ApiError, HTTPException, RequestValidationError, UnknownModel, QueueFull)
 
 
 async def handle_error(request: Request, error: Exception) -> JSONResponse:
-    """Answer a request with an error; a handler for FastAPI."""
-    return to_api_error(error).response()
+    """Answer a request with an error of HANDLED."""
+    return to_api_error(error).response
 
 
 def explain_validation(error: RequestValidationError) -> ApiError:
-    """The first fault of a request's parameters.
-
-    Of a parameter with several types, the fault of the type that the value resembles most.
-    """
+    """The first fault; of a parameter with several types, that of the type it resembles most."""
     fault = max(error.errors(), key=lambda one: len(one["loc"]))
-    if fault["type"] == "json_invalid":
+    kind, place, reason = fault["type"], fault["loc"][1:], fault["msg"]
+    if kind == "json_invalid":
         return ApiError(400, f"The body is not valid JSON: {fault['ctx']['error']}.")
-    if fault["loc"] == ("body",):
+    if not place:
         return ApiError(400, "Send a JSON object, with 'Content-Type: application/json'.")
-    *before, last = fault["loc"][1:]
     # Pydantic also names the type of a value, which is no part of the parameter's name.
-    path = [f"{part}" for part in before if is_name(part)]
-    if fault["type"] in ("extra_forbidden", "missing") or is_name(last):
-        path.append(f"{last}")
-    name, param = ".".join(path), path[0]
+    path = [f"{part}" for part in place[:-1] if is_name(part)]
+    if kind in ("extra_forbidden", "missing") or is_name(place[-1]):
+        path.append(f"{place[-1]}")
+    name = ".".join(path)
     message, code = {
         "extra_forbidden": (f"Unknown parameter: '{name}'.", "unknown_parameter"),
         "missing": (f"Missing required parameter: '{name}'.", "missing_required_parameter"),
-        "unsupported": (f"Unsupported value: '{name}' {fault['msg']} here.", "unsupported_value"),
-    }.get(fault["type"], (f"Invalid '{name}': {fault['msg']}.", "invalid_value"))
-    return ApiError(400, message, param, code)
+        "unsupported": (f"Unsupported value: '{name}' {reason} here.", "unsupported_value"),
+    }.get(kind, (f"Invalid '{name}': {reason}.", "invalid_value"))
+    return ApiError(400, message, path[0], code)
 
 
 def is_name(part: str | int) -> bool:
     """Whether a part of a fault's place is a parameter's name or index, not a type's name."""
-    return isinstance(part, int) or (
-        part.isidentifier() and part not in ("str", "int", "float", "bool")
-    )
+    types = ("str", "int", "float", "bool")
+    return isinstance(part, int) or (part.isidentifier() and part not in types)

@@ -6,35 +6,66 @@ import json
 import time
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TextIO
+from typing import TextIO
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..pool import ModelPool
 from .errors import ApiError
-from .metrics import Metrics
 
 LOGGED = 100  # characters of a path or a model's name
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that a request may have: tokens of its prompt and of each choice, seconds, bytes."""
+
+    max_prompt: int
+    max_tokens: int
+    max_seconds: float
+    max_bytes: int
+
+
+class Metrics:
+    """The figures of one server, in a registry of their own, as Prometheus reads them."""
+
+    def __init__(self, pool: ModelPool):
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "minimind_requests",
+            "Requests by path and status",
+            ["path", "status"],
+            registry=registry,
+        )
+        self.tokens = Counter("minimind_tokens", "Tokens by kind", ["kind"], registry=registry)
+        self.first_token = Histogram(
+            "minimind_first_token_seconds",
+            "From a request to its first token",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        for name, text, count in (
+            ("active", "Texts being generated", lambda b: len(b.active)),
+            ("waiting", "Texts that wait", lambda b: b.load - len(b.active)),
+            ("models", "Models in memory", lambda b: 1),
+        ):
+            gauge = Gauge(f"minimind_{name}", text, registry=registry)
+            gauge.set_function(lambda count=count: sum(map(count, pool.batchers())))
 
 
 @dataclass
 class RequestMiddleware:
-    """An ASGI middleware that checks requests and notes what became of them.
+    """An ASGI middleware that checks requests, counts them, and logs a line for each.
 
     It passes HEAD on as GET: the server leaves out the body.
-
-    Args:
-        app: the application.
-        api_key: key that clients must send, or None.
-        max_bytes: the largest body.
-        max_seconds: the longest time that a body may take to arrive.
-        metrics: count each request.
-        log: gets a line for each request, or None.
     """
 
     app: ASGIApp
     api_key: str | None
-    max_bytes: int
-    max_seconds: float
+    limits: Limits
     metrics: Metrics
     log: TextIO | None
 
@@ -48,28 +79,23 @@ class RequestMiddleware:
 
         async def send_and_note(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
+            status = message.get("status", status)
             await send(message)
 
         try:
             self.check_key(scope)
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
-            await self.app({**scope, "method": method}, self.limit(receive), send_and_note)
+            await self.app({**scope, "method": method}, await self.read(receive), send_and_note)
         except ApiError as error:
-            await error.response()(scope, receive, send_and_note)
+            await error.response(scope, receive, send_and_note)
         except Exception:  # a bug, whose traceback the server logs
             if status is None:
-                await ApiError(500, "The server failed.").response()(scope, receive, send_and_note)
+                await ApiError(500, "The server failed.").response(scope, receive, send_and_note)
             raise
         finally:
-            choices = state.get("choices")
-            if choices is not None:  # nothing waits for them any more
-                choices.cancel()
-            if status is not None:
-                self.metrics.observe(scope["path"], status, start, choices)
-            if self.log is not None:
-                print(log_line(scope, status, start, state), file=self.log, flush=True)
+            if choices := state.get("choices"):
+                choices.cancel()  # nothing waits for them any more
+            self.note(scope, status, start)
 
     def check_key(self, scope: Scope) -> None:
         """Raise ApiError unless the request has the key, if one is needed."""
@@ -82,41 +108,58 @@ class RequestMiddleware:
         if scheme.lower() != b"bearer" or not is_right:
             raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key")
 
-    def limit(self, receive: Receive) -> Receive:
-        """Wrap `receive` so that it raises ApiError if the body is too large or too slow."""
-        deadline = time.monotonic() + self.max_seconds
-        size, is_complete = 0, False
+    async def read(self, receive: Receive) -> Receive:
+        """Read the body and return a `receive` that gives it whole.
 
-        async def receive_limited() -> Message:
-            nonlocal size, is_complete
-            if is_complete:  # what follows is that the client leaves
-                return await receive()
+        Raises:
+            ApiError: if it is too large or too slow.
+        """
+        body, more_body, deadline = b"", True, time.monotonic() + self.limits.max_seconds
+        while more_body:
             try:
                 message = await asyncio.wait_for(receive(), deadline - time.monotonic())
             except asyncio.TimeoutError:  # an alias of TimeoutError from Python 3.11 on
-                reason = f"A request may take {self.max_seconds:g} s to arrive."
+                reason = f"A request may take {self.limits.max_seconds:g} s to arrive."
                 raise ApiError(408, reason) from None
-            size += len(message.get("body", b""))
-            is_complete = not message.get("more_body", False)
-            if size > self.max_bytes:
-                reason = f"A request may have {self.max_bytes} bytes."
+            body += message.get("body", b"")
+            more_body = message.get("more_body", False)
+            if len(body) > self.limits.max_bytes:
+                reason = f"A request may have {self.limits.max_bytes} bytes."
                 raise ApiError(413, reason, code="request_too_large")
-            return message
+        messages = [{"type": "http.request", "body": body}]
 
-        return receive_limited
+        async def replay() -> Message:
+            return messages.pop() if messages else await receive()
 
+        return replay
 
-def log_line(scope: Scope, status: int | None, start: float, state: dict[str, Any]) -> str:
-    """The log's line for a request, without any of its texts."""
-    now = datetime.now().astimezone().isoformat(timespec="milliseconds")
-    choices = state.get("choices")
-    return (
-        f"{now} {scope['method']} {printable(scope['path'])} {status or '-'} "
-        f"model={printable(state.get('model', ''))} "
-        f"prompt_tokens={choices.prompt_tokens if choices else '-'} "
-        f"completion_tokens={choices.completion_tokens if choices else '-'} "
-        f"seconds={time.perf_counter() - start:.3f}"
-    )
+    def note(self, scope: Scope, status: int | None, start: float) -> None:
+        """Count a request that has ended, and log it without any of its texts."""
+        path, choices = scope["path"], scope["state"].get("choices")
+        if self.log is not None:
+            print(
+                datetime.now().astimezone().isoformat(timespec="milliseconds"),
+                scope["method"],
+                printable(path),
+                status or "-",
+                f"model={printable(scope['state'].get('model', ''))}",
+                f"prompt_tokens={choices.prompt_tokens if choices else '-'}",
+                f"completion_tokens={choices.completion_tokens if choices else '-'}",
+                f"seconds={time.perf_counter() - start:.3f}",
+                file=self.log,
+                flush=True,
+            )
+        if path.startswith("/v1/models/"):
+            path = "/v1/models/{name}"
+        elif path not in PATHS:
+            path = "other"
+        if status is not None:
+            self.metrics.requests.labels(path, status).inc()
+        if choices is not None:
+            self.metrics.tokens.labels("prompt").inc(choices.prompt_tokens)
+            self.metrics.tokens.labels("completion").inc(choices.completion_tokens)
+            if choices.first_token_time is not None:
+                self.metrics.first_token.observe(choices.first_token_time - start)
 
 
 def printable(text: str) -> str:

@@ -1,23 +1,15 @@
-"""Request bodies of OpenAI's API, as far as this project understands them.
+"""Request bodies of OpenAI's API, and beyond it top_k, min_p and repetition_penalty.
 
 https://platform.openai.com/docs/api-reference/chat/create and …/completions/create. A parameter
 that would change the answer and is not offered is refused by name, unless it is null, empty or at
-its default; one that would not change it is accepted and not used. Beyond OpenAI's parameters there
-are top_k, min_p and repetition_penalty.
+its default; one that would not change it is accepted and not used.
 """
 
 import dataclasses
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from model import Sampling
@@ -25,17 +17,9 @@ from model import Sampling
 SAMPLING = {field.name for field in dataclasses.fields(Sampling)}
 
 
-def check_encodable(text: str) -> str:
-    """Refuse half a surrogate pair, which UTF-8 cannot encode, with a ValueError."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("not a text: it holds half a surrogate pair") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(check_encodable)]
-StopText = Annotated[Text, Field(min_length=1, max_length=256)]
+# With a length to check, pydantic also refuses half a surrogate pair, which UTF-8 cannot encode.
+Text = Annotated[str, Field(min_length=0)]
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 def only(*values: Any) -> Any:
@@ -52,18 +36,14 @@ def only(*values: Any) -> Any:
 
 
 class Body(BaseModel):
-    """An object of a request, in which unknown fields are errors unless they are empty.
-
-    Clients send null for what they leave out, and answers with all the fields that some server gave
-    them.
-    """
+    """An object of a request, in which unknown fields are errors unless they are empty."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
     def drop_empty(cls, fields: Any) -> Any:
-        """Leave out unknown fields that are empty."""
+        """Leave out unknown fields that are empty, as clients send them for what is not set."""
         if not isinstance(fields, dict):
             return fields
         return {
@@ -74,7 +54,7 @@ class Body(BaseModel):
 
 
 class TextPart(Body):
-    """A part of a message's content, which can only be text."""
+    """A part of a message's content."""
 
     type: Literal["text"]
     text: Text
@@ -93,15 +73,15 @@ class Message(Body):
     @classmethod
     def fill_content(cls, fields: Any) -> Any:
         """Make the content of an answer without content empty."""
-        if isinstance(fields, dict) and fields.get("role") == "assistant":
-            return {**fields, "content": "" if (c := fields.get("content")) is None else c}
+        is_answer = isinstance(fields, dict) and fields.get("role") == "assistant"
+        if is_answer and fields.get("content") is None:
+            return {**fields, "content": ""}
         return fields
 
     def record(self) -> dict[str, str]:
         """The message as `dataset.render_chat` takes it."""
-        content = self.content
-        if not isinstance(content, str):
-            content = "".join(part.text for part in content)
+        is_text = isinstance(self.content, str)
+        content = self.content if is_text else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
@@ -177,20 +157,20 @@ class ChatRequest(BaseRequest):
         """How many of the top tokens to give with each token; None for no logprobs."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    def max_new_tokens(self, limit: int) -> int:
+        """The most new tokens of a choice, by default the server's limit."""
+        return self.max_completion_tokens or self.max_tokens or limit
 
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+Item = TypeVar("Item")
+NonEmpty = Annotated[list[Item], Field(min_length=1)]
+Ids = NonEmpty[Annotated[int, Field(ge=0)]]
 
 
 class CompletionRequest(BaseRequest):
     """POST /v1/completions."""
 
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1)]
-        | Ids
-        | Annotated[list[Ids], Field(min_length=1)]
-        | None
-    )
+    prompt: Text | NonEmpty[Text] | Ids | NonEmpty[Ids] | None
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
@@ -202,6 +182,10 @@ class CompletionRequest(BaseRequest):
     def n_logprobs(self) -> int | None:
         """How many of the top tokens to give with each token; None for no logprobs."""
         return self.logprobs
+
+    def max_new_tokens(self, limit: int) -> int:
+        """The most new tokens of a choice, by default OpenAI's 16 or the server's limit."""
+        return min(16, limit) if self.max_tokens is None else self.max_tokens
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts as texts or as ids; null begins a document, as "" does."""
