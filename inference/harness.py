@@ -102,7 +102,8 @@ class HarnessModel(TemplateLM):
                 owners.append(i)
                 windows.append((None, *make_disjoint_window(window)))
         totals = [0.0] * len(requests)
-        for i, (score, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+        scored = self._loglikelihood_tokens(windows, disable_tqdm)
+        for i, (score, _) in zip(owners, scored, strict=True):
             totals[i] += score
         return totals
 

@@ -14,6 +14,7 @@ import argparse
 import difflib
 import json
 import logging
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,28 +86,24 @@ def find_tasks(words: Sequence[str]) -> tuple[list[str], "TaskManager"]:
     """
     from lm_eval.tasks import TaskManager
 
-    paths = {word: Path(word).resolve() for word in words if Path(word).exists()}
-    folders = [path if path.is_dir() else path.parent for path in paths.values()]
-    local = TaskManager(include_path=[TASKS, *folders], include_defaults=False)
-    # lm_eval's own index has over ten thousand files: it takes seconds to read.
-    needs_all = not all(word in paths or local.match_tasks([word]) for word in words)
-    manager = TaskManager(include_path=[TASKS, *folders]) if needs_all else local
-    names = []
+    def find(word: str) -> list[str]:
+        """A file's tasks or group, a folder's tasks, or what has that name."""
+        path, tasks = Path(word).resolve(), manager.all_subtasks
+        files = [(n, e.yaml_path) for n, e in manager.task_index.items() if e.yaml_path]
+        here = [n for n, p in files if p == path or (path in p.parents and n in tasks)]
+        return here or manager.match_tasks([word])
+
+    paths = [Path(word).resolve() for word in words if Path(word).exists()]
+    folders = [TASKS, *(path if path.is_dir() else path.parent for path in paths)]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if not all(map(find, words)):  # over ten thousand files, which take seconds to read
+        manager = TaskManager(include_path=folders)
     for word in words:
-        if word in paths:
-            path, tasks = paths[word], manager.all_subtasks
-            entries = [(n, e.yaml_path) for n, e in manager.task_index.items() if e.yaml_path]
-            found = [n for n, p in entries if p == path or (path in p.parents and n in tasks)]
-        else:
-            found = manager.match_tasks([word])
-        if not found and word in paths:
-            raise UserError(f"--tasks {word}: no task there that lm_eval can read")
-        if not found:
+        if not find(word):
             near = difflib.get_close_matches(word, manager.all_tasks, n=1)
-            hint = f"{near[0]}?" if near else "`lm_eval ls tasks` lists them"
-            raise UserError(f"--tasks {word}: no such task, file or folder; {hint}")
-        names += found
-    return list(dict.fromkeys(names)), manager
+            hint = f"{near[0]}?" if near else "`lm_eval ls tasks` lists all"
+            raise UserError(f"--tasks {word}: no task, and no file or folder of tasks; {hint}")
+    return list(dict.fromkeys(name for word in words for name in find(word))), manager
 
 
 def leaves(results: Mapping[str, Any], name: str) -> list[str]:
@@ -196,7 +193,8 @@ def main() -> None:
             task_manager=manager,
         )
     except OSError as error:
-        raise UserError(f"--tasks: data cannot be read ({error})") from None
+        reason = textwrap.shorten(str(error), 200)
+        raise UserError(f"--tasks: a task's data cannot be read ({reason})") from None
     scores = summarise(results)
     about = {
         "model": chat_model.name,
