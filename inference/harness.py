@@ -183,7 +183,7 @@ class HarnessModel(TemplateLM):
         counts = torch.tensor([len(own) for own in continuations], device=device)
         cache = None
         if slots:
-            cache = KVCache(self.model.config.n_layers, slots + length)
+            cache = KVCache(self.model.config.n_layers)
             ids = [[0] * (slots + 1 - len(c)) + c[:-1] for c in contexts]
             positions = torch.arange(slots, device=device) - (slots - known[:, None])
             self.model(
