@@ -208,11 +208,14 @@ def add_tokenizer(writer: "GGUFWriter", tokenizer: "PreTrainedTokenizerBase") ->
     import gguf
 
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    control = {token["id"] for token in backend["added_tokens"]}
-    types = [
-        gguf.TokenType.CONTROL if i in control else gguf.TokenType.NORMAL
-        for i in range(len(tokenizer))
-    ]
+    types = [gguf.TokenType.NORMAL] * len(tokenizer)
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    for token in backend["added_tokens"]:
+        # Engines leave control tokens out of an answer's text, where their parsers look for the
+        # tags of thoughts and tool calls.
+        is_tag = token["id"] not in ends and token["content"] in (tokenizer.chat_template or "")
+        kind = gguf.TokenType.USER_DEFINED if is_tag else gguf.TokenType.CONTROL
+        types[token["id"]] = kind
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(PRE_TOKENIZER)
     writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))

@@ -300,8 +300,12 @@ def test_what_the_file_says(models, tokenizer, tmp_path):
         "tokenizer.ggml.add_space_prefix": False,
     }
     assert {name: fields[name] for name in expected} == expected
-    types = fields["tokenizer.ggml.token_type"]
-    assert types == [gguf.TokenType.CONTROL] * 16 + [gguf.TokenType.NORMAL] * 6384
+    kinds = gguf.TokenType
+    control, tags = [kinds.CONTROL], [kinds.USER_DEFINED]
+    assert fields["tokenizer.ggml.token_type"] == [
+        *(control * 3 + tags * 6 + control * 7),
+        *([kinds.NORMAL] * 6384),
+    ]
 
 
 def test_another_vocabulary_is_refused(tokenizer, tmp_path):
@@ -572,6 +576,16 @@ def test_chat(kind, models, engines, tokenizer):
         assert [(c["name"], json.loads(c["arguments"])) for c in calls] == [
             (c["name"], json.loads(c["arguments"])) for c in expected
         ]
+
+
+def test_tags_of_thoughts_are_text(engines, tokenizer):
+    """Programs that call /completion find thoughts by them."""
+    ids = tokenizer.apply_chat_template(
+        CONVERSATIONS[1][:-1], add_generation_prompt=True, return_dict=False
+    )
+    body = {"prompt": ids, "n_predict": 64, "temperature": 0}
+    content = engines["dense"].post("/completion", **body)["content"]
+    assert content == "<think>\n12 + 30 = 42.\n</think>\nIt is 42."
 
 
 def test_llama_cpp_renders_our_template(engines, tokenizer):
