@@ -1,7 +1,8 @@
 """GGUF files, which llama.cpp and the programs built on it read.
 
-A dense model is GGUF's `llama`, a mixture of experts its `granitemoe`, whose scales are set to what
-MiniMind computes. Both rotate adjacent pairs, as MiniMind does, so weights keep their order.
+A dense model is GGUF's `llama`. A mixture of experts is its `granitemoe`, with scales set to what
+MiniMind computes, or where experts are weighted by raw scores its `deepseek` (the first one). All
+rotate adjacent pairs, as MiniMind does, so weights keep their order.
 """
 
 import json
@@ -62,16 +63,24 @@ def tensor_sources(config: LMConfig) -> Iterator[tuple[str, list[str]]]:
     yield "output_norm.weight", ["norm.weight"]
 
 
-def check_config(config: LMConfig) -> None:
-    """Raise a UserError for a model that no architecture of llama.cpp computes."""
-    if not config.use_moe or config.num_experts_per_tok == config.n_routed_experts:
-        return  # all experts' scores have the sum 1 already
-    if config.num_experts_per_tok == 1 or not config.norm_topk_prob:
-        name = "num_experts_per_tok 1" if config.num_experts_per_tok == 1 else "norm_topk_prob off"
-        raise UserError(
-            f"--to gguf: {name} weights experts by their raw scores, while llama.cpp's granitemoe "
-            "scales those of a token to sum 1"
-        )
+def architecture(config: LMConfig) -> str:
+    """GGUF's name of the architecture that computes what the model does.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if not config.use_moe:
+        return "llama"
+    scaled = config.norm_topk_prob and config.num_experts_per_tok > 1
+    if scaled or config.num_experts_per_tok == config.n_routed_experts:  # all have the sum 1 anyway
+        return "granitemoe"
+    if config.n_shared_experts:
+        return "deepseek"
+    name = "norm_topk_prob off" if config.num_experts_per_tok > 1 else "num_experts_per_tok 1"
+    raise UserError(
+        f"--to gguf: {name} weights experts by raw scores, which llama.cpp does in no architecture "
+        "without shared experts"
+    )
 
 
 def write_gguf(
@@ -103,13 +112,13 @@ def write_gguf(
     import gguf
 
     config = model.config
-    check_config(config)
+    arch = architecture(config)
     check_tokenizer(tokenizer)
     if len(tokenizer) != config.vocab_size:
         raise UserError(
             f"--tokenizer_path: {len(tokenizer)} entries, while the model has {config.vocab_size}"
         )
-    writer = gguf.GGUFWriter(path, "granitemoe" if config.use_moe else "llama")
+    writer = gguf.GGUFWriter(path, arch)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[file_type]])
@@ -194,6 +203,12 @@ def add_shape(writer: "GGUFWriter", config: LMConfig) -> None:
         return
     writer.add_expert_count(config.n_routed_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
+    if writer.arch == "deepseek":
+        writer.add_leading_dense_block_count(0)
+        writer.add_expert_feed_forward_length(config.hidden_dim)
+        writer.add_expert_shared_count(config.n_shared_experts)
+        writer.add_expert_weights_scale(1.0)
+        return
     if config.n_shared_experts:
         width = config.hidden_dim * config.n_shared_experts
         writer.add_expert_shared_feed_forward_length(width)

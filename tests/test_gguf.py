@@ -205,6 +205,8 @@ def test_smaller_types(kind, file_type, bound, models, tokenizer, tmp_path):
         {"n_shared_experts": 2},
         {"n_routed_experts": 3, "num_experts_per_tok": 3, "norm_topk_prob": False},
         {"n_routed_experts": 1, "num_experts_per_tok": 1},
+        {"num_experts_per_tok": 1},
+        {"norm_topk_prob": False, "n_shared_experts": 2},
         {"n_heads": 4, "n_kv_heads": 4, "rope_theta": 1e4, "norm_eps": 1e-3},
     ],
 )
@@ -224,7 +226,7 @@ def test_other_mixtures(shape, tokenizer, tmp_path):
     ],
 )
 def test_a_mixture_that_llama_cpp_does_not_compute_is_refused(shape, named, tokenizer, tmp_path):
-    model = random_model(use_moe=True, **shape)
+    model = random_model(use_moe=True, n_shared_experts=0, **shape)
     with pytest.raises(UserError, match=named):
         write_gguf(tmp_path / "model.gguf", model, tokenizer)
     assert not list(tmp_path.iterdir())
