@@ -22,7 +22,7 @@ How text is cut before merging (PRE_TOKENS in export/pre_tokenizer.py), and why:
 * Where a cut falls depends on the two characters beside it, never on what lies further off. So
   merges do not reach over cuts, and an engine that cuts out numbers and nothing else gives the same
   ids. Merges of parts of characters would break this where other characters end or begin with the
-  same bytes (a last byte of "§" and the space behind it: also a last byte of "梅"). These few are
+  same bytes (the last byte of "§" and the space behind it: also that of "勧"). These few are
   left out, with the entries built on them, and the next merges take their place.
 
 What is counted: each distinct line once (DISTINCT_LINES), since a page header that recurs two
