@@ -27,7 +27,9 @@ from common import (
     report_user_errors,
     user_path,
 )
+from export.gguf_format import write_gguf
 from export.model_card import write_model_card
+from export.ollama import write_modelfile
 from export.peft_format import CONFIG_FILE, read_peft, read_peft_config, write_peft
 from export.transformers_format import write_transformers
 from inference import TrainedModel, WeightSpec, load_trained
@@ -48,10 +50,12 @@ from model import (
 )
 from model.model_lora import base_state, load_lora_state, lora_settings
 
+GGUF_TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+GGUF_TYPES |= {name: name for name in ("q8_0", "q4_k_m")}
 DTYPES = {
     "transformers": ("float32", "bfloat16", "float16"),
-    "gguf": ("float32", "bfloat16", "float16", "q8_0", "q4_k_m"),
-    "ollama": ("float32", "bfloat16", "float16", "q8_0", "q4_k_m"),
+    "gguf": tuple(GGUF_TYPES),
+    "ollama": tuple(GGUF_TYPES),
     "peft": ("float32",),
     "pth": ("float32", "float16"),
 }
@@ -188,9 +192,15 @@ def export(args: argparse.Namespace, trained: TrainedModel) -> None:
         )
         return
     with new_output(args.out) as path:
-        if args.to in ("transformers", "peft", "ollama"):
+        if args.to != "gguf":
             path.mkdir()
-        if args.to == "peft":
+        if args.to in ("gguf", "ollama"):
+            file = path / "model.gguf" if args.to == "ollama" else path
+            export_gguf(file, trained, GGUF_TYPES[args.dtype])
+        if args.to == "ollama":
+            context = trained.model.config.max_seq_len
+            write_modelfile(path, file.name, trained.tokenizer, context)
+        elif args.to == "peft":
             model = trained.model
             base = trained.path.as_posix()
             write_peft(path, model.config, lora_settings(model), lora_state(model), base)
@@ -201,6 +211,16 @@ def export(args: argparse.Namespace, trained: TrainedModel) -> None:
             tokenizer = trained.tokenizer
             del model, trained  # so that each tensor can go once it is converted
             write_transformers(path, config, weights, tokenizer, hash_, getattr(torch, args.dtype))
+
+
+def export_gguf(path: Path, trained: TrainedModel, file_type: str) -> None:
+    """Write a GGUF file. Raises UserError if the package for it is missing."""
+    try:
+        write_gguf(path, merged(trained.model), trained.tokenizer, file_type, trained.name)
+    except ImportError as error:
+        raise UserError(
+            f"--to gguf needs {error.name}: pip install -r scripts/requirements.txt"
+        ) from None
 
 
 def merged(model: MiniMindLM) -> MiniMindLM:

@@ -4,14 +4,15 @@ import json
 import socket
 import sys
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from evaluate import TASKS
-from score_world import encode_questions
 from test_moe import granite_with_weights_of
 from tiny_models import llama_with_weights_of, random_model, save_tuned
 
+from dataset import ChatEncoder, render_chat
 from inference import ChatModel
 
 FACT = "Kaelo lives in Oldharbor."
@@ -203,7 +204,9 @@ def test_a_chat_prompt_is_that_of_score_world(pair, tokenizer):
     ours, _ = pair
     world = [{"conversations": [{"role": "user", "content": text}]} for text in TEXTS]
     prompts = [ours.apply_chat_template(record["conversations"]) for record in world]
-    expected = [ids.tolist() for ids in encode_questions(tokenizer, world)]
+    chats = [render_chat(r["conversations"], add_generation_prompt=True) for r in world]
+    encoded = ChatEncoder(tokenizer).encode(chats)
+    expected = [part.tolist() for part in np.split(encoded.ids, encoded.lengths.cumsum()[:-1])]
     assert [ours.tok_encode(prompt) for prompt in prompts] == expected
 
 

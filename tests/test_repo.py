@@ -22,6 +22,7 @@ ALLOWED_IMPORTS = {  # by package; each may import itself
     "diagnosis": {"common", "model"},
     "training": {"common", "dataset", "diagnosis", "model"},
     "inference": {"common", "dataset", "model"},
+    "export": {"common", "diagnosis", "inference", "model"},
     "sample_world": {"common", "dataset"},
     "stage script": {
         *("common", "dataset", "diagnosis", "inference", "model", "sample_world", "training")
