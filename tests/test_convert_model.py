@@ -245,10 +245,10 @@ def test_refusals(convert, run, trained, tokenizer, tokenizer_dir, tmp_path, mon
     assert "one of the two" in refused("--out", out)
     assert "float32" in refused("--to", "peft", "--dtype", "float16", "--out", out, lora=True)
     out.mkdir()
-    (out / "letter.txt").write_text("dear")
+    (out / "letter.txt").write_bytes(b"dear")
     assert "--overwrite" in refused("--to", "transformers", "--out", out)
     assert "letter.txt" in refused("--to", "transformers", "--out", out, "--overwrite")
-    assert (out / "letter.txt").read_text() == "dear"
+    assert (out / "letter.txt").read_bytes() == b"dear"
     raw = random_model(use_moe=True, num_experts_per_tok=1)
     path = save_tuned(raw, tmp_path, tokenizer, "raw_32_moe")
     error = run(

@@ -7,12 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-import transformers
 from evaluate import TASKS
-from test_moe import granite_with_weights_of
-from tiny_models import llama_with_weights_of, random_model, save_tuned
+from tiny_models import random_model, save_tuned
 
 from dataset import ChatEncoder, render_chat
+from export.transformers_format import write_transformers
 from inference import ChatModel
 
 FACT = "Kaelo lives in Oldharbor."
@@ -20,23 +19,14 @@ TEXTS = ["Hello", "你好，世界。\n", FACT, f"{FACT}\n\n {FACT} Ünïcödé 
 SHAPE = {"n_layers": 2, "vocab_size": 6400, "max_seq_len": 96}
 
 
-@pytest.fixture(scope="module")
-def lm_eval():
-    return pytest.importorskip("lm_eval", reason="needs scripts/requirements-eval.txt")
-
-
 @pytest.fixture(scope="module", params=[False, True], ids=["dense", "moe"])
-def pair(request, lm_eval, tokenizer, tmp_path_factory):
+def pair(request, tokenizer, tmp_path_factory):
     """A model as we score it, and a folder that transformers loads with the same weights."""
     from inference.harness import HarnessModel
 
-    if request.param and int(transformers.__version__.split(".")[0]) < 5:
-        pytest.skip("names of transformers 5's weights")
     model = random_model(**SHAPE, use_moe=request.param).eval()
     folder = tmp_path_factory.mktemp("export")
-    export = granite_with_weights_of if request.param else llama_with_weights_of
-    export(model).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_transformers(folder, model.config, model.state_dict(), tokenizer, "")
     return HarnessModel(ChatModel("tiny", model, tokenizer, True, rows=8)), folder
 
 
@@ -182,7 +172,7 @@ def scores(path):
     return {(entry["task"], entry["metric"]): entry for entry in found["scores"]}
 
 
-def test_the_shipped_tasks_run_without_a_network(lm_eval, evaluate, no_network, tmp_path):
+def test_the_shipped_tasks_run_without_a_network(evaluate, no_network, tmp_path):
     done = evaluate("--limit", 12, "--num_fewshot", 1, "--out", tmp_path / "new" / "s")
     found = scores(tmp_path / "new" / "s.json")
     assert list(found) == [
@@ -210,7 +200,7 @@ def test_a_chat_prompt_is_that_of_score_world(pair, tokenizer):
     assert [ours.tok_encode(prompt) for prompt in prompts] == expected
 
 
-def test_the_shipped_questions_have_one_right_answer(lm_eval):
+def test_the_shipped_questions_have_one_right_answer():
     from lm_eval.tasks import TaskManager
 
     tasks = TaskManager(include_path=TASKS, include_defaults=False).load(["sample_world"])["tasks"]
@@ -228,8 +218,9 @@ def test_the_shipped_questions_have_one_right_answer(lm_eval):
         assert len(task.fewshot_docs()) > 20
 
 
-def test_lm_eval_runs_the_tasks_on_an_exported_folder(pair, lm_eval, no_network, tmp_path):
+def test_lm_eval_runs_the_tasks_on_an_exported_folder(pair, no_network, tmp_path):
     """As `lm_eval --model hf` in a terminal; our scores of the same weights are the same."""
+    import lm_eval
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -282,7 +273,7 @@ aggregate_metric_list: [{metric: acc}]
 """
 
 
-def test_task_files_of_one_s_own(lm_eval, evaluate, no_network, tmp_path, monkeypatch):
+def test_task_files_of_one_s_own(evaluate, no_network, tmp_path, monkeypatch):
     """A folder of them and a single one, on local data, with groups and different metrics."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     records = [
@@ -326,7 +317,7 @@ def test_task_files_of_one_s_own(lm_eval, evaluate, no_network, tmp_path, monkey
         (["--limit", "0"], "--limit: must be at least 1"),
     ],
 )
-def test_mistakes_are_one_line(lm_eval, evaluate, words, message):
+def test_mistakes_are_one_line(evaluate, words, message):
     done = evaluate(*words, code=2)
     assert message in done.stderr and done.stderr.count("\n") == 1
 

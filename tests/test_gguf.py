@@ -7,8 +7,10 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
+import xllamacpp
 from tiny_models import random_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -19,9 +21,6 @@ from dataset import read_records, record_text
 from export.gguf_format import FILE_TYPES, tensor_sources, write_gguf
 from export.pre_tokenizer import check_tokenizer, crossing_merges
 from model import LMConfig, MiniMindLM, load_tokenizer
-
-gguf = pytest.importorskip("gguf")
-xllamacpp = pytest.importorskip("xllamacpp")
 
 SEPARATOR = 0  # an id that no text has
 SIZES = {"dim": 64, "n_layers": 2, "max_seq_len": 1024}
