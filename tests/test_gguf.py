@@ -4,25 +4,23 @@ import json
 import random
 import stat
 import sys
-import urllib.request
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
-import xllamacpp
 from tiny_models import random_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.llama_cpp import LlamaCpp
 from common import UserError
 from dataset import read_records, record_text
 from export.gguf_format import FILE_TYPES, tensor_sources, write_gguf
 from export.pre_tokenizer import check_tokenizer, crossing_merges
 from model import LMConfig, MiniMindLM, load_tokenizer
 
-SEPARATOR = 0  # an id that no text has
 SIZES = {"dim": 64, "n_layers": 2, "max_seq_len": 1024}
 
 TOOL = {
@@ -62,58 +60,6 @@ CONVERSATIONS = [  # learnt by the small models below
 TOOLS = [None, None, [TOOL]]
 
 
-class Engine:
-    """llama.cpp's server with one model."""
-
-    def __init__(self, path: Path):
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_ctx = SIZES["max_seq_len"]
-        params.n_parallel = 1
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-        params.n_gpu_layers = 0
-        params.warmup = False
-        params.verbosity = -1
-        # By default it computes attention in float16 and keeps keys and values so.
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        self.server = xllamacpp.Server(params)
-
-    def post(self, route: str, **body) -> dict:
-        request = urllib.request.Request(
-            f"{self.server.listening_address}{route}",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request) as reply:
-            return json.load(reply)
-
-    def tokenize(self, texts: list[str]) -> list[list[int]]:
-        content = [part for text in texts for part in (text, SEPARATOR)]
-        ids: list[list[int]] = [[]]
-        body = {"content": content, "add_special": True, "parse_special": False}
-        for id_ in self.post("/tokenize", **body)["tokens"]:
-            if id_ == SEPARATOR:
-                ids.append([])
-            else:
-                ids[-1].append(id_)
-        return ids[:-1]
-
-    def logprobs(self, ids: list[int], entries: int) -> Tensor:
-        """Log-probabilities of every entry after some ids: (entries,)."""
-        forced = [[ord("a") - ord("!") + 16, 1e4]]  # of a token that ends in no half character
-        body = {"prompt": ids, "n_predict": 1, "n_probs": entries, "temperature": 0}
-        reply = self.post("/completion", **body, logit_bias=forced, cache_prompt=False)
-        found = {
-            e["id"]: e["logprob"] for e in reply["completion_probabilities"][0]["top_logprobs"]
-        }
-        return torch.tensor([found[id_] for id_ in range(entries)])
-
-    def generate(self, ids: list[int], new: int) -> list[int]:
-        body = {"prompt": ids, "n_predict": new, "temperature": 0, "return_tokens": True}
-        return self.post("/completion", **body, cache_prompt=False)["tokens"]
-
-
 def learnt(tokenizer, **shape) -> MiniMindLM:
     """A small model that has learnt CONVERSATIONS by heart."""
     model = random_model(**{**SIZES, **shape}).train()
@@ -136,11 +82,11 @@ def models(tokenizer, quick) -> dict[str, MiniMindLM]:
 
 
 @pytest.fixture(scope="module")
-def engines(models, tokenizer, tmp_path_factory) -> dict[str, Engine]:
+def engines(models, tokenizer, tmp_path_factory) -> dict[str, LlamaCpp]:
     folder = tmp_path_factory.mktemp("gguf")
     for kind, model in models.items():
         write_gguf(folder / f"{kind}.gguf", model, tokenizer, "f32")
-    return {kind: Engine(folder / f"{kind}.gguf") for kind in models}
+    return {kind: LlamaCpp(folder / f"{kind}.gguf") for kind in models}
 
 
 both = pytest.mark.parametrize("kind", ["dense", "moe"])
@@ -187,7 +133,7 @@ def test_greedy_tokens(kind, models, engines, tokenizer):
 def test_smaller_types(kind, file_type, bound, models, tokenizer, tmp_path):
     path = tmp_path / "model.gguf"
     write_gguf(path, models[kind], tokenizer, file_type)
-    engine = Engine(path)
+    engine = LlamaCpp(path)
     differences = [
         (our_logprobs(models[kind], ids) - engine.logprobs(ids, 6400)).abs().mean()
         for ids in prompts(tokenizer)
@@ -212,7 +158,7 @@ def test_smaller_types(kind, file_type, bound, models, tokenizer, tmp_path):
 def test_other_mixtures(shape, tokenizer, tmp_path):
     model = random_model(dim=64, use_moe=True, **shape).eval()
     write_gguf(tmp_path / "model.gguf", model, tokenizer, "f32")
-    engine = Engine(tmp_path / "model.gguf")
+    engine = LlamaCpp(tmp_path / "model.gguf")
     ids = prompts(tokenizer)[2]
     assert (our_logprobs(model, ids) - engine.logprobs(ids, 6400)).abs().max() < 1e-3
 
@@ -346,7 +292,7 @@ def test_q4_k_m_by_llama_quantize(fails, tokenizer, tmp_path, monkeypatch):
 # Token ids
 
 
-def assert_same_ids(engine: Engine, tokenizer, texts: list[str]) -> None:
+def assert_same_ids(engine: LlamaCpp, tokenizer, texts: list[str]) -> None:
     control = tokenizer.all_special_tokens + list(tokenizer.added_tokens_encoder)
     texts = [text for text in texts if text and not any(token in text for token in control)]
     for start in range(0, len(texts), 500):
@@ -438,7 +384,7 @@ def test_a_merge_that_reaches_over_cuts_is_refused(train, tmp_path, monkeypatch)
     # llama.cpp would indeed give other ids.
     monkeypatch.setattr("export.gguf_format.check_tokenizer", lambda _: None)
     write_gguf(tmp_path / "m.gguf", random_model(vocab_size=len(tokenizer)), tokenizer, "f32")
-    engine = Engine(tmp_path / "m.gguf")
+    engine = LlamaCpp(tmp_path / "m.gguf")
     assert_same_ids(engine, tokenizer, ["§ ", "§勧", "x ", "1 "])
     assert engine.tokenize(["勧 "]) != tokenizer(["勧 "])["input_ids"]
 
