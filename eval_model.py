@@ -31,6 +31,7 @@ from common import (
     positive_float,
     positive_int,
     positive_unit_interval,
+    report_os_errors,
     report_user_errors,
     seed,
     unit_interval,
@@ -146,9 +147,7 @@ class Chat:
     def respond(self, text: str) -> None:
         """Print the model's answer to a text as it is generated; Ctrl-C ends it.
 
-        Raises:
-            UserError: if the text leaves no room in the context, or the conversation needs control
-                tokens that the tokenizer lacks.
+        Raises UserError if the text is too long, or the tokenizer lacks a control token it needs.
         """
         question, past = {"role": "user", "content": text}, self.conversation.messages
         if self.history_cnt is not None:
@@ -185,16 +184,14 @@ class Chat:
         elif name == "system":
             self.conversation.system = rest
             print(f"system message: {rest or 'none'}")
-        elif name == "undo" and not self.conversation.messages:
-            raise UserError("/undo: the conversation is empty")
         elif name == "undo":
+            if not self.conversation.messages:
+                raise UserError("/undo: the conversation is empty")
             print(f"removed: {self.conversation.undo()}")
-        elif name in ("save", "load") and not rest:
-            raise UserError(f"/{name}: needs the name of a file")
-        elif name == "save":
-            self.save(user_path(rest))
-        elif name == "load":
-            self.load(user_path(rest))
+        elif name in ("save", "load"):
+            if not rest:
+                raise UserError(f"/{name}: needs the name of a file")
+            (self.save if name == "save" else self.load)(user_path(rest))
         elif name == "set":
             self.set(*rest.split(maxsplit=1))
         else:
@@ -214,11 +211,8 @@ class Chat:
 
     def save(self, path: Path) -> None:
         """Write the conversation as a line of training data; an older file is kept."""
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(self.conversation.training_line())
-        except OSError as error:
-            raise UserError(f"/save {path}: {error.strerror}") from None
+        with report_os_errors(f"/save {path}"), path.open("x", encoding="utf-8") as file:
+            file.write(self.conversation.training_line())
         print(f"saved {path}")
 
     def load(self, path: Path) -> None:
@@ -264,11 +258,11 @@ def converse(chat: Chat) -> None:
     sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to end
     with contextlib.suppress(ImportError):  # Windows' own terminal edits lines by itself
         import readline  # noqa: F401  it gives `input` its editing and history
-    name, chats = chat.chat_model.name, chat.chat_model.encoder is not None
-    if chats:
-        print(f"{name}: type a message and press Enter; /help lists commands.")
-    else:
-        print(f"{name}: type a beginning and press Enter; Ctrl-D leaves.")
+    chats = chat.chat_model.encoder is not None
+    beginning = "a message and press Enter; /help lists commands."
+    if not chats:
+        beginning = "a beginning and press Enter; Ctrl-D leaves."
+    print(f"{chat.chat_model.name}: type {beginning}")
     for text in typed_texts():
         try:
             if text.startswith("/") and chats:

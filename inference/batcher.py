@@ -41,40 +41,29 @@ Event = list[Token] | Token | str | Exception
 class GenerationRequest(Continuation):
     """A continuation for which somebody waits.
 
-    Attributes:
-        emit: called, on the batcher's thread, with the list of the prompt's Tokens where
-            `prompt_logprobs` asks for it, with every new Token (the end token only with
-            `logprobs`), and then with the reason of its end: "stop" (the end token), "length" (the
-            limit, the context or the deadline was reached), "cancelled", or an exception: QueueFull
-            if the deadline came before its first token.
-        seed: seed of the sampling; None for a new one each time.
-        logprobs: how many of the most likely tokens come with each token, or None.
-        prompt_logprobs: whether the prompt's tokens come with theirs too.
-        deadline: `time.monotonic()` at which the text ends, however long it is.
-        cancelled: set it, and the text ends before the next step.
+    `emit` is called, on the batcher's thread, with the list of the prompt's Tokens where
+    `prompt_logprobs` asks for it, with every new Token (the end token only with `logprobs`), and
+    then with the reason of its end: "stop" (the end token), "length" (the limit, the context or the
+    deadline was reached), "cancelled", or an exception: QueueFull if the deadline came before its
+    first token.
     """
 
     emit: Callable[[Event], None]
-    seed: int | None = None
-    logprobs: int | None = None
-    prompt_logprobs: bool = False
-    deadline: float = float("inf")
-    cancelled: bool = False
+    seed: int | None = None  # None for a new one each time
+    logprobs: int | None = None  # how many of the most likely tokens come with each token
+    prompt_logprobs: bool = False  # whether the prompt's tokens come with theirs too
+    deadline: float = float("inf")  # `time.monotonic()` at which the text ends
+    cancelled: bool = False  # once set, the text ends before the next step
     began: float = 0.0  # `time.monotonic()` at which the batcher took it up
     prompt_tokens: list[Token] = field(default_factory=list)  # those scored so far
 
 
 class Batcher:
-    """Generates the texts of several requests at a time, each as if it were alone.
+    """Generates `rows` texts at a time, each as if it were alone; `queue` more may wait.
 
     Each round takes at most one chunk of one new prompt and then one step of all texts, so that no
     prompt delays the others for longer than one chunk takes. Requests start in the order of their
-    arrival.
-
-    Args:
-        chat_model: the model; its decoder needs one row more than `rows`, where prompts begin.
-        rows: how many texts are generated at a time.
-        queue: how many more may wait.
+    arrival. The decoder needs one row more than `rows`, where prompts begin.
     """
 
     def __init__(self, chat_model: ChatModel, rows: int, queue: int):
@@ -127,7 +116,7 @@ class Batcher:
             for request in self._requests():
                 request.cancelled = True
         self.retire()
-        if thread is not None:
+        if thread:
             thread.join()
 
     def _requests(self) -> list[GenerationRequest]:
@@ -150,9 +139,7 @@ class Batcher:
                 self._start_next()
                 if self.active:
                     self._sample(list(self.active), self.loop.step())
-            except (
-                Exception
-            ) as error:  # a bug, or memory ran out: the texts end, the server goes on
+            except Exception as error:  # a bug, or no memory: the texts end, the server goes on
                 self._end_all(error)
 
     def _end_all(self, reason: Exception) -> None:
@@ -204,15 +191,14 @@ class Batcher:
             if request.sampling.do_sample:
                 seed = secrets.randbits(63) if request.seed is None else request.seed
                 request.generator = torch.Generator(self.decoder.device).manual_seed(seed)
-            if request.max_new_tokens > 0:
+            ended = None if request.max_new_tokens > 0 else "length"
+            if ended is None:
                 self.decoder.move(self.rows, len(self.active))
         except Exception as error:  # fails this request alone: the others go on
-            self._starting = None
-            request.emit(error)
-            return
+            ended = error
         self._starting = None
-        if request.max_new_tokens == 0:
-            request.emit("length")
+        if ended is not None:
+            request.emit(ended)
             return
         self.active.append(request)
         self._sample([request], logits[None])
@@ -227,11 +213,9 @@ class Batcher:
             request.prompt_tokens += with_logprobs(tokens, logits[: len(tokens)], request.logprobs)
 
     def _sample(self, requests: Sequence[GenerationRequest], logits: Tensor) -> None:
-        """Sample and emit the next token of active requests, and end those that are finished.
+        """Sample and emit the next token of n active requests from their logits (n, vocab_size).
 
-        Args:
-            requests: n active requests.
-            logits: their logits, (n, vocab_size).
+        Those that are finished end, and those whose sampling fails.
         """
         groups: dict[tuple[Sampling, torch.Generator | None], list[int]] = {}
         for i, request in enumerate(requests):
@@ -240,7 +224,7 @@ class Batcher:
             rows = [requests[i] for i in group]
             try:
                 self.loop.sample(rows, logits[group])
-            except Exception as error:  # fails these requests alone
+            except Exception as error:
                 for request in rows:
                     self._end(request, error)
                 continue
@@ -263,13 +247,7 @@ class Batcher:
 
 
 def with_logprobs(tokens: Sequence[int], logits: Tensor, top: int) -> list[Token]:
-    """Give tokens their log-probabilities.
-
-    Args:
-        tokens: T ids.
-        logits: what each was sampled from, (T, vocab_size).
-        top: number of most likely tokens that come with each.
-    """
+    """Give tokens their log-probabilities and the `top` most likely ones, by (T, vocab_size)."""
     logprobs = logits.float().log_softmax(-1).clamp(min=MIN_LOGPROB)
     own = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
     values, ids = logprobs.topk(top)

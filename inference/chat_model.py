@@ -16,16 +16,11 @@ if TYPE_CHECKING:
 
 
 class ChatModel:
-    """A model with its tokenizer.
+    """A model with its tokenizer, and a decoder for `rows` sequences at a time.
 
-    Args:
-        model: in eval mode, on its device.
-        chats: whether the model answers conversations; else it continues texts, and has no encoder.
-        quantize: "int8" for weights of 8 bits, which needs a CPU, or None.
-        rows: sequences that are generated at a time.
-
-    Raises:
-        UserError: if the model cannot be quantized.
+    The model is in eval mode and on its device. One that does not chat continues texts, and has no
+    encoder. `quantize` is "int8" for weights of 8 bits, which need a CPU; raises UserError if that
+    is not possible.
     """
 
     def __init__(
@@ -61,17 +56,10 @@ class ChatModel:
     ) -> list[int]:
         """Ids of a conversation, up to where the assistant's next answer begins.
 
-        A model that continues texts gets the last message alone.
-
-        Args:
-            messages: the conversation.
-            tools: JSON schemas.
-            room: tokens to leave for the answer, at most half of the context. If they are not left,
-                the oldest exchanges are dropped; the system message, the tools and the last
-                exchange stay. None drops nothing.
-
-        Raises:
-            RecordError: if it needs a control token that the tokenizer lacks.
+        A model that continues texts gets the last message alone. To leave `room` tokens for the
+        answer, at most half of the context, the oldest exchanges are dropped; the system message,
+        the tools (JSON schemas) and the last exchange stay. Raises RecordError if a control token
+        is needed that the tokenizer lacks.
         """
         if self.encoder is None:
             return self.text_ids(messages[-1]["content"])
@@ -84,11 +72,7 @@ class ChatModel:
     def stream(
         self, ids: Sequence[int], generator: torch.Generator, **options: Any
     ) -> Iterator[str]:
-        """Generate text after a prompt, piece by piece; for the options see `MiniMindLM.generate`.
-
-        Raises:
-            ValueError: if the prompt leaves no room in the model's context.
-        """
+        """Generate text after a prompt, piece by piece; options and errors as of `generate`."""
         tokens = self.model.generate(
             torch.tensor([ids], device=self.decoder.device),
             eos_token_id=self.tokenizer.eos_token_id,

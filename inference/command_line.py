@@ -4,7 +4,7 @@ import argparse
 import socket
 from pathlib import Path
 
-from common import UserError, add_tokenizer_path, name_or_path, user_path
+from common import add_tokenizer_path, name_or_path, report_os_errors, user_path
 from model import choose_device
 
 from .loading import WeightSpec
@@ -33,8 +33,6 @@ def open_pool(args: argparse.Namespace, rows: int, queue: int, loaded: int) -> M
 
 def listen(host: str, port: int) -> socket.socket:
     """Open a socket that listens. Raises UserError if the port is taken, or no such host exists."""
-    try:
+    with report_os_errors(f"--host {host} --port {port}"):
         family = socket.getaddrinfo(host, port)[0][0]
         return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: {error.strerror or error}") from None

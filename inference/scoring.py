@@ -35,16 +35,9 @@ def score(
 ) -> None:
     """Print perplexity and bits per byte, and for conversations how answers compare to references.
 
-    The loss of a quantized model is compared with that of its full weights.
-
-    Args:
-        path: JSONL file of texts or conversations.
-        out: file for a table of answers that a person can rate, or None.
-        max_new_tokens: the most tokens of an answer.
-        skip_bad_lines: leave out lines that have errors, if they are at most this share.
-
-    Raises:
-        UserError: for bad lines, or a package that is not installed.
+    The loss of a quantized model is compared with that of its full weights. `out` is a file for a
+    table of answers that a person can rate. Raises UserError for more bad lines than the share
+    `skip_bad_lines`, or a package that is not installed.
     """
     kind = dataset_kind(path)
     compares = kind is SFTDataset and chat_model.encoder is not None
@@ -65,7 +58,8 @@ def score(
             raise UserError(f"--score {path}: no conversation ends with an answer")
         with nullcontext() if out is None else new_file(out, "utf-8-sig") as file:
             print_loss(chat_model, dataset, path)
-            answers = generate_answers(chat_model, questions, {"max_new_tokens": max_new_tokens})
+            prompts = [question.ids for question in questions]
+            answers = generate_answers(chat_model, prompts, max_new_tokens=max_new_tokens)
             compare_answers(questions, answers, scorer)
             if file is not None:
                 write_table(questions, answers, file)

@@ -82,19 +82,16 @@ def check_recipe(out_dir: Path, smoke: bool) -> None:
 
 
 def train(start: Quickstart, control: bool) -> dict[str, Path]:
-    """Train the tokenizer, pretrain, tune, and return the weights by name.
-
-    With `control`, a model that was not pretrained is tuned too.
-    """
+    """Train the tokenizer, pretrain, tune, with `control` without pretraining too: the weights."""
     texts, chats = start.sample / "pretrain.jsonl", start.sample / "sft.jsonl"
     if not (start.tokenizer / "tokenizer_config.json").is_file():
         size = str(SMOKE_VOCABULARY if start.smoke else VOCABULARY)
         words = [texts, chats, "--out_dir", start.tokenizer, "--overwrite", "--keep_repeats"]
         title = "A tokenizer for this world"
         step(title, start.python, "scripts/train_tokenizer.py", *words, "--vocab_size", size)
-    pretraining = ["--data_path", texts, *PRETRAINING, "--epochs", EPOCHS]
+    pretraining = [texts, *PRETRAINING, "--epochs", EPOCHS]
     start.train("Pretraining on plain text about the world", "train_pretrain.py", *pretraining)
-    tuning = ["--data_path", chats, "--val_ratio", "0.02", *TUNING, "--epochs", EPOCHS]
+    tuning = [chats, "--val_ratio", "0.02", *TUNING, "--epochs", EPOCHS]
     title = "Instruction tuning on questions and answers"
     start.train(title, "train_full_sft.py", *tuning)
     weights = {PRETRAINED: start.weights("pretrain")}

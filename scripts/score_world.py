@@ -25,7 +25,8 @@ from common import (
     report_user_errors,
     user_path,
 )
-from dataset import ChatEncoder, render_chat
+from inference import ChatModel
+from inference.answers import generate_answers
 from model import (
     LMConfig,
     MiniMindLM,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 UNTRAINED = "untrained"
 LONGEST_ANSWER = 48  # tokens
+ROWS = 64  # answers at a time
 
 
 def parse_args() -> argparse.Namespace:
@@ -96,11 +98,9 @@ def answer(
     device: torch.device,
 ) -> list[str]:
     """The model's greedy answers to the questions of a test."""
-    chats = [render_chat(r["conversations"][:1], add_generation_prompt=True) for r in records]
-    encoded = ChatEncoder(tokenizer).encode(chats)
-    prompts = torch.from_numpy(encoded.ids.astype("int64")).split(encoded.lengths.tolist())
-    answers = model.to(device).eval().batch_generate(prompts, max_new_tokens=LONGEST_ANSWER)
-    return [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in answers]
+    chat_model = ChatModel("", model.to(device).eval(), tokenizer, chats=True, rows=ROWS)
+    prompts = [chat_model.chat_ids(record["conversations"][:1]) for record in records]
+    return generate_answers(chat_model, prompts, max_new_tokens=LONGEST_ANSWER)
 
 
 def main() -> None:
@@ -111,14 +111,14 @@ def main() -> None:
     tokenizer = load_tokenizer(args.tokenizer_path)
     shape, digest = LMConfig(vocab_size=len(tokenizer)), tokenizer_hash(tokenizer)
     models = {name: load(path, shape, digest) for name, path in args.weights}
-    last = args.weights[-1][0]
+    *_, last = models
     torch.manual_seed(0)
     models = {UNTRAINED: MiniMindLM(models[last].config), **models}
     answers = {name: answer(model, records, tokenizer, device) for name, model in models.items()}
     scores = {name: score_answers(records, given) for name, given in answers.items()}
     table = format_scorecard(scores)
-    print(table)
-    print(f"Answers of {last} (+ right, - wrong):\n{format_examples(records, answers[last])}")
+    examples = format_examples(records, answers[last])
+    print(f"{table}\nAnswers of {last} (+ right, - wrong):\n{examples}")
     skills = {
         name: {skill: score.share for (skill, language), score in given.items() if not language}
         for name, given in scores.items()

@@ -34,19 +34,11 @@ class Metrics:
 
     def __init__(self, pool: ModelPool):
         self.registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "minimind_requests",
-            "Requests by path and status",
-            ["path", "status"],
-            registry=registry,
-        )
+        labels, text = ["path", "status"], "Requests by path and status"
+        self.requests = Counter("minimind_requests", text, labels, registry=registry)
         self.tokens = Counter("minimind_tokens", "Tokens by kind", ["kind"], registry=registry)
-        self.first_token = Histogram(
-            "minimind_first_token_seconds",
-            "From a request to its first token",
-            buckets=SECONDS,
-            registry=registry,
-        )
+        name, text = "minimind_first_token_seconds", "From a request to its first token"
+        self.first_token = Histogram(name, text, registry=registry, buckets=SECONDS)
         for name, text, count in (
             ("active", "Texts being generated", lambda b: len(b.active)),
             ("waiting", "Texts that wait", lambda b: b.load - len(b.active)),
@@ -111,8 +103,7 @@ class RequestMiddleware:
     async def read(self, receive: Receive) -> Receive:
         """Read the body and return a `receive` that gives it whole.
 
-        Raises:
-            ApiError: if it is too large or too slow.
+        Raises ApiError if it is too large or too slow.
         """
         body, more_body, deadline = b"", True, time.monotonic() + self.limits.max_seconds
         while more_body:
