@@ -10,7 +10,7 @@ and onnx (scripts/requirements.txt).
 from collections.abc import Callable
 
 import torch
-from harness import WARM_UP, add_flags, compare_speeds, describe, make_peer
+from harness import WARM_UP, compare_speeds, describe, make_peer, parse_flags
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -61,9 +61,8 @@ def main() -> None:
     """Measure and print a table for one row and one for a batch."""
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--size", choices=("small", "base"), default="small")
-    add_flags(parser, prompt=64, new=256, batch_size=16, threads=2, rounds=5)
     parser.set_defaults(device="cpu")
-    args = parser.parse_args()
+    args = parse_flags(parser, prompt=64, new=256, batch_size=16, threads=2, rounds=5)
     device = choose_device(args.device)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -19,11 +19,12 @@ from training import Distributed, autocast_dtype, find_processes
 WARM_UP = 2  # rounds that do not count
 
 
-def add_flags(parser: argparse.ArgumentParser, **defaults: int) -> None:
-    """Add `--device`, and a flag for each positive number, with its default."""
+def parse_flags(parser: argparse.ArgumentParser, **defaults: int) -> argparse.Namespace:
+    """Add `--device` and a flag for each positive number, with its default, and read all flags."""
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=positive_int, default=default)
     parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
+    return parser.parse_args()
 
 
 def find_device(args: argparse.Namespace) -> tuple[Distributed, torch.autocast]:
@@ -64,16 +65,15 @@ def make_peer(config: LMConfig) -> nn.Module:
     }
     if not config.use_moe:
         return hf.LlamaForCausalLM(hf.LlamaConfig(**shape))
-    return hf.GraniteMoeSharedForCausalLM(
-        hf.GraniteMoeSharedConfig(
-            **shape,
-            num_local_experts=config.n_routed_experts,
-            num_experts_per_tok=config.num_experts_per_tok,
-            shared_intermediate_size=config.hidden_dim * config.n_shared_experts,
-            attention_multiplier=config.head_dim**-0.5,
-            output_router_logits=True,
-        )
+    moe = hf.GraniteMoeSharedConfig(
+        **shape,
+        num_local_experts=config.n_routed_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        shared_intermediate_size=config.hidden_dim * config.n_shared_experts,
+        attention_multiplier=config.head_dim**-0.5,
+        output_router_logits=True,
     )
+    return hf.GraniteMoeSharedForCausalLM(moe)
 
 
 def mean_loss(autocast: torch.autocast) -> Callable[[nn.Module, dict[str, Tensor]], Tensor]:
@@ -139,10 +139,10 @@ def compare_speeds(
     unit: str,
     baseline: str,
 ) -> dict[str, float]:
-    """Time contenders in turns, and print their median speeds and ratios to the baseline's.
+    """Time contenders in turns; print their speeds and ratios to the baseline's, as medians.
 
-    A ratio is the median of those of each round. `amounts` is what each contender does in each
-    round, the WARM_UP rounds included. Returns the median speeds.
+    `amounts` is what each contender does in each round, the WARM_UP rounds included. Returns the
+    speeds.
     """
     rounds = len(amounts[baseline]) - WARM_UP
     speeds = {

@@ -3,13 +3,12 @@
     python benchmarks/kill_and_resume.py
     python benchmarks/kill_and_resume.py --kills 100 --seed 1
 
-A tiny model is trained twice on made-up text, with dropout, accumulation, validation, best and
-numbered weights, saving every other step. One run is left alone. The other is killed (SIGKILL;
-TerminateProcess on Windows) and resumed, again and again: at any time after its start, at any time
-after a few more steps, or while a save writes the weights or the resume file. After each kill, once
-a first save was complete, the weights and one of the two resume files must be whole and load, and
-the next start must go on from the newest of these. In the end both runs must have the same weights,
-bit by bit, and the same metrics but for times. Else the exit status is 1.
+A tiny model is trained twice on made-up text, saving every other step. One run is left alone. The
+other is killed and resumed, again and again: at any time after its start, at any time after a few
+more steps, or while a save writes the weights or the resume file. After each kill, once a first
+save was complete, the weights and one of the two resume files must be whole and load, and the next
+start must go on from the newest of these. In the end both runs must have the same weights, bit by
+bit, and the same metrics but for times. Else the exit status is 1.
 
 In the table, a run resumed from - was killed before it printed the step, and a resume file with the
 step - is missing or damaged.
@@ -58,9 +57,8 @@ class Run:
         """Start or resume it."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
         with self.log.open("wb") as log:
-            return subprocess.Popen(
-                self.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
+            output = {"stdout": log, "stderr": subprocess.STDOUT}
+            return subprocess.Popen(self.command, cwd=ROOT, env=environment, **output)
 
     def finish(self) -> None:
         """Start or resume it and wait for its end."""

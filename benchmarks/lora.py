@@ -65,19 +65,16 @@ def measure_memory(args: argparse.Namespace, kind: str) -> dict[str, float]:
 def main() -> None:
     """Measure and print a table."""
     parser = make_parser(__doc__.splitlines()[0])
-    harness.add_flags(
+    args = harness.parse_flags(
         parser, dim=512, n_layers=8, batch_size=8, max_seq_len=512, lora_rank=8, rounds=7
     )
-    args = parser.parse_args()
     found = {kind: harness.in_own_process(measure_memory, args, kind) for kind in KINDS}
     world, autocast = harness.find_device(args)
     models = {kind: build(args, kind, world) for kind in KINDS}
-    batch = make_batch(args, world)
-    steps = {
-        kind: harness.make_step(model, harness.mean_loss(autocast))
-        for kind, model in models.items()
-    }
-    contenders = {kind: lambda _, step=step: step(batch) for kind, step in steps.items()}
+    batch, contenders = make_batch(args, world), {}
+    for kind, model in models.items():
+        step = harness.make_step(model, harness.mean_loss(autocast))
+        contenders[kind] = lambda _, step=step: step(batch)
     seconds = harness.time_in_turns(contenders, args.rounds, world.device)
     with tempfile.TemporaryDirectory() as folder:
         paths = {kind: Path(folder) / f"{kind}.pth" for kind in KINDS}

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from unittest import mock
 
-from harness import add_flags
+from harness import parse_flags
 
 from common import ROOT, make_parser
 from sample_world import SAMPLE, ensure_sample
@@ -30,8 +30,7 @@ DOCUMENTS_PER_ROW = 10  # of the sample, about: enough for as many rows as are a
 def main() -> None:
     """Measure and print."""
     parser = make_parser(__doc__.splitlines()[0])
-    add_flags(parser, dim=512, n_layers=8, batch_size=8, steps=24, save_interval=4)
-    args = parser.parse_args()
+    args = parse_flags(parser, dim=512, n_layers=8, batch_size=8, steps=24, save_interval=4)
     saves: list[float] = []
     save = Run.save
 

@@ -5,10 +5,9 @@ The tokenizer in model/minimind_tokenizer is the result of
     python scripts/train_tokenizer.py <data>/pretrain_real.jsonl=0.25 <data>/sft_real.jsonl=1.5 \\
         <data>/dpo_real.jsonl=6 --out_dir model/minimind_tokenizer --overwrite
 
-`PATH=WEIGHT` counts a file's records WEIGHT times (default 1; 0.25 takes every fourth record).
-A record may be of any kind that a training stage reads; of a preference pair, the chosen side alone
-is counted. These weights keep the manuals, most of the text, from filling the vocabulary; they were
-chosen by bytes per token on held-out files of all three kinds.
+`PATH=WEIGHT` counts a file's records WEIGHT times (0.25 takes every fourth); of a preference pair,
+the chosen side alone. These weights keep the manuals, most of the text, from filling the
+vocabulary; they were chosen by bytes per token on held-out files of all three kinds.
 
 How text is cut before merging (PRE_TOKENS), and why:
 
@@ -22,9 +21,8 @@ How text is cut before merging (PRE_TOKENS), and why:
   an engine that cuts out numbers and nothing else gives the same ids. (Merges of parts of
   characters could break this; the tests check the shipped ones.)
 
-Each distinct line counts once, since a page header that recurs two thousand times is no sample of
-the language. Where lines recur on purpose, as the facts of a small world do, --keep_repeats counts
-all of them.
+Each distinct line counts once: a page header that recurs is no sample of the language. Where lines
+recur on purpose, as the facts of a small world do, --keep_repeats counts all.
 """
 
 import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
