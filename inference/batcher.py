@@ -73,8 +73,7 @@ class Batcher:
         self.queue = queue
         self.loop = SamplingLoop(self.decoder)
         self.waiting: deque[GenerationRequest] = deque()
-        self._starting: GenerationRequest | None = None
-        self._chunks: Iterator[Tensor] = iter(())  # logits of its prompt
+        self._chunks: Iterator[Tensor] | None = None  # logits of the first one's prompt, once begun
         self._seconds = 1.0  # that a request takes from its start, a running mean
         self._lock = threading.Condition()  # held to add requests, and to find that there are none
         self._retired = False
@@ -88,7 +87,7 @@ class Batcher:
     @property
     def load(self) -> int:
         """Number of requests that are not done."""
-        return len(self.waiting) + len(self.active) + (self._starting is not None)
+        return len(self.waiting) + len(self.active)
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
         """Take requests, all or none. Raises QueueFull if there is not enough room."""
@@ -113,15 +112,11 @@ class Batcher:
         """Cancel all requests, and wait until they and the thread have ended."""
         with self._lock:
             thread = self._thread
-            for request in self._requests():
+            for request in (*self.active, *self.waiting):
                 request.cancelled = True
         self.retire()
         if thread:
             thread.join()
-
-    def _requests(self) -> list[GenerationRequest]:
-        starting = [] if self._starting is None else [self._starting]
-        return [*self.active, *starting, *self.waiting]
 
     def _run(self) -> None:
         # The thread outlasts its work: PyTorch's CPU threads belong to it, and with a new one for
@@ -144,10 +139,10 @@ class Batcher:
 
     def _end_all(self, reason: Exception) -> None:
         with self._lock:
-            requests = self._requests()
+            requests = [*self.active, *self.waiting]
             self.waiting.clear()
             self.active.clear()
-            self._starting = None
+            self._chunks = None
         self.decoder.release()
         self.decoder.prefix_cache.clear()
         for request in requests:
@@ -157,10 +152,11 @@ class Batcher:
         """End requests that are cancelled or past their deadline."""
         now = time.monotonic()
         with self._lock:
-            ended = [r for r in self._requests() if r.cancelled or now >= r.deadline]
+            requests = [*self.active, *self.waiting]
+            ended = [r for r in requests if r.cancelled or now >= r.deadline]
+            if self.waiting and self.waiting[0] in ended:
+                self._chunks = None
             self.waiting = deque(request for request in self.waiting if request not in ended)
-        if self._starting in ended:
-            self._starting = None
         for request in ended:
             if request in self.active:
                 self._end(request, "cancelled" if request.cancelled else "length")
@@ -168,16 +164,15 @@ class Batcher:
                 request.emit("cancelled" if request.cancelled else QueueFull(self._seconds))
 
     def _start_next(self) -> None:
-        """Compute the next chunk of a prompt; after the last one, the text joins the others."""
-        if self._starting is None:
-            if not self.waiting or len(self.active) == self.rows:
-                return
-            request = self._starting = self.waiting.popleft()
+        """Compute a chunk of the first prompt; after the last one, the text joins the others."""
+        if not self.waiting or len(self.active) == self.rows:
+            return
+        request = self.waiting[0]
+        if self._chunks is None:
             request.began = time.monotonic()
             self._chunks = self.decoder.prefill_in_chunks(
                 self.rows, request.ids, request.prompt_logprobs
             )
-        request = self._starting
         try:
             logits = next(self._chunks)
             if request.prompt_logprobs:
@@ -196,7 +191,8 @@ class Batcher:
                 self.decoder.move(self.rows, len(self.active))
         except Exception as error:  # fails this request alone: the others go on
             ended = error
-        self._starting = None
+        self._chunks = None
+        self.waiting.popleft()
         if ended is not None:
             request.emit(ended)
             return

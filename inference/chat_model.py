@@ -1,18 +1,15 @@
 """A model to talk to: weights, tokenizer, decoder, and the way from messages to ids to text."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from common import UserError
 from dataset import ChatEncoder, fit_prompt, render_chat
-from model import Decoder, MiniMindLM, TorchDecoder
+from model import Decoder, MiniMindLM, Tokenizer, TorchDecoder
 
 from .text import TextStream
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class ChatModel:
@@ -27,7 +24,7 @@ class ChatModel:
         self,
         name: str,
         model: MiniMindLM,
-        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer: Tokenizer,
         chats: bool,
         quantize: str | None = None,
         rows: int = 1,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +17,7 @@ from common import UserError
 from model import (
     LMConfig,
     MiniMindLM,
+    Tokenizer,
     load_lora,
     load_model,
     load_tokenizer,
@@ -29,9 +30,6 @@ from model import (
 from model.weights import read_pickle
 
 from .chat_model import ChatModel
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 PRETRAINED = "pretrain"  # the stage whose weights continue texts; those of all others answer
 
@@ -194,7 +192,7 @@ def load_chat_model(
     return ChatModel(name, model.to(device).eval(), tokenizer, chats, quantize, rows)
 
 
-def load_folder(spec: WeightSpec) -> tuple[MiniMindLM, "PreTrainedTokenizerBase"]:
+def load_folder(spec: WeightSpec) -> tuple[MiniMindLM, Tokenizer]:
     """Load a folder in transformers' format: config.json, model.safetensors, perhaps a tokenizer.
 
     `save_pretrained` wrote such folders when MiniMindLM was one of transformers' models.

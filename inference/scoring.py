@@ -82,7 +82,7 @@ def print_loss(chat_model: ChatModel, dataset: PretrainDataset | SFTDataset, pat
             )
     full_nats, targets = total_loss(chat_model, dataset)
     is_quantized = not isinstance(chat_model.decoder, TorchDecoder)
-    nats = stepwise_loss(chat_model.decoder, dataset) if is_quantized else full_nats
+    nats = decoder_loss(chat_model.decoder, dataset) if is_quantized else full_nats
     sums = {"loss": nats, "targets": targets, "text_bytes": dataset.text_bytes}
     scores = mean_scores({"": sums}, "score")
     print(f"{targets:,.0f} target tokens of {len(dataset):,} samples in {path}")
@@ -117,21 +117,12 @@ def total_loss(chat_model: ChatModel, dataset: PretrainDataset | SFTDataset) -> 
 
 
 @torch.no_grad()
-def stepwise_loss(decoder: Decoder, dataset: PretrainDataset | SFTDataset) -> float:
-    """The weighted loss of all targets in nats, of a decoder that computes them one at a time."""
+def decoder_loss(decoder: Decoder, dataset: PretrainDataset | SFTDataset) -> float:
+    """The weighted loss of all targets in nats, by the logits of a decoder."""
     nats = 0.0
-    size, order = len(decoder.tokens), np.argsort(-dataset.lengths()).tolist()
-    for start in range(0, len(order), size):
-        batch = [dataset[i] for i in order[start : start + size]]
-        for t in range(len(batch[0][0])):
-            active = [sample for sample in batch if len(sample[0]) > t]
-            tokens = [int(x[t]) for x, _, _ in active]
-            if t == 0:
-                logits = torch.stack([decoder.prefill(i, [id_]) for i, id_ in enumerate(tokens)])
-            else:
-                logits = decoder.step(tokens)
-            targets, mask = (torch.stack([sample[i][t] for sample in active]) for i in (1, 2))
-            nats += float((F.cross_entropy(logits, targets, reduction="none") * mask).sum())
+    for inputs, targets, mask in map(dataset.__getitem__, range(len(dataset))):
+        logits = torch.cat([*decoder.prefill_in_chunks(0, inputs.tolist(), all_logits=True)])
+        nats += float((F.cross_entropy(logits, targets, reduction="none") * mask).sum())
     return nats
 
 

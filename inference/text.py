@@ -1,12 +1,10 @@
 """Decoding of new tokens to text, token by token."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from tokenizers.decoders import DecodeStream
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from model import Tokenizer
 
 
 class TextStream:
@@ -18,7 +16,7 @@ class TextStream:
         stopped: whether the text has ended before a stop string.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         self._tokenizer = tokenizer.backend_tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []

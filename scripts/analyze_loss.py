@@ -13,7 +13,7 @@ import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from dataset import PaddedRows, PretrainDataset, SFTDataset, collate, language
 from model import (
     LMConfig,
     MiniMindLM,
+    Tokenizer,
     choose_device,
     load_model,
     load_tokenizer,
@@ -38,9 +39,6 @@ from model import (
     tokenizer_hash,
 )
 from training import check_context
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 WORST = 10
@@ -67,7 +65,7 @@ class Sample(NamedTuple):
 def score_samples(
     model: MiniMindLM,
     dataset: PretrainDataset | SFTDataset,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     batch_size: int,
     max_samples: int | None,
 ) -> Iterator[Sample]:

@@ -12,7 +12,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -30,6 +30,7 @@ from inference.answers import generate_answers
 from model import (
     LMConfig,
     MiniMindLM,
+    Tokenizer,
     choose_device,
     load_lora,
     load_model,
@@ -44,9 +45,6 @@ from sample_world import (
     read_test,
     score_answers,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 UNTRAINED = "untrained"
 LONGEST_ANSWER = 48  # tokens
@@ -94,7 +92,7 @@ def load(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
 def answer(
     model: MiniMindLM,
     records: Sequence[Mapping[str, Any]],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     device: torch.device,
 ) -> list[str]:
     """The model's greedy answers to the questions of a test."""
