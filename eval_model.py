@@ -79,39 +79,32 @@ def parse_args() -> argparse.Namespace:
         "a stage's or a run's name, a .pth file or a folder in transformers' format; default: the "
         "newest chat weights in --out_dir, else the newest pretrained ones",
     )
-    models.add_argument(
+    add = models.add_argument
+    add(
         "--lora_name", type=name_or_path, help="an adapter's name, or its .pth file: use it as well"
     )
-    models.add_argument(
-        "--dim", type=positive_int, help="width of the weights; 512 for those without a .json"
-    )
-    models.add_argument("--n_layers", type=positive_int, help="blocks of the weights; likewise 8")
-    models.add_argument(
-        "--use_moe", action=BooleanFlag, help="whether they are a mixture of experts"
-    )
-    writing = parser.add_argument_group("writing")
+    add("--dim", type=positive_int, help="width of the weights; 512 for those without a .json")
+    add("--n_layers", type=positive_int, help="blocks of the weights; likewise 8")
+    add("--use_moe", action=BooleanFlag, help="whether they are a mixture of experts")
+    add = parser.add_argument_group("writing").add_argument
     for name, (kind, default, help_) in SETTINGS.items():
-        writing.add_argument(f"--{name}", type=kind, default=default, help=help_)
-    writing.add_argument("--seed", type=seed, help="default: a new one each time")
-    writing.add_argument("--system", type=without_stray_bytes, help="system message")
-    writing.add_argument(
+        add(f"--{name}", type=kind, default=default, help=help_)
+    add("--seed", type=seed, help="default: a new one each time")
+    add("--system", type=without_stray_bytes, help="system message")
+    add(
         "--history_cnt",
         type=non_negative_int,
         help="exchanges that stay in the prompt; default: as many as fit",
     )
     instead = parser.add_argument_group("instead of a conversation")
-    one = instead.add_mutually_exclusive_group()
-    one.add_argument(
-        "--prompt", type=without_stray_bytes, help="answer or continue this text and end"
-    )
-    one.add_argument(
+    add = instead.add_mutually_exclusive_group().add_argument
+    add("--prompt", type=without_stray_bytes, help="answer or continue this text and end")
+    add(
         "--input_file",
         type=user_path,
         help='answer every line: {"prompt"}, conversations, {"text"}',
     )
-    one.add_argument(
-        "--score", type=user_path, metavar="DATA", help="score the model on texts or conversations"
-    )
+    add("--score", type=user_path, metavar="DATA", help="score the model on texts or conversations")
     instead.add_argument("--output_file", type=user_path, help="where the answers, or scores, go")
     instead.add_argument("--batch_size", type=positive_int, default=16, help="lines at a time")
     add_skip_bad_lines(instead)

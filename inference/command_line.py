@@ -16,12 +16,11 @@ def add_model_arguments(
     weight_help: str = "offer this model alone: a name, a .pth file or a folder",
 ) -> None:
     """Add the flags that select the models and what computes them."""
-    parser.add_argument("--out_dir", type=user_path, default=Path("out"), help="weight folder")
-    parser.add_argument("--weight", type=name_or_path, help=weight_help)
-    parser.add_argument(
-        "--quantize", choices=("int8",), help="8-bit weights: faster on a CPU, nearly as good"
-    )
-    parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
+    add = parser.add_argument
+    add("--out_dir", type=user_path, default=Path("out"), help="weight folder")
+    add("--weight", type=name_or_path, help=weight_help)
+    add("--quantize", choices=("int8",), help="8-bit weights: faster on a CPU, nearly as good")
+    add("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
     add_tokenizer_path(parser)
 
 

@@ -50,16 +50,11 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out_dir", type=user_path, help="default: out/quickstart")
-    parser.add_argument(
-        "--smoke", action="store_true", help="the same path in a minute, with nothing learnt"
-    )
-    parser.add_argument(
-        "--control", action="store_true", help="also tune a model that was not pretrained"
-    )
-    parser.add_argument(
-        "--all", action="store_true", help="also preference, an adapter and distillation"
-    )
+    add = parser.add_argument
+    add("--out_dir", type=user_path, help="default: out/quickstart")
+    add("--smoke", action="store_true", help="the same path in a minute, with nothing learnt")
+    add("--control", action="store_true", help="also tune a model that was not pretrained")
+    add("--all", action="store_true", help="also preference, an adapter and distillation")
     parser.error = fail  # one line, as for every other user error
     args = parser.parse_args()
     default = ROOT / "out" / ("quickstart_smoke" if args.smoke else "quickstart")

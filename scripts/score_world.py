@@ -54,19 +54,18 @@ ROWS = 64  # answers at a time
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "weights",
         nargs="+",
         type=named_path,
         metavar="[NAME=]PATH[+ADAPTER]",
         help=".pth files to score, as they are or with an adapter's .pth file",
     )
-    parser.add_argument("--data_path", type=user_path, default=SAMPLE / "test.jsonl")
-    parser.add_argument("--out", type=user_path, help="write the scorecard here too, as Markdown")
-    parser.add_argument(
-        "--json", type=user_path, help="write each model's share per skill here too"
-    )
-    parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
+    add("--data_path", type=user_path, default=SAMPLE / "test.jsonl")
+    add("--out", type=user_path, help="write the scorecard here too, as Markdown")
+    add("--json", type=user_path, help="write each model's share per skill here too")
+    add("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
     add_tokenizer_path(parser)
     args = parser.parse_args()
     names = [UNTRAINED, *(name for name, _ in args.weights)]

@@ -37,11 +37,10 @@ LEARNT, READ, CONTROL, BORDER, END = "\033[32m", "\033[90m", "\033[7m", "\033[36
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `open_dataset` reads, `data_path` apart."""
-    parser.add_argument("--max_seq_len", type=positive_int, default=512, help="positions of a row")
+    add = parser.add_argument
+    add("--max_seq_len", type=positive_int, default=512, help="positions of a row")
     add_skip_bad_lines(parser)
-    parser.add_argument(
-        "--cache_dir", type=user_path, help="where token stores go; default: by the data"
-    )
+    add("--cache_dir", type=user_path, help="where token stores go; default: by the data")
     add_tokenizer_path(parser)
 
 
@@ -84,11 +83,10 @@ def print_border(text: str, colours: bool) -> None:
 def main() -> None:
     """Show one sample or row."""
     parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument(
-        "data_path", type=user_path, nargs="?", default=SAMPLE / "sft.jsonl", help="JSONL file"
-    )
-    parser.add_argument("--index", type=int, default=0, help="of the sample, or of the row")
-    parser.add_argument("--packed", action=BooleanFlag, default=False, help="show a packed row")
+    add = parser.add_argument
+    add("data_path", type=user_path, nargs="?", default=SAMPLE / "sft.jsonl", help="JSONL file")
+    add("--index", type=int, default=0, help="of the sample, or of the row")
+    add("--packed", action=BooleanFlag, default=False, help="show a packed row")
     add_data_flags(parser)
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.tokenizer_path)

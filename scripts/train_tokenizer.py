@@ -170,24 +170,19 @@ def weighted_path(text: str) -> tuple[Path, float]:
 def parse_args() -> argparse.Namespace:
     """Read the command line. Raises UserError before anything is trained or written."""
     parser = make_parser("Train a byte-level BPE tokenizer on JSONL files.")
-    parser.add_argument(
-        "files", nargs="+", type=weighted_path, metavar="FILE[=WEIGHT]", help="training text"
-    )
-    parser.add_argument("--out_dir", type=user_path, required=True, help="folder to save it in")
-    parser.add_argument(
-        "--vocab_size", type=number(int, SMALLEST), default=6400, help="number of entries"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("files", nargs="+", type=weighted_path, metavar="FILE[=WEIGHT]", help="training text")
+    add("--out_dir", type=user_path, required=True, help="folder to save it in")
+    add("--vocab_size", type=number(int, SMALLEST), default=6400, help="number of entries")
+    add(
         "--eval",
         nargs="+",
         type=user_path,
         metavar="FILE",
         help="held-out text for the final report; default: the training text",
     )
-    parser.add_argument(
-        "--keep_repeats", action="store_true", help="count a line as often as it occurs"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the tokenizer in out_dir")
+    add("--keep_repeats", action="store_true", help="count a line as often as it occurs")
+    add("--overwrite", action="store_true", help="replace the tokenizer in out_dir")
     args = parser.parse_args()
     files = [path for path, _ in args.files]
     args.eval = args.eval or files
