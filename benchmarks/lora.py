@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from common import make_parser
+from dataset import collate
+from dataset.packing import make_row
 from model import MiniMindLM, apply_lora, save_lora, save_weights
 from training import Distributed
 from training.run import peak_memory
@@ -34,15 +36,9 @@ def build(args: argparse.Namespace, kind: str, world: Distributed) -> MiniMindLM
 
 def make_batch(args: argparse.Namespace, world: Distributed) -> dict[str, Tensor]:
     """Full rows of random ids, every one of them a target."""
-    ids = torch.randint(16, 6400, (args.batch_size, args.max_seq_len + 1), device=world.device)
-    ones = torch.ones_like(ids[:, 1:])
-    return {
-        "input_ids": ids[:, :-1],
-        "targets": ids[:, 1:],
-        "loss_mask": ones.float(),
-        "position_ids": ones.cumsum(1) - 1,
-        "attention_mask": ones,
-    }
+    ids = torch.randint(16, 6400, (args.batch_size, args.max_seq_len + 1))
+    ones = torch.ones(args.max_seq_len)
+    return world.to_device(collate([make_row([(row[:-1], row[1:], ones)], 0) for row in ids]))
 
 
 def measure_memory(args: argparse.Namespace, kind: str) -> dict[str, float]:

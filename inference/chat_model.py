@@ -85,15 +85,15 @@ def make_decoder(model: MiniMindLM, quantize: str | None, rows: int) -> Decoder:
     """The decoder that computes a model's tokens."""
     if quantize is None:
         return TorchDecoder(model, rows)
+    flag = f"--quantize {quantize}: "
     if model.device.type != "cpu":
-        raise UserError(f"--quantize {quantize}: on a CPU only; add --device cpu")
+        raise UserError(f"{flag}on a CPU only; add --device cpu")
     try:
         from model.onnx_decoder import OnnxDecoder
 
         return OnnxDecoder(model, rows)
     except ImportError as error:
-        raise UserError(
-            f"--quantize {quantize}: needs {error.name}: pip install -r scripts/requirements.txt"
-        ) from None
+        hint = "pip install -r scripts/requirements.txt"
+        raise UserError(f"{flag}needs {error.name}: {hint}") from None
     except ValueError as error:
-        raise UserError(f"--quantize {quantize}: {error}") from None
+        raise UserError(f"{flag}{error}") from None

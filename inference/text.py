@@ -11,9 +11,6 @@ class TextStream:
     """Decodes tokens to pieces of text, and ends the text before a stop string.
 
     A piece consists of whole characters. What may be the beginning of a stop string is held back.
-
-    Attributes:
-        stopped: whether the text has ended before a stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
@@ -23,7 +20,7 @@ class TextStream:
         self._text = ""  # all so far
         self._n_returned = 0  # characters of it that were returned
         self._stop = tuple(stop)
-        self.stopped = False
+        self.stopped = False  # whether the text has ended before a stop string
 
     def add(self, token: int) -> str:
         """Add a token, and return the text that it makes certain; none once the text has ended."""
