@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from common import ROOT, UserError, make_parser, positive_int, seed
+from diagnosis.metrics import read_metrics
 from model.weights import check_sums, read_pickle
 
 DIM = 32
@@ -76,10 +77,8 @@ class Run:
         return int(found[1]) if found else 0 if "a new run starts" in printed else None
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of the metrics file; one that is being written is left out."""
-        path = self.out / "logs" / NAME / "metrics.jsonl"
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+        """The lines of the metrics file, without times."""
+        lines = read_metrics(self.out / "logs" / NAME / "metrics.jsonl")
         return [{key: line[key] for key in line if key not in TIMES} for line in lines]
 
     def writing(self) -> str | None:

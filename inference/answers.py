@@ -65,9 +65,7 @@ def parse_line(chat_model: ChatModel, line: bytes, system: str | None) -> Questi
     return Question(json.loads(line), ids, text, reference)
 
 
-def generate_answers(
-    chat_model: ChatModel, prompts: Sequence[list[int]], **options: Any
-) -> list[str]:
+def generate_answers(chat_model: ChatModel, prompts: list[list[int]], **options: Any) -> list[str]:
     """Answer prompts, as many at a time as the decoder has rows; options as of `generate`."""
     answers = chat_model.model.batch_generate(
         list(map(torch.tensor, prompts)),

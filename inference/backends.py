@@ -83,9 +83,8 @@ class Endpoint:
 
     def models(self) -> dict[str, bool]:
         """As in LocalModels; a model answers conversations unless its name is of pretraining."""
-        return {
-            model.id: not model.id.startswith(PRETRAINED) for model in self.client.models.list()
-        }
+        names = [model.id for model in self.client.models.list()]
+        return {name: not name.startswith(PRETRAINED) for name in names}
 
     def stream(
         self, model: str, messages: Sequence[Mapping[str, str]], settings: Settings

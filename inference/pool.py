@@ -104,9 +104,8 @@ class ModelPool:
             self._tokenizer = tokenizer_hash(load_tokenizer(self.spec.tokenizer_path))
         except UserError as error:
             LOG.warning("%s", error)
-        for path, about in sorted(
-            list_weights(self.spec.out_dir), key=lambda entry: entry[1]["stage"] == PRETRAINED
-        ):
+        found = list_weights(self.spec.out_dir)
+        for path, about in sorted(found, key=lambda entry: entry[1]["stage"] == PRETRAINED):
             if about["tokenizer"] == self._tokenizer:
                 add(path, chats=about["stage"] != PRETRAINED)
         for path in list_adapters(self.spec.out_dir) if cards else ():
@@ -163,11 +162,9 @@ class ModelPool:
         try:
             return self._read(old.card)
         except Exception as error:  # also that both do not fit into memory
-            text = (
-                f"{old.card.path.stem}: its files have changed and cannot be loaded; the old ones "
-            )
-            text += f"stay in use: {error}"
-            LOG.warning(text, exc_info=not isinstance(error, UserError))
+            text = "its files have changed and cannot be loaded; the old ones stay in use"
+            unexpected = not isinstance(error, UserError)
+            LOG.warning("%s: %s: %s", old.card.path.stem, text, error, exc_info=unexpected)
             return replace(old, versions=versions)
 
     def _read(self, card: ModelCard) -> LoadedModel:

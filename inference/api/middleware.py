@@ -128,18 +128,13 @@ class RequestMiddleware:
         """Count a request that has ended, and log it without any of its texts."""
         path, choices = scope["path"], scope["state"].get("choices")
         if self.log is not None:
-            print(
-                datetime.now().astimezone().isoformat(timespec="milliseconds"),
-                scope["method"],
-                printable(path),
-                status or "-",
-                f"model={printable(scope['state'].get('model', ''))}",
-                f"prompt_tokens={choices.prompt_tokens if choices else '-'}",
-                f"completion_tokens={choices.completion_tokens if choices else '-'}",
-                f"seconds={time.perf_counter() - start:.3f}",
-                file=self.log,
-                flush=True,
-            )
+            now = datetime.now().astimezone().isoformat(timespec="milliseconds")
+            line = f"{now} {scope['method']} {printable(path)} {status or '-'}"
+            line += f" model={printable(scope['state'].get('model', ''))}"
+            for name in ("prompt_tokens", "completion_tokens"):
+                line += f" {name}={getattr(choices, name, '-')}"
+            line += f" seconds={time.perf_counter() - start:.3f}"
+            print(line, file=self.log, flush=True)
         if path.startswith("/v1/models/"):
             path = "/v1/models/{name}"
         elif path not in PATHS:
