@@ -146,7 +146,7 @@ class Chat:
         if self.history_cnt is not None:
             past = past[self.conversation.last_exchanges(self.history_cnt) :]
         messages = replace(self.conversation, messages=[*past, question]).prompt()
-        if self.chat_model.encoder is None:
+        if not self.chat_model.chats:
             print(text, end="", flush=True)
         answer, options = "", generation_options(self.settings)
         try:
@@ -162,7 +162,7 @@ class Chat:
         except KeyboardInterrupt:
             print(" …", end="")
         print()
-        if self.chat_model.encoder is not None:
+        if self.chat_model.chats:
             self.conversation.messages += [question, {"role": "assistant", "content": answer}]
 
     def run_command(self, line: str) -> None:
@@ -251,7 +251,7 @@ def converse(chat: Chat) -> None:
     sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to end
     with contextlib.suppress(ImportError):  # Windows' own terminal edits lines by itself
         import readline  # noqa: F401  it gives `input` its editing and history
-    chats = chat.chat_model.encoder is not None
+    chats = chat.chat_model.chats
     beginning = "a message and press Enter; /help lists commands."
     if not chats:
         beginning = "a beginning and press Enter; Ctrl-D leaves."

@@ -64,7 +64,7 @@ def main() -> None:
         peer: lambda i: peer_step({**batches[i], "asked": ask(batches[i])}),
     }
     amounts = dict.fromkeys(contenders, pairs)
-    harness.compare_speeds(contenders, world.device, amounts, "pairs/s", peer)
+    harness.compare_speeds(contenders, amounts, "pairs/s", peer)
 
 
 if __name__ == "__main__":

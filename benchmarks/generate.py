@@ -76,7 +76,7 @@ def main() -> None:
         generators = contenders(model, peer, prompts, args.new)
         tokens = dict.fromkeys(generators, [rows * args.new] * (WARM_UP + args.rounds))
         print(f"\nbatch {rows}", end="")
-        speeds = compare_speeds(generators, device, tokens, "tokens/s", PEER)
+        speeds = compare_speeds(generators, tokens, "tokens/s", PEER)
         if rows == 1:
             single = speeds
             for name in (PEER, "MiniMind, decoder kept"):

@@ -17,6 +17,7 @@ from model import LMConfig, MiniMindLM, token_losses
 from training import Distributed, autocast_dtype, find_processes
 
 WARM_UP = 2  # rounds that do not count
+Contenders = Mapping[str, Callable[[int], object]]  # by name; functions of the round's number
 
 
 def parse_flags(parser: argparse.ArgumentParser, **defaults: int) -> argparse.Namespace:
@@ -108,17 +109,11 @@ def in_own_process(measure: Callable[..., Any], *arguments: object) -> Any:
         return pool.submit(measure, *arguments).result()
 
 
-def time_in_turns(
-    contenders: Mapping[str, Callable[[int], object]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Call all contenders in turn, so that a machine that slows down slows all.
-
-    They are functions of the round's number, which counts WARM_UP rounds too. Returns the seconds
-    of each round that counts, by name.
-    """
+def time_in_turns(contenders: Contenders, rounds: int) -> dict[str, list[float]]:
+    """The seconds of each round, in which all are called in turn: a slow machine slows all."""
 
     def clock() -> float:
-        if device.type == "cuda":
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -133,11 +128,7 @@ def time_in_turns(
 
 
 def compare_speeds(
-    contenders: Mapping[str, Callable[[int], object]],
-    device: torch.device,
-    amounts: Mapping[str, Sequence[float]],
-    unit: str,
-    baseline: str,
+    contenders: Contenders, amounts: Mapping[str, Sequence[float]], unit: str, baseline: str
 ) -> dict[str, float]:
     """Time contenders in turns; print their speeds and ratios to the baseline's, as medians.
 
@@ -147,7 +138,7 @@ def compare_speeds(
     rounds = len(amounts[baseline]) - WARM_UP
     speeds = {
         name: list(map(operator.truediv, amounts[name][WARM_UP:], seconds))
-        for name, seconds in time_in_turns(contenders, rounds, device).items()
+        for name, seconds in time_in_turns(contenders, rounds).items()
     }
     medians = {name: statistics.median(found) for name, found in speeds.items()}
     print(f"\n{f'median of rounds: {rounds}':36}{unit:>12}{'ratio':>8}")

@@ -71,7 +71,7 @@ def main() -> None:
     for kind, model in models.items():
         step = harness.make_step(model, harness.mean_loss(autocast))
         contenders[kind] = lambda _, step=step: step(batch)
-    seconds = harness.time_in_turns(contenders, args.rounds, world.device)
+    seconds = harness.time_in_turns(contenders, args.rounds)
     with tempfile.TemporaryDirectory() as folder:
         paths = {kind: Path(folder) / f"{kind}.pth" for kind in KINDS}
         save_weights(paths["full"], models["full"], models["full"].config, "full_sft", "")

@@ -51,7 +51,7 @@ def main() -> None:
     step = harness.make_step(harness.make_model(args, world), harness.mean_loss(autocast))
     contenders = {name: lambda i, own=own: step(own[i]) for name, own in batches.items()}
     tokens = {name: [int(b["attention_mask"].sum()) for b in own] for name, own in batches.items()}
-    harness.compare_speeds(contenders, world.device, tokens, "tokens/s", peer)
+    harness.compare_speeds(contenders, tokens, "tokens/s", peer)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def main() -> None:
     ours, their = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (own, theirs))
     print(f"{ours:.1f} M against {their:.1f} M parameters; {describe(args, device, dtype)}")
     tokens = dict.fromkeys(contenders, [args.batch_size * args.seq_len] * len(batches))
-    compare_speeds(contenders, device, tokens, "tokens/s", peer)
+    compare_speeds(contenders, tokens, "tokens/s", peer)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ class Question(NamedTuple):
 
 
 def read_questions(
-    chat_model: ChatModel, path: Path, system: str | None = None, skip_bad_lines: float = 0.0
+    chat_model: ChatModel, path: Path, system: str | None, skip_bad_lines: float
 ) -> list[Question]:
     """Read the lines of a JSONL file: conversations, or texts for pretrained weights to continue.
 

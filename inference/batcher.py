@@ -72,17 +72,13 @@ class Batcher:
         self.rows = rows
         self.queue = queue
         self.loop = SamplingLoop(self.decoder)
+        self.active: list[GenerationRequest] = self.loop.active  # one for each row, in their order
         self.waiting: deque[GenerationRequest] = deque()
         self._chunks: Iterator[Tensor] | None = None  # logits of the first one's prompt, once begun
         self._seconds = 1.0  # that a request takes from its start, a running mean
         self._lock = threading.Condition()  # held to add requests, and to find that there are none
         self._retired = False
         self._thread: threading.Thread | None = None
-
-    @property
-    def active(self) -> list[GenerationRequest]:
-        """The requests that have a row of the decoder, in the order of the rows."""
-        return self.loop.active
 
     @property
     def load(self) -> int:

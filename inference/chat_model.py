@@ -1,6 +1,7 @@
 """A model to talk to: weights, tokenizer, decoder, and the way from messages to ids to text."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from model import Decoder, MiniMindLM, Tokenizer, TorchDecoder
 from .text import TextStream
 
 
+@dataclass(eq=False)
 class ChatModel:
     """A model with its tokenizer, and a decoder for `rows` sequences at a time.
 
@@ -20,20 +22,16 @@ class ChatModel:
     is not possible.
     """
 
-    def __init__(
-        self,
-        name: str,
-        model: MiniMindLM,
-        tokenizer: Tokenizer,
-        chats: bool,
-        quantize: str | None = None,
-        rows: int = 1,
-    ):
-        self.name = name
-        self.model = model
-        self.tokenizer = tokenizer
-        self.encoder = ChatEncoder(tokenizer) if chats else None
-        self.decoder = make_decoder(model, quantize, rows)
+    name: str
+    model: MiniMindLM
+    tokenizer: Tokenizer
+    chats: bool
+    quantize: str | None = None
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        self.encoder = ChatEncoder(self.tokenizer) if self.chats else None
+        self.decoder = make_decoder(self.model, self.quantize, self.rows)
 
     @property
     def context(self) -> int:

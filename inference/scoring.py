@@ -27,11 +27,7 @@ RATINGS = ("relevance", "accuracy", "fluency", "completeness")  # 1 to 5, for a 
 
 
 def score(
-    chat_model: ChatModel,
-    path: Path,
-    out: Path | None,
-    max_new_tokens: int,
-    skip_bad_lines: float = 0.0,
+    chat_model: ChatModel, path: Path, out: Path | None, max_new_tokens: int, skip_bad_lines: float
 ) -> None:
     """Print perplexity and bits per byte, and for conversations how answers compare to references.
 
@@ -45,14 +41,13 @@ def score(
         raise UserError(f"--output_file {out}: only answers to conversations can be rated")
     with tempfile.TemporaryDirectory() as folder:  # nothing is left beside the data
         row = chat_model.context if kind is SFTDataset else min(ROW, chat_model.context)
-        dataset = kind(
-            path, chat_model.tokenizer, row, cache_dir=folder, skip_bad_lines=skip_bad_lines
-        )
+        options = {"cache_dir": folder, "skip_bad_lines": skip_bad_lines}
+        dataset = kind(path, chat_model.tokenizer, row, **options)
         if not compares:
             print_loss(chat_model, dataset, path)
             return
         scorer = rouge_scorer()
-        questions = read_questions(chat_model, path, skip_bad_lines=skip_bad_lines)
+        questions = read_questions(chat_model, path, None, skip_bad_lines)
         questions = [question for question in questions if question.reference is not None]
         if not questions:
             raise UserError(f"--score {path}: no conversation ends with an answer")

@@ -89,13 +89,10 @@ def load(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
 
 
 def answer(
-    model: MiniMindLM,
-    records: Sequence[Mapping[str, Any]],
-    tokenizer: Tokenizer,
-    device: torch.device,
+    model: MiniMindLM, records: Sequence[Mapping[str, Any]], tokenizer: Tokenizer
 ) -> list[str]:
     """The model's greedy answers to the questions of a test."""
-    chat_model = ChatModel("", model.to(device).eval(), tokenizer, chats=True, rows=ROWS)
+    chat_model = ChatModel("", model, tokenizer, chats=True, rows=ROWS)
     prompts = [chat_model.chat_ids(record["conversations"][:1]) for record in records]
     return generate_answers(chat_model, prompts, max_new_tokens=LONGEST_ANSWER)
 
@@ -111,7 +108,9 @@ def main() -> None:
     *_, last = models
     torch.manual_seed(0)
     models = {UNTRAINED: MiniMindLM(models[last].config), **models}
-    answers = {name: answer(model, records, tokenizer, device) for name, model in models.items()}
+    answers = {
+        name: answer(model.to(device).eval(), records, tokenizer) for name, model in models.items()
+    }
     scores = {name: score_answers(records, given) for name, given in answers.items()}
     table = format_scorecard(scores)
     examples = format_examples(records, answers[last])

@@ -9,6 +9,7 @@ from functools import partial
 
 from ..batcher import Batcher, Event, GenerationRequest, QueueFull, Token
 from ..text import TextStream
+from .middleware import Limits
 from .schema import BaseRequest, CompletionRequest
 
 # Between the seeds of a request's choices: the second of one seed is not the first of the next.
@@ -35,18 +36,13 @@ class Chunk:
 
 
 class Choices:
-    """The choices of one request: `n` for each prompt. After `max_seconds` they end as they are.
+    """The choices of one request: `n` for each prompt. After some time they end as they are.
 
     Raises QueueFull if the batcher has not enough room.
     """
 
     def __init__(
-        self,
-        batcher: Batcher,
-        prompts: Sequence[Prompt],
-        request: BaseRequest,
-        max_tokens: int,
-        max_seconds: float,
+        self, batcher: Batcher, prompts: Sequence[Prompt], request: BaseRequest, limits: Limits
     ):
         self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         self.completion_tokens = 0  # so far
@@ -59,11 +55,11 @@ class Choices:
         self._texts = [TextStream(tokenizer, request.stop_strings()) for _ in self._prompts]
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        deadline = time.monotonic() + max_seconds
+        deadline = time.monotonic() + limits.max_seconds
         self._requests = [
             GenerationRequest(
                 ids=prompt.ids,
-                max_new_tokens=max_tokens,
+                max_new_tokens=request.max_new_tokens(limits.max_tokens),
                 sampling=request.sampling(),
                 seed=None if request.seed is None else (request.seed + i * SEED_STEP) % 2**63,
                 emit=partial(self._emit, i),
