@@ -10,7 +10,7 @@ and onnx (scripts/requirements.txt).
 from collections.abc import Callable
 
 import torch
-from harness import WARM_UP, compare_speeds, describe, make_peer, parse_flags
+from harness import WARM_UP, Contenders, compare_speeds, describe, make_peer, parse_flags
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -27,9 +27,7 @@ VIEWS = {
 }
 
 
-def contenders(
-    model: MiniMindLM, peer: nn.Module, prompts: Tensor, new: int
-) -> dict[str, Callable[[int], object]]:
+def contenders(model: MiniMindLM, peer: nn.Module, prompts: Tensor, new: int) -> Contenders:
     """What continues the prompts (B, T) by `new` tokens each, by name."""
     rows = len(prompts)
     options = {"max_new_tokens": new, "eos_token_id": -1}

@@ -127,9 +127,8 @@ def rouge_scorer() -> "RougeScorer":
         import sacrebleu  # noqa: F401  which `compare_answers` needs
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise UserError(
-            f"--score: needs {error.name}: pip install -r scripts/requirements.txt"
-        ) from None
+        hint = "pip install -r scripts/requirements.txt"
+        raise UserError(f"--score: needs {error.name}: {hint}") from None
     return RougeScorer(["rougeL"], tokenizer=WordsAndCharacters())
 
 

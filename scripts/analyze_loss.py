@@ -55,11 +55,6 @@ class Sample(NamedTuple):
     learnt: np.ndarray  # (T,) bool, whether training learns the token
     roles: np.ndarray  # (T,) str, role of the message that the token belongs to, or "text"
 
-    @property
-    def mean_loss(self) -> float:
-        """Of the learnt tokens."""
-        return self.losses[self.learnt].mean(dtype=np.float64)
-
 
 @torch.no_grad()
 def score_samples(
@@ -185,10 +180,11 @@ def main() -> None:
         for grouping, table in losses.items()
     }
     print(table_text(shown))
+    means = [s.losses[s.learnt].mean(dtype=np.float64) for s in samples]
     worst = [
-        f"{s.mean_loss:.4f}  {dataset.store.path}:{dataset.line_number(s.index)}  "
+        f"{mean:.4f}  {dataset.store.path}:{dataset.line_number(s.index)}  "
         f"{' '.join(s.text.split())[:100]}"
-        for s in sorted(samples, key=lambda s: -s.mean_loss)[:WORST]
+        for mean, s in sorted(zip(means, samples, strict=True), key=lambda pair: -pair[0])[:WORST]
     ]
     print("the worst samples, by mean loss of learnt tokens\n" + "\n".join(worst))
     if args.out_dir:

@@ -25,10 +25,8 @@ from further_stages import SETTINGS, Quickstart, copy_beginning, run_further_sta
 
 REQUIREMENTS = ["requirements.txt", "scripts/plot_requirements.txt"]
 SAMPLE = ROOT / "dataset" / "sample"
-FILES = [
-    *("pretrain.jsonl", "sft.jsonl", "test.jsonl"),
-    *("dpo.jsonl", "dpo_test.jsonl", "lora.jsonl", "lora_test.jsonl"),
-]
+NAMES = ("pretrain", "sft", "test", "dpo", "dpo_test", "lora", "lora_test")
+FILES = [f"{name}.jsonl" for name in NAMES]
 SMOKE_LINES, SMOKE_QUESTIONS = 300, 100  # of each file and each test, with --smoke
 
 VOCABULARY, SMOKE_VOCABULARY = 3200, 600  # a small world needs few words, and learns them faster
@@ -135,13 +133,8 @@ def main() -> int:
     tokenizer = args.out_dir / "tokenizer"
     start = Quickstart(python, args.out_dir, sample, tokenizer, model, ROWS, args.smoke)
     weights = train(start, args.control or args.smoke)
-    scores = start.score(
-        "Scores on questions that no training file holds",
-        "test.jsonl",
-        weights,
-        *["--out", args.out_dir / "scorecard.md"],
-        figures="scores.json",
-    )
+    title, out = "Scores on questions that no training file holds", args.out_dir / "scorecard.md"
+    scores = start.score(title, "test.jsonl", weights, "--out", out, figures="scores.json")
     further = run_further_stages(start, scores[PRETRAINED], scores[BOTH]) if args.all else []
     print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes of computing in this start.")
     below = [] if args.smoke else misses(scores) + further

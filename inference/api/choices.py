@@ -100,6 +100,7 @@ class Choices:
             if index not in running:
                 continue
             text, piece, reason = self._texts[index], "", None
+            began = self.completion_tokens and not self._scores_prompts
             if isinstance(event, list):
                 held[index] = event[self._prompts[index].n_hidden :]
                 if held[index]:  # the first one is unscored: in the text it has none before it
@@ -115,9 +116,7 @@ class Choices:
                     reason = "stop"
             elif isinstance(event, str):
                 piece, reason = text.finish(), event
-            elif (
-                isinstance(event, QueueFull) and self.completion_tokens and not self._scores_prompts
-            ):
+            elif isinstance(event, QueueFull) and began:
                 reason = "length"
             else:
                 raise event
