@@ -239,7 +239,7 @@ class Batcher:
 
 
 def with_logprobs(tokens: Sequence[int], logits: Tensor, top: int) -> list[Token]:
-    """Give tokens their log-probabilities and the `top` most likely ones, by (T, vocab_size)."""
+    """Give tokens log-probabilities and the `top` most likely ones, from logits (T, vocab_size)."""
     logprobs = logits.float().log_softmax(-1).clamp(min=MIN_LOGPROB)
     own = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
     values, ids = logprobs.topk(top)

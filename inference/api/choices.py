@@ -36,7 +36,7 @@ class Chunk:
 
 
 class Choices:
-    """The choices of one request: `n` for each prompt. After some time they end as they are.
+    """The choices of one request, `n` for each prompt; they end after `limits.max_seconds`.
 
     Raises QueueFull if the batcher has not enough room.
     """
