@@ -17,7 +17,7 @@ from .model_lora import (
     weights_hash,
 )
 from .sampling import Sampling
-from .tokenizer import load_tokenizer, tokenizer_hash
+from .tokenizer import Tokenizer, load_tokenizer, tokenizer_hash
 from .weights import (
     load_lora,
     load_model,
