@@ -18,21 +18,16 @@ import math
 import sys
 import time
 from contextlib import nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import training
 from dataset import DPODataset, PairRows, collate_pairs
 from model import weights_hash
 from sample_world import SAMPLE, ensure_sample
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # (parameters up to, lowest, highest): learning rates outside make a warning.
 LEARNING_RATES = ((1e7, 1e-6, 5e-4), (6e7, 5e-7, 1e-4), (math.inf, 1e-7, 2e-5))
@@ -116,22 +111,6 @@ def set_lengths(args: argparse.Namespace) -> None:
             f"of --max_seq_len {row}"
         )
     args.max_prompt_length, args.max_completion_length = prompt, reply
-
-
-def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> training.Splits:
-    """The pairs to train on, to validate on and to test on."""
-
-    def open_file(path: Path, scored: bool) -> DPODataset:
-        return DPODataset(
-            ensure_sample(path),
-            tokenizer,
-            args.max_prompt_length,
-            args.max_completion_length,
-            cache_dir=args.cache_dir,
-            skip_bad_lines=args.skip_bad_lines,
-        )
-
-    return training.open_splits(args, open_file, PairRows)
 
 
 def reply_logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -222,20 +201,15 @@ def is_real(batch: dict[str, Tensor]) -> Tensor:
     return batch["sample"] >= 0
 
 
-def train_epoch(
-    run: training.Run,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> None:
+def train_epoch(run: training.Run) -> None:
     """Take the steps that are left of the epoch, or until the run ends.
 
     Loss and auxiliary loss of a step are means over the pairs of all its micro-batches and
     processes, so these are counted first.
     """
-    world = run.world
+    world, model, optimizer, scaler = run.world, run.model, run.optimizer, run.scaler
     model.train()
-    for batches in run.accumulations(model):
+    for batches in run.accumulations():
         counts = [torch.stack((is_real(b).sum(), b["loss_mask"].sum())) for b in batches]
         pairs, tokens = world.all_reduce_sum(sum(counts)).tolist()
         lr = training.get_lr(*run.schedule)
@@ -265,14 +239,14 @@ def train_epoch(
 
 
 @torch.no_grad()
-def score_reference(run: training.Run, reference: nn.Module, key: str, rows: PairRows) -> bool:
-    """Cache the reference's log-probability of every reply as `key`; False if a signal came."""
+def score_reference(run: training.Run, reference: nn.Module, key: str, rows: PairRows) -> None:
+    """Cache the reference's log-probability of every reply as `key`, unless a signal comes."""
     world, started = run.world, time.perf_counter()
     reference.eval()
     scores = torch.zeros(len(rows), 2, dtype=world.sum_dtype, device=world.device)
     for batch in run.loader(rows):
         if run.check_signal():
-            return False
+            return
         batch = world.to_device(batch)
         with run.autocast:
             logps, *_ = reply_logps(reference, batch)
@@ -284,7 +258,6 @@ def score_reference(run: training.Run, reference: nn.Module, key: str, rows: Pai
         f"reference on {rows.dataset.store.path}: {len(rows):,} pairs in {seconds:.1f} s "
         f"({len(rows) / seconds:.0f} pairs/s), cached beside the data"
     )
-    return True
 
 
 def train(setup: training.Setup, data: training.Splits, stop: training.StopSignal) -> int:
@@ -307,30 +280,19 @@ def train(setup: training.Setup, data: training.Splits, stop: training.StopSigna
         reference = copy.deepcopy(setup.raw_model)
         reference.load_state_dict(world.broadcast(reference.state_dict()))
         reference.to(world.device)
-    raw_model = setup.raw_model.to(world.device)
-    optimizer = training.make_optimizer(raw_model, args)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
 
     def score(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         losses, figures, *_ = pair_losses(model, batch, args)
         return {"loss": losses, **figures, "targets": is_real(batch)}
 
-    run = training.start_run(setup, data, stop, optimizer, scaler, score)
+    run = training.start_run(setup, data, stop, score)
     if run is None:
         return 0
-    # Asked again: two parts may be of one file.
-    scored = all(
-        score_reference(run, reference, key, rows) for rows in unscored if is_unscored(rows)
-    )
+    for rows in unscored:
+        if is_unscored(rows):  # asked again: two parts may be of one file
+            score_reference(run, reference, key, rows)
     del reference
-    model = torch.compile(raw_model) if args.compile else raw_model
-    if world.is_distributed:
-        model = DistributedDataParallel(model, world.device_ids)
-    if scored:
-        run.validate_if_due(model)  # first of the starting weights
-    while run.going_on:
-        train_epoch(run, model, optimizer, scaler)
-    return run.finish()
+    return run.train(train_epoch)
 
 
 def main() -> int:
@@ -346,7 +308,13 @@ def main() -> int:
         training.load_first_weights(setup)
         setup.frozen["--from_weight"] = weights_hash(setup.raw_model)
         training.find_resume(setup)
-        data = open_data(args, setup.tokenizer)
+        dataset = partial(
+            DPODataset,
+            tokenizer=setup.tokenizer,
+            max_prompt_length=args.max_prompt_length,
+            max_completion_length=args.max_completion_length,
+        )
+        data = training.open_splits(args, ensure_sample, dataset, make_rows=PairRows)
         training.check_resume(setup, data.train)
         with training.open_process_group(setup.world), training.StopSignal() as stop:
             return train(setup, data, stop)

@@ -25,7 +25,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from common import UserError
+from common import UserError, report_os_errors
 
 from .distributed import Distributed
 
@@ -59,11 +59,9 @@ def lock_run(weights: Path, world: Distributed, dry_run: bool) -> Iterator[None]
         yield
         return
     path = _lock_path(weights)
-    try:
+    with report_os_errors(f"--out_dir {path.parent}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _acquire(path, weights)
-    except OSError as error:
-        raise UserError(f"--out_dir {path.parent}: {error.strerror or error}") from None
     if hasattr(os, "register_at_fork"):
         # A forked loader process outlives a main process that is killed by some seconds.
         os.register_at_fork(after_in_child=file.close)
