@@ -95,11 +95,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def set_lengths(args: argparse.Namespace) -> None:
-    """Divide the row between prompt and reply, as far as the flags do not.
-
-    Raises:
-        UserError: if the two do not fit.
-    """
+    """Divide the row between prompt and reply, as far as the flags do not; or UserError."""
     row, prompt, reply = args.max_seq_len, args.max_prompt_length, args.max_completion_length
     if prompt is None:
         prompt = row // 2 if reply is None else row - reply

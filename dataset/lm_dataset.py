@@ -92,6 +92,8 @@ class SFTDataset(ChatDataset):
         loss_weighting: Literal["token", "sample"] = "token",
         **options: Any,
     ) -> None:
+        if loss_weighting not in ("token", "sample"):
+            raise ValueError(f"loss_weighting {loss_weighting!r} is neither token nor sample")
         self.max_turns = max_turns
         self.loss_weighting = loss_weighting
         super().__init__(path, tokenizer, max_length, **options)

@@ -23,11 +23,8 @@ def read_records(path: Path) -> Iterator[Record]:
 
     They are the lines of a JSON Lines file, blank ones left out, or the elements of a JSON array.
     Of a line beyond MAX_LINE_BYTES comes only as much as shows that it is too long. The file is
-    never in memory as a whole.
-
-    Raises:
-        UserError: see `check_file`; also if an array is cut off or broken, such that it is unclear
-            where its next element begins.
+    never in memory as a whole. Raises UserError as `check_file`; also if an array is cut off or
+    broken, such that it is unclear where its next element begins.
     """
     try:
         yield from check_file(path)(path)
@@ -38,9 +35,7 @@ def read_records(path: Path) -> Iterator[Record]:
 def check_file(path: Path) -> Read:
     """What reads the records of a file, by its format.
 
-    Raises:
-        UserError: if the file is missing, a folder, empty, or of another format; the text names the
-            format and what to do about it.
+    UserError if the file is missing, a folder, empty, or of another format, which it names.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a JSONL file")

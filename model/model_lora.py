@@ -91,16 +91,9 @@ def apply_lora(
 ) -> None:
     """Add a new adapter to the model and activate it; from now on nothing else is trained.
 
-    Args:
-        model: the base, which may have other adapters.
-        rank: rows of A, columns of B.
-        alpha: scale of the product, in units of the rank.
-        dropout: probability of dropping an input.
-        target_modules: last names of the projections that get it, of `TARGETS`.
-        name: name of the adapter, for `use_lora`.
-
-    Raises:
-        ValueError: for a bad setting, a name that is taken, or while an adapter is merged.
+    `alpha` scales the product in units of the rank; `target_modules` are the last names of the
+    projections that get it, of TARGETS. The model may have other adapters. Raises ValueError for a
+    bad setting, a name that is taken, or while an adapter is merged.
     """
     _check_unmerged(model)
     if not target_modules:

@@ -34,7 +34,7 @@ def resolve_weights(flag: str, name: str, out_dir: Path, config: LMConfig) -> Pa
     """Find the file that a flag names.
 
     `name` is a .pth file; or the stage, the whole name or the --run_name of a file in `out_dir`.
-    Raises UserError if there is no such file, or several have this --run_name.
+    UserError if there is no such file, or several have this --run_name.
     """
     usual = Path(name) if name.endswith(".pth") else weights_path(out_dir, name, config)
     pattern = weights_path(Path(), "*", config, name).name
@@ -240,11 +240,8 @@ def load_model(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
 def first_difference(path: Path, state: dict[str, torch.Tensor], model: nn.Module) -> str | None:
     """Describe the first name or shape in which a file's weights differ from the model's."""
     if about := read_about(path):
-        there, here = about["config"], model.config
-        names = ["use_moe", "dim", "n_layers", "n_heads", "n_kv_heads"]
-        if there.use_moe and here.use_moe:
-            names += ["n_routed_experts", "n_shared_experts", "num_experts_per_tok"]
-        for name in names:  # some of which do not show in any tensor's shape
-            if getattr(there, name) != getattr(here, name):
-                return f"--{name} is {getattr(there, name)} there, {getattr(here, name)} here"
+        there, here = about["config"].shape, model.config.shape
+        for name in there:  # use_moe first, on which the others depend
+            if there[name] != here[name]:
+                return f"--{name} is {there[name]} there, {here[name]} here"
     return state_difference(state, trained_state(model))

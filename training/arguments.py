@@ -50,13 +50,10 @@ def pattern_and_number(text: str) -> tuple[str, float]:
 def add_stage_arguments(
     parser: argparse.ArgumentParser, *, packing: bool = True, **defaults: Any
 ) -> None:
-    """Add the flags that every training stage has.
+    """Add the flags that every training stage has, with the stage's own defaults, by flag name.
 
-    Args:
-        parser: where to add them.
-        packing: False where rows cannot hold several documents.
-        defaults: the stage's own defaults, by flag name: at least data_path, from_weight,
-            learning_rate, weight_decay, epochs, batch_size, grad_clip and max_seq_len.
+    At least data_path, from_weight, learning_rate, weight_decay, epochs, batch_size, grad_clip and
+    max_seq_len need one. `packing` is False where rows cannot hold several documents.
     """
     switch: dict[str, Any] = {"action": BooleanFlag, "default": False}
     model = parser.add_argument_group("model")

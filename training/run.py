@@ -164,13 +164,8 @@ class Run:
     ) -> None:
         """Count a finished step, one whose update was skipped if a figure is not finite.
 
-        Args:
-            batches: this process's micro-batches.
-            totals: sums over them, added up over all processes.
-            targets: what the loss is a mean over: weights of target tokens, or pairs.
-            tokens: target tokens of all processes.
-            lr: the learning rate.
-            grad_norm: gradient norm before clipping.
+        `batches` are this process's; the other figures are of all processes: the loss is a mean
+        over `targets`, weights of target tokens or pairs; `grad_norm` is that before clipping.
         """
         state, tally, sums = self.state, self.state.tally, totals.sums
         state.row += self.setup.rows_per_step

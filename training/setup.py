@@ -78,10 +78,8 @@ class Setup:
 
     def identity(self, rows: Rows) -> dict[str, Any]:
         """By flag, what may not change when a run on these rows is resumed."""
-        shape = ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe")
-        experts = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok")
         data = ("max_seq_len", "packing", "val_ratio", "seed", "lr_scale", "weight_decay_for")
-        flags = (*shape, *(experts if self.args.use_moe else ()), *data, *self.stage.identity)
+        flags = (*self.raw_model.config.shape, *data, *self.stage.identity)
         values = json_arguments(self.args)
         return {f"--{name}": values[name] for name in flags if name in values} | {
             "--tokenizer_path": self.tokenizer_hash,

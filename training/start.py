@@ -122,7 +122,8 @@ def start_run(setup: Setup, data: Splits, stop: StopSignal, score: Score) -> Run
     saver = Saver(setup, setup.identity(data.train), optimizer, scaler, record.print, saved_as)
     model = torch.compile(raw_model) if args.compile else raw_model
     if world.is_distributed:
-        model = DistributedDataParallel(model, world.device_ids)
+        on_cuda = world.device.type == "cuda"
+        model = DistributedDataParallel(model, [world.device.index] if on_cuda else None)
     speed = plan.peak_tokens_per_second()
     return Run(setup, data, model, state, saver, record, stop, score, speed)
 
