@@ -74,9 +74,7 @@ def parse_args() -> argparse.Namespace:
         help="run the teacher once, and cache its TOP most probable tokens of each target",
     )
     training.add_chat_arguments(parser)
-    args = parser.parse_args()
-    training.check_stage_arguments(args)
-    return args
+    return training.parse_stage_arguments(parser)
 
 
 def target_logits(
@@ -243,10 +241,8 @@ def main() -> int:
     setup.notes.append(note)
     with training.lock_run(setup.path, setup.world, args.dry_run):
         training.find_resume(setup)
-        if setup.resume is None:
-            training.load_first_weights(setup)
+        training.load_first_weights(setup)
         data = training.open_chat_splits(setup, ensure_sample)
-        training.check_resume(setup, data.train)
         if args.cache_teacher and not args.dry_run:
             # Before the processes connect: the others wait for a file, which no time-out ends.
             key = f"{setup.frozen['--teacher_weight'][:16]}_{args.temperature:g}_{setup.dtype}"

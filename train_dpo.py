@@ -80,8 +80,7 @@ def parse_args() -> argparse.Namespace:
         type=common.positive_int,
         help="most tokens of a reply; default: the rest of the row",
     )
-    args = parser.parse_args()
-    training.check_stage_arguments(args)
+    args = training.parse_stage_arguments(parser)
     if args.from_weight == "none":
         raise common.UserError("--from_weight none: a preference needs a model to compare with")
     if args.beta is None:
@@ -310,8 +309,7 @@ def main() -> int:
             max_prompt_length=args.max_prompt_length,
             max_completion_length=args.max_completion_length,
         )
-        data = training.open_splits(args, ensure_sample, dataset, make_rows=PairRows)
-        training.check_resume(setup, data.train)
+        data = training.open_splits(setup, ensure_sample, dataset, make_rows=PairRows)
         with training.open_process_group(setup.world), training.StopSignal() as stop:
             return train(setup, data, stop)
 

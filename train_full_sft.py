@@ -40,9 +40,7 @@ def parse_args() -> argparse.Namespace:
         max_seq_len=512,
     )
     training.add_chat_arguments(parser)
-    args = parser.parse_args()
-    training.check_stage_arguments(args)
-    return args
+    return training.parse_stage_arguments(parser)
 
 
 def train_epoch(run: training.Run) -> None:
@@ -89,10 +87,8 @@ def main() -> int:
     )
     with training.lock_run(setup.path, setup.world, args.dry_run):
         training.find_resume(setup)
-        if setup.resume is None:
-            training.load_first_weights(setup)
+        training.load_first_weights(setup)
         data = training.open_chat_splits(setup, ensure_sample)
-        training.check_resume(setup, data.train)
         return training.train(setup, data, train_epoch)
 
 

@@ -72,8 +72,7 @@ def parse_args() -> argparse.Namespace:
         help="projections that get one, in every layer and every expert",
     )
     training.add_chat_arguments(parser)
-    args = parser.parse_args()
-    training.check_stage_arguments(args)
+    args = training.parse_stage_arguments(parser)
     args.lora_target = [name for name in TARGETS if name in args.lora_target]
     if args.from_weight == "none":
         raise common.UserError("--from_weight none: an adapter needs weights to adapt")
@@ -131,7 +130,6 @@ def main() -> int:
         )
         training.find_resume(setup)
         data = training.open_chat_splits(setup, ensure_sample)
-        training.check_resume(setup, data.train)
         return training.train(setup, data, train_epoch)
 
 

@@ -41,9 +41,7 @@ def parse_args() -> argparse.Namespace:
         grad_clip=1.0,
         max_seq_len=512,
     )
-    args = parser.parse_args()
-    training.check_stage_arguments(args)
-    return args
+    return training.parse_stage_arguments(parser)
 
 
 def train_epoch(run: training.Run) -> None:
@@ -88,15 +86,13 @@ def main() -> int:
     setup = training.prepare(args, training.Stage("pretrain", LEARNING_RATES, scores_start=False))
     with training.lock_run(setup.path, setup.world, args.dry_run):
         training.find_resume(setup)
-        if setup.resume is None:
-            training.load_first_weights(setup)
+        training.load_first_weights(setup)
         dataset = partial(
             PretrainDataset,
             tokenizer=setup.tokenizer,
             max_length=args.max_seq_len + 1,  # so that X, one id shorter, can fill a row
         )
-        data = training.open_splits(args, ensure_sample, dataset)
-        training.check_resume(setup, data.train)
+        data = training.open_splits(setup, ensure_sample, dataset)
         return training.train(setup, data, train_epoch)
 
 

@@ -64,18 +64,16 @@ def main() -> int:
         grad_clip=1.0,
         max_seq_len=32,
     )
-    args = parser.parse_args()
-    training.check_stage_arguments(args)
+    args = training.parse_stage_arguments(parser)
     setup = training.prepare(args, training.Stage("toy", ((math.inf, 0, 1),)))
     with training.lock_run(setup.path, setup.world, args.dry_run):
         training.find_resume(setup)
         data = training.open_splits(
-            args,
+            setup,
             lambda path: path,
             partial(PretrainDataset, tokenizer=setup.tokenizer, max_length=33),
             make_rows=lambda dataset: PackedRows(dataset, 32),
         )
-        training.check_resume(setup, data.train)
         return training.train(setup, data, train_epoch, score)
 
 

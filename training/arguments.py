@@ -187,8 +187,9 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_stage_arguments(args: argparse.Namespace) -> None:
-    """Fill in the defaults that depend on other flags; UserError for flags that contradict."""
+def parse_stage_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse, and fill in defaults that depend on other flags; UserError for a contradiction."""
+    args = parser.parse_args()
     for name, default in MOE_DEFAULTS.items():
         if not args.use_moe and getattr(args, name) is not None:
             raise UserError(f"--{name} needs --use_moe")
@@ -212,3 +213,4 @@ def check_stage_arguments(args: argparse.Namespace) -> None:
                 raise UserError(f"--{needing} needs --val_data_path or --val_ratio")
     if args.eval_interval is None:
         args.eval_interval = args.save_interval
+    return args

@@ -129,9 +129,9 @@ def check_context(max_seq_len: int, config: LMConfig) -> None:
 
 
 def load_first_weights(setup: Setup) -> None:
-    """Load the weights that --from_weight names, if any, on the main process; or UserError."""
+    """Load what --from_weight names, if anything, on the main process, unless a run is resumed."""
     args, model = setup.args, setup.raw_model
-    if args.from_weight != "none" and setup.world.is_main:
+    if args.from_weight != "none" and setup.world.is_main and setup.resume is None:
         path = resolve_weights("--from_weight", args.from_weight, args.out_dir, model.config)
         load_weights(path, model, setup.tokenizer_hash)
 
@@ -169,13 +169,6 @@ def find_resume(setup: Setup) -> None:
     check_output(path, setup.raw_model)
 
 
-def check_resume(setup: Setup, rows: Rows) -> None:
-    """Raise UserError if a run that is resumed cannot go on with these flags and rows."""
-    if setup.resume is not None:
-        check_identity(setup.path, setup.resume, setup.identity(rows))
-        check_output(setup.path, setup.raw_model)
-
-
 def check_output(path: Path, raw_model: MiniMindLM) -> None:
     """Raise UserError if files cannot be written, or the weights there are of another shape."""
     for probe in (path.with_suffix(".probe"), log_folder(path) / ".probe"):
@@ -203,7 +196,7 @@ class Splits:
 
 
 def open_splits(
-    args: argparse.Namespace,
+    setup: Setup,
     find_file: Callable[[Path], Path],
     dataset: Callable[..., StoredDataset],
     scored: Callable[..., StoredDataset] | None = None,
@@ -212,12 +205,13 @@ def open_splits(
     """Open the data that the flags name, the smaller files first: their errors show sooner.
 
     Args:
-        args: the flags.
+        setup: what has the flags; UserError if it resumes a run of other rows or flags.
         find_file: gives the file of a path (`ensure_sample`).
         dataset: makes a data set of a file, given the arguments that all of them have.
         scored: makes those that are scored, not learnt from; None: as `dataset`.
         make_rows: makes rows of a data set; None: packed or padded, as --packing is.
     """
+    args = setup.args
     if make_rows is None:
         packed = partial(PackedRows, row_length=args.max_seq_len)
         make_rows = packed if args.packing else PaddedRows
@@ -234,7 +228,11 @@ def open_splits(
         _, held_out = open_file(args.data_path, scored).split(args.val_ratio)
         train, _ = train.split(args.val_ratio)
         val = {"held out": make_rows(held_out)}
-    return Splits(make_rows(train), val, test)
+    rows = make_rows(train)
+    if setup.resume is not None:
+        check_identity(setup.path, setup.resume, setup.identity(rows))
+        check_output(setup.path, setup.raw_model)
+    return Splits(rows, val, test)
 
 
 def open_chat_splits(setup: Setup, find_file: Callable[[Path], Path]) -> Splits:
@@ -247,4 +245,4 @@ def open_chat_splits(setup: Setup, find_file: Callable[[Path], Path]) -> Splits:
     chats = partial(
         SFTDataset, tokenizer=setup.tokenizer, max_length=length, max_turns=args.max_turns
     )
-    return open_splits(args, find_file, partial(chats, loss_weighting=args.loss_weighting), chats)
+    return open_splits(setup, find_file, partial(chats, loss_weighting=args.loss_weighting), chats)
