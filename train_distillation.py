@@ -48,31 +48,15 @@ def parse_args() -> argparse.Namespace:
         grad_clip=1.0,
         max_seq_len=512,
     )
-    teaching = parser.add_argument_group("teacher")
-    teaching.add_argument(
-        "--teacher_weight",
-        type=common.name_or_path,
-        required=True,
-        help="a stage's name, or its .pth file with a .json beside it",
-    )
-    teaching.add_argument(
-        "--alpha",
-        type=common.unit_interval,
-        default=0.5,
-        help="weight of the cross-entropy with the data; the rest is that of the KL divergence",
-    )
-    teaching.add_argument(
-        "--temperature",
-        type=common.positive_float,
-        default=2.0,
-        help="divides the logits of both models in the KL divergence",
-    )
-    teaching.add_argument(
-        "--cache_teacher",
-        type=common.positive_int,
-        metavar="TOP",
-        help="run the teacher once, and cache its TOP most probable tokens of each target",
-    )
+    add = parser.add_argument_group("teacher").add_argument
+    name = "a stage's name, or its .pth file with a .json beside it"
+    add("--teacher_weight", type=common.name_or_path, required=True, help=name)
+    weight = "weight of the cross-entropy with the data; the rest is that of the KL divergence"
+    add("--alpha", type=common.unit_interval, default=0.5, help=weight)
+    divisor = "divides the logits of both models in the KL divergence"
+    add("--temperature", type=common.positive_float, default=2.0, help=divisor)
+    cached = "run the teacher once, and cache its TOP most probable tokens of each target"
+    add("--cache_teacher", type=common.positive_int, metavar="TOP", help=cached)
     training.add_chat_arguments(parser)
     return training.parse_stage_arguments(parser)
 

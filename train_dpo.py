@@ -51,35 +51,18 @@ def parse_args() -> argparse.Namespace:
         packing=False,  # a pair is compared as a whole; batches are of like length instead
         log_interval=1,  # runs are short, and the report reads the course of the margin
     )
-    pairs = parser.add_argument_group("preference")
-    pairs.add_argument(
-        "--loss_type",
-        choices=tuple(BETA),
-        default="sigmoid_norm",
-        help="sigmoid compares sums of log-probabilities, the others means per token",
-    )
-    pairs.add_argument(
-        "--beta",
-        type=common.positive_float,
-        help="strength of the KL penalty; default: "
-        + ", ".join(f"{beta:g} for {name}" for name, beta in BETA.items()),
-    )
-    pairs.add_argument(
-        "--label_smoothing",
-        type=common.half_open_unit_interval,
-        default=0.0,
-        help="assumed share of pairs whose labels are swapped (cDPO); not for ipo",
-    )
-    pairs.add_argument(
-        "--max_prompt_length",
-        type=common.positive_int,
-        help="most tokens of a prompt; default: half of a row",
-    )
-    pairs.add_argument(
-        "--max_completion_length",
-        type=common.positive_int,
-        help="most tokens of a reply; default: the rest of the row",
-    )
+    add = parser.add_argument_group("preference").add_argument
+    compared = "sigmoid compares sums of log-probabilities, the others means per token"
+    add("--loss_type", choices=tuple(BETA), default="sigmoid_norm", help=compared)
+    betas = ", ".join(f"{beta:g} for {name}" for name, beta in BETA.items())
+    strength = f"strength of the KL penalty; default: {betas}"
+    add("--beta", type=common.positive_float, help=strength)
+    swapped = "assumed share of pairs whose labels are swapped (cDPO); not for ipo"
+    add("--label_smoothing", type=common.half_open_unit_interval, default=0.0, help=swapped)
+    prompt = "most tokens of a prompt; default: half of a row"
+    add("--max_prompt_length", type=common.positive_int, help=prompt)
+    reply = "most tokens of a reply; default: the rest of the row"
+    add("--max_completion_length", type=common.positive_int, help=reply)
     args = training.parse_stage_arguments(parser)
     if args.from_weight == "none":
         raise common.UserError("--from_weight none: a preference needs a model to compare with")

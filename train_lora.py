@@ -49,28 +49,15 @@ def parse_args() -> argparse.Namespace:
         grad_clip=1.0,
         max_seq_len=512,
     )
-    lora = parser.add_argument_group("adapter")
-    lora.add_argument("--lora_name", type=adapter_name, default="identity", help="file name")
-    lora.add_argument("--lora_rank", type=common.positive_int, default=8, help="inner width")
-    lora.add_argument(
-        "--lora_alpha",
-        type=common.positive_float,
-        default=16.0,
-        help="scale of the product: alpha / rank",
-    )
-    lora.add_argument(
-        "--lora_dropout",
-        type=common.half_open_unit_interval,
-        default=0.0,
-        help="of the adapter's input",
-    )
-    lora.add_argument(
-        "--lora_target",
-        nargs="+",
-        choices=TARGETS,
-        default=TARGETS,
-        help="projections that get one, in every layer and every expert",
-    )
+    add = parser.add_argument_group("adapter").add_argument
+    add("--lora_name", type=adapter_name, default="identity", help="file name")
+    add("--lora_rank", type=common.positive_int, default=8, help="inner width")
+    scale = "scale of the product: alpha / rank"
+    add("--lora_alpha", type=common.positive_float, default=16.0, help=scale)
+    dropped = "of the adapter's input"
+    add("--lora_dropout", type=common.half_open_unit_interval, default=0.0, help=dropped)
+    where = "projections that get one, in every layer and every expert"
+    add("--lora_target", nargs="+", choices=TARGETS, default=TARGETS, help=where)
     training.add_chat_arguments(parser)
     args = training.parse_stage_arguments(parser)
     args.lora_target = [name for name in TARGETS if name in args.lora_target]

@@ -75,10 +75,7 @@ class LMConfig:
 
     @classmethod
     def from_size(cls, size: str, **overrides: Any) -> "LMConfig":
-        """Make a published size by name: "small" (26 M), "base" (104 M) or "moe" (145 M).
-
-        Raises ValueError for another name.
-        """
+        """Make a published size by name: "small" (26 M), "base" (104 M), "moe" (145 M)."""
         if size not in PUBLISHED_SIZES:
             raise ValueError(f"size {size!r} is none of {', '.join(PUBLISHED_SIZES)}")
         return cls(**{**PUBLISHED_SIZES[size], **overrides})

@@ -184,11 +184,8 @@ class GenerationMixin(nn.Module):
         """Continue prompts (T,) int64, those of like length together, `batch_size` at a time.
 
         The options are max_new_tokens, eos_token_id, stop, generator, seed, decoder and sampling of
-        `generate`, whose errors they cause.
-
-        Returns:
-            The new tokens of each prompt, (new,) int64, without the end token; a stop sequence
-            stays.
+        `generate`, whose errors they cause. Returns the new tokens of each prompt, (new,) int64,
+        without the end token; a stop sequence stays.
         """
         rows = self._continuations(prompts, **options)
         if decoder is None:

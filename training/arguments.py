@@ -63,16 +63,14 @@ def add_stage_arguments(
     add("--n_heads", type=positive_int, default=8, help="query heads")
     add("--n_kv_heads", type=positive_int, default=2, help="key and value heads")
     add("--use_moe", **switch, help="mixture of experts")
-    experts: dict[str, tuple[Any, str]] = {
-        "n_routed_experts": (positive_int, "routed experts per layer"),
-        "n_shared_experts": (non_negative_int, "experts applied to every token"),
-        "num_experts_per_tok": (positive_int, "routed experts per token (top-k)"),
-        "aux_loss_alpha": (non_negative_float, "weight of the load-balancing loss"),
-    }
-    for name, (kind, meaning) in experts.items():
-        add(
-            f"--{name}", type=kind, help=f"{meaning}, with --use_moe; default: {MOE_DEFAULTS[name]}"
-        )
+    for name, kind, meaning in (
+        ("n_routed_experts", positive_int, "routed experts per layer"),
+        ("n_shared_experts", non_negative_int, "experts applied to every token"),
+        ("num_experts_per_tok", positive_int, "routed experts per token (top-k)"),
+        ("aux_loss_alpha", non_negative_float, "weight of the load-balancing loss"),
+    ):
+        default = f"with --use_moe; default: {MOE_DEFAULTS[name]}"
+        add(f"--{name}", type=kind, help=f"{meaning}, {default}")
     add("--dropout", type=half_open_unit_interval, default=0.0)
     add("--flash_attn", action=BooleanFlag, default=True, help="PyTorch's fused attention kernels")
     weights = "weights to start from: a .pth file, a stage's or a run's name, or none"
@@ -82,15 +80,8 @@ def add_stage_arguments(
     data = parser.add_argument_group("data")
     add = data.add_argument
     add("--data_path", type=user_path, help="JSONL file")
-    add(
-        "--val_data_path",
-        type=named_path,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="[NAME=]PATH",
-        help="JSONL files to evaluate on",
-    )
+    files = {"nargs": "+", "action": "extend", "default": [], "metavar": "[NAME=]PATH"}
+    add("--val_data_path", type=named_path, **files, help="JSONL files to evaluate on")
     held_out = "share of the documents that is held out for evaluation"
     add("--val_ratio", type=open_unit_interval, help=held_out)
     scored = "JSONL file to score the best weights on at the end"
@@ -115,18 +106,11 @@ def add_stage_arguments(
     add("--warmup_ratio", type=half_open_unit_interval, help="warm-up as a share of the run")
     add("--lr_decay", choices=DECAYS, default="cosine", help="after the warm-up")
     add("--weight_decay", type=non_negative_float)
-    for name, number_name, meaning in (
-        ("lr_scale", "FACTOR", "multiply the learning rate of parameters"),
-        ("weight_decay_for", "DECAY", "weight decay of parameters"),
-    ):
-        add(
-            f"--{name}",
-            type=pattern_and_number,
-            nargs="+",
-            default=[],
-            metavar=f"PATTERN={number_name}",
-            help=f"{meaning} whose name the pattern matches",
-        )
+    patterns: dict[str, Any] = {"type": pattern_and_number, "nargs": "+", "default": []}
+    scaled = "multiply the learning rate of parameters whose name the pattern matches"
+    add("--lr_scale", **patterns, metavar="PATTERN=FACTOR", help=scaled)
+    decayed = "weight decay of parameters whose name the pattern matches"
+    add("--weight_decay_for", **patterns, metavar="PATTERN=DECAY", help=decayed)
     add("--beta1", type=half_open_unit_interval, default=0.9)
     add("--beta2", type=half_open_unit_interval, default=0.95)
     add("--grad_clip", type=positive_float, help="largest gradient norm")
@@ -179,12 +163,8 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that stages which learn from conversations share besides."""
     add = parser.add_argument_group("conversations").add_argument
     add("--max_turns", type=positive_int, help="use only this many last turns of each")
-    add(
-        "--loss_weighting",
-        choices=("token", "sample"),
-        default="token",
-        help="token: mean over the tokens of all answers; sample: each answer counts the same",
-    )
+    means = "token: mean over the tokens of all answers; sample: each answer counts the same"
+    add("--loss_weighting", choices=("token", "sample"), default="token", help=means)
 
 
 def parse_stage_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -110,9 +110,8 @@ def start_run(setup: Setup, data: Splits, stop: StopSignal, score: Score) -> Run
     if args.dry_run:
         world.log("\n".join(notes))
         return None
-    cut_to = None if resume is None else state.metrics_bytes
     with report_os_errors(f"--out_dir {folder}"):
-        record = Record(world, folder, total_steps, state.step, cut_to, wandb_run)
+        record = Record(world, folder, total_steps, state.step, state.metrics_bytes, wandb_run)
         if world.is_main:
             vocab_size = raw_model.config.vocab_size
             write_config(folder / "config.json", args, state.run_id, vocab_size)
