@@ -86,10 +86,7 @@ def load_trained_state(model: MiniMindLM, state: dict[str, torch.Tensor]) -> Non
 
 
 def save_lora(
-    model: MiniMindLM,
-    path: Path,
-    dtype: torch.dtype = torch.float32,
-    base: str | None = None,
+    model: MiniMindLM, path: Path, dtype: torch.dtype = torch.float32, base: str | None = None
 ) -> None:
     """Write the active adapter, which is not merged, with its settings and its base's hash.
 

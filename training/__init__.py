@@ -20,4 +20,4 @@ from .setup import (
 )
 from .signals import StopSignal
 from .start import start_run, train
-from .step import StepTotals, count_targets, rows_with_text, score_tokens
+from .step import StepTotals, count_targets, rows_with_text

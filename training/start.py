@@ -30,10 +30,7 @@ from .step import Score, score_tokens
 
 
 def train(
-    setup: Setup,
-    data: Splits,
-    train_epoch: Callable[[Run], None],
-    score: Score = score_tokens,
+    setup: Setup, data: Splits, train_epoch: Callable[[Run], None], score: Score = score_tokens
 ) -> int:
     """Join the processes, start or resume the run and go through its epochs; the exit status."""
 
@@ -111,7 +108,7 @@ def start_run(setup: Setup, data: Splits, stop: StopSignal, score: Score) -> Run
         world.log("\n".join(notes))
         return None
     with report_os_errors(f"--out_dir {folder}"):
-        record = Record(world, folder, total_steps, state.step, state.metrics_bytes, wandb_run)
+        record = Record(world, folder, total_steps, state, wandb_run)
         if world.is_main:
             vocab_size = raw_model.config.vocab_size
             write_config(folder / "config.json", args, state.run_id, vocab_size)
