@@ -27,7 +27,14 @@ from torch import Tensor, nn
 
 import training
 from dataset import PackedRows, PaddedRows, TeacherTopK, collate_with_teacher, make_loader
-from model import MiniMindLM, load_model, resolve_weights, weights_hash
+from model import (
+    MiniMindLM,
+    find_targets,
+    load_model,
+    resolve_weights,
+    target_logits,
+    weights_hash,
+)
 from sample_world import SAMPLE, ensure_sample
 
 # (parameters up to, lowest, highest): learning rates outside make a warning.
@@ -59,27 +66,6 @@ def parse_args() -> argparse.Namespace:
     add("--cache_teacher", type=common.positive_int, metavar="TOP", help=cached)
     training.add_chat_arguments(parser)
     return training.parse_stage_arguments(parser)
-
-
-def target_logits(
-    model: nn.Module, batch: dict[str, Tensor], where: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A model's logits at the N positions `where` of a flattened batch: (N, vocab) fp32.
-
-    Also the auxiliary loss and the load of each expert, as `token_losses` returns them.
-    """
-    output = model(
-        batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"],
-    )
-    return output.logits.flatten(0, 1)[where].float(), output.aux_loss, output.expert_load
-
-
-def find_targets(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The targets of a flattened batch: positions, ids (N,) int64, and weights (N,) fp32."""
-    where = batch["loss_mask"].flatten().nonzero().squeeze(1)
-    return where, batch["targets"].flatten()[where], batch["loss_mask"].flatten()[where]
 
 
 def divergence(

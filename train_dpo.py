@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import training
 from dataset import DPODataset, PairRows, collate_pairs
-from model import weights_hash
+from model import find_targets, target_logits, weights_hash
 from sample_world import SAMPLE, ensure_sample
 
 # (parameters up to, lowest, highest): learning rates outside make a warning.
@@ -96,17 +96,12 @@ def reply_logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Ten
 
     Also the auxiliary loss and the load of each expert, as `token_losses` returns them.
     """
-    output = model(
-        batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"],
-    )
+    where, ids, _ = find_targets(batch)  # the replies' tokens: no prompt is scored
+    logits, aux_loss, expert_load = target_logits(model, batch, where)
+    losses = F.cross_entropy(logits, ids, reduction="none")
     mask = batch["loss_mask"]  # (2B, T)
-    where = mask.flatten().nonzero().squeeze(1)  # (N,) the replies' tokens: no prompt is scored
-    logits = output.logits.flatten(0, 1)[where].float()  # (N, vocab)
-    losses = F.cross_entropy(logits, batch["targets"].flatten()[where], reduction="none")
     logps = -torch.zeros_like(mask).flatten().index_copy(0, where, losses).view_as(mask).sum(1)
-    return logps, output.aux_loss, output.expert_load  # not the logits, which would stay in memory
+    return logps, aux_loss, expert_load  # not the logits, which would stay in memory
 
 
 def preference_losses(

@@ -35,13 +35,10 @@ class StoredDataset(Dataset, ABC):
     `begins` on. An item that is made of several documents has as many rows.
 
     Args:
-        path: JSONL file.
         tokenizer: tokenizer with this project's chat template, or for texts any with bos and eos.
         max_length: most ids of an item.
-        cache_dir, skip_bad_lines: see `TokenStore.open_or_build`.
-
-    Raises:
-        UserError: see `TokenStore.open_or_build`; also if there are no items.
+        path, cache_dir, skip_bad_lines: see `TokenStore.open_or_build`, also for errors; that there
+            are no items is one, too.
     """
 
     _ENCODER: type[TextTokenizer]

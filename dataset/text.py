@@ -31,10 +31,7 @@ _SPACE = re.compile(r"\s+")
 class TextTokenizer:
     """Text to ids by a private copy of a tokenizer, such that no text can produce a control token.
 
-    Attributes:
-        hash: the tokenizer's `tokenizer_hash`.
-        special: ids that no text gives, by token.
-        dtype: the smallest that holds the ids, uint16 or uint32.
+    `special` has the ids that no text gives, by token; `dtype`, uint16 or uint32, holds all ids.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
