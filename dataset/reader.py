@@ -107,7 +107,7 @@ def _read_array(path: Path) -> Iterator[Record]:
 
 
 _CONVERT = "convert it to JSON Lines first, for example with to_json of the datasets library"
-# Beginnings of files, what they are, what to do: the first that matches, which the last always does.
+# Beginnings of files, what they are, what to do: the first that matches counts; the last one does.
 _FORMATS = (
     (rb"\x1f\x8b", "compressed with gzip", "unpack it first: gunzip"),
     (rb"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it first: unzstd"),
