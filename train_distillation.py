@@ -43,9 +43,8 @@ LEARNING_RATES = ((1e7, 1e-5, 3e-3), (6e7, 1e-5, 5e-4), (math.inf, 5e-6, 1e-4))
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = common.make_parser("Distill a MiniMind into a smaller one, on conversations.")
-    training.add_stage_arguments(
-        parser,
+    parser = training.make_stage_parser(
+        "Distill a MiniMind into a smaller one, on conversations.",
         data_path=SAMPLE / "sft.jsonl",
         from_weight="pretrain",
         learning_rate=5e-5,
@@ -73,11 +72,8 @@ def divergence(
 ) -> Tensor:
     """KL(teacher ‖ student) of the distributions softmax(logits / temperature), in nats: (N,).
 
-    Args:
-        student: (N, vocab) logits.
-        teacher: the same of the teacher; or ids and log-probabilities, at this temperature, of its
-            most probable tokens, (N, top) each. Then all other tokens count as one.
-        temperature: above 0.
+    `student` and `teacher` are (N, vocab) logits. Or `teacher` is ids and log-probabilities, at
+    this temperature, of its most probable tokens, (N, top) each; then all others count as one.
     """
     student = F.log_softmax(student / temperature, dim=-1)
     if isinstance(teacher, Tensor):
@@ -96,12 +92,11 @@ def student_losses(
     """alpha · cross-entropy + (1 − alpha) · T² · KL(teacher ‖ student) of every target, weighted.
 
     T² makes up for the gradient of the softened divergence, which shrinks by as much (Hinton,
-    Vinyals and Dean, https://arxiv.org/abs/1503.02531). Without a `teacher` the batch holds its
+    Vinyals and Dean, https://arxiv.org/abs/1503.02531). Without `teacher`, the batch holds its
     tokens.
 
-    Returns:
-        (N,) fp32 the losses; the sums of both parts, `cross_entropy` and `kl`, weighted alike; the
-        auxiliary loss and the load of each expert.
+    Returns the losses, (N,) fp32; the sums of both parts, `cross_entropy` and `kl`, weighted alike;
+    the auxiliary loss and the load of each expert.
     """
     where, ids, weights = find_targets(batch)
     ours, aux_loss, load = target_logits(model, batch, where)

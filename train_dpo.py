@@ -37,9 +37,8 @@ BETA = {"sigmoid_norm": 0.5, "sigmoid": 0.1, "ipo": 0.1}  # by --loss_type
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = common.make_parser("Tune MiniMind on pairs of a preferred and a rejected reply (DPO).")
-    training.add_stage_arguments(
-        parser,
+    parser = training.make_stage_parser(
+        "Tune MiniMind on pairs of a preferred and a rejected reply (DPO).",
         data_path=SAMPLE / "dpo.jsonl",
         from_weight="full_sft",
         learning_rate=5e-6,
@@ -126,11 +125,9 @@ def preference_losses(
         lengths: (2B,) tokens of each reply.
         loss_type, beta, label_smoothing: the flags of these names.
 
-    Returns:
-        (B,) the losses, and what to watch, (B,) each, without gradients: `chosen_reward` and
-        `rejected_reward`, beta · s; `margin`, their difference; `log_odds`, of the chosen against
-        the rejected reply; `accuracy`, 1 where d is above 0, a half where it is 0 but for fp32's
-        rounding; `chosen_logp` and `rejected_logp`.
+    Returns the losses, (B,), and what to watch, (B,) each, without gradients: among them rewards,
+    beta · s, the `margin` between them, and `accuracy`, 1 where d is above 0, a half where it is 0
+    but for fp32's rounding.
     """
     if loss_type != "sigmoid":
         logps, reference = logps / lengths.clamp(min=1), reference / lengths.clamp(min=1)

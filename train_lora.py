@@ -37,9 +37,8 @@ def adapter_name(text: str) -> str:
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = common.make_parser("Train a LoRA adapter of MiniMind on conversations.")
-    training.add_stage_arguments(
-        parser,
+    parser = training.make_stage_parser(
+        "Train a LoRA adapter of MiniMind on conversations.",
         data_path=SAMPLE / "lora.jsonl",
         from_weight="full_sft",
         learning_rate=1e-4,

@@ -29,9 +29,8 @@ LEARNING_RATES = ((1e7, 1e-4, 5e-3), (6e7, 1e-4, 2e-3), (math.inf, 5e-5, 1e-3))
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = common.make_parser("Pretrain MiniMind on a JSONL file of {'text'} lines.")
-    training.add_stage_arguments(
-        parser,
+    parser = training.make_stage_parser(
+        "Pretrain MiniMind on a JSONL file of {'text'} lines.",
         data_path=SAMPLE / "pretrain.jsonl",
         from_weight="none",
         learning_rate=5e-4,

@@ -142,12 +142,9 @@ class GenerationMixin(nn.Module):
                 holds already is not computed again. Default: a new TorchDecoder.
             sampling: the fields of `Sampling`.
 
-        Returns:
-            Prompt and continuation, (B · num_return_sequences, T + new) int64, or the iterator.
-
-        Raises:
-            ValueError: for an empty prompt, one that fills the context, padding on the right, or a
-                setting outside its range.
+        Returns prompt and continuation, (B · num_return_sequences, T + new) int64, or the iterator.
+        Raises ValueError for an empty prompt, one that fills the context, padding on the right, or
+        a setting outside its range.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)

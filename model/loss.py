@@ -44,12 +44,10 @@ def token_losses(
 def mean_scores(sums: dict[str, dict[str, float]], prefix: str) -> dict[str, float]:
     """Means over all data sets together, and over each as `…/name` if there are several.
 
-    Args:
-        sums: by the name of the data set: figures summed over its targets, the number (or sum of
-            weights) of `targets`, and, where the loss is one of tokens, the UTF-8 `text_bytes`.
-            With these there are also the perplexity and, unless they are 0, bits per byte, for the
-            whole text with `</s>`, which can be compared between tokenizers.
-        prefix: "val" or "test", which the names of the scores begin with.
+    `sums` are, by the name of the data set, figures summed over its targets, the number (or sum of
+    weights) of `targets`, and, where the loss is one of tokens, the UTF-8 `text_bytes`. With these
+    there are also the perplexity and, unless they are 0, bits per byte, for the whole text with
+    `</s>`, which can be compared between tokenizers. The names of scores begin with `prefix`.
     """
     named = {f"/{name}": values for name, values in sums.items()} if len(sums) > 1 else {}
     names = next(iter(sums.values()))

@@ -52,9 +52,8 @@ def train_epoch(run: training.Run) -> None:
 
 def main() -> int:
     """What every stage does around its step."""
-    parser = common.make_parser("A toy.")
-    training.add_stage_arguments(
-        parser,
+    parser = training.make_stage_parser(
+        "A toy.",
         data_path=None,
         from_weight="none",
         learning_rate=3e-3,

@@ -1,6 +1,6 @@
 """What stage scripts share; the training steps themselves are in the scripts."""
 
-from .arguments import CHAT_IDENTITY, add_chat_arguments, add_stage_arguments, parse_stage_arguments
+from .arguments import CHAT_IDENTITY, add_chat_arguments, make_stage_parser, parse_stage_arguments
 from .distributed import Distributed, autocast_dtype, find_processes, open_process_group
 from .guards import explain_out_of_memory
 from .optimizer import make_optimizer

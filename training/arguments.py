@@ -7,10 +7,12 @@ from typing import Any
 
 from common import (
     BooleanFlag,
+    StageParser,
     UserError,
     add_skip_bad_lines,
     add_tokenizer_path,
     half_open_unit_interval,
+    make_parser,
     name_or_path,
     named_path,
     non_negative_float,
@@ -47,14 +49,13 @@ def pattern_and_number(text: str) -> tuple[str, float]:
     return pattern, non_negative_float(number_text)
 
 
-def add_stage_arguments(
-    parser: argparse.ArgumentParser, *, packing: bool = True, **defaults: Any
-) -> None:
-    """Add the flags that every training stage has, with the stage's own defaults, by flag name.
+def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any) -> StageParser:
+    """A parser with the flags that every training stage has, and its own defaults, by flag name.
 
     At least data_path, from_weight, learning_rate, weight_decay, epochs, batch_size, grad_clip and
     max_seq_len need one. `packing` is False where rows cannot hold several documents.
     """
+    parser = make_parser(description)
     switch: dict[str, Any] = {"action": BooleanFlag, "default": False}
     model = parser.add_argument_group("model")
     add = model.add_argument
@@ -154,6 +155,7 @@ def add_stage_arguments(
     add("--use_wandb", **switch)
     add("--wandb_project", default="MiniMind")
     parser.set_defaults(**defaults)
+    return parser
 
 
 CHAT_IDENTITY = ("max_turns", "loss_weighting")  # flags below that a resumed run keeps

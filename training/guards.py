@@ -56,10 +56,9 @@ def find_sample(
     batches: Sequence[dict[str, torch.Tensor]],
     losses: torch.Tensor,
 ) -> str:
-    """`file:line` of the first sample of the first batch whose loss is not finite.
+    """`file:line` of the first sample of the first batch whose loss is not finite, else of all.
 
-    Where every loss is finite, the first batch of all stands for it. All processes call this, each
-    with its own micro-batches of the step and their losses, (len(batches),).
+    All processes call this, each with its own micro-batches and their losses, (len(batches),).
     """
     bad = (~losses.isfinite()).nonzero().flatten().tolist()
     own = bool(bad), int(batches[bad[0] if bad else 0]["sample"][0])

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,23 +112,19 @@ class Run:
         """Whether something that happens every `interval` steps, and at the end, happens now."""
         return self.state.step % interval == 0 or self.complete
 
-    def loader(
-        self, rows: Rows, epoch: int = 0, start: int = 0, shuffle: bool = False
-    ) -> DataLoader:
-        """This process's micro-batches of rows; arguments: see `RowBatches`."""
+    def loader(self, rows: Rows, **order: Any) -> DataLoader:
+        """This process's micro-batches of rows; `order`: epoch, start, shuffle of `RowBatches`."""
         return make_loader(
             rows,
             self.args.batch_size,
             seed=self.args.seed,
-            epoch=epoch,
             rank=self.world.rank,
             world_size=self.world.world_size,
-            start=start,
-            shuffle=shuffle,
             lengths=getattr(rows, "lengths", None),  # pairs of like length share a batch
             collate_fn=self.setup.stage.collate,
             num_workers=self.args.num_workers,
             on_cuda=self.world.device.type == "cuda",
+            **order,
         )
 
     def accumulations(self) -> Iterator[list[Batch]]:
@@ -137,7 +134,7 @@ class Run:
         lets the step finish.
         """
         args, state = self.args, self.state
-        loader = self.loader(self.data.train, state.epoch, state.row, shuffle=True)
+        loader = self.loader(self.data.train, epoch=state.epoch, start=state.row, shuffle=True)
         micro_batches, started = map(self.world.to_device, loader), time.perf_counter()
         while batches := list(islice(micro_batches, args.accumulation_steps)):
             yield batches

@@ -205,7 +205,6 @@ def move_earlier_run(weights: Path, out_dir: Path, overwrite: bool) -> list[str]
 
     There it lies as it did in `out_dir`, so that every tool takes that folder for its --out_dir.
     The resume files go first: if this is broken off, --resume finds all of a run or nothing of it.
-
     Returns a line for the user, or none if there was no such run.
     """
     left = _left_by_run(weights)
