@@ -145,7 +145,9 @@ SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
     for folder in (ROOT, ROOT / "scripts", ROOT / "benchmarks")
     for path in folder.glob("*.py")
-    if re.search(r"(ArgumentParser|make_parser)\(", path.read_text(encoding="utf-8"))
+    if re.search(
+        r"(ArgumentParser|make_parser|make_stage_parser)\(", path.read_text(encoding="utf-8")
+    )
 )
 # Flags whose text is no path.
 TEXTS = {
