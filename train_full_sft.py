@@ -15,9 +15,7 @@ import math
 import sys
 from contextlib import nullcontext
 
-import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import training
 from model import token_losses
@@ -29,9 +27,8 @@ LEARNING_RATES = ((1e7, 1e-5, 3e-3), (6e7, 1e-5, 5e-4), (math.inf, 5e-6, 1e-4))
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = common.make_parser("Tune all weights of MiniMind on a JSONL file of conversations.")
-    training.add_stage_arguments(
-        parser,
+    parser = training.make_stage_parser(
+        "Tune all weights of MiniMind on a JSONL file of conversations.",
         data_path=SAMPLE / "sft.jsonl",
         from_weight="pretrain",
         learning_rate=5e-5,
@@ -42,25 +39,18 @@ def parse_args() -> argparse.Namespace:
         max_seq_len=512,
     )
     training.add_chat_arguments(parser)
-    args = parser.parse_args()
-    training.check_stage_arguments(args)
-    return args
+    return training.parse_stage_arguments(parser)
 
 
-def train_epoch(
-    run: training.Run,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> None:
+def train_epoch(run: training.Run) -> None:
     """Take the steps that are left of the epoch, or until the run ends.
 
     The loss of a step is the mean over the target tokens, weighted by the loss mask, of all its
     micro-batches and processes, so these are counted first. The auxiliary loss is one over rows.
     """
-    world = run.world
+    world, model, optimizer, scaler = run.world, run.model, run.optimizer, run.scaler
     model.train()
-    for batches in run.accumulations(model):
+    for batches in run.accumulations():
         weights, tokens, rows = training.count_targets(batches, world)
         lr = training.get_lr(*run.schedule)
         for group in optimizer.param_groups:
@@ -88,24 +78,6 @@ def train_epoch(
         run.add_step(batches, totals, targets=weights, tokens=tokens, lr=lr, grad_norm=grad_norm)
 
 
-def train(setup: training.Setup, data: training.Splits, stop: training.StopSignal) -> int:
-    """Go through the epochs, test, save and report; the exit status."""
-    args, world = setup.args, setup.world
-    raw_model = setup.raw_model.to(world.device)
-    optimizer = training.make_optimizer(raw_model, args)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
-    run = training.start_run(setup, data, stop, optimizer, scaler, training.score_tokens)
-    if run is None:
-        return 0
-    model = torch.compile(raw_model) if args.compile else raw_model
-    if world.is_distributed:
-        model = DistributedDataParallel(model, world.device_ids)
-    run.validate_if_due(model)  # first of the starting weights
-    while run.going_on:
-        train_epoch(run, model, optimizer, scaler)
-    return run.finish()
-
-
 def main() -> int:
     """Check the flags, open the data, train; the exit status."""
     args = parse_args()
@@ -114,18 +86,9 @@ def main() -> int:
     )
     with training.lock_run(setup.path, setup.world, args.dry_run):
         training.find_resume(setup)
-        if setup.resume is None:
-            training.load_first_weights(setup)
-        data = training.open_chat_splits(
-            args,
-            setup.tokenizer,
-            ensure_sample,
-            max_turns=args.max_turns,
-            loss_weighting=args.loss_weighting,
-        )
-        training.check_resume(setup, data.train)
-        with training.open_process_group(setup.world), training.StopSignal() as stop:
-            return train(setup, data, stop)
+        training.load_first_weights(setup)
+        data = training.open_chat_splits(setup, ensure_sample)
+        return training.train(setup, data, train_epoch)
 
 
 if __name__ == "__main__":

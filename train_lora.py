@@ -17,9 +17,7 @@ import re
 import sys
 from contextlib import nullcontext
 
-import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import training
 from model import apply_lora, token_losses, weights_hash
@@ -39,9 +37,8 @@ def adapter_name(text: str) -> str:
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = common.make_parser("Train a LoRA adapter of MiniMind on conversations.")
-    training.add_stage_arguments(
-        parser,
+    parser = training.make_stage_parser(
+        "Train a LoRA adapter of MiniMind on conversations.",
         data_path=SAMPLE / "lora.jsonl",
         from_weight="full_sft",
         learning_rate=1e-4,
@@ -51,51 +48,32 @@ def parse_args() -> argparse.Namespace:
         grad_clip=1.0,
         max_seq_len=512,
     )
-    lora = parser.add_argument_group("adapter")
-    lora.add_argument("--lora_name", type=adapter_name, default="identity", help="file name")
-    lora.add_argument("--lora_rank", type=common.positive_int, default=8, help="inner width")
-    lora.add_argument(
-        "--lora_alpha",
-        type=common.positive_float,
-        default=16.0,
-        help="scale of the product: alpha / rank",
-    )
-    lora.add_argument(
-        "--lora_dropout",
-        type=common.half_open_unit_interval,
-        default=0.0,
-        help="of the adapter's input",
-    )
-    lora.add_argument(
-        "--lora_target",
-        nargs="+",
-        choices=TARGETS,
-        default=TARGETS,
-        help="projections that get one, in every layer and every expert",
-    )
+    add = parser.add_argument_group("adapter").add_argument
+    add("--lora_name", type=adapter_name, default="identity", help="file name")
+    add("--lora_rank", type=common.positive_int, default=8, help="inner width")
+    scale = "scale of the product: alpha / rank"
+    add("--lora_alpha", type=common.positive_float, default=16.0, help=scale)
+    dropped = "of the adapter's input"
+    add("--lora_dropout", type=common.half_open_unit_interval, default=0.0, help=dropped)
+    where = "projections that get one, in every layer and every expert"
+    add("--lora_target", nargs="+", choices=TARGETS, default=TARGETS, help=where)
     training.add_chat_arguments(parser)
-    args = parser.parse_args()
-    training.check_stage_arguments(args)
+    args = training.parse_stage_arguments(parser)
     args.lora_target = [name for name in TARGETS if name in args.lora_target]
     if args.from_weight == "none":
         raise common.UserError("--from_weight none: an adapter needs weights to adapt")
     return args
 
 
-def train_epoch(
-    run: training.Run,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> None:
+def train_epoch(run: training.Run) -> None:
     """Take the steps that are left of the epoch, or until the run ends.
 
     The loss of a step is the mean over the target tokens, weighted by the loss mask, of all its
     micro-batches and processes, so these are counted first. The auxiliary loss is one over rows.
     """
-    world = run.world
+    world, model, optimizer, scaler = run.world, run.model, run.optimizer, run.scaler
     model.train()
-    for batches in run.accumulations(model):
+    for batches in run.accumulations():
         weights, tokens, rows = training.count_targets(batches, world)
         lr = training.get_lr(*run.schedule)
         for group in optimizer.param_groups:
@@ -123,24 +101,6 @@ def train_epoch(
         run.add_step(batches, totals, targets=weights, tokens=tokens, lr=lr, grad_norm=grad_norm)
 
 
-def train(setup: training.Setup, data: training.Splits, stop: training.StopSignal) -> int:
-    """Go through the epochs, test, save and report; the exit status."""
-    args, world = setup.args, setup.world
-    raw_model = setup.raw_model.to(world.device)
-    optimizer = training.make_optimizer(raw_model, args)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
-    run = training.start_run(setup, data, stop, optimizer, scaler, training.score_tokens)
-    if run is None:
-        return 0
-    model = torch.compile(raw_model) if args.compile else raw_model
-    if world.is_distributed:
-        model = DistributedDataParallel(model, world.device_ids)
-    run.validate_if_due(model)  # first of the starting weights
-    while run.going_on:
-        train_epoch(run, model, optimizer, scaler)
-    return run.finish()
-
-
 def main() -> int:
     """Check the flags, open the data, train; the exit status."""
     args = parse_args()
@@ -155,16 +115,8 @@ def main() -> int:
             setup.raw_model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target
         )
         training.find_resume(setup)
-        data = training.open_chat_splits(
-            args,
-            setup.tokenizer,
-            ensure_sample,
-            max_turns=args.max_turns,
-            loss_weighting=args.loss_weighting,
-        )
-        training.check_resume(setup, data.train)
-        with training.open_process_group(setup.world), training.StopSignal() as stop:
-            return train(setup, data, stop)
+        data = training.open_chat_splits(setup, ensure_sample)
+        return training.train(setup, data, train_epoch)
 
 
 if __name__ == "__main__":

@@ -14,20 +14,14 @@ import argparse
 import math
 import sys
 from contextlib import nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING
+from functools import partial
 
-import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import training
 from dataset import PretrainDataset
 from model import token_losses
 from sample_world import SAMPLE, ensure_sample
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # (parameters up to, lowest, highest): learning rates outside make a warning.
 LEARNING_RATES = ((1e7, 1e-4, 5e-3), (6e7, 1e-4, 2e-3), (math.inf, 5e-5, 1e-3))
@@ -35,9 +29,8 @@ LEARNING_RATES = ((1e7, 1e-4, 5e-3), (6e7, 1e-4, 2e-3), (math.inf, 5e-5, 1e-3))
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = common.make_parser("Pretrain MiniMind on a JSONL file of {'text'} lines.")
-    training.add_stage_arguments(
-        parser,
+    parser = training.make_stage_parser(
+        "Pretrain MiniMind on a JSONL file of {'text'} lines.",
         data_path=SAMPLE / "pretrain.jsonl",
         from_weight="none",
         learning_rate=5e-4,
@@ -47,40 +40,18 @@ def parse_args() -> argparse.Namespace:
         grad_clip=1.0,
         max_seq_len=512,
     )
-    args = parser.parse_args()
-    training.check_stage_arguments(args)
-    return args
+    return training.parse_stage_arguments(parser)
 
 
-def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> training.Splits:
-    """The rows to train on, to validate on and to test on."""
-
-    def open_file(path: Path, scored: bool) -> PretrainDataset:
-        return PretrainDataset(
-            ensure_sample(path),
-            tokenizer,
-            args.max_seq_len + 1,  # so that X, one id shorter, can fill a row
-            cache_dir=args.cache_dir,
-            skip_bad_lines=args.skip_bad_lines,
-        )
-
-    return training.open_splits(args, open_file)
-
-
-def train_epoch(
-    run: training.Run,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> None:
+def train_epoch(run: training.Run) -> None:
     """Take the steps that are left of the epoch, or until the run ends.
 
     The loss of a step is the mean over the target tokens, weighted by the loss mask, of all its
     micro-batches and processes, so these are counted first. The auxiliary loss is one over rows.
     """
-    world = run.world
+    world, model, optimizer, scaler = run.world, run.model, run.optimizer, run.scaler
     model.train()
-    for batches in run.accumulations(model):
+    for batches in run.accumulations():
         weights, tokens, rows = training.count_targets(batches, world)
         lr = training.get_lr(*run.schedule)
         for group in optimizer.param_groups:
@@ -108,37 +79,20 @@ def train_epoch(
         run.add_step(batches, totals, targets=weights, tokens=tokens, lr=lr, grad_norm=grad_norm)
 
 
-def train(setup: training.Setup, data: training.Splits, stop: training.StopSignal) -> int:
-    """Go through the epochs, test, save and report; the exit status."""
-    args, world = setup.args, setup.world
-    raw_model = setup.raw_model.to(world.device)
-    optimizer = training.make_optimizer(raw_model, args)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
-    run = training.start_run(setup, data, stop, optimizer, scaler, training.score_tokens)
-    if run is None:
-        return 0
-    model = torch.compile(raw_model) if args.compile else raw_model
-    if world.is_distributed:
-        model = DistributedDataParallel(model, world.device_ids)
-    if run.state.step > 0:  # what a run that was stopped left undone
-        run.validate_if_due(model)
-    while run.going_on:
-        train_epoch(run, model, optimizer, scaler)
-    return run.finish()
-
-
 def main() -> int:
     """Check the flags, open the data, train; the exit status."""
     args = parse_args()
-    setup = training.prepare(args, training.Stage("pretrain", LEARNING_RATES))
+    setup = training.prepare(args, training.Stage("pretrain", LEARNING_RATES, scores_start=False))
     with training.lock_run(setup.path, setup.world, args.dry_run):
         training.find_resume(setup)
-        if setup.resume is None:
-            training.load_first_weights(setup)
-        data = open_data(args, setup.tokenizer)
-        training.check_resume(setup, data.train)
-        with training.open_process_group(setup.world), training.StopSignal() as stop:
-            return train(setup, data, stop)
+        training.load_first_weights(setup)
+        dataset = partial(
+            PretrainDataset,
+            tokenizer=setup.tokenizer,
+            max_length=args.max_seq_len + 1,  # so that X, one id shorter, can fill a row
+        )
+        data = training.open_splits(setup, ensure_sample, dataset)
+        return training.train(setup, data, train_epoch)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from .device import choose_device
 from .generation import Continuation, SamplingLoop
 from .kv_cache import KVCache
 from .LMConfig import LMConfig
-from .loss import mean_scores, token_losses
+from .loss import find_targets, mean_scores, target_logits, token_losses
 from .model import MiniMindLM
 from .model_lora import (
     active_lora,

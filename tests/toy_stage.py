@@ -4,6 +4,7 @@ import common.interrupt  # for Ctrl-C during the imports below
 
 import math
 import sys
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +28,11 @@ def score(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"loss": z_losses(model, batch), "targets": batch["loss_mask"]}
 
 
-def train_epoch(run: training.Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def train_epoch(run: training.Run) -> None:
     """Take the steps that are left of the epoch."""
+    model, optimizer = run.model, run.optimizer
     model.train()
-    for batches in run.accumulations(model):
+    for batches in run.accumulations():
         weights, tokens, _ = training.count_targets(batches, run.world)
         lr = training.get_lr(*run.schedule)
         for group in optimizer.param_groups:
@@ -50,9 +52,8 @@ def train_epoch(run: training.Run, model: nn.Module, optimizer: torch.optim.Opti
 
 def main() -> int:
     """What every stage does around its step."""
-    parser = common.make_parser("A toy.")
-    training.add_stage_arguments(
-        parser,
+    parser = training.make_stage_parser(
+        "A toy.",
         data_path=None,
         from_weight="none",
         learning_rate=3e-3,
@@ -62,28 +63,17 @@ def main() -> int:
         grad_clip=1.0,
         max_seq_len=32,
     )
-    args = parser.parse_args()
-    training.check_stage_arguments(args)
+    args = training.parse_stage_arguments(parser)
     setup = training.prepare(args, training.Stage("toy", ((math.inf, 0, 1),)))
     with training.lock_run(setup.path, setup.world, args.dry_run):
         training.find_resume(setup)
         data = training.open_splits(
-            args,
-            lambda path, scored: PretrainDataset(path, setup.tokenizer, 33),
-            lambda dataset: PackedRows(dataset, 32),
+            setup,
+            lambda path: path,
+            partial(PretrainDataset, tokenizer=setup.tokenizer, max_length=33),
+            make_rows=lambda dataset: PackedRows(dataset, 32),
         )
-        training.check_resume(setup, data.train)
-        with training.open_process_group(setup.world), training.StopSignal() as stop:
-            model = setup.raw_model.to(setup.world.device)
-            optimizer = training.make_optimizer(model, args)
-            scaler = torch.amp.GradScaler(setup.world.device.type, enabled=False)
-            run = training.start_run(setup, data, stop, optimizer, scaler, score)
-            if run is None:
-                return 0
-            run.validate_if_due(model)
-            while run.going_on:
-                train_epoch(run, model, optimizer)
-            return run.finish()
+        return training.train(setup, data, train_epoch, score)
 
 
 if __name__ == "__main__":

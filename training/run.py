@@ -6,9 +6,10 @@ import math
 import platform
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ class Run:
 
     setup: Setup
     data: Splits
+    model: nn.Module  # as it is trained: compiled, wrapped by DDP
     state: TrainState
     saver: Saver
     record: Record
@@ -57,6 +59,16 @@ class Run:
     def world(self) -> Distributed:
         """This process."""
         return self.setup.world
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What takes the steps."""
+        return self.saver.optimizer
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss, with float16 only."""
+        return self.saver.scaler
 
     @property
     def autocast(self) -> torch.autocast:
@@ -88,37 +100,41 @@ class Run:
         warmup = warmup_steps(args.warmup_iters, args.warmup_ratio, total)
         return step, total, args.learning_rate, warmup, args.min_lr, args.lr_decay
 
+    def train(self, train_epoch: Callable[["Run"], None]) -> int:
+        """Go through the epochs, test, save and report; the exit status, as `finish`."""
+        if self.setup.stage.scores_start or self.state.step > 0:  # or it was stopped before
+            self.validate_if_due()
+        while self.going_on:
+            train_epoch(self)
+        return self.finish()
+
     def due(self, interval: int) -> bool:
         """Whether something that happens every `interval` steps, and at the end, happens now."""
         return self.state.step % interval == 0 or self.complete
 
-    def loader(
-        self, rows: Rows, epoch: int = 0, start: int = 0, shuffle: bool = False
-    ) -> DataLoader:
-        """This process's micro-batches of rows; arguments: see `RowBatches`."""
+    def loader(self, rows: Rows, **order: Any) -> DataLoader:
+        """This process's micro-batches of rows; `order`: epoch, start, shuffle of `RowBatches`."""
         return make_loader(
             rows,
             self.args.batch_size,
             seed=self.args.seed,
-            epoch=epoch,
             rank=self.world.rank,
             world_size=self.world.world_size,
-            start=start,
-            shuffle=shuffle,
             lengths=getattr(rows, "lengths", None),  # pairs of like length share a batch
             collate_fn=self.setup.stage.collate,
             num_workers=self.args.num_workers,
             on_cuda=self.world.device.type == "cuda",
+            **order,
         )
 
-    def accumulations(self, model: nn.Module) -> Iterator[list[Batch]]:
+    def accumulations(self) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step that is left of the epoch, on the device.
 
-        After each step what is due happens: a line of figures, validation of `model`, saving. A
-        signal to stop lets the step finish.
+        After each step what is due happens: a line of figures, validation, saving. A signal to stop
+        lets the step finish.
         """
         args, state = self.args, self.state
-        loader = self.loader(self.data.train, state.epoch, state.row, shuffle=True)
+        loader = self.loader(self.data.train, epoch=state.epoch, start=state.row, shuffle=True)
         micro_batches, started = map(self.world.to_device, loader), time.perf_counter()
         while batches := list(islice(micro_batches, args.accumulation_steps)):
             yield batches
@@ -126,7 +142,7 @@ class Run:
             state.seconds += seconds
             state.tally.seconds += seconds
             self.log_if_due()
-            self.validate_if_due(model)
+            self.validate_if_due()
             if not self.going_on or self.check_signal():
                 return
             if self.due(args.save_interval) or (args.keep_every and self.due(args.keep_every)):
@@ -145,13 +161,8 @@ class Run:
     ) -> None:
         """Count a finished step, one whose update was skipped if a figure is not finite.
 
-        Args:
-            batches: this process's micro-batches.
-            totals: sums over them, added up over all processes.
-            targets: what the loss is a mean over: weights of target tokens, or pairs.
-            tokens: target tokens of all processes.
-            lr: the learning rate.
-            grad_norm: gradient norm before clipping.
+        `batches` are this process's; the other figures are of all processes: the loss is a mean
+        over `targets`, weights of target tokens or pairs; `grad_norm` is that before clipping.
         """
         state, tally, sums = self.state, self.state.tally, totals.sums
         state.row += self.setup.rows_per_step
@@ -185,7 +196,7 @@ class Run:
             )
 
     def _skip(self, loss: float, grad_norm: float, where: str) -> None:
-        state, scaler = self.state, self.saver.scaler
+        state, scaler = self.state, self.scaler
         state.skipped += 1
         state.bad_in_row += 1
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"
@@ -240,12 +251,12 @@ class Run:
         model.train(was_training)
         return mean_scores(sums, prefix)
 
-    def validate_if_due(self, model: nn.Module) -> None:
+    def validate_if_due(self) -> None:
         """Evaluate once after each step that is due; save the best weights, or stop early."""
         val, state = self.data.val, self.state
         if not val or not self.due(self.args.eval_interval) or state.evaluated_at == state.step:
             return
-        scores = self.evaluate(model, val, "val")
+        scores = self.evaluate(self.model, val, "val")
         if scores is None:
             return
         args = self.args
