@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import training
 from dataset import PackedRows, PaddedRows, TeacherTopK, collate_with_teacher, make_loader
@@ -148,15 +149,21 @@ def score_rows(
     world.log(f"teacher: scored {len(rows):,} rows in {time.perf_counter() - started:.1f} s")
 
 
-def train_epoch(run: training.Run, teacher: nn.Module | None) -> None:
+def train_epoch(
+    run: training.Run,
+    model: nn.Module,
+    teacher: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> None:
     """Take the steps that are left of the epoch, or until the run ends.
 
     The loss of a step is the mean over the target tokens, weighted by the loss mask, of all its
     micro-batches and processes, so these are counted first. The auxiliary loss is one over rows.
     """
-    world, model, optimizer, scaler = run.world, run.model, run.optimizer, run.scaler
+    world = run.world
     model.train()
-    for batches in run.accumulations():
+    for batches in run.accumulations(model):
         weights, tokens, rows = training.count_targets(batches, world)
         lr = training.get_lr(*run.schedule)
         for group in optimizer.param_groups:
@@ -184,6 +191,33 @@ def train_epoch(run: training.Run, teacher: nn.Module | None) -> None:
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         run.add_step(batches, totals, targets=weights, tokens=tokens, lr=lr, grad_norm=grad_norm)
+
+
+def train(
+    setup: training.Setup,
+    teacher: MiniMindLM | None,
+    data: training.Splits,
+    stop: training.StopSignal,
+) -> int:
+    """Go through the epochs, test, save and report; the exit status."""
+    args, world = setup.args, setup.world
+    raw_model = setup.raw_model.to(world.device)
+    if teacher is not None:
+        teacher.to(world.device)
+    optimizer = training.make_optimizer(raw_model, args)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
+    run = training.start_run(setup, data, stop, optimizer, scaler, training.score_tokens)
+    if run is None:
+        return 0
+    model = torch.compile(raw_model) if args.compile else raw_model
+    if args.compile and teacher is not None:
+        teacher = torch.compile(teacher)
+    if world.is_distributed:
+        model = DistributedDataParallel(model, world.device_ids)
+    run.validate_if_due(model)  # first of the starting weights
+    while run.going_on:
+        train_epoch(run, model, teacher, optimizer, scaler)
+    return run.finish()
 
 
 def main() -> int:
@@ -214,10 +248,8 @@ def main() -> int:
             score = partial(score_rows, teacher, data.train, args, setup.world, setup.dtype)
             rows = TeacherTopK(data.train, key.replace("torch.", ""), args.cache_teacher, score)
             data, teacher, score = replace(data, train=rows), None, None
-        if teacher is not None:
-            teacher.to(setup.world.device)
-            teacher = torch.compile(teacher) if args.compile else teacher
-        return training.train(setup, data, partial(train_epoch, teacher=teacher))
+        with training.open_process_group(setup.world), training.StopSignal() as stop:
+            return train(setup, teacher, data, stop)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import training
 from dataset import DPODataset, PairRows, collate_pairs
@@ -171,15 +172,20 @@ def is_real(batch: dict[str, Tensor]) -> Tensor:
     return batch["sample"] >= 0
 
 
-def train_epoch(run: training.Run) -> None:
+def train_epoch(
+    run: training.Run,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> None:
     """Take the steps that are left of the epoch, or until the run ends.
 
     Loss and auxiliary loss of a step are means over the pairs of all its micro-batches and
     processes, so these are counted first.
     """
-    world, model, optimizer, scaler = run.world, run.model, run.optimizer, run.scaler
+    world = run.world
     model.train()
-    for batches in run.accumulations():
+    for batches in run.accumulations(model):
         counts = [torch.stack((is_real(b).sum(), b["loss_mask"].sum())) for b in batches]
         pairs, tokens = world.all_reduce_sum(sum(counts)).tolist()
         lr = training.get_lr(*run.schedule)
@@ -250,19 +256,28 @@ def train(setup: training.Setup, data: training.Splits, stop: training.StopSigna
         reference = copy.deepcopy(setup.raw_model)
         reference.load_state_dict(world.broadcast(reference.state_dict()))
         reference.to(world.device)
+    raw_model = setup.raw_model.to(world.device)
+    optimizer = training.make_optimizer(raw_model, args)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
 
     def score(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         losses, figures, *_ = pair_losses(model, batch, args)
         return {"loss": losses, **figures, "targets": is_real(batch)}
 
-    run = training.start_run(setup, data, stop, score)
+    run = training.start_run(setup, data, stop, optimizer, scaler, score)
     if run is None:
         return 0
     for rows in unscored:
         if is_unscored(rows):  # asked again: two parts may be of one file
             score_reference(run, reference, key, rows)
     del reference
-    return run.train(train_epoch)
+    model = torch.compile(raw_model) if args.compile else raw_model
+    if world.is_distributed:
+        model = DistributedDataParallel(model, world.device_ids)
+    run.validate_if_due(model)  # first of the starting weights
+    while run.going_on:
+        train_epoch(run, model, optimizer, scaler)
+    return run.finish()
 
 
 def main() -> int:

@@ -15,7 +15,9 @@ import math
 import sys
 from contextlib import nullcontext
 
+import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import training
 from model import token_losses
@@ -42,15 +44,20 @@ def parse_args() -> argparse.Namespace:
     return training.parse_stage_arguments(parser)
 
 
-def train_epoch(run: training.Run) -> None:
+def train_epoch(
+    run: training.Run,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> None:
     """Take the steps that are left of the epoch, or until the run ends.
 
     The loss of a step is the mean over the target tokens, weighted by the loss mask, of all its
     micro-batches and processes, so these are counted first. The auxiliary loss is one over rows.
     """
-    world, model, optimizer, scaler = run.world, run.model, run.optimizer, run.scaler
+    world = run.world
     model.train()
-    for batches in run.accumulations():
+    for batches in run.accumulations(model):
         weights, tokens, rows = training.count_targets(batches, world)
         lr = training.get_lr(*run.schedule)
         for group in optimizer.param_groups:
@@ -78,6 +85,24 @@ def train_epoch(run: training.Run) -> None:
         run.add_step(batches, totals, targets=weights, tokens=tokens, lr=lr, grad_norm=grad_norm)
 
 
+def train(setup: training.Setup, data: training.Splits, stop: training.StopSignal) -> int:
+    """Go through the epochs, test, save and report; the exit status."""
+    args, world = setup.args, setup.world
+    raw_model = setup.raw_model.to(world.device)
+    optimizer = training.make_optimizer(raw_model, args)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
+    run = training.start_run(setup, data, stop, optimizer, scaler, training.score_tokens)
+    if run is None:
+        return 0
+    model = torch.compile(raw_model) if args.compile else raw_model
+    if world.is_distributed:
+        model = DistributedDataParallel(model, world.device_ids)
+    run.validate_if_due(model)  # first of the starting weights
+    while run.going_on:
+        train_epoch(run, model, optimizer, scaler)
+    return run.finish()
+
+
 def main() -> int:
     """Check the flags, open the data, train; the exit status."""
     args = parse_args()
@@ -88,7 +113,8 @@ def main() -> int:
         training.find_resume(setup)
         training.load_first_weights(setup)
         data = training.open_chat_splits(setup, ensure_sample)
-        return training.train(setup, data, train_epoch)
+        with training.open_process_group(setup.world), training.StopSignal() as stop:
+            return train(setup, data, stop)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ import sys
 from contextlib import nullcontext
 from functools import partial
 
+import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import training
 from dataset import PretrainDataset
@@ -43,15 +45,20 @@ def parse_args() -> argparse.Namespace:
     return training.parse_stage_arguments(parser)
 
 
-def train_epoch(run: training.Run) -> None:
+def train_epoch(
+    run: training.Run,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> None:
     """Take the steps that are left of the epoch, or until the run ends.
 
     The loss of a step is the mean over the target tokens, weighted by the loss mask, of all its
     micro-batches and processes, so these are counted first. The auxiliary loss is one over rows.
     """
-    world, model, optimizer, scaler = run.world, run.model, run.optimizer, run.scaler
+    world = run.world
     model.train()
-    for batches in run.accumulations():
+    for batches in run.accumulations(model):
         weights, tokens, rows = training.count_targets(batches, world)
         lr = training.get_lr(*run.schedule)
         for group in optimizer.param_groups:
@@ -79,10 +86,29 @@ def train_epoch(run: training.Run) -> None:
         run.add_step(batches, totals, targets=weights, tokens=tokens, lr=lr, grad_norm=grad_norm)
 
 
+def train(setup: training.Setup, data: training.Splits, stop: training.StopSignal) -> int:
+    """Go through the epochs, test, save and report; the exit status."""
+    args, world = setup.args, setup.world
+    raw_model = setup.raw_model.to(world.device)
+    optimizer = training.make_optimizer(raw_model, args)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
+    run = training.start_run(setup, data, stop, optimizer, scaler, training.score_tokens)
+    if run is None:
+        return 0
+    model = torch.compile(raw_model) if args.compile else raw_model
+    if world.is_distributed:
+        model = DistributedDataParallel(model, world.device_ids)
+    if run.state.step > 0:  # what a run that was stopped left undone
+        run.validate_if_due(model)
+    while run.going_on:
+        train_epoch(run, model, optimizer, scaler)
+    return run.finish()
+
+
 def main() -> int:
     """Check the flags, open the data, train; the exit status."""
     args = parse_args()
-    setup = training.prepare(args, training.Stage("pretrain", LEARNING_RATES, scores_start=False))
+    setup = training.prepare(args, training.Stage("pretrain", LEARNING_RATES))
     with training.lock_run(setup.path, setup.world, args.dry_run):
         training.find_resume(setup)
         training.load_first_weights(setup)
@@ -92,7 +118,8 @@ def main() -> int:
             max_length=args.max_seq_len + 1,  # so that X, one id shorter, can fill a row
         )
         data = training.open_splits(setup, ensure_sample, dataset)
-        return training.train(setup, data, train_epoch)
+        with training.open_process_group(setup.world), training.StopSignal() as stop:
+            return train(setup, data, stop)
 
 
 if __name__ == "__main__":

@@ -28,11 +28,10 @@ def score(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"loss": z_losses(model, batch), "targets": batch["loss_mask"]}
 
 
-def train_epoch(run: training.Run) -> None:
+def train_epoch(run: training.Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Take the steps that are left of the epoch."""
-    model, optimizer = run.model, run.optimizer
     model.train()
-    for batches in run.accumulations():
+    for batches in run.accumulations(model):
         weights, tokens, _ = training.count_targets(batches, run.world)
         lr = training.get_lr(*run.schedule)
         for group in optimizer.param_groups:
@@ -73,7 +72,17 @@ def main() -> int:
             partial(PretrainDataset, tokenizer=setup.tokenizer, max_length=33),
             make_rows=lambda dataset: PackedRows(dataset, 32),
         )
-        return training.train(setup, data, train_epoch, score)
+        with training.open_process_group(setup.world), training.StopSignal() as stop:
+            model = setup.raw_model.to(setup.world.device)
+            optimizer = training.make_optimizer(model, args)
+            scaler = torch.amp.GradScaler(setup.world.device.type, enabled=False)
+            run = training.start_run(setup, data, stop, optimizer, scaler, score)
+            if run is None:
+                return 0
+            run.validate_if_due(model)
+            while run.going_on:
+                train_epoch(run, model, optimizer)
+            return run.finish()
 
 
 if __name__ == "__main__":

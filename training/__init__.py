@@ -19,5 +19,5 @@ from .setup import (
     prepare,
 )
 from .signals import StopSignal
-from .start import start_run, train
-from .step import StepTotals, count_targets, rows_with_text
+from .start import start_run
+from .step import StepTotals, count_targets, rows_with_text, score_tokens

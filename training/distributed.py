@@ -35,6 +35,11 @@ class Distributed:
         return self.world_size > 1
 
     @property
+    def device_ids(self) -> list[int] | None:
+        """What DistributedDataParallel asks for: the number of the GPU, None on a CPU."""
+        return [self.device.index] if self.device.type == "cuda" else None
+
+    @property
     def sum_dtype(self) -> torch.dtype:
         """What long sums are kept in: float64, which mps does not have."""
         return torch.float32 if self.device.type == "mps" else torch.float64

@@ -6,7 +6,7 @@ import math
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -37,7 +37,6 @@ class Run:
 
     setup: Setup
     data: Splits
-    model: nn.Module  # as it is trained: compiled, wrapped by DDP
     state: TrainState
     saver: Saver
     record: Record
@@ -59,16 +58,6 @@ class Run:
     def world(self) -> Distributed:
         """This process."""
         return self.setup.world
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """What takes the steps."""
-        return self.saver.optimizer
-
-    @property
-    def scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss, with float16 only."""
-        return self.saver.scaler
 
     @property
     def autocast(self) -> torch.autocast:
@@ -100,14 +89,6 @@ class Run:
         warmup = warmup_steps(args.warmup_iters, args.warmup_ratio, total)
         return step, total, args.learning_rate, warmup, args.min_lr, args.lr_decay
 
-    def train(self, train_epoch: Callable[["Run"], None]) -> int:
-        """Go through the epochs, test, save and report; the exit status, as `finish`."""
-        if self.setup.stage.scores_start or self.state.step > 0:  # or it was stopped before
-            self.validate_if_due()
-        while self.going_on:
-            train_epoch(self)
-        return self.finish()
-
     def due(self, interval: int) -> bool:
         """Whether something that happens every `interval` steps, and at the end, happens now."""
         return self.state.step % interval == 0 or self.complete
@@ -127,11 +108,11 @@ class Run:
             **order,
         )
 
-    def accumulations(self) -> Iterator[list[Batch]]:
+    def accumulations(self, model: nn.Module) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step that is left of the epoch, on the device.
 
-        After each step what is due happens: a line of figures, validation, saving. A signal to stop
-        lets the step finish.
+        After each step what is due happens: a line of figures, validation of `model`, saving. A
+        signal to stop lets the step finish.
         """
         args, state = self.args, self.state
         loader = self.loader(self.data.train, epoch=state.epoch, start=state.row, shuffle=True)
@@ -142,7 +123,7 @@ class Run:
             state.seconds += seconds
             state.tally.seconds += seconds
             self.log_if_due()
-            self.validate_if_due()
+            self.validate_if_due(model)
             if not self.going_on or self.check_signal():
                 return
             if self.due(args.save_interval) or (args.keep_every and self.due(args.keep_every)):
@@ -251,12 +232,12 @@ class Run:
         model.train(was_training)
         return mean_scores(sums, prefix)
 
-    def validate_if_due(self) -> None:
+    def validate_if_due(self, model: nn.Module) -> None:
         """Evaluate once after each step that is due; save the best weights, or stop early."""
         val, state = self.data.val, self.state
         if not val or not self.due(self.args.eval_interval) or state.evaluated_at == state.step:
             return
-        scores = self.evaluate(self.model, val, "val")
+        scores = self.evaluate(model, val, "val")
         if scores is None:
             return
         args = self.args

@@ -47,7 +47,6 @@ class Stage:
     identity: tuple[str, ...] = ()  # its own flags that may not change when a run is resumed
     collate: Callable[[Sequence[Any]], dict[str, Tensor]] = collate  # makes a batch of rows
     sequences_per_row: int = 1  # 2 for pairs
-    scores_start: bool = True  # whether the starting weights are validated
     scores_text: bool = True  # whether perplexity and bits per byte are scores, too
 
 

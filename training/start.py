@@ -2,16 +2,12 @@
 
 import math
 import uuid
-from collections.abc import Callable
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from common import report_os_errors
 from diagnosis.plan import Plan
 
-from .distributed import open_process_group
-from .optimizer import make_optimizer
 from .record import Record, start_wandb, write_config
 from .resume import (
     TrainState,
@@ -26,32 +22,24 @@ from .saving import Saver, load_resume
 from .schedule import get_lr, warmup_steps
 from .setup import Rows, Setup, Splits
 from .signals import StopSignal
-from .step import Score, score_tokens
+from .step import Score
 
 
-def train(
-    setup: Setup, data: Splits, train_epoch: Callable[[Run], None], score: Score = score_tokens
-) -> int:
-    """Join the processes, start or resume the run and go through its epochs; the exit status."""
-
-    def start_and_train() -> int:  # when it returns, DDP's wrapper is gone
-        run = start_run(setup, data, stop, score)
-        return 0 if run is None else run.train(train_epoch)
-
-    with open_process_group(setup.world), StopSignal() as stop:
-        return start_and_train()
-
-
-def start_run(setup: Setup, data: Splits, stop: StopSignal, score: Score) -> Run | None:
-    """Start or resume a run: report its plan, make its optimizer and open its record.
+def start_run(
+    setup: Setup,
+    data: Splits,
+    stop: StopSignal,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    score: Score,
+) -> Run | None:
+    """Start or resume a run, its model on its device: report its plan and open its record.
 
     None if there is nothing to do: the run is finished, or --dry_run was given. UserError if
     another run holds the files, or they cannot be written.
     """
     args, world, path = setup.args, setup.world, setup.path
-    raw_model = setup.raw_model.to(world.device)
-    optimizer = make_optimizer(raw_model, args)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
+    raw_model = setup.raw_model
     seed_everything(args.seed + world.rank)  # for dropout, which differs between processes
     resume = world.broadcast(setup.resume)
     notes = setup.notes
@@ -116,12 +104,8 @@ def start_run(setup: Setup, data: Splits, stop: StopSignal, score: Score) -> Run
         record.print(note)
     saved_as = "newest" if resume is None else resume.saved_as
     saver = Saver(setup, setup.identity(data.train), optimizer, scaler, record.print, saved_as)
-    model = torch.compile(raw_model) if args.compile else raw_model
-    if world.is_distributed:
-        on_cuda = world.device.type == "cuda"
-        model = DistributedDataParallel(model, [world.device.index] if on_cuda else None)
     speed = plan.peak_tokens_per_second()
-    return Run(setup, data, model, state, saver, record, stop, score, speed)
+    return Run(setup, data, state, saver, record, stop, score, speed)
 
 
 def describe_rows(use: str, rows: Rows) -> list[str]:
