@@ -31,6 +31,7 @@ from common import (
     positive_float,
     positive_int,
     positive_unit_interval,
+    report_os_errors,
     report_user_errors,
     seed,
     unit_interval,
@@ -78,39 +79,32 @@ def parse_args() -> argparse.Namespace:
         "a stage's or a run's name, a .pth file or a folder in transformers' format; default: the "
         "newest chat weights in --out_dir, else the newest pretrained ones",
     )
-    models.add_argument(
+    add = models.add_argument
+    add(
         "--lora_name", type=name_or_path, help="an adapter's name, or its .pth file: use it as well"
     )
-    models.add_argument(
-        "--dim", type=positive_int, help="width of the weights; 512 for those without a .json"
-    )
-    models.add_argument("--n_layers", type=positive_int, help="blocks of the weights; likewise 8")
-    models.add_argument(
-        "--use_moe", action=BooleanFlag, help="whether they are a mixture of experts"
-    )
-    writing = parser.add_argument_group("writing")
+    add("--dim", type=positive_int, help="width of the weights; 512 for those without a .json")
+    add("--n_layers", type=positive_int, help="blocks of the weights; likewise 8")
+    add("--use_moe", action=BooleanFlag, help="whether they are a mixture of experts")
+    add = parser.add_argument_group("writing").add_argument
     for name, (kind, default, help_) in SETTINGS.items():
-        writing.add_argument(f"--{name}", type=kind, default=default, help=help_)
-    writing.add_argument("--seed", type=seed, help="default: a new one each time")
-    writing.add_argument("--system", type=without_stray_bytes, help="system message")
-    writing.add_argument(
+        add(f"--{name}", type=kind, default=default, help=help_)
+    add("--seed", type=seed, help="default: a new one each time")
+    add("--system", type=without_stray_bytes, help="system message")
+    add(
         "--history_cnt",
         type=non_negative_int,
         help="exchanges that stay in the prompt; default: as many as fit",
     )
     instead = parser.add_argument_group("instead of a conversation")
-    one = instead.add_mutually_exclusive_group()
-    one.add_argument(
-        "--prompt", type=without_stray_bytes, help="answer or continue this text and end"
-    )
-    one.add_argument(
+    add = instead.add_mutually_exclusive_group().add_argument
+    add("--prompt", type=without_stray_bytes, help="answer or continue this text and end")
+    add(
         "--input_file",
         type=user_path,
         help='answer every line: {"prompt"}, conversations, {"text"}',
     )
-    one.add_argument(
-        "--score", type=user_path, metavar="DATA", help="score the model on texts or conversations"
-    )
+    add("--score", type=user_path, metavar="DATA", help="score the model on texts or conversations")
     instead.add_argument("--output_file", type=user_path, help="where the answers, or scores, go")
     instead.add_argument("--batch_size", type=positive_int, default=16, help="lines at a time")
     add_skip_bad_lines(instead)
@@ -146,15 +140,13 @@ class Chat:
     def respond(self, text: str) -> None:
         """Print the model's answer to a text as it is generated; Ctrl-C ends it.
 
-        Raises:
-            UserError: if the text leaves no room in the context, or the conversation needs control
-                tokens that the tokenizer lacks.
+        Raises UserError if the text is too long, or the tokenizer lacks a control token it needs.
         """
         question, past = {"role": "user", "content": text}, self.conversation.messages
         if self.history_cnt is not None:
             past = past[self.conversation.last_exchanges(self.history_cnt) :]
         messages = replace(self.conversation, messages=[*past, question]).prompt()
-        if self.chat_model.encoder is None:
+        if not self.chat_model.chats:
             print(text, end="", flush=True)
         answer, options = "", generation_options(self.settings)
         try:
@@ -170,7 +162,7 @@ class Chat:
         except KeyboardInterrupt:
             print(" …", end="")
         print()
-        if self.chat_model.encoder is not None:
+        if self.chat_model.chats:
             self.conversation.messages += [question, {"role": "assistant", "content": answer}]
 
     def run_command(self, line: str) -> None:
@@ -185,16 +177,14 @@ class Chat:
         elif name == "system":
             self.conversation.system = rest
             print(f"system message: {rest or 'none'}")
-        elif name == "undo" and not self.conversation.messages:
-            raise UserError("/undo: the conversation is empty")
         elif name == "undo":
+            if not self.conversation.messages:
+                raise UserError("/undo: the conversation is empty")
             print(f"removed: {self.conversation.undo()}")
-        elif name in ("save", "load") and not rest:
-            raise UserError(f"/{name}: needs the name of a file")
-        elif name == "save":
-            self.save(user_path(rest))
-        elif name == "load":
-            self.load(user_path(rest))
+        elif name in ("save", "load"):
+            if not rest:
+                raise UserError(f"/{name}: needs the name of a file")
+            (self.save if name == "save" else self.load)(user_path(rest))
         elif name == "set":
             self.set(*rest.split(maxsplit=1))
         else:
@@ -214,11 +204,8 @@ class Chat:
 
     def save(self, path: Path) -> None:
         """Write the conversation as a line of training data; an older file is kept."""
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(self.conversation.training_line())
-        except OSError as error:
-            raise UserError(f"/save {path}: {error.strerror}") from None
+        with report_os_errors(f"/save {path}"), path.open("x", encoding="utf-8") as file:
+            file.write(self.conversation.training_line())
         print(f"saved {path}")
 
     def load(self, path: Path) -> None:
@@ -264,11 +251,11 @@ def converse(chat: Chat) -> None:
     sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to end
     with contextlib.suppress(ImportError):  # Windows' own terminal edits lines by itself
         import readline  # noqa: F401  it gives `input` its editing and history
-    name, chats = chat.chat_model.name, chat.chat_model.encoder is not None
-    if chats:
-        print(f"{name}: type a message and press Enter; /help lists commands.")
-    else:
-        print(f"{name}: type a beginning and press Enter; Ctrl-D leaves.")
+    chats = chat.chat_model.chats
+    beginning = "a message and press Enter; /help lists commands."
+    if not chats:
+        beginning = "a beginning and press Enter; Ctrl-D leaves."
+    print(f"{chat.chat_model.name}: type {beginning}")
     for text in typed_texts():
         try:
             if text.startswith("/") and chats:

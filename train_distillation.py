@@ -28,7 +28,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import training
 from dataset import PackedRows, PaddedRows, TeacherTopK, collate_with_teacher, make_loader
-from model import MiniMindLM, load_model, resolve_weights, weights_hash
+from model import (
+    MiniMindLM,
+    find_targets,
+    load_model,
+    resolve_weights,
+    target_logits,
+    weights_hash,
+)
 from sample_world import SAMPLE, ensure_sample
 
 # (parameters up to, lowest, highest): learning rates outside make a warning.
@@ -37,9 +44,8 @@ LEARNING_RATES = ((1e7, 1e-5, 3e-3), (6e7, 1e-5, 5e-4), (math.inf, 5e-6, 1e-4))
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = common.make_parser("Distill a MiniMind into a smaller one, on conversations.")
-    training.add_stage_arguments(
-        parser,
+    parser = training.make_stage_parser(
+        "Distill a MiniMind into a smaller one, on conversations.",
         data_path=SAMPLE / "sft.jsonl",
         from_weight="pretrain",
         learning_rate=5e-5,
@@ -49,56 +55,17 @@ def parse_args() -> argparse.Namespace:
         grad_clip=1.0,
         max_seq_len=512,
     )
-    teaching = parser.add_argument_group("teacher")
-    teaching.add_argument(
-        "--teacher_weight",
-        type=common.name_or_path,
-        required=True,
-        help="a stage's name, or its .pth file with a .json beside it",
-    )
-    teaching.add_argument(
-        "--alpha",
-        type=common.unit_interval,
-        default=0.5,
-        help="weight of the cross-entropy with the data; the rest is that of the KL divergence",
-    )
-    teaching.add_argument(
-        "--temperature",
-        type=common.positive_float,
-        default=2.0,
-        help="divides the logits of both models in the KL divergence",
-    )
-    teaching.add_argument(
-        "--cache_teacher",
-        type=common.positive_int,
-        metavar="TOP",
-        help="run the teacher once, and cache its TOP most probable tokens of each target",
-    )
+    add = parser.add_argument_group("teacher").add_argument
+    name = "a stage's name, or its .pth file with a .json beside it"
+    add("--teacher_weight", type=common.name_or_path, required=True, help=name)
+    weight = "weight of the cross-entropy with the data; the rest is that of the KL divergence"
+    add("--alpha", type=common.unit_interval, default=0.5, help=weight)
+    divisor = "divides the logits of both models in the KL divergence"
+    add("--temperature", type=common.positive_float, default=2.0, help=divisor)
+    cached = "run the teacher once, and cache its TOP most probable tokens of each target"
+    add("--cache_teacher", type=common.positive_int, metavar="TOP", help=cached)
     training.add_chat_arguments(parser)
-    args = parser.parse_args()
-    training.check_stage_arguments(args)
-    return args
-
-
-def target_logits(
-    model: nn.Module, batch: dict[str, Tensor], where: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A model's logits at the N positions `where` of a flattened batch: (N, vocab) fp32.
-
-    Also the auxiliary loss and the load of each expert, as `token_losses` returns them.
-    """
-    output = model(
-        batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"],
-    )
-    return output.logits.flatten(0, 1)[where].float(), output.aux_loss, output.expert_load
-
-
-def find_targets(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The targets of a flattened batch: positions, ids (N,) int64, and weights (N,) fp32."""
-    where = batch["loss_mask"].flatten().nonzero().squeeze(1)
-    return where, batch["targets"].flatten()[where], batch["loss_mask"].flatten()[where]
+    return training.parse_stage_arguments(parser)
 
 
 def divergence(
@@ -106,11 +73,8 @@ def divergence(
 ) -> Tensor:
     """KL(teacher ‖ student) of the distributions softmax(logits / temperature), in nats: (N,).
 
-    Args:
-        student: (N, vocab) logits.
-        teacher: the same of the teacher; or ids and log-probabilities, at this temperature, of its
-            most probable tokens, (N, top) each. Then all other tokens count as one.
-        temperature: above 0.
+    `student` and `teacher` are (N, vocab) logits. Or `teacher` is ids and log-probabilities, at
+    this temperature, of its most probable tokens, (N, top) each; then all others count as one.
     """
     student = F.log_softmax(student / temperature, dim=-1)
     if isinstance(teacher, Tensor):
@@ -129,12 +93,11 @@ def student_losses(
     """alpha · cross-entropy + (1 − alpha) · T² · KL(teacher ‖ student) of every target, weighted.
 
     T² makes up for the gradient of the softened divergence, which shrinks by as much (Hinton,
-    Vinyals and Dean, https://arxiv.org/abs/1503.02531). Without a `teacher` the batch holds its
+    Vinyals and Dean, https://arxiv.org/abs/1503.02531). Without `teacher`, the batch holds its
     tokens.
 
-    Returns:
-        (N,) fp32 the losses; the sums of both parts, `cross_entropy` and `kl`, weighted alike; the
-        auxiliary loss and the load of each expert.
+    Returns the losses, (N,) fp32; the sums of both parts, `cross_entropy` and `kl`, weighted alike;
+    the auxiliary loss and the load of each expert.
     """
     where, ids, weights = find_targets(batch)
     ours, aux_loss, load = target_logits(model, batch, where)
@@ -153,11 +116,7 @@ def student_losses(
 
 
 def open_teacher(setup: training.Setup) -> MiniMindLM:
-    """The teacher on the CPU, in eval mode; without a .json file it has the student's shape.
-
-    Raises:
-        UserError: if the file cannot be used, or rows are longer than the teacher's context.
-    """
+    """The teacher on the CPU, in eval mode; without a .json file it has the student's shape."""
     args, shape = setup.args, setup.raw_model.config
     path = resolve_weights("--teacher_weight", args.teacher_weight, args.out_dir, shape)
     teacher = load_model(path, shape, setup.tokenizer_hash)
@@ -281,16 +240,8 @@ def main() -> int:
     setup.notes.append(note)
     with training.lock_run(setup.path, setup.world, args.dry_run):
         training.find_resume(setup)
-        if setup.resume is None:
-            training.load_first_weights(setup)
-        data = training.open_chat_splits(
-            args,
-            setup.tokenizer,
-            ensure_sample,
-            max_turns=args.max_turns,
-            loss_weighting=args.loss_weighting,
-        )
-        training.check_resume(setup, data.train)
+        training.load_first_weights(setup)
+        data = training.open_chat_splits(setup, ensure_sample)
         if args.cache_teacher and not args.dry_run:
             # Before the processes connect: the others wait for a file, which no time-out ends.
             key = f"{setup.frozen['--teacher_weight'][:16]}_{args.temperature:g}_{setup.dtype}"

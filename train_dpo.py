@@ -18,8 +18,7 @@ import math
 import sys
 import time
 from contextlib import nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import training
 from dataset import DPODataset, PairRows, collate_pairs
-from model import weights_hash
+from model import find_targets, target_logits, weights_hash
 from sample_world import SAMPLE, ensure_sample
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # (parameters up to, lowest, highest): learning rates outside make a warning.
 LEARNING_RATES = ((1e7, 1e-6, 5e-4), (6e7, 5e-7, 1e-4), (math.inf, 1e-7, 2e-5))
@@ -42,9 +38,8 @@ BETA = {"sigmoid_norm": 0.5, "sigmoid": 0.1, "ipo": 0.1}  # by --loss_type
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = common.make_parser("Tune MiniMind on pairs of a preferred and a rejected reply (DPO).")
-    training.add_stage_arguments(
-        parser,
+    parser = training.make_stage_parser(
+        "Tune MiniMind on pairs of a preferred and a rejected reply (DPO).",
         data_path=SAMPLE / "dpo.jsonl",
         from_weight="full_sft",
         learning_rate=5e-6,
@@ -56,37 +51,19 @@ def parse_args() -> argparse.Namespace:
         packing=False,  # a pair is compared as a whole; batches are of like length instead
         log_interval=1,  # runs are short, and the report reads the course of the margin
     )
-    pairs = parser.add_argument_group("preference")
-    pairs.add_argument(
-        "--loss_type",
-        choices=tuple(BETA),
-        default="sigmoid_norm",
-        help="sigmoid compares sums of log-probabilities, the others means per token",
-    )
-    pairs.add_argument(
-        "--beta",
-        type=common.positive_float,
-        help="strength of the KL penalty; default: "
-        + ", ".join(f"{beta:g} for {name}" for name, beta in BETA.items()),
-    )
-    pairs.add_argument(
-        "--label_smoothing",
-        type=common.half_open_unit_interval,
-        default=0.0,
-        help="assumed share of pairs whose labels are swapped (cDPO); not for ipo",
-    )
-    pairs.add_argument(
-        "--max_prompt_length",
-        type=common.positive_int,
-        help="most tokens of a prompt; default: half of a row",
-    )
-    pairs.add_argument(
-        "--max_completion_length",
-        type=common.positive_int,
-        help="most tokens of a reply; default: the rest of the row",
-    )
-    args = parser.parse_args()
-    training.check_stage_arguments(args)
+    add = parser.add_argument_group("preference").add_argument
+    compared = "sigmoid compares sums of log-probabilities, the others means per token"
+    add("--loss_type", choices=tuple(BETA), default="sigmoid_norm", help=compared)
+    betas = ", ".join(f"{beta:g} for {name}" for name, beta in BETA.items())
+    strength = f"strength of the KL penalty; default: {betas}"
+    add("--beta", type=common.positive_float, help=strength)
+    swapped = "assumed share of pairs whose labels are swapped (cDPO); not for ipo"
+    add("--label_smoothing", type=common.half_open_unit_interval, default=0.0, help=swapped)
+    prompt = "most tokens of a prompt; default: half of a row"
+    add("--max_prompt_length", type=common.positive_int, help=prompt)
+    reply = "most tokens of a reply; default: the rest of the row"
+    add("--max_completion_length", type=common.positive_int, help=reply)
+    args = training.parse_stage_arguments(parser)
     if args.from_weight == "none":
         raise common.UserError("--from_weight none: a preference needs a model to compare with")
     if args.beta is None:
@@ -100,11 +77,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def set_lengths(args: argparse.Namespace) -> None:
-    """Divide the row between prompt and reply, as far as the flags do not.
-
-    Raises:
-        UserError: if the two do not fit.
-    """
+    """Divide the row between prompt and reply, as far as the flags do not; or UserError."""
     row, prompt, reply = args.max_seq_len, args.max_prompt_length, args.max_completion_length
     if prompt is None:
         prompt = row // 2 if reply is None else row - reply
@@ -118,38 +91,17 @@ def set_lengths(args: argparse.Namespace) -> None:
     args.max_prompt_length, args.max_completion_length = prompt, reply
 
 
-def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> training.Splits:
-    """The pairs to train on, to validate on and to test on."""
-
-    def open_file(path: Path, scored: bool) -> DPODataset:
-        return DPODataset(
-            ensure_sample(path),
-            tokenizer,
-            args.max_prompt_length,
-            args.max_completion_length,
-            cache_dir=args.cache_dir,
-            skip_bad_lines=args.skip_bad_lines,
-        )
-
-    return training.open_splits(args, open_file, PairRows)
-
-
 def reply_logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probability of every reply in nats, summed over its tokens: (2B,) fp32.
 
     Also the auxiliary loss and the load of each expert, as `token_losses` returns them.
     """
-    output = model(
-        batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"],
-    )
+    where, ids, _ = find_targets(batch)  # the replies' tokens: no prompt is scored
+    logits, aux_loss, expert_load = target_logits(model, batch, where)
+    losses = F.cross_entropy(logits, ids, reduction="none")
     mask = batch["loss_mask"]  # (2B, T)
-    where = mask.flatten().nonzero().squeeze(1)  # (N,) the replies' tokens: no prompt is scored
-    logits = output.logits.flatten(0, 1)[where].float()  # (N, vocab)
-    losses = F.cross_entropy(logits, batch["targets"].flatten()[where], reduction="none")
     logps = -torch.zeros_like(mask).flatten().index_copy(0, where, losses).view_as(mask).sum(1)
-    return logps, output.aux_loss, output.expert_load  # not the logits, which would stay in memory
+    return logps, aux_loss, expert_load  # not the logits, which would stay in memory
 
 
 def preference_losses(
@@ -174,11 +126,9 @@ def preference_losses(
         lengths: (2B,) tokens of each reply.
         loss_type, beta, label_smoothing: the flags of these names.
 
-    Returns:
-        (B,) the losses, and what to watch, (B,) each, without gradients: `chosen_reward` and
-        `rejected_reward`, beta · s; `margin`, their difference; `log_odds`, of the chosen against
-        the rejected reply; `accuracy`, 1 where d is above 0, a half where it is 0 but for fp32's
-        rounding; `chosen_logp` and `rejected_logp`.
+    Returns the losses, (B,), and what to watch, (B,) each, without gradients: among them rewards,
+    beta · s, the `margin` between them, and `accuracy`, 1 where d is above 0, a half where it is 0
+    but for fp32's rounding.
     """
     if loss_type != "sigmoid":
         logps, reference = logps / lengths.clamp(min=1), reference / lengths.clamp(min=1)
@@ -265,14 +215,14 @@ def train_epoch(
 
 
 @torch.no_grad()
-def score_reference(run: training.Run, reference: nn.Module, key: str, rows: PairRows) -> bool:
-    """Cache the reference's log-probability of every reply as `key`; False if a signal came."""
+def score_reference(run: training.Run, reference: nn.Module, key: str, rows: PairRows) -> None:
+    """Cache the reference's log-probability of every reply as `key`, unless a signal comes."""
     world, started = run.world, time.perf_counter()
     reference.eval()
     scores = torch.zeros(len(rows), 2, dtype=world.sum_dtype, device=world.device)
     for batch in run.loader(rows):
         if run.check_signal():
-            return False
+            return
         batch = world.to_device(batch)
         with run.autocast:
             logps, *_ = reply_logps(reference, batch)
@@ -284,7 +234,6 @@ def score_reference(run: training.Run, reference: nn.Module, key: str, rows: Pai
         f"reference on {rows.dataset.store.path}: {len(rows):,} pairs in {seconds:.1f} s "
         f"({len(rows) / seconds:.0f} pairs/s), cached beside the data"
     )
-    return True
 
 
 def train(setup: training.Setup, data: training.Splits, stop: training.StopSignal) -> int:
@@ -318,16 +267,14 @@ def train(setup: training.Setup, data: training.Splits, stop: training.StopSigna
     run = training.start_run(setup, data, stop, optimizer, scaler, score)
     if run is None:
         return 0
-    # Asked again: two parts may be of one file.
-    scored = all(
-        score_reference(run, reference, key, rows) for rows in unscored if is_unscored(rows)
-    )
+    for rows in unscored:
+        if is_unscored(rows):  # asked again: two parts may be of one file
+            score_reference(run, reference, key, rows)
     del reference
     model = torch.compile(raw_model) if args.compile else raw_model
     if world.is_distributed:
         model = DistributedDataParallel(model, world.device_ids)
-    if scored:
-        run.validate_if_due(model)  # first of the starting weights
+    run.validate_if_due(model)  # first of the starting weights
     while run.going_on:
         train_epoch(run, model, optimizer, scaler)
     return run.finish()
@@ -346,8 +293,13 @@ def main() -> int:
         training.load_first_weights(setup)
         setup.frozen["--from_weight"] = weights_hash(setup.raw_model)
         training.find_resume(setup)
-        data = open_data(args, setup.tokenizer)
-        training.check_resume(setup, data.train)
+        dataset = partial(
+            DPODataset,
+            tokenizer=setup.tokenizer,
+            max_prompt_length=args.max_prompt_length,
+            max_completion_length=args.max_completion_length,
+        )
+        data = training.open_splits(setup, ensure_sample, dataset, make_rows=PairRows)
         with training.open_process_group(setup.world), training.StopSignal() as stop:
             return train(setup, data, stop)
 

@@ -29,9 +29,8 @@ LEARNING_RATES = ((1e7, 1e-5, 3e-3), (6e7, 1e-5, 5e-4), (math.inf, 5e-6, 1e-4))
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = common.make_parser("Tune all weights of MiniMind on a JSONL file of conversations.")
-    training.add_stage_arguments(
-        parser,
+    parser = training.make_stage_parser(
+        "Tune all weights of MiniMind on a JSONL file of conversations.",
         data_path=SAMPLE / "sft.jsonl",
         from_weight="pretrain",
         learning_rate=5e-5,
@@ -42,9 +41,7 @@ def parse_args() -> argparse.Namespace:
         max_seq_len=512,
     )
     training.add_chat_arguments(parser)
-    args = parser.parse_args()
-    training.check_stage_arguments(args)
-    return args
+    return training.parse_stage_arguments(parser)
 
 
 def train_epoch(
@@ -114,16 +111,8 @@ def main() -> int:
     )
     with training.lock_run(setup.path, setup.world, args.dry_run):
         training.find_resume(setup)
-        if setup.resume is None:
-            training.load_first_weights(setup)
-        data = training.open_chat_splits(
-            args,
-            setup.tokenizer,
-            ensure_sample,
-            max_turns=args.max_turns,
-            loss_weighting=args.loss_weighting,
-        )
-        training.check_resume(setup, data.train)
+        training.load_first_weights(setup)
+        data = training.open_chat_splits(setup, ensure_sample)
         with training.open_process_group(setup.world), training.StopSignal() as stop:
             return train(setup, data, stop)
 

@@ -39,9 +39,8 @@ def adapter_name(text: str) -> str:
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = common.make_parser("Train a LoRA adapter of MiniMind on conversations.")
-    training.add_stage_arguments(
-        parser,
+    parser = training.make_stage_parser(
+        "Train a LoRA adapter of MiniMind on conversations.",
         data_path=SAMPLE / "lora.jsonl",
         from_weight="full_sft",
         learning_rate=1e-4,
@@ -51,31 +50,17 @@ def parse_args() -> argparse.Namespace:
         grad_clip=1.0,
         max_seq_len=512,
     )
-    lora = parser.add_argument_group("adapter")
-    lora.add_argument("--lora_name", type=adapter_name, default="identity", help="file name")
-    lora.add_argument("--lora_rank", type=common.positive_int, default=8, help="inner width")
-    lora.add_argument(
-        "--lora_alpha",
-        type=common.positive_float,
-        default=16.0,
-        help="scale of the product: alpha / rank",
-    )
-    lora.add_argument(
-        "--lora_dropout",
-        type=common.half_open_unit_interval,
-        default=0.0,
-        help="of the adapter's input",
-    )
-    lora.add_argument(
-        "--lora_target",
-        nargs="+",
-        choices=TARGETS,
-        default=TARGETS,
-        help="projections that get one, in every layer and every expert",
-    )
+    add = parser.add_argument_group("adapter").add_argument
+    add("--lora_name", type=adapter_name, default="identity", help="file name")
+    add("--lora_rank", type=common.positive_int, default=8, help="inner width")
+    scale = "scale of the product: alpha / rank"
+    add("--lora_alpha", type=common.positive_float, default=16.0, help=scale)
+    dropped = "of the adapter's input"
+    add("--lora_dropout", type=common.half_open_unit_interval, default=0.0, help=dropped)
+    where = "projections that get one, in every layer and every expert"
+    add("--lora_target", nargs="+", choices=TARGETS, default=TARGETS, help=where)
     training.add_chat_arguments(parser)
-    args = parser.parse_args()
-    training.check_stage_arguments(args)
+    args = training.parse_stage_arguments(parser)
     args.lora_target = [name for name in TARGETS if name in args.lora_target]
     if args.from_weight == "none":
         raise common.UserError("--from_weight none: an adapter needs weights to adapt")
@@ -155,14 +140,7 @@ def main() -> int:
             setup.raw_model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target
         )
         training.find_resume(setup)
-        data = training.open_chat_splits(
-            args,
-            setup.tokenizer,
-            ensure_sample,
-            max_turns=args.max_turns,
-            loss_weighting=args.loss_weighting,
-        )
-        training.check_resume(setup, data.train)
+        data = training.open_chat_splits(setup, ensure_sample)
         with training.open_process_group(setup.world), training.StopSignal() as stop:
             return train(setup, data, stop)
 

@@ -14,8 +14,7 @@ import argparse
 import math
 import sys
 from contextlib import nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING
+from functools import partial
 
 import torch
 from torch import nn
@@ -26,18 +25,14 @@ from dataset import PretrainDataset
 from model import token_losses
 from sample_world import SAMPLE, ensure_sample
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 # (parameters up to, lowest, highest): learning rates outside make a warning.
 LEARNING_RATES = ((1e7, 1e-4, 5e-3), (6e7, 1e-4, 2e-3), (math.inf, 5e-5, 1e-3))
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = common.make_parser("Pretrain MiniMind on a JSONL file of {'text'} lines.")
-    training.add_stage_arguments(
-        parser,
+    parser = training.make_stage_parser(
+        "Pretrain MiniMind on a JSONL file of {'text'} lines.",
         data_path=SAMPLE / "pretrain.jsonl",
         from_weight="none",
         learning_rate=5e-4,
@@ -47,24 +42,7 @@ def parse_args() -> argparse.Namespace:
         grad_clip=1.0,
         max_seq_len=512,
     )
-    args = parser.parse_args()
-    training.check_stage_arguments(args)
-    return args
-
-
-def open_data(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> training.Splits:
-    """The rows to train on, to validate on and to test on."""
-
-    def open_file(path: Path, scored: bool) -> PretrainDataset:
-        return PretrainDataset(
-            ensure_sample(path),
-            tokenizer,
-            args.max_seq_len + 1,  # so that X, one id shorter, can fill a row
-            cache_dir=args.cache_dir,
-            skip_bad_lines=args.skip_bad_lines,
-        )
-
-    return training.open_splits(args, open_file)
+    return training.parse_stage_arguments(parser)
 
 
 def train_epoch(
@@ -133,10 +111,13 @@ def main() -> int:
     setup = training.prepare(args, training.Stage("pretrain", LEARNING_RATES))
     with training.lock_run(setup.path, setup.world, args.dry_run):
         training.find_resume(setup)
-        if setup.resume is None:
-            training.load_first_weights(setup)
-        data = open_data(args, setup.tokenizer)
-        training.check_resume(setup, data.train)
+        training.load_first_weights(setup)
+        dataset = partial(
+            PretrainDataset,
+            tokenizer=setup.tokenizer,
+            max_length=args.max_seq_len + 1,  # so that X, one id shorter, can fill a row
+        )
+        data = training.open_splits(setup, ensure_sample, dataset)
         with training.open_process_group(setup.world), training.StopSignal() as stop:
             return train(setup, data, stop)
 

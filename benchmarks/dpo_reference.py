@@ -23,8 +23,9 @@ def main() -> None:
     """Measure and print a table."""
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--data_path", type=user_path, default=SAMPLE / "dpo.jsonl")
-    harness.add_flags(parser, dim=512, n_layers=8, batch_size=8, max_seq_len=1024, rounds=15)
-    args = parser.parse_args()
+    args = harness.parse_flags(
+        parser, dim=512, n_layers=8, batch_size=8, max_seq_len=1024, rounds=15
+    )
     world, autocast = harness.find_device(args)
     tokenizer = load_tokenizer(ROOT / "model" / "minimind_tokenizer")
     half = args.max_seq_len // 2
@@ -63,7 +64,7 @@ def main() -> None:
         peer: lambda i: peer_step({**batches[i], "asked": ask(batches[i])}),
     }
     amounts = dict.fromkeys(contenders, pairs)
-    harness.compare_speeds(contenders, world.device, amounts, "pairs/s", peer)
+    harness.compare_speeds(contenders, amounts, "pairs/s", peer)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ and onnx (scripts/requirements.txt).
 from collections.abc import Callable
 
 import torch
-from harness import WARM_UP, add_flags, compare_speeds, describe, make_peer
+from harness import WARM_UP, Contenders, compare_speeds, describe, make_peer, parse_flags
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -27,9 +27,7 @@ VIEWS = {
 }
 
 
-def contenders(
-    model: MiniMindLM, peer: nn.Module, prompts: Tensor, new: int
-) -> dict[str, Callable[[int], object]]:
+def contenders(model: MiniMindLM, peer: nn.Module, prompts: Tensor, new: int) -> Contenders:
     """What continues the prompts (B, T) by `new` tokens each, by name."""
     rows = len(prompts)
     options = {"max_new_tokens": new, "eos_token_id": -1}
@@ -61,9 +59,8 @@ def main() -> None:
     """Measure and print a table for one row and one for a batch."""
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--size", choices=("small", "base"), default="small")
-    add_flags(parser, prompt=64, new=256, batch_size=16, threads=2, rounds=5)
     parser.set_defaults(device="cpu")
-    args = parser.parse_args()
+    args = parse_flags(parser, prompt=64, new=256, batch_size=16, threads=2, rounds=5)
     device = choose_device(args.device)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -77,7 +74,7 @@ def main() -> None:
         generators = contenders(model, peer, prompts, args.new)
         tokens = dict.fromkeys(generators, [rows * args.new] * (WARM_UP + args.rounds))
         print(f"\nbatch {rows}", end="")
-        speeds = compare_speeds(generators, device, tokens, "tokens/s", PEER)
+        speeds = compare_speeds(generators, tokens, "tokens/s", PEER)
         if rows == 1:
             single = speeds
             for name in (PEER, "MiniMind, decoder kept"):

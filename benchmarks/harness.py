@@ -17,13 +17,15 @@ from model import LMConfig, MiniMindLM, token_losses
 from training import Distributed, autocast_dtype, find_processes
 
 WARM_UP = 2  # rounds that do not count
+Contenders = Mapping[str, Callable[[int], object]]  # by name; functions of the round's number
 
 
-def add_flags(parser: argparse.ArgumentParser, **defaults: int) -> None:
-    """Add `--device`, and a flag for each positive number, with its default."""
+def parse_flags(parser: argparse.ArgumentParser, **defaults: int) -> argparse.Namespace:
+    """Add `--device` and a flag for each positive number, with its default, and read all flags."""
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=positive_int, default=default)
     parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
+    return parser.parse_args()
 
 
 def find_device(args: argparse.Namespace) -> tuple[Distributed, torch.autocast]:
@@ -64,16 +66,15 @@ def make_peer(config: LMConfig) -> nn.Module:
     }
     if not config.use_moe:
         return hf.LlamaForCausalLM(hf.LlamaConfig(**shape))
-    return hf.GraniteMoeSharedForCausalLM(
-        hf.GraniteMoeSharedConfig(
-            **shape,
-            num_local_experts=config.n_routed_experts,
-            num_experts_per_tok=config.num_experts_per_tok,
-            shared_intermediate_size=config.hidden_dim * config.n_shared_experts,
-            attention_multiplier=config.head_dim**-0.5,
-            output_router_logits=True,
-        )
+    moe = hf.GraniteMoeSharedConfig(
+        **shape,
+        num_local_experts=config.n_routed_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        shared_intermediate_size=config.hidden_dim * config.n_shared_experts,
+        attention_multiplier=config.head_dim**-0.5,
+        output_router_logits=True,
     )
+    return hf.GraniteMoeSharedForCausalLM(moe)
 
 
 def mean_loss(autocast: torch.autocast) -> Callable[[nn.Module, dict[str, Tensor]], Tensor]:
@@ -108,17 +109,11 @@ def in_own_process(measure: Callable[..., Any], *arguments: object) -> Any:
         return pool.submit(measure, *arguments).result()
 
 
-def time_in_turns(
-    contenders: Mapping[str, Callable[[int], object]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Call all contenders in turn, so that a machine that slows down slows all.
-
-    They are functions of the round's number, which counts WARM_UP rounds too. Returns the seconds
-    of each round that counts, by name.
-    """
+def time_in_turns(contenders: Contenders, rounds: int) -> dict[str, list[float]]:
+    """The seconds of each round, in which all are called in turn: a slow machine slows all."""
 
     def clock() -> float:
-        if device.type == "cuda":
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -133,21 +128,17 @@ def time_in_turns(
 
 
 def compare_speeds(
-    contenders: Mapping[str, Callable[[int], object]],
-    device: torch.device,
-    amounts: Mapping[str, Sequence[float]],
-    unit: str,
-    baseline: str,
+    contenders: Contenders, amounts: Mapping[str, Sequence[float]], unit: str, baseline: str
 ) -> dict[str, float]:
-    """Time contenders in turns, and print their median speeds and ratios to the baseline's.
+    """Time contenders in turns; print their speeds and ratios to the baseline's, as medians.
 
-    A ratio is the median of those of each round. `amounts` is what each contender does in each
-    round, the WARM_UP rounds included. Returns the median speeds.
+    `amounts` is what each contender does in each round, the WARM_UP rounds included. Returns the
+    speeds.
     """
     rounds = len(amounts[baseline]) - WARM_UP
     speeds = {
         name: list(map(operator.truediv, amounts[name][WARM_UP:], seconds))
-        for name, seconds in time_in_turns(contenders, rounds, device).items()
+        for name, seconds in time_in_turns(contenders, rounds).items()
     }
     medians = {name: statistics.median(found) for name, found in speeds.items()}
     print(f"\n{f'median of rounds: {rounds}':36}{unit:>12}{'ratio':>8}")

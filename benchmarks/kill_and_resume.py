@@ -3,13 +3,12 @@
     python benchmarks/kill_and_resume.py
     python benchmarks/kill_and_resume.py --kills 100 --seed 1
 
-A tiny model is trained twice on made-up text, with dropout, accumulation, validation, best and
-numbered weights, saving every other step. One run is left alone. The other is killed (SIGKILL;
-TerminateProcess on Windows) and resumed, again and again: at any time after its start, at any time
-after a few more steps, or while a save writes the weights or the resume file. After each kill, once
-a first save was complete, the weights and one of the two resume files must be whole and load, and
-the next start must go on from the newest of these. In the end both runs must have the same weights,
-bit by bit, and the same metrics but for times. Else the exit status is 1.
+A tiny model is trained twice on made-up text, saving every other step. One run is left alone. The
+other is killed and resumed, again and again: at any time after its start, at any time after a few
+more steps, or while a save writes the weights or the resume file. After each kill, once a first
+save was complete, the weights and one of the two resume files must be whole and load, and the next
+start must go on from the newest of these. In the end both runs must have the same weights, bit by
+bit, and the same metrics but for times. Else the exit status is 1.
 
 In the table, a run resumed from - was killed before it printed the step, and a resume file with the
 step - is missing or damaged.
@@ -30,6 +29,7 @@ from typing import Any
 import torch
 
 from common import ROOT, UserError, make_parser, positive_int, seed
+from diagnosis.metrics import read_metrics
 from model.weights import check_sums, read_pickle
 
 DIM = 32
@@ -58,9 +58,8 @@ class Run:
         """Start or resume it."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
         with self.log.open("wb") as log:
-            return subprocess.Popen(
-                self.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
+            output = {"stdout": log, "stderr": subprocess.STDOUT}
+            return subprocess.Popen(self.command, cwd=ROOT, env=environment, **output)
 
     def finish(self) -> None:
         """Start or resume it and wait for its end."""
@@ -78,10 +77,8 @@ class Run:
         return int(found[1]) if found else 0 if "a new run starts" in printed else None
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of the metrics file; one that is being written is left out."""
-        path = self.out / "logs" / NAME / "metrics.jsonl"
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+        """The lines of the metrics file, without times."""
+        lines = read_metrics(self.out / "logs" / NAME / "metrics.jsonl")
         return [{key: line[key] for key in line if key not in TIMES} for line in lines]
 
     def writing(self) -> str | None:

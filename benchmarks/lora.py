@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from common import make_parser
+from dataset import collate
+from dataset.packing import make_row
 from model import MiniMindLM, apply_lora, save_lora, save_weights
 from training import Distributed
 from training.run import peak_memory
@@ -34,15 +36,9 @@ def build(args: argparse.Namespace, kind: str, world: Distributed) -> MiniMindLM
 
 def make_batch(args: argparse.Namespace, world: Distributed) -> dict[str, Tensor]:
     """Full rows of random ids, every one of them a target."""
-    ids = torch.randint(16, 6400, (args.batch_size, args.max_seq_len + 1), device=world.device)
-    ones = torch.ones_like(ids[:, 1:])
-    return {
-        "input_ids": ids[:, :-1],
-        "targets": ids[:, 1:],
-        "loss_mask": ones.float(),
-        "position_ids": ones.cumsum(1) - 1,
-        "attention_mask": ones,
-    }
+    ids = torch.randint(16, 6400, (args.batch_size, args.max_seq_len + 1))
+    ones = torch.ones(args.max_seq_len)
+    return world.to_device(collate([make_row([(row[:-1], row[1:], ones)], 0) for row in ids]))
 
 
 def measure_memory(args: argparse.Namespace, kind: str) -> dict[str, float]:
@@ -65,20 +61,17 @@ def measure_memory(args: argparse.Namespace, kind: str) -> dict[str, float]:
 def main() -> None:
     """Measure and print a table."""
     parser = make_parser(__doc__.splitlines()[0])
-    harness.add_flags(
+    args = harness.parse_flags(
         parser, dim=512, n_layers=8, batch_size=8, max_seq_len=512, lora_rank=8, rounds=7
     )
-    args = parser.parse_args()
     found = {kind: harness.in_own_process(measure_memory, args, kind) for kind in KINDS}
     world, autocast = harness.find_device(args)
     models = {kind: build(args, kind, world) for kind in KINDS}
-    batch = make_batch(args, world)
-    steps = {
-        kind: harness.make_step(model, harness.mean_loss(autocast))
-        for kind, model in models.items()
-    }
-    contenders = {kind: lambda _, step=step: step(batch) for kind, step in steps.items()}
-    seconds = harness.time_in_turns(contenders, args.rounds, world.device)
+    batch, contenders = make_batch(args, world), {}
+    for kind, model in models.items():
+        step = harness.make_step(model, harness.mean_loss(autocast))
+        contenders[kind] = lambda _, step=step: step(batch)
+    seconds = harness.time_in_turns(contenders, args.rounds)
     with tempfile.TemporaryDirectory() as folder:
         paths = {kind: Path(folder) / f"{kind}.pth" for kind in KINDS}
         save_weights(paths["full"], models["full"], models["full"].config, "full_sft", "")

@@ -21,8 +21,7 @@ def main() -> None:
     """Measure and print a table."""
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--data_path", type=user_path, default=SAMPLE / "sft.jsonl")
-    harness.add_flags(parser, dim=512, n_layers=8, batch_size=8, max_seq_len=512, rounds=7)
-    args = parser.parse_args()
+    args = harness.parse_flags(parser, dim=512, n_layers=8, batch_size=8, max_seq_len=512, rounds=7)
     world, autocast = harness.find_device(args)
     tokenizer = load_tokenizer(ROOT / "model" / "minimind_tokenizer")
     dataset = SFTDataset(ensure_sample(args.data_path), tokenizer, args.max_seq_len + 1)
@@ -52,7 +51,7 @@ def main() -> None:
     step = harness.make_step(harness.make_model(args, world), harness.mean_loss(autocast))
     contenders = {name: lambda i, own=own: step(own[i]) for name, own in batches.items()}
     tokens = {name: [int(b["attention_mask"].sum()) for b in own] for name, own in batches.items()}
-    harness.compare_speeds(contenders, world.device, tokens, "tokens/s", peer)
+    harness.compare_speeds(contenders, tokens, "tokens/s", peer)
 
 
 if __name__ == "__main__":

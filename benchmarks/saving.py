@@ -6,7 +6,6 @@ It runs train_pretrain.py on the beginning of the sample with a save every few s
 how much a save every 100 steps lengthens a step.
 """
 
-import json
 import runpy
 import sys
 import tempfile
@@ -17,9 +16,10 @@ from pathlib import Path
 from statistics import median
 from unittest import mock
 
-from harness import add_flags
+from harness import parse_flags
 
 from common import ROOT, make_parser
+from diagnosis.metrics import read_metrics
 from sample_world import SAMPLE, ensure_sample
 from training import Run
 
@@ -30,8 +30,7 @@ DOCUMENTS_PER_ROW = 10  # of the sample, about: enough for as many rows as are a
 def main() -> None:
     """Measure and print."""
     parser = make_parser(__doc__.splitlines()[0])
-    add_flags(parser, dim=512, n_layers=8, batch_size=8, steps=24, save_interval=4)
-    args = parser.parse_args()
+    args = parse_flags(parser, dim=512, n_layers=8, batch_size=8, steps=24, save_interval=4)
     saves: list[float] = []
     save = Run.save
 
@@ -55,7 +54,7 @@ def main() -> None:
         ):
             runpy.run_path(str(ROOT / "train_pretrain.py"), run_name="__main__")
         (metrics,) = folder.glob("logs/*/metrics.jsonl")
-        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        lines = read_metrics(metrics)
         size = sum(file.stat().st_size for file in folder.glob("*.pth")) / 1e6
 
     seconds = [line["seconds"] for line in lines if "loss" in line]

@@ -3,11 +3,10 @@
     python benchmarks/serve_load.py                     (26 M, 32 clients, 2 threads)
     python benchmarks/serve_load.py --quantize int8
 
-The clients run beside the server, on the same processor. Every answer must equal the one that the
-model gives alone. A piece of a stream is a token, or a few where a letter is several tokens. The
-bound is the queue's: a prompt waits for a round of each prompt before it, so the last one's first
-token comes after as many rounds as there are clients, and none takes longer than the longest time
-between two pieces. Needs scripts/requirements.txt.
+The clients run beside the server, on the same processor. "As alone" counts the answers that equal
+the model's alone. A piece of a stream is a token, or a few where a letter is several tokens. The
+bound is the queue's: the last prompt's first token comes after as many rounds as there are clients,
+and none takes longer than the longest time between two pieces. Needs scripts/requirements.txt.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from typing import NamedTuple
 
 import httpx
 import torch
-from harness import add_flags
+from harness import parse_flags
 
 from common import ROOT, make_parser
 from model import LMConfig, MiniMindLM, load_tokenizer, save_weights, tokenizer_hash
@@ -123,8 +122,7 @@ def main() -> None:
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[8, 32], help="2 or more each")
     parser.add_argument("--quantize", choices=("int8",))
-    add_flags(parser, prompt=40, new=64, threads=2, port=8765)
-    args = parser.parse_args()
+    args = parse_flags(parser, prompt=40, new=64, threads=2, port=8765)
     tokenizer = load_tokenizer(ROOT / "model" / "minimind_tokenizer")
     torch.manual_seed(0)
     model = MiniMindLM(LMConfig(vocab_size=len(tokenizer)))

@@ -10,7 +10,7 @@ bf16, as in training; on a CPU everything is in fp32.
 
 import torch
 import torch.nn.functional as F
-from harness import WARM_UP, add_flags, compare_speeds, describe, make_peer, make_step
+from harness import WARM_UP, compare_speeds, describe, make_peer, make_step, parse_flags
 from torch import Tensor, nn
 
 from common import BooleanFlag, make_parser, positive_int
@@ -47,8 +47,7 @@ def main() -> None:
     parser.add_argument("--size", choices=BATCH, default="small")
     parser.add_argument("--batch_size", type=positive_int, help=f"rows; default by size: {BATCH}")
     parser.add_argument("--compile", action=BooleanFlag, default=False, help="compiled models too")
-    add_flags(parser, seq_len=512, rounds=7)
-    args = parser.parse_args()
+    args = parse_flags(parser, seq_len=512, rounds=7)
     args.batch_size = args.batch_size or BATCH[args.size]
     device = choose_device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -72,7 +71,7 @@ def main() -> None:
     ours, their = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (own, theirs))
     print(f"{ours:.1f} M against {their:.1f} M parameters; {describe(args, device, dtype)}")
     tokens = dict.fromkeys(contenders, [args.batch_size * args.seq_len] * len(batches))
-    compare_speeds(contenders, device, tokens, "tokens/s", peer)
+    compare_speeds(contenders, tokens, "tokens/s", peer)
 
 
 if __name__ == "__main__":

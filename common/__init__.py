@@ -3,6 +3,7 @@
 from .arguments import (
     ROOT,
     BooleanFlag,
+    StageParser,
     add_skip_bad_lines,
     add_tokenizer_path,
     half_open_unit_interval,

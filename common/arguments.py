@@ -117,12 +117,8 @@ def add_skip_bad_lines(parser: argparse._ActionsContainer) -> None:
 
 def add_tokenizer_path(parser: argparse._ActionsContainer) -> None:
     """Add `--tokenizer_path FOLDER`."""
-    parser.add_argument(
-        "--tokenizer_path",
-        type=user_path,
-        default=ROOT / "model" / "minimind_tokenizer",
-        help="folder of the tokenizer",
-    )
+    folder, meaning = ROOT / "model" / "minimind_tokenizer", "folder of the tokenizer"
+    parser.add_argument("--tokenizer_path", type=user_path, default=folder, help=meaning)
 
 
 # An argparse type: a name, or a path with `~` expanded; `~NAME` of no user stays as it is.

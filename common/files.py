@@ -12,12 +12,8 @@ def write_atomically(
 ) -> None:
     """Call `write` with a binary file that becomes `path` once it is complete and on disk.
 
-    Whatever goes wrong, the file that was there before stays as it was.
-
-    Args:
-        path: the file; its folder is made if need be.
-        write: writes the content.
-        previous: where the file that was there before goes; None: it is replaced.
+    Whatever goes wrong, the file that was there before stays as it was; else it is replaced, or
+    moved to `previous`. The folder is made if need be.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")

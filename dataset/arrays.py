@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -41,20 +41,8 @@ class ArrayFolder:
         return ArrayFolder, (self.folder,)
 
 
-class ArrayWriter:
-    """Appends numbers to the arrays of a folder that is being built."""
-
-    def __init__(self, files: Mapping[str, BinaryIO], dtypes: Mapping[str, np.dtype]) -> None:
-        self._files, self._dtypes = files, dtypes
-
-    def append(self, **values: ArrayLike) -> None:
-        """Append to each named array the values given for it, converted to its dtype."""
-        for name, numbers in values.items():
-            array = np.ascontiguousarray(numbers, dtype=self._dtypes[name])
-            self._files[name].write(array.data)
-
-
-Fill = Callable[[ArrayWriter], Mapping[str, Any] | None]  # returns what else meta.json holds
+Append = Callable[..., None]  # appends to arrays, by name, the numbers given for them
+Fill = Callable[[Append], Mapping[str, Any] | None]  # returns what else meta.json holds
 
 
 def find_arrays(folder: Path) -> ArrayFolder | None:
@@ -110,7 +98,12 @@ def _build(folder: Path, dtypes: Mapping[str, np.dtype], fill: Fill) -> None:
     try:
         with ExitStack() as stack:
             files = {n: stack.enter_context((temporary / n).open("wb")) for n in dtypes}
-            meta = fill(ArrayWriter(files, dtypes)) or {}
+
+            def append(**values: ArrayLike) -> None:
+                for name, numbers in values.items():
+                    files[name].write(np.ascontiguousarray(numbers, dtype=dtypes[name]).data)
+
+            meta = fill(append) or {}
             lengths = {n: files[n].tell() // dtypes[n].itemsize for n in dtypes}
         arrays = {name: (dtype.str, lengths[name]) for name, dtype in dtypes.items()}
         text = json.dumps({**meta, "arrays": arrays}, ensure_ascii=False, indent=1)

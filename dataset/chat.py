@@ -118,15 +118,8 @@ class ChatEncoder(TextTokenizer):
     """Encodes conversations: ids, the weight of each as a target, and where the messages begin.
 
     The ids are those of the tokenizer's chat template wherever a newline is a token of its own and
-    no text has the characters of a control token.
-
-    Attributes:
-        end_think: id of `</think>`, or -1 if the tokenizer has none.
-        header_length: ids of an assistant message before its content.
-        newline_length: ids after the `</s>` of a message.
-
-    Raises:
-        UserError: if the tokenizer lacks `<s>` or `</s>`, or its template renders another format.
+    no text has the characters of a control token. UserError if the tokenizer lacks `<s>` or `</s>`,
+    or its template renders another format.
     """
 
     is_chat = True
@@ -140,8 +133,9 @@ class ChatEncoder(TextTokenizer):
                     f"--tokenizer_path: this tokenizer lacks {token} as a special token"
                 )
         _check_template(tokenizer)
-        self.end_think = self.special.get("</think>", -1)
+        self.end_think = self.special.get("</think>", -1)  # -1 if there is none
         header, newline = self.encode_batch(["assistant\n", "\n"])
+        # Ids of an assistant message before its content, and after the `</s>` of any message.
         self.header_length, self.newline_length = 1 + len(header), len(newline)
         self.key = f"chat {FORMAT_VERSION} {self.hash}"
 

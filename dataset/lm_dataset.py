@@ -65,9 +65,8 @@ class SFTDataset(ChatDataset):
     """The conversations of a JSONL file as samples for instruction tuning; see `parse_chat`.
 
     The targets are all tokens of the assistant's messages and the `</s>` after each, except of
-    answers without text, reasoning and calls. Of a longer conversation than `max_length` ids, the
-    oldest turns are left out, each whole, then the end of the last answer. The system message
-    stays. A conversation of which nothing to learn remains has no item.
+    answers without text, reasoning and calls. What is left out of a conversation that is longer
+    than `max_length` ids: see `keep_answers`. One without a target has no item.
 
     `dataset[i]` is `(X, Y, loss_mask)`, each (len,): `X = ids[:-1]` and `Y = ids[1:]` int64,
     `loss_mask` float32, the weight of each target and 0 elsewhere.
@@ -92,6 +91,8 @@ class SFTDataset(ChatDataset):
         loss_weighting: Literal["token", "sample"] = "token",
         **options: Any,
     ) -> None:
+        if loss_weighting not in ("token", "sample"):
+            raise ValueError(f"loss_weighting {loss_weighting!r} is neither token nor sample")
         self.max_turns = max_turns
         self.loss_weighting = loss_weighting
         super().__init__(path, tokenizer, max_length, **options)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from .arrays import INDEX_DTYPE, ArrayWriter, build_once
+from .arrays import INDEX_DTYPE, Append, build_once
 from .stored import Item, StoredDataset
 
 PLAN_VERSION = 1
@@ -72,15 +72,13 @@ class PackedRows(Dataset):
         """The share of all positions that hold a real token."""
         return self.dataset.n_positions / (len(self) * self.row_length)
 
-    def _write_plan(self, writer: ArrayWriter) -> None:
+    def _write_plan(self, append: Append) -> None:
         """Write the items of all rows, one row after the other, and where each row ends."""
         for start in range(0, len(self.dataset), WINDOW):
             lengths = self.dataset.lengths(start, start + WINDOW)
             rows = best_fit(lengths, self.row_length)
-            writer.append(
-                items=start + np.argsort(rows, kind="stable"),
-                ends=start + np.cumsum(np.bincount(rows)),
-            )
+            ends = start + np.cumsum(np.bincount(rows))
+            append(items=start + np.argsort(rows, kind="stable"), ends=ends)
 
 
 class PaddedRows(Dataset):
@@ -140,10 +138,8 @@ def pad_row(row: Row, length: int) -> Row:
     padding = length - len(row["input_ids"])
     if padding == 0:
         return row
-    padded = {
-        name: values if name == "sample" else F.pad(values, (0, padding))
-        for name, values in row.items()
-    }
+    tensors = {name: values for name, values in row.items() if name != "sample"}
+    padded = row | {name: F.pad(values, (0, padding)) for name, values in tensors.items()}
     padded["position_ids"][-padding:] = torch.arange(padding)
     return padded
 
@@ -229,14 +225,9 @@ def make_loader(
     shuffle: bool = False,
     **order: Any,
 ) -> DataLoader:
-    """A DataLoader of one process's micro-batches of one epoch.
+    """A DataLoader of one process's micro-batches of one epoch; `order`: see `RowBatches`.
 
-    Args:
-        rows: rows of any kind.
-        collate_fn: makes a batch of rows.
-        num_workers: processes that read ahead; None: 2 for a GPU, else none.
-        on_cuda: whether the batches go to a GPU, and so into pinned memory.
-        batch_size, shuffle, order: see `RowBatches`.
+    `num_workers` processes read ahead; None: 2 for a GPU (`on_cuda`), else none.
     """
     if num_workers is None:
         num_workers = 2 if on_cuda else 0

@@ -59,11 +59,10 @@ class DPODataset(ChatDataset):
     assistant's tokens, `</s>` included, after the messages that both sides share.
 
     Args:
-        path: file whose lines `dataset.records.parse_preference` reads.
-        tokenizer, options: see `StoredDataset`.
         max_prompt_length: most ids of a prompt, the header of the reply included; longer ones are
             treated as by `RLAIFDataset`.
         max_completion_length: most ids of a reply; what is longer is cut at its end.
+        path, tokenizer, options: see `StoredDataset`.
     """
 
     _ENCODER = PreferenceEncoder
@@ -138,7 +137,7 @@ class PairRows(Dataset):
         self._cached_reference = build_once(
             self._folder(key),
             {"logps": np.dtype("<f4")},
-            lambda writer: writer.append(logps=logps.flatten()),
+            lambda append: append(logps=logps.flatten()),
         )
 
     def _folder(self, key: str) -> Path:

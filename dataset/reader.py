@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from common import UserError
 
@@ -23,11 +22,8 @@ def read_records(path: Path) -> Iterator[Record]:
 
     They are the lines of a JSON Lines file, blank ones left out, or the elements of a JSON array.
     Of a line beyond MAX_LINE_BYTES comes only as much as shows that it is too long. The file is
-    never in memory as a whole.
-
-    Raises:
-        UserError: see `check_file`; also if an array is cut off or broken, such that it is unclear
-            where its next element begins.
+    never in memory as a whole. Raises UserError as `check_file`; also if an array is cut off or
+    broken, such that it is unclear where its next element begins.
     """
     try:
         yield from check_file(path)(path)
@@ -38,9 +34,7 @@ def read_records(path: Path) -> Iterator[Record]:
 def check_file(path: Path) -> Read:
     """What reads the records of a file, by its format.
 
-    Raises:
-        UserError: if the file is missing, a folder, empty, or of another format; the text names the
-            format and what to do about it.
+    UserError if the file is missing, a folder, empty, or of another format, which it names.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a JSONL file")
@@ -54,10 +48,10 @@ def check_file(path: Path) -> Read:
     if not head:
         raise UserError(f"{path}: is empty")
     head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    found = next(f for f in _FORMATS if re.match(f.pattern, head, re.DOTALL))
-    if found.read is None:
-        raise UserError(f"{path}: is {found.name}; {found.remedy}")
-    return found.read
+    _, name, remedy = next(f for f in _FORMATS if re.match(f[0], head, re.DOTALL))
+    if name not in _READERS:
+        raise UserError(f"{path}: is {name}; {remedy}")
+    return _READERS[name]
 
 
 def _read_lines(path: Path) -> Iterator[Record]:
@@ -112,48 +106,41 @@ def _read_array(path: Path) -> Iterator[Record]:
         raise UserError(f"{path}:{line}: {more}")
 
 
-class _Format(NamedTuple):
-    """A kind of file; "the file is `name`". Where `read` is None it cannot be used."""
-
-    pattern: bytes  # of its beginning
-    name: str
-    remedy: str = ""
-    read: Read | None = None
-
-
 _CONVERT = "convert it to JSON Lines first, for example with to_json of the datasets library"
-_FORMATS = (  # the first that matches; the last matches all
-    _Format(rb"\x1f\x8b", "compressed with gzip", "unpack it first: gunzip"),
-    _Format(rb"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it first: unzstd"),
-    _Format(rb"\xfd7zXZ\0", "compressed with xz", "unpack it first: unxz"),
-    _Format(rb"BZh", "compressed with bzip2", "unpack it first: bunzip2"),
-    _Format(rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first: 7z x"),
-    _Format(rb"PK\x03\x04", "a zip archive", "unpack it first: unzip"),
-    _Format(rb"PAR1", "a Parquet file", _CONVERT),
-    _Format(rb"ARROW1", "an Arrow file", _CONVERT),
-    _Format(
+# Beginnings of files, what they are, what to do: the first that matches counts; the last one does.
+_FORMATS = (
+    (rb"\x1f\x8b", "compressed with gzip", "unpack it first: gunzip"),
+    (rb"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it first: unzstd"),
+    (rb"\xfd7zXZ\0", "compressed with xz", "unpack it first: unxz"),
+    (rb"BZh", "compressed with bzip2", "unpack it first: bunzip2"),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first: 7z x"),
+    (rb"PK\x03\x04", "a zip archive", "unpack it first: unzip"),
+    (rb"PAR1", "a Parquet file", _CONVERT),
+    (rb"ARROW1", "an Arrow file", _CONVERT),
+    (
         rb"version https://git-lfs.github.com/",
         "a Git LFS pointer, not the data itself",
         "fetch the data: git lfs pull",
     ),
-    _Format(
+    (
         rb"\xff\xfe|\xfe\xff|[\[{]\0|\0[\[{]",
         "text in UTF-16",
         "save it as UTF-8, for example with iconv",
     ),
-    _Format(
+    (
         rb"(?i:<!doctype html|<html)",
         "an HTML page, perhaps an error or a login",
         "download the file itself",
     ),
-    _Format(rb'\[\s*[]\[{"]', "a JSON array", read=_read_array),
-    _Format(
+    (rb'\[\s*[]\[{"]', "a JSON array", ""),
+    (
         rb"{([^\n]*([{[]|[^}\n],))?[^\S\n]*\n",  # a first line that goes on
         "a JSON object over several lines",
         "write one object a line, or an array of them",
     ),
-    _Format(rb"$|{|.*\n\s*{", "JSON Lines", read=_read_lines),
-    _Format(rb".*\0", "binary data of an unknown kind", "JSON Lines in UTF-8 are needed"),
-    _Format(rb"\w[\w .-]*([,\t]\w[\w .-]*)+\r?\n", "a table (CSV or TSV)", _CONVERT),
-    _Format(rb"", "plain text, not JSON", 'write each document on one line, as {"text": "…"}'),
+    (rb"$|{|.*\n\s*{", "JSON Lines", ""),
+    (rb".*\0", "binary data of an unknown kind", "JSON Lines in UTF-8 are needed"),
+    (rb"\w[\w .-]*([,\t]\w[\w .-]*)+\r?\n", "a table (CSV or TSV)", _CONVERT),
+    (rb"", "plain text, not JSON", 'write each document on one line, as {"text": "…"}'),
 )
+_READERS: dict[str, Read] = {"a JSON array": _read_array, "JSON Lines": _read_lines}

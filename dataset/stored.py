@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from common import UserError
 
-from .arrays import INDEX_DTYPE, LENGTH_DTYPE, ArrayWriter, build_once
+from .arrays import INDEX_DTYPE, LENGTH_DTYPE, Append, build_once
 from .chat import ChatEncoder
 from .text import TextTokenizer
 from .token_store import Encoded, TokenStore
@@ -35,13 +35,10 @@ class StoredDataset(Dataset, ABC):
     `begins` on. An item that is made of several documents has as many rows.
 
     Args:
-        path: JSONL file.
         tokenizer: tokenizer with this project's chat template, or for texts any with bos and eos.
         max_length: most ids of an item.
-        cache_dir, skip_bad_lines: see `TokenStore.open_or_build`.
-
-    Raises:
-        UserError: see `TokenStore.open_or_build`; also if there are no items.
+        path, cache_dir, skip_bad_lines: see `TokenStore.open_or_build`, also for errors; that there
+            are no items is one, too.
     """
 
     _ENCODER: type[TextTokenizer]
@@ -94,17 +91,17 @@ class StoredDataset(Dataset, ABC):
             part._use(f"{name}_{held_out}", partial(self._select, held_out, name == "val"))
         return train, val
 
-    def _write_items(self, encoder: TextTokenizer, writer: ArrayWriter) -> dict[str, int]:
+    def _write_items(self, encoder: TextTokenizer, append: Append) -> dict[str, int]:
         """Write the rows of all records."""
         offsets, first = self.store.offsets, 0
         while first < len(offsets) - 1:
             stop = int(np.searchsorted(offsets, offsets[first] + CHUNK_TOKENS, side="right")) - 1
             stop = max(stop - stop % self._DOCUMENTS, first + self._DOCUMENTS)
-            writer.append(**self._tabulate(first, stop, encoder))
+            append(**self._tabulate(first, stop, encoder))
             first = stop
         return self._count(np.ones(self._n_records, dtype=bool))
 
-    def _select(self, held_out: int, is_held_out: bool, writer: ArrayWriter) -> dict[str, int]:
+    def _select(self, held_out: int, is_held_out: bool, append: Append) -> dict[str, int]:
         """Write the rows of the records that are held out, or of all others."""
         records = np.full(self._n_records, not is_held_out)
         records[np.random.default_rng(0).permutation(self._n_records)[:held_out]] = is_held_out
@@ -112,10 +109,10 @@ class StoredDataset(Dataset, ABC):
         for start in range(0, len(table["documents"]), CHUNK):
             rows = slice(start, start + CHUNK)
             chosen = records[table["documents"][rows] // self._DOCUMENTS]
-            writer.append(**{name: column[rows][chosen] for name, column in table.items()})
+            append(**{name: column[rows][chosen] for name, column in table.items()})
         return self._count(records)
 
-    def _use(self, part: str, write: Callable[[ArrayWriter], dict[str, int]]) -> None:
+    def _use(self, part: str, write: Callable[[Append], dict[str, int]]) -> None:
         """Use the table of some records, written first if need be."""
         self._part = part
         folder = self.store.folder / f"spans_{self.items_key}"

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .arrays import INDEX_DTYPE, ArrayWriter, build_once
+from .arrays import INDEX_DTYPE, Append, build_once
 from .packing import PackedRows, PaddedRows, Row, collate
 
 DTYPES = {"ids": np.dtype("<i4"), "logps": np.dtype("<f4"), "ends": INDEX_DTYPE}
@@ -20,13 +20,9 @@ class TeacherTopK(Dataset):
     """Rows, each with a teacher's most probable tokens for its targets.
 
     Row `i` is that of `rows` with `teacher_ids` int64 and `teacher_logps` float32, (targets, top),
-    for each position whose loss mask is above 0, in order. Raises UserError if the cache cannot be
-    written.
-
-    Args:
-        key: names the teacher and what it is given; fit for a file name.
-        top: how many tokens are stored for each target.
-        score: computes what is stored for all rows, in order; called unless it is cached.
+    for each position whose loss mask is above 0, in order. `key` names the teacher and what it is
+    given; `score` computes what is stored for all rows, in order, unless it is cached. Raises
+    UserError if the cache cannot be written.
     """
 
     def __init__(
@@ -40,11 +36,11 @@ class TeacherTopK(Dataset):
         self.dataset = rows.dataset
         self.top = top
 
-        def fill(writer: ArrayWriter) -> None:
+        def fill(append: Append) -> None:
             end = 0
             for ids, logps, counts in score():
                 ends = end + np.cumsum(counts)
-                writer.append(ids=ids.flatten(), logps=logps.flatten(), ends=ends)
+                append(ids=ids.flatten(), logps=logps.flatten(), ends=ends)
                 end = int(ends[-1])
 
         name = f"teacher_{key}_top{top}_{rows.key}"

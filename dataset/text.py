@@ -31,10 +31,7 @@ _SPACE = re.compile(r"\s+")
 class TextTokenizer:
     """Text to ids by a private copy of a tokenizer, such that no text can produce a control token.
 
-    Attributes:
-        hash: the tokenizer's `tokenizer_hash`.
-        special: ids that no text gives, by token.
-        dtype: the smallest that holds the ids, uint16 or uint32.
+    `special` has the ids that no text gives, by token; `dtype`, uint16 or uint32, holds all ids.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -56,9 +53,8 @@ class TextTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, of `dtype`, without `<s>` and `</s>`.
 
-        Long texts are encoded in pieces, cut after a newline where there is one near enough. With
-        a newline as a token of its own that changes nothing; other tokenizers may see one token
-        in tens of thousands split in two.
+        Long texts are encoded in pieces, cut after a newline if possible; where newlines are no
+        tokens of their own, that may split one token in tens of thousands.
         """
         self._backend.encode_special_tokens = True  # here, since the library does not pickle it
         pieces = [(owner, piece) for owner, text in enumerate(texts) for piece in _cut(text)]

@@ -20,21 +20,29 @@ Tables derived from a store are folders inside it.
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import numpy as np
 from tqdm import tqdm
 
 from common import UserError
 
-from .arrays import INDEX_DTYPE, ArrayFolder, ArrayWriter, build_once
+from .arrays import INDEX_DTYPE, Append, ArrayFolder, build_once
 from .fields import RecordError
 from .reader import check_file, read_records
 from .records import BadLines
+
+if TYPE_CHECKING:
+    from .chat import ChatEncoder
+    from .text import TextEncoder
+
+# How the records of a file become ids. What `counted` names is counted in each; `encode` gives as
+# many documents of each record, of at least two ids. The keys differ wherever the ids would.
+Encoder = Union["TextEncoder", "ChatEncoder"]
 
 FORMAT_VERSION = 3
 BATCH_BYTES = 1 << 21  # of lines encoded at a time; the library's results take 50 times as much
@@ -59,21 +67,6 @@ class Encoded(NamedTuple):
     def offsets(self) -> np.ndarray:
         """(documents + 1,) int64, where each document begins, and the end."""
         return np.append(0, np.cumsum(self.lengths, dtype=np.int64))
-
-
-class Encoder(Protocol):
-    """How the records of a file become ids."""
-
-    key: str  # differs wherever the ids would
-    dtype: np.dtype
-    is_chat: bool
-    counted: tuple[str, ...]  # names of what `parse` counts
-
-    def parse(self, line: bytes) -> Parsed:
-        """What `encode` takes, and counts. Raises RecordError."""
-
-    def encode(self, records: Sequence[Any]) -> Encoded:
-        """The documents of each record in turn, as many of each, of at least two ids."""
 
 
 class TokenStore:
@@ -104,15 +97,9 @@ class TokenStore:
     ) -> "TokenStore":
         """Open the store of a data file, and build it first if need be.
 
-        Args:
-            path: JSON Lines or an array.
-            encoder: how its records become ids.
-            cache_dir: folder that the store is in; None: that of the file.
-            skip_bad_lines: leave out bad lines, if they are at most this share of all.
-
-        Raises:
-            UserError: if the file cannot be used, more of its lines are bad, no good line is left,
-                or the store cannot be written.
+        It is in the folder `cache_dir`, or that of the file. Bad lines are left out if they are at
+        most the share `skip_bad_lines`. UserError if the file cannot be used, more of its lines are
+        bad, no good line is left, or the store cannot be written.
         """
         path = Path(path)
         check_file(path)
@@ -153,13 +140,13 @@ def _store_key(path: Path, encoder: Encoder) -> str:
     return digest.hexdigest()[:16]
 
 
-def _fill_store(path: Path, encoder: Encoder, writer: ArrayWriter) -> dict[str, Any]:
+def _fill_store(path: Path, encoder: Encoder, append: Append) -> dict[str, Any]:
     """Write the store's arrays and return its meta."""
     before = path.stat()
     bad_lines = BadLines()
     end = 0
     content = hashlib.sha256()
-    writer.append(offsets=[0])
+    append(offsets=[0])
     progress = tqdm(
         total=before.st_size,
         desc=f"tokenising {path.name}",
@@ -176,12 +163,12 @@ def _fill_store(path: Path, encoder: Encoder, writer: ArrayWriter) -> dict[str, 
             content.update(np.ascontiguousarray(encoded.ids))
             content.update(offsets)
             each = len(encoded.lengths) // max(1, len(parsed))  # documents of a record
-            writer.append(ids=encoded.ids, offsets=offsets, lines=np.repeat(lines, each))
+            append(ids=encoded.ids, offsets=offsets, lines=np.repeat(lines, each))
             for i, name in enumerate(encoder.counted):
-                writer.append(**{name: np.repeat([counts[i] for _, counts in parsed], each)})
+                append(**{name: np.repeat([counts[i] for _, counts in parsed], each)})
             if encoder.is_chat:
                 content.update(encoded.weights)
-                writer.append(
+                append(
                     weights=encoded.weights, messages=end + encoded.messages, roles=encoded.roles
                 )
             end += len(encoded.ids)

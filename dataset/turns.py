@@ -83,11 +83,8 @@ def keep_answers(
     """What to train on: at most `max_length` ids with a target among them.
 
     The last `max_turns` turns are taken. If that is too long, what follows the last target is left
-    out; then the oldest turns; then the end of the last answer.
-
-    Args:
-        weights: how much each id counts as a target.
-        newline: ids after the `</s>` of a message; at the end of a sample they may be missing.
+    out; then the oldest turns; then the end of the last answer. At the end of a sample the
+    `newline` ids after the `</s>` of a message may be missing. `weights`: of each id as a target.
     """
     users, prefixes = turns.users, turns.prefixes
     targets = np.append(-1, np.flatnonzero(weights > 0))

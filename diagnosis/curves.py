@@ -27,11 +27,7 @@ def draw_curves(runs: Mapping[str, Metrics], path: Path) -> None:
 
     The legend shows the names of the runs. The validation panel is in nats per token; where the
     runs differ in tokenizer or validation text, in bits per byte. A single run's validation sets
-    are drawn one by one as well.
-
-    Raises:
-        ImportError: without matplotlib.
-        OSError: if the file cannot be written.
+    are drawn one by one as well. ImportError without matplotlib; OSError if it cannot be written.
     """
     from matplotlib.figure import Figure
 

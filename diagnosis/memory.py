@@ -24,17 +24,10 @@ def estimate_memory(
     The sum is needed from the second micro-batch of an accumulation on, when gradients and
     activations are there together; without accumulation, up to the gradients less. These are live
     tensors: an allocator may hold more (on a CPU, up to twice as much), as do the device's own
-    context and DDP. What `--compile` saves is not counted either.
+    context and DDP. What `--compile` saves is not counted either. `rows` are the sequences of a
+    micro-batch of the bare model, in fp32 or with autocast to `dtype`.
 
-    Args:
-        model: the bare model. Weights, gradients and moments are fp32.
-        rows, row_length: sequences of a micro-batch, and positions of each.
-        dtype: dtype of autocast; float32 for none.
-        gradient_checkpointing: whether layers keep their input only and are computed again.
-        device: what it runs on.
-
-    Returns:
-        "weights", "gradients", "optimizer", "activations" and "logits".
+    Returns "weights", "gradients", "optimizer", "activations" and "logits".
     """
     config, counts = model.config, count_parameters(model)
     autocast = dtype != torch.float32

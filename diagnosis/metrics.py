@@ -18,9 +18,7 @@ TRAINING_LOSS_STEPS = 30
 def read_metrics(path: Path) -> Metrics:
     """Read the lines of a metrics.jsonl, without a last one that a killed run left incomplete.
 
-    Raises:
-        OSError: if the file cannot be read.
-        ValueError: names the line, as file:line, that is not a JSON object.
+    Raises OSError, or a ValueError that names the line, as file:line, that is not a JSON object.
     """
     *lines, rest = path.read_bytes().split(b"\n")
     metrics = []

@@ -20,10 +20,7 @@ def find_all(
 ) -> list[Finding]:
     """Everything that the metrics show, good or bad, what did harm first.
 
-    Args:
-        metrics: lines of metrics.jsonl.
-        vocab_size: entries of the tokenizer; None for a run that began with trained weights.
-        n_routed_experts: routed experts of a layer; 0 for a dense model.
+    `vocab_size` is None for a run that began with trained weights; `n_routed_experts` 0 if dense.
     """
     if having(having(metrics, "loss"), "margin"):
         own = preference_findings(metrics)
@@ -39,12 +36,8 @@ def write_report(folder: Path) -> str:
     The run may be finished or not. It has a metrics.jsonl; each key of config.json, which
     `training.record.write_config` writes, may be missing, as in a folder of an older release.
 
-    Returns:
-        A line with the path of the report and the number of things that stand out.
-
-    Raises:
-        OSError: if a file cannot be read or written; what was there before is kept.
-        ValueError: if metrics.jsonl or config.json is damaged.
+    Returns a line with the path of the report and the number of things that stand out. Raises
+    OSError if a file cannot be read or written, ValueError if one that is read is damaged.
     """
     metrics = read_metrics(folder / "metrics.jsonl")
     path = folder / "config.json"

@@ -18,13 +18,12 @@ import torch
 from tqdm import tqdm
 
 from common import UserError
-from model import LMConfig, MiniMindLM
+from model import LMConfig, MiniMindLM, Tokenizer
 
 from .pre_tokenizer import PRE_TOKENIZER, check_tokenizer, merge_pairs
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
-    from transformers import PreTrainedTokenizerBase
 
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 
@@ -86,7 +85,7 @@ def architecture(config: LMConfig) -> str:
 def write_gguf(
     path: Path,
     model: MiniMindLM,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     file_type: str = "f16",
     name: str = "minimind",
 ) -> None:
@@ -161,9 +160,7 @@ def tensor_type(name: str, row: int, file_type: str) -> "GGMLQuantizationType":
     return types.F16 if row % gguf.GGML_QUANT_SIZES[kind][0] else kind
 
 
-def write_by_llama_quantize(
-    path: Path, model: MiniMindLM, tokenizer: "PreTrainedTokenizerBase", name: str
-) -> None:
+def write_by_llama_quantize(path: Path, model: MiniMindLM, tokenizer: Tokenizer, name: str) -> None:
     """Write a float32 file, let llama.cpp quantize it to Q4_K_M, and remove it.
 
     Rows that are no multiple of 256 numbers take more bits: Q5_0 in place of Q4_K, and Q8_0 in
@@ -218,7 +215,7 @@ def add_shape(writer: "GGUFWriter", config: LMConfig) -> None:
     writer.add_logit_scale(1.0)
 
 
-def add_tokenizer(writer: "GGUFWriter", tokenizer: "PreTrainedTokenizerBase") -> None:
+def add_tokenizer(writer: "GGUFWriter", tokenizer: Tokenizer) -> None:
     """Add vocabulary, merges, special tokens and chat template."""
     import gguf
 

@@ -12,13 +12,10 @@ template is not all that a conversation holds, so these differ from the tokenize
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import model
 from common import UserError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Ollama reads from this template which tags surround thoughts and tool calls: those texts stand
 # first and last beside .Thinking, and first under the first `if .ToolCalls`.
@@ -110,7 +107,7 @@ TEMPLATE = r"""
 
 
 def write_modelfile(
-    folder: Path, gguf_name: str, tokenizer: "PreTrainedTokenizerBase", context_length: int
+    folder: Path, gguf_name: str, tokenizer: model.Tokenizer, context_length: int
 ) -> None:
     """Write Modelfile beside a GGUF file; `ollama create NAME -f Modelfile` takes both.
 

@@ -12,14 +12,13 @@ import json
 from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokenizers import Regex, pre_tokenizers
 
 from common import UserError
+from model import Tokenizer
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 PRE_TOKENS = r"\n|\p{N}|[^\n\p{N}\p{L}\p{M}]*[\p{L}\p{M}]+|[^\n\p{N}\p{L}\p{M}]+"
 PRE_TOKENIZER = "superbpe"  # llama.cpp's name
@@ -47,7 +46,7 @@ PLAIN_BPE = {  # what byte pair encoding could do beside merging, and does not h
 }
 
 
-def check_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> None:
+def check_tokenizer(tokenizer: Tokenizer) -> None:
     """Raise a UserError, naming the tokenizer, unless llama.cpp gives the same ids for any text.
 
     Left out are texts in which the characters of a control token stand, which llama.cpp may take

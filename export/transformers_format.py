@@ -7,17 +7,15 @@ layout are those of files on the model hub, which all versions of transformers r
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from common import UserError
-from model import LMConfig
+from model import LMConfig, Tokenizer
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 ATTENTION = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"}
 FEED_FORWARD = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -31,7 +29,7 @@ def write_transformers(
     folder: Path,
     config: LMConfig,
     weights: dict[str, Tensor],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     weights_hash: str,
     dtype: torch.dtype = torch.float32,
 ) -> None:
@@ -177,7 +175,7 @@ def transformers_config(config: LMConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def copy_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase", max_seq_len: int) -> None:
+def copy_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> None:
     """Copy the two files of a tokenizer, with a class that every version of transformers knows."""
     source = Path(tokenizer.name_or_path)
     (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())

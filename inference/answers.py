@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TextIO
 
 import torch
 
-from common import UserError
+from common import UserError, report_os_errors
 from dataset import BadLines, RecordError, parse_question, parse_text, read_records
 
 from .chat_model import ChatModel
@@ -25,16 +25,12 @@ class Question(NamedTuple):
 
 
 def read_questions(
-    chat_model: ChatModel, path: Path, system: str | None = None, skip_bad_lines: float = 0.0
+    chat_model: ChatModel, path: Path, system: str | None, skip_bad_lines: float
 ) -> list[Question]:
     """Read the lines of a JSONL file: conversations, or texts for pretrained weights to continue.
 
-    Args:
-        system: system message of conversations without one.
-        skip_bad_lines: leave out lines that cannot be answered, if they are at most this share.
-
-    Raises:
-        UserError: naming the lines that cannot be answered; also if no line can be.
+    Conversations without a system message get `system`. Raises UserError, which names the lines
+    that cannot be answered, if they are more than the share `skip_bad_lines` or all.
     """
     questions, bad = [], BadLines()
     for number, line in read_records(path):
@@ -69,12 +65,10 @@ def parse_line(chat_model: ChatModel, line: bytes, system: str | None) -> Questi
     return Question(json.loads(line), ids, text, reference)
 
 
-def generate_answers(
-    chat_model: ChatModel, questions: Sequence[Question], options: dict[str, Any]
-) -> list[str]:
-    """Answer questions, as many at a time as the decoder has rows; options as of `generate`."""
+def generate_answers(chat_model: ChatModel, prompts: list[list[int]], **options: Any) -> list[str]:
+    """Answer prompts, as many at a time as the decoder has rows; options as of `generate`."""
     answers = chat_model.model.batch_generate(
-        [torch.tensor(q.ids, device=chat_model.decoder.device) for q in questions],
+        list(map(torch.tensor, prompts)),
         batch_size=len(chat_model.decoder.tokens),
         decoder=chat_model.decoder,
         eos_token_id=chat_model.tokenizer.eos_token_id,
@@ -86,18 +80,15 @@ def generate_answers(
 def answer_file(
     chat_model: ChatModel, questions: Sequence[Question], out: Path, options: dict[str, Any]
 ) -> None:
-    """Write each question's record with the answer added.
+    """Write each question's record with the answer added; raises as `new_file`.
 
     The field is "answer", or "response" if a record has an "answer" of its own; if there are both,
     "response_2" and so on: no field of a record is replaced.
-
-    Raises:
-        UserError: if the file exists or cannot be written.
     """
     names = chain(("answer", "response"), (f"response_{i}" for i in count(2)))
     name = next(name for name in names if not any(name in q.record for q in questions))
     with new_file(out, "utf-8") as file:
-        answers = generate_answers(chat_model, questions, options)
+        answers = generate_answers(chat_model, [q.ids for q in questions], **options)
         for question, answer in zip(questions, answers, strict=True):
             line = json.dumps({**question.record, name: answer}, ensure_ascii=False)
             file.write(f"{line}\n")
@@ -106,23 +97,16 @@ def answer_file(
 
 @contextmanager
 def new_file(path: Path, encoding: str) -> Iterator[TextIO]:
-    """Open --output_file, which must not exist, at once; it is removed after an error.
+    """Open --output_file at once; it is removed after an error.
 
-    Half a surrogate pair, which a string of JSON may hold, is written as its JSON escape.
-
-    Raises:
-        UserError: if the file exists or cannot be written.
+    Half a surrogate pair, which a string of JSON may hold, is written as its JSON escape. Raises
+    UserError if the file exists or cannot be written.
     """
-    try:
+    with report_os_errors(f"--output_file {path}"):
         file = path.open("x", encoding=encoding, errors="backslashreplace", newline="")
-    except OSError as error:
-        raise UserError(f"--output_file {path}: {error.strerror}") from None
-    try:
-        with file:
-            yield file
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise UserError(f"--output_file {path}: {error.strerror}") from None
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+        try:
+            with file:
+                yield file
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise

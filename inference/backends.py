@@ -30,10 +30,7 @@ class LocalModels:
         self.pool = pool
 
     def models(self) -> dict[str, bool]:
-        """The models, the default first, each with whether it answers conversations.
-
-        One that does not continues the last message.
-        """
+        """The models, the default first, each with whether it answers conversations."""
         return {name: card.chats for name, card in self.pool.cards().items()}
 
     def stream(
@@ -41,10 +38,8 @@ class LocalModels:
     ) -> Iterator[str]:
         """Generate an answer, piece by piece. Closing the iterator ends the generation.
 
-        A conversation that is too long for the model loses its oldest exchanges.
-
-        Raises:
-            Exception: of many kinds, each with a text for the user.
+        A conversation that is too long for the model loses its oldest exchanges; a model that does
+        not chat continues the last message. Raises many kinds of error, each with a text for users.
         """
         batcher = self.pool.get(model)
         chat_model = batcher.chat_model
@@ -79,12 +74,7 @@ class LocalModels:
 
 
 class Endpoint:
-    """The models of a server that speaks OpenAI's API. Methods as those of LocalModels.
-
-    Args:
-        url: address of the API, with /v1.
-        api_key: key that the server asks for, or None.
-    """
+    """The models of a server that speaks OpenAI's API at `url`. Methods as those of LocalModels."""
 
     def __init__(self, url: str, api_key: str | None):
         import openai  # local weights do not need it
@@ -93,9 +83,8 @@ class Endpoint:
 
     def models(self) -> dict[str, bool]:
         """As in LocalModels; a model answers conversations unless its name is of pretraining."""
-        return {
-            model.id: not model.id.startswith(PRETRAINED) for model in self.client.models.list()
-        }
+        names = [model.id for model in self.client.models.list()]
+        return {name: not name.startswith(PRETRAINED) for name in names}
 
     def stream(
         self, model: str, messages: Sequence[Mapping[str, str]], settings: Settings
@@ -107,14 +96,10 @@ class Endpoint:
             options["extra_body"] = {"repetition_penalty": penalty}
         chats = not model.startswith(PRETRAINED)
         if chats:
-            chunks = self.client.chat.completions.create(
-                model=model, messages=list(messages), stream=True, **options
-            )
+            create, prompt = self.client.chat.completions.create, {"messages": list(messages)}
         else:
-            chunks = self.client.completions.create(
-                model=model, prompt=messages[-1]["content"], stream=True, **options
-            )
-        with chunks:
+            create, prompt = self.client.completions.create, {"prompt": messages[-1]["content"]}
+        with create(model=model, **prompt, stream=True, **options) as chunks:
             for chunk in chunks:
                 for choice in chunk.choices:
                     if piece := choice.delta.content if chats else choice.text:

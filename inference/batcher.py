@@ -41,40 +41,29 @@ Event = list[Token] | Token | str | Exception
 class GenerationRequest(Continuation):
     """A continuation for which somebody waits.
 
-    Attributes:
-        emit: called, on the batcher's thread, with the list of the prompt's Tokens where
-            `prompt_logprobs` asks for it, with every new Token (the end token only with
-            `logprobs`), and then with the reason of its end: "stop" (the end token), "length" (the
-            limit, the context or the deadline was reached), "cancelled", or an exception: QueueFull
-            if the deadline came before its first token.
-        seed: seed of the sampling; None for a new one each time.
-        logprobs: how many of the most likely tokens come with each token, or None.
-        prompt_logprobs: whether the prompt's tokens come with theirs too.
-        deadline: `time.monotonic()` at which the text ends, however long it is.
-        cancelled: set it, and the text ends before the next step.
+    `emit` is called, on the batcher's thread, with the list of the prompt's Tokens where
+    `prompt_logprobs` asks for it, with every new Token (the end token only with `logprobs`), and
+    then with the reason of its end: "stop" (the end token), "length" (the limit, the context or the
+    deadline was reached), "cancelled", or an exception: QueueFull if the deadline came before its
+    first token.
     """
 
     emit: Callable[[Event], None]
-    seed: int | None = None
-    logprobs: int | None = None
-    prompt_logprobs: bool = False
-    deadline: float = float("inf")
-    cancelled: bool = False
+    seed: int | None = None  # None for a new one each time
+    logprobs: int | None = None  # how many of the most likely tokens come with each token
+    prompt_logprobs: bool = False  # whether the prompt's tokens come with theirs too
+    deadline: float = float("inf")  # `time.monotonic()` at which the text ends
+    cancelled: bool = False  # once set, the text ends before the next step
     began: float = 0.0  # `time.monotonic()` at which the batcher took it up
     prompt_tokens: list[Token] = field(default_factory=list)  # those scored so far
 
 
 class Batcher:
-    """Generates the texts of several requests at a time, each as if it were alone.
+    """Generates `rows` texts at a time, each as if it were alone; `queue` more may wait.
 
     Each round takes at most one chunk of one new prompt and then one step of all texts, so that no
     prompt delays the others for longer than one chunk takes. Requests start in the order of their
-    arrival.
-
-    Args:
-        chat_model: the model; its decoder needs one row more than `rows`, where prompts begin.
-        rows: how many texts are generated at a time.
-        queue: how many more may wait.
+    arrival. The decoder needs one row more than `rows`, where prompts begin.
     """
 
     def __init__(self, chat_model: ChatModel, rows: int, queue: int):
@@ -83,23 +72,18 @@ class Batcher:
         self.rows = rows
         self.queue = queue
         self.loop = SamplingLoop(self.decoder)
+        self.active: list[GenerationRequest] = self.loop.active  # one for each row, in their order
         self.waiting: deque[GenerationRequest] = deque()
-        self._starting: GenerationRequest | None = None
-        self._chunks: Iterator[Tensor] = iter(())  # logits of its prompt
+        self._chunks: Iterator[Tensor] | None = None  # logits of the first one's prompt, once begun
         self._seconds = 1.0  # that a request takes from its start, a running mean
         self._lock = threading.Condition()  # held to add requests, and to find that there are none
         self._retired = False
         self._thread: threading.Thread | None = None
 
     @property
-    def active(self) -> list[GenerationRequest]:
-        """The requests that have a row of the decoder, in the order of the rows."""
-        return self.loop.active
-
-    @property
     def load(self) -> int:
         """Number of requests that are not done."""
-        return len(self.waiting) + len(self.active) + (self._starting is not None)
+        return len(self.waiting) + len(self.active)
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
         """Take requests, all or none. Raises QueueFull if there is not enough room."""
@@ -124,15 +108,11 @@ class Batcher:
         """Cancel all requests, and wait until they and the thread have ended."""
         with self._lock:
             thread = self._thread
-            for request in self._requests():
+            for request in (*self.active, *self.waiting):
                 request.cancelled = True
         self.retire()
-        if thread is not None:
+        if thread:
             thread.join()
-
-    def _requests(self) -> list[GenerationRequest]:
-        starting = [] if self._starting is None else [self._starting]
-        return [*self.active, *starting, *self.waiting]
 
     def _run(self) -> None:
         # The thread outlasts its work: PyTorch's CPU threads belong to it, and with a new one for
@@ -150,17 +130,15 @@ class Batcher:
                 self._start_next()
                 if self.active:
                     self._sample(list(self.active), self.loop.step())
-            except (
-                Exception
-            ) as error:  # a bug, or memory ran out: the texts end, the server goes on
+            except Exception as error:  # a bug, or no memory: the texts end, the server goes on
                 self._end_all(error)
 
     def _end_all(self, reason: Exception) -> None:
         with self._lock:
-            requests = self._requests()
+            requests = [*self.active, *self.waiting]
             self.waiting.clear()
             self.active.clear()
-            self._starting = None
+            self._chunks = None
         self.decoder.release()
         self.decoder.prefix_cache.clear()
         for request in requests:
@@ -170,10 +148,11 @@ class Batcher:
         """End requests that are cancelled or past their deadline."""
         now = time.monotonic()
         with self._lock:
-            ended = [r for r in self._requests() if r.cancelled or now >= r.deadline]
+            requests = [*self.active, *self.waiting]
+            ended = [r for r in requests if r.cancelled or now >= r.deadline]
+            if self.waiting and self.waiting[0] in ended:
+                self._chunks = None
             self.waiting = deque(request for request in self.waiting if request not in ended)
-        if self._starting in ended:
-            self._starting = None
         for request in ended:
             if request in self.active:
                 self._end(request, "cancelled" if request.cancelled else "length")
@@ -181,16 +160,15 @@ class Batcher:
                 request.emit("cancelled" if request.cancelled else QueueFull(self._seconds))
 
     def _start_next(self) -> None:
-        """Compute the next chunk of a prompt; after the last one, the text joins the others."""
-        if self._starting is None:
-            if not self.waiting or len(self.active) == self.rows:
-                return
-            request = self._starting = self.waiting.popleft()
+        """Compute a chunk of the first prompt; after the last one, the text joins the others."""
+        if not self.waiting or len(self.active) == self.rows:
+            return
+        request = self.waiting[0]
+        if self._chunks is None:
             request.began = time.monotonic()
             self._chunks = self.decoder.prefill_in_chunks(
                 self.rows, request.ids, request.prompt_logprobs
             )
-        request = self._starting
         try:
             logits = next(self._chunks)
             if request.prompt_logprobs:
@@ -204,15 +182,15 @@ class Batcher:
             if request.sampling.do_sample:
                 seed = secrets.randbits(63) if request.seed is None else request.seed
                 request.generator = torch.Generator(self.decoder.device).manual_seed(seed)
-            if request.max_new_tokens > 0:
+            ended = None if request.max_new_tokens > 0 else "length"
+            if ended is None:
                 self.decoder.move(self.rows, len(self.active))
         except Exception as error:  # fails this request alone: the others go on
-            self._starting = None
-            request.emit(error)
-            return
-        self._starting = None
-        if request.max_new_tokens == 0:
-            request.emit("length")
+            ended = error
+        self._chunks = None
+        self.waiting.popleft()
+        if ended is not None:
+            request.emit(ended)
             return
         self.active.append(request)
         self._sample([request], logits[None])
@@ -227,11 +205,9 @@ class Batcher:
             request.prompt_tokens += with_logprobs(tokens, logits[: len(tokens)], request.logprobs)
 
     def _sample(self, requests: Sequence[GenerationRequest], logits: Tensor) -> None:
-        """Sample and emit the next token of active requests, and end those that are finished.
+        """Sample and emit the next token of n active requests from their logits (n, vocab_size).
 
-        Args:
-            requests: n active requests.
-            logits: their logits, (n, vocab_size).
+        Those that are finished end, and those whose sampling fails.
         """
         groups: dict[tuple[Sampling, torch.Generator | None], list[int]] = {}
         for i, request in enumerate(requests):
@@ -240,7 +216,7 @@ class Batcher:
             rows = [requests[i] for i in group]
             try:
                 self.loop.sample(rows, logits[group])
-            except Exception as error:  # fails these requests alone
+            except Exception as error:
                 for request in rows:
                     self._end(request, error)
                 continue
@@ -263,13 +239,7 @@ class Batcher:
 
 
 def with_logprobs(tokens: Sequence[int], logits: Tensor, top: int) -> list[Token]:
-    """Give tokens their log-probabilities.
-
-    Args:
-        tokens: T ids.
-        logits: what each was sampled from, (T, vocab_size).
-        top: number of most likely tokens that come with each.
-    """
+    """Give tokens log-probabilities and the `top` most likely ones, from logits (T, vocab_size)."""
     logprobs = logits.float().log_softmax(-1).clamp(min=MIN_LOGPROB)
     own = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
     values, ids = logprobs.topk(top)

@@ -1,47 +1,37 @@
 """A model to talk to: weights, tokenizer, decoder, and the way from messages to ids to text."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from common import UserError
 from dataset import ChatEncoder, fit_prompt, render_chat
-from model import Decoder, MiniMindLM, TorchDecoder
+from model import Decoder, MiniMindLM, Tokenizer, TorchDecoder
 
 from .text import TextStream
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-
+@dataclass(eq=False)
 class ChatModel:
-    """A model with its tokenizer.
+    """A model with its tokenizer, and a decoder for `rows` sequences at a time.
 
-    Args:
-        model: in eval mode, on its device.
-        chats: whether the model answers conversations; else it continues texts, and has no encoder.
-        quantize: "int8" for weights of 8 bits, which needs a CPU, or None.
-        rows: sequences that are generated at a time.
-
-    Raises:
-        UserError: if the model cannot be quantized.
+    The model is in eval mode and on its device. One that does not chat continues texts, and has no
+    encoder. `quantize` is "int8" for weights of 8 bits, which need a CPU; raises UserError if that
+    is not possible.
     """
 
-    def __init__(
-        self,
-        name: str,
-        model: MiniMindLM,
-        tokenizer: "PreTrainedTokenizerBase",
-        chats: bool,
-        quantize: str | None = None,
-        rows: int = 1,
-    ):
-        self.name = name
-        self.model = model
-        self.tokenizer = tokenizer
-        self.encoder = ChatEncoder(tokenizer) if chats else None
-        self.decoder = make_decoder(model, quantize, rows)
+    name: str
+    model: MiniMindLM
+    tokenizer: Tokenizer
+    chats: bool
+    quantize: str | None = None
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        self.encoder = ChatEncoder(self.tokenizer) if self.chats else None
+        self.decoder = make_decoder(self.model, self.quantize, self.rows)
 
     @property
     def context(self) -> int:
@@ -61,17 +51,10 @@ class ChatModel:
     ) -> list[int]:
         """Ids of a conversation, up to where the assistant's next answer begins.
 
-        A model that continues texts gets the last message alone.
-
-        Args:
-            messages: the conversation.
-            tools: JSON schemas.
-            room: tokens to leave for the answer, at most half of the context. If they are not left,
-                the oldest exchanges are dropped; the system message, the tools and the last
-                exchange stay. None drops nothing.
-
-        Raises:
-            RecordError: if it needs a control token that the tokenizer lacks.
+        A model that continues texts gets the last message alone. To leave `room` tokens for the
+        answer, at most half of the context, the oldest exchanges are dropped; the system message,
+        the tools (JSON schemas) and the last exchange stay. Raises RecordError if a control token
+        is needed that the tokenizer lacks.
         """
         if self.encoder is None:
             return self.text_ids(messages[-1]["content"])
@@ -84,11 +67,7 @@ class ChatModel:
     def stream(
         self, ids: Sequence[int], generator: torch.Generator, **options: Any
     ) -> Iterator[str]:
-        """Generate text after a prompt, piece by piece; for the options see `MiniMindLM.generate`.
-
-        Raises:
-            ValueError: if the prompt leaves no room in the model's context.
-        """
+        """Generate text after a prompt, piece by piece; options and errors as of `generate`."""
         tokens = self.model.generate(
             torch.tensor([ids], device=self.decoder.device),
             eos_token_id=self.tokenizer.eos_token_id,
@@ -104,15 +83,15 @@ def make_decoder(model: MiniMindLM, quantize: str | None, rows: int) -> Decoder:
     """The decoder that computes a model's tokens."""
     if quantize is None:
         return TorchDecoder(model, rows)
+    flag = f"--quantize {quantize}: "
     if model.device.type != "cpu":
-        raise UserError(f"--quantize {quantize}: on a CPU only; add --device cpu")
+        raise UserError(f"{flag}on a CPU only; add --device cpu")
     try:
         from model.onnx_decoder import OnnxDecoder
 
         return OnnxDecoder(model, rows)
     except ImportError as error:
-        raise UserError(
-            f"--quantize {quantize}: needs {error.name}: pip install -r scripts/requirements.txt"
-        ) from None
+        hint = "pip install -r scripts/requirements.txt"
+        raise UserError(f"{flag}needs {error.name}: {hint}") from None
     except ValueError as error:
-        raise UserError(f"--quantize {quantize}: {error}") from None
+        raise UserError(f"{flag}{error}") from None

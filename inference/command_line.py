@@ -4,7 +4,7 @@ import argparse
 import socket
 from pathlib import Path
 
-from common import UserError, add_tokenizer_path, name_or_path, user_path
+from common import add_tokenizer_path, name_or_path, report_os_errors, user_path
 from model import choose_device
 
 from .loading import WeightSpec
@@ -16,12 +16,11 @@ def add_model_arguments(
     weight_help: str = "offer this model alone: a name, a .pth file or a folder",
 ) -> None:
     """Add the flags that select the models and what computes them."""
-    parser.add_argument("--out_dir", type=user_path, default=Path("out"), help="weight folder")
-    parser.add_argument("--weight", type=name_or_path, help=weight_help)
-    parser.add_argument(
-        "--quantize", choices=("int8",), help="8-bit weights: faster on a CPU, nearly as good"
-    )
-    parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
+    add = parser.add_argument
+    add("--out_dir", type=user_path, default=Path("out"), help="weight folder")
+    add("--weight", type=name_or_path, help=weight_help)
+    add("--quantize", choices=("int8",), help="8-bit weights: faster on a CPU, nearly as good")
+    add("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
     add_tokenizer_path(parser)
 
 
@@ -33,8 +32,6 @@ def open_pool(args: argparse.Namespace, rows: int, queue: int, loaded: int) -> M
 
 def listen(host: str, port: int) -> socket.socket:
     """Open a socket that listens. Raises UserError if the port is taken, or no such host exists."""
-    try:
+    with report_os_errors(f"--host {host} --port {port}"):
         family = socket.getaddrinfo(host, port)[0][0]
         return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: {error.strerror or error}") from None

@@ -12,8 +12,6 @@ from common import write_atomically
 
 TITLE = 28  # characters
 
-_ID = re.compile(r"[0-9a-f]{32}")
-
 
 @dataclass
 class Conversation:
@@ -42,9 +40,8 @@ class Conversation:
     def last_exchanges(self, number: int) -> int:
         """Index where the last `number` exchanges begin, each with a message of the user."""
         starts = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
-        if number == 0:
-            return len(self.messages)
-        return starts[-number] if number <= len(starts) else 0
+        starts.append(len(self.messages))
+        return starts[-1 - number] if number < len(starts) else 0
 
     def prompt(self) -> list[dict[str, Any]]:
         """All messages, the system message first."""
@@ -74,7 +71,7 @@ class ConversationStore:
 
     def get(self, name: str) -> Conversation | None:
         """The conversation of an id, which may come from anywhere; None if there is none."""
-        if not _ID.fullmatch(name):
+        if not re.fullmatch(r"[0-9a-f]{32}", name):
             return None
         try:
             text = (self.folder / f"{name}.json").read_text(encoding="utf-8")

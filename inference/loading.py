@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +17,7 @@ from common import UserError
 from model import (
     LMConfig,
     MiniMindLM,
+    Tokenizer,
     load_lora,
     load_model,
     load_tokenizer,
@@ -30,9 +31,6 @@ from model.weights import read_pickle
 
 from .chat_model import ChatModel
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 PRETRAINED = "pretrain"  # the stage whose weights continue texts; those of all others answer
 
 
@@ -40,14 +38,12 @@ PRETRAINED = "pretrain"  # the stage whose weights continue texts; those of all 
 class WeightSpec:
     """Which weights to use, as flags name them.
 
-    Attributes:
-        weight: a stage's name or a run's (its --run_name), of whose weights the newest are used;
-            the whole name of a file in `out_dir`; a .pth file; or a folder in transformers' format.
-            None: the weights that the adapter was trained on; without an adapter the newest chat
-            weights, or the newest pretrained ones if there are no others.
-        lora_name: an adapter's name, its run's, or the whole name of its file; or its .pth file.
-        dim, n_layers, use_moe: the shape to look for, if given, and that of weights without a
-            .json file.
+    `weight` is a stage's name or a run's (its --run_name), of whose weights the newest are used;
+    the whole name of a file in `out_dir`; a .pth file; or a folder in transformers' format. None:
+    the weights that the adapter was trained on; without an adapter the newest chat weights, or the
+    newest pretrained ones if there are no others. `lora_name` is an adapter's name, its run's, or
+    the whole name of its file; or its .pth file. `dim`, `n_layers` and `use_moe` are the shape to
+    look for, if given, and that of weights without a .json file.
     """
 
     out_dir: Path
@@ -106,11 +102,7 @@ def name_patterns(name: str, dim: str = r"\d+") -> tuple[re.Pattern[str], ...]:
 
 
 def find_weights(spec: WeightSpec, shape: LMConfig) -> Path:
-    """The newest file that `spec` names; weights without a .json file have `shape`.
-
-    Raises:
-        UserError: if there is none.
-    """
+    """The newest file that `spec` names; without a .json it has `shape`. Raises UserError."""
     matching = [
         (path, about)
         for path, about in list_weights(spec.out_dir)
@@ -133,11 +125,7 @@ def find_weights(spec: WeightSpec, shape: LMConfig) -> Path:
 
 
 def find_adapter(spec: WeightSpec, shape: LMConfig) -> Path:
-    """The newest file that `spec.lora_name` names; the error of none names that of `shape`.
-
-    Raises:
-        UserError: if there is none.
-    """
+    """The newest file that `spec.lora_name` names. Raises UserError, which names `shape`'s file."""
     folder = spec.out_dir / "lora"
     if spec.lora_name.endswith(".pth"):
         return resolve_weights("--lora_name", spec.lora_name, folder, shape)
@@ -159,8 +147,7 @@ def load_base(base: str, out_dir: Path, tokenizer: str, adapter: Path) -> tuple[
         tokenizer: hash of the tokenizer in use.
         adapter: file or folder of the adapter, for errors.
 
-    Raises:
-        UserError: if they are not there or belong to another tokenizer.
+    Raises UserError if they are not there or belong to another tokenizer.
     """
     for path, about in list_weights(out_dir):
         try:
@@ -193,7 +180,7 @@ class TrainedModel:
     name: str
     path: Path
     model: MiniMindLM
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: Tokenizer
     chats: bool
 
 
@@ -209,8 +196,7 @@ def load_chat_model(
 def load_trained(spec: WeightSpec) -> TrainedModel:
     """Load weights, tokenizer and adapter.
 
-    Raises:
-        UserError: if they are not there or do not belong together.
+    Raises UserError if they are not there or do not belong together.
     """
     if spec.weight is not None and Path(spec.weight).is_dir():
         folder = Path(spec.weight)
@@ -238,7 +224,7 @@ def load_trained(spec: WeightSpec) -> TrainedModel:
     return TrainedModel(name, path, model.eval(), tokenizer, chats)
 
 
-def load_folder(spec: WeightSpec) -> tuple[MiniMindLM, "PreTrainedTokenizerBase"]:
+def load_folder(spec: WeightSpec) -> tuple[MiniMindLM, Tokenizer]:
     """Load a folder in transformers' format: config.json, model.safetensors, perhaps a tokenizer.
 
     `save_pretrained` wrote such folders when MiniMindLM was one of transformers' models.

@@ -4,7 +4,7 @@ import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -50,6 +50,7 @@ class LoadedModel:
     versions: Versions
 
 
+@dataclass(eq=False)
 class ModelPool:
     """The models of a folder by name: all weights, and all adapters on their bases.
 
@@ -57,46 +58,32 @@ class ModelPool:
     files have changed is loaded again when it is next asked for. The one in memory serves until
     then, finishes the requests that it has, and stays if the new files cannot be loaded.
 
-    Args:
-        spec: where to look. With `weight`, a file, a folder, or the name of weights in the folder,
-            there is only that model.
-        quantize: see ChatModel.
-        rows, queue: see Batcher.
-        loaded: how many models stay in memory.
-
-    Raises:
-        UserError: if `weight` is no file or folder, or the tokenizer cannot be loaded.
+    With `spec.weight`, a file, a folder, or the name of weights in the folder, there is only that
+    model. Raises UserError if it is not there, or the tokenizer cannot be loaded.
     """
 
-    def __init__(
-        self,
-        spec: WeightSpec,
-        device: torch.device,
-        quantize: str | None,
-        rows: int,
-        queue: int,
-        loaded: int,
-    ):
-        if spec.weight is not None and not Path(spec.weight).exists():
-            named = spec.out_dir / f"{spec.weight}.pth"
+    spec: WeightSpec
+    device: torch.device
+    quantize: str | None  # see ChatModel
+    rows: int  # see Batcher
+    queue: int
+    loaded: int  # how many models stay in memory
+    models: dict[str, LoadedModel] = field(default_factory=dict)  # the last one was used last
+
+    def __post_init__(self) -> None:
+        weight = self.spec.weight
+        if weight is not None and not Path(weight).exists():
+            named = self.spec.out_dir / f"{weight}.pth"
             if not named.is_file():
-                raise UserError(f"--weight {spec.weight}: no such file")
-            spec = replace(spec, weight=str(named))
-        self.spec = spec
-        self.device = device
-        self.quantize = quantize
-        self.rows, self.queue, self.loaded = rows, queue, loaded
-        self.models: dict[str, LoadedModel] = {}  # by name, the one used last is the last
+                raise UserError(f"--weight {weight}: no such file")
+            self.spec = replace(self.spec, weight=str(named))
         self._loads: dict[str, Future[Batcher]] = {}  # that have begun or wait for others
         self._loader = ThreadPoolExecutor(1, "loader")
         self._lock = threading.Lock()  # held to read or change the two dicts
-        self._tokenizer = tokenizer_hash(load_tokenizer(spec.tokenizer_path))
+        self._tokenizer = tokenizer_hash(load_tokenizer(self.spec.tokenizer_path))
 
     def cards(self) -> dict[str, ModelCard]:
-        """The models that can be asked for by name, the default first.
-
-        The card of a model in memory is that of its loading, whatever its files have become.
-        """
+        """The models that can be asked for, the default first; those in memory as at loading."""
         cards = self._cards_on_disk()
         with self._lock:
             cards.update((name, model.card) for name, model in self.models.items())
@@ -117,9 +104,8 @@ class ModelPool:
             self._tokenizer = tokenizer_hash(load_tokenizer(self.spec.tokenizer_path))
         except UserError as error:
             LOG.warning("%s", error)
-        for path, about in sorted(
-            list_weights(self.spec.out_dir), key=lambda entry: entry[1]["stage"] == PRETRAINED
-        ):
+        found = list_weights(self.spec.out_dir)
+        for path, about in sorted(found, key=lambda entry: entry[1]["stage"] == PRETRAINED):
             if about["tokenizer"] == self._tokenizer:
                 add(path, chats=about["stage"] != PRETRAINED)
         for path in list_adapters(self.spec.out_dir) if cards else ():
@@ -160,7 +146,7 @@ class ModelPool:
                 self._make_room()
                 model = self._read(card)
             else:
-                model = self._read_again(name, old)
+                model = self._read_again(old)
             with self._lock:
                 self.models[name] = model
             if old is not None and old.batcher is not model.batcher:
@@ -170,18 +156,15 @@ class ModelPool:
             with self._lock:
                 del self._loads[name]
 
-    def _read_again(self, name: str, old: LoadedModel) -> LoadedModel:
+    def _read_again(self, old: LoadedModel) -> LoadedModel:
         """Load the changed files of a model; if that fails, keep the old one."""
         versions = file_versions(old.card)
         try:
             return self._read(old.card)
         except Exception as error:  # also that both do not fit into memory
-            LOG.warning(
-                "%s: its files have changed and cannot be loaded; the old ones stay in use: %s",
-                name,
-                error,
-                exc_info=not isinstance(error, UserError),
-            )
+            text = "its files have changed and cannot be loaded; the old ones stay in use"
+            unexpected = not isinstance(error, UserError)
+            LOG.warning("%s: %s: %s", old.card.path.stem, text, error, exc_info=unexpected)
             return replace(old, versions=versions)
 
     def _read(self, card: ModelCard) -> LoadedModel:
@@ -204,10 +187,7 @@ class ModelPool:
         raise QueueFull(10.0)
 
     def load_first(self) -> list[UserError]:
-        """Load the first model that can be loaded, and return the errors of those before it.
-
-        Raises the first error if none can be loaded.
-        """
+        """Load the first model that can be loaded; return or raise the errors before it."""
         errors = []
         for name in self.cards():
             try:
@@ -230,18 +210,12 @@ class ModelPool:
 
 
 def is_outdated(model: LoadedModel) -> bool:
-    """Whether a model's files have changed since they were last tried.
-
-    Files that are missing, as while they are being replaced, are no change.
-    """
+    """Whether a model's files are there and have changed since they were last tried."""
     return model.card.path.exists() and file_versions(model.card) != model.versions
 
 
 def file_versions(card: ModelCard) -> Versions:
-    """Versions of the files that a model is loaded from.
-
-    An adapter's base is not among them: there is only one that fits.
-    """
+    """Versions of the files that a model is loaded from, without an adapter's base: one fits."""
     path, versions = card.path, []
     for file in sorted(path.iterdir()) if path.is_dir() else (path, path.with_suffix(".json")):
         with suppress(OSError):

@@ -27,24 +27,13 @@ RATINGS = ("relevance", "accuracy", "fluency", "completeness")  # 1 to 5, for a 
 
 
 def score(
-    chat_model: ChatModel,
-    path: Path,
-    out: Path | None,
-    max_new_tokens: int,
-    skip_bad_lines: float = 0.0,
+    chat_model: ChatModel, path: Path, out: Path | None, max_new_tokens: int, skip_bad_lines: float
 ) -> None:
     """Print perplexity and bits per byte, and for conversations how answers compare to references.
 
-    The loss of a quantized model is compared with that of its full weights.
-
-    Args:
-        path: JSONL file of texts or conversations.
-        out: file for a table of answers that a person can rate, or None.
-        max_new_tokens: the most tokens of an answer.
-        skip_bad_lines: leave out lines that have errors, if they are at most this share.
-
-    Raises:
-        UserError: for bad lines, or a package that is not installed.
+    The loss of a quantized model is compared with that of its full weights. `out` is a file for a
+    table of answers that a person can rate. Raises UserError for more bad lines than the share
+    `skip_bad_lines`, or a package that is not installed.
     """
     kind = dataset_kind(path)
     compares = kind is SFTDataset and chat_model.encoder is not None
@@ -52,20 +41,20 @@ def score(
         raise UserError(f"--output_file {out}: only answers to conversations can be rated")
     with tempfile.TemporaryDirectory() as folder:  # nothing is left beside the data
         row = chat_model.context if kind is SFTDataset else min(ROW, chat_model.context)
-        dataset = kind(
-            path, chat_model.tokenizer, row, cache_dir=folder, skip_bad_lines=skip_bad_lines
-        )
+        options = {"cache_dir": folder, "skip_bad_lines": skip_bad_lines}
+        dataset = kind(path, chat_model.tokenizer, row, **options)
         if not compares:
             print_loss(chat_model, dataset, path)
             return
         scorer = rouge_scorer()
-        questions = read_questions(chat_model, path, skip_bad_lines=skip_bad_lines)
+        questions = read_questions(chat_model, path, None, skip_bad_lines)
         questions = [question for question in questions if question.reference is not None]
         if not questions:
             raise UserError(f"--score {path}: no conversation ends with an answer")
         with nullcontext() if out is None else new_file(out, "utf-8-sig") as file:
             print_loss(chat_model, dataset, path)
-            answers = generate_answers(chat_model, questions, {"max_new_tokens": max_new_tokens})
+            prompts = [question.ids for question in questions]
+            answers = generate_answers(chat_model, prompts, max_new_tokens=max_new_tokens)
             compare_answers(questions, answers, scorer)
             if file is not None:
                 write_table(questions, answers, file)
@@ -88,7 +77,7 @@ def print_loss(chat_model: ChatModel, dataset: PretrainDataset | SFTDataset, pat
             )
     full_nats, targets = total_loss(chat_model, dataset)
     is_quantized = not isinstance(chat_model.decoder, TorchDecoder)
-    nats = stepwise_loss(chat_model.decoder, dataset) if is_quantized else full_nats
+    nats = decoder_loss(chat_model.decoder, dataset) if is_quantized else full_nats
     sums = {"loss": nats, "targets": targets, "text_bytes": dataset.text_bytes}
     scores = mean_scores({"": sums}, "score")
     print(f"{targets:,.0f} target tokens of {len(dataset):,} samples in {path}")
@@ -123,21 +112,12 @@ def total_loss(chat_model: ChatModel, dataset: PretrainDataset | SFTDataset) -> 
 
 
 @torch.no_grad()
-def stepwise_loss(decoder: Decoder, dataset: PretrainDataset | SFTDataset) -> float:
-    """The weighted loss of all targets in nats, of a decoder that computes them one at a time."""
+def decoder_loss(decoder: Decoder, dataset: PretrainDataset | SFTDataset) -> float:
+    """The weighted loss of all targets in nats, by the logits of a decoder."""
     nats = 0.0
-    size, order = len(decoder.tokens), np.argsort(-dataset.lengths()).tolist()
-    for start in range(0, len(order), size):
-        batch = [dataset[i] for i in order[start : start + size]]
-        for t in range(len(batch[0][0])):
-            active = [sample for sample in batch if len(sample[0]) > t]
-            tokens = [int(x[t]) for x, _, _ in active]
-            if t == 0:
-                logits = torch.stack([decoder.prefill(i, [id_]) for i, id_ in enumerate(tokens)])
-            else:
-                logits = decoder.step(tokens)
-            targets, mask = (torch.stack([sample[i][t] for sample in active]) for i in (1, 2))
-            nats += float((F.cross_entropy(logits, targets, reduction="none") * mask).sum())
+    for inputs, targets, mask in map(dataset.__getitem__, range(len(dataset))):
+        logits = torch.cat([*decoder.prefill_in_chunks(0, inputs.tolist(), all_logits=True)])
+        nats += float((F.cross_entropy(logits, targets, reduction="none") * mask).sum())
     return nats
 
 
@@ -147,9 +127,8 @@ def rouge_scorer() -> "RougeScorer":
         import sacrebleu  # noqa: F401  which `compare_answers` needs
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise UserError(
-            f"--score: needs {error.name}: pip install -r scripts/requirements.txt"
-        ) from None
+        hint = "pip install -r scripts/requirements.txt"
+        raise UserError(f"--score: needs {error.name}: {hint}") from None
     return RougeScorer(["rougeL"], tokenizer=WordsAndCharacters())
 
 

@@ -1,31 +1,26 @@
 """Decoding of new tokens to text, token by token."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from tokenizers.decoders import DecodeStream
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from model import Tokenizer
 
 
 class TextStream:
     """Decodes tokens to pieces of text, and ends the text before a stop string.
 
     A piece consists of whole characters. What may be the beginning of a stop string is held back.
-
-    Attributes:
-        stopped: whether the text has ended before a stop string.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         self._tokenizer = tokenizer.backend_tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
         self._text = ""  # all so far
         self._n_returned = 0  # characters of it that were returned
         self._stop = tuple(stop)
-        self.stopped = False
+        self.stopped = False  # whether the text has ended before a stop string
 
     def add(self, token: int) -> str:
         """Add a token, and return the text that it makes certain; none once the text has ended."""

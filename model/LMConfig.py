@@ -8,58 +8,37 @@ from typing import Any, ClassVar
 class LMConfig:
     """Shape and routing of a MiniMindLM.
 
-    Args:
-        dim: width of the residual stream.
-        n_layers: number of transformer blocks.
-        n_heads: query heads; the head size is dim / n_heads.
-        n_kv_heads: key and value heads, each shared by n_heads / n_kv_heads query heads
-            (GQA, https://arxiv.org/abs/2305.13245).
-        vocab_size: entries of the tokenizer.
-        hidden_dim: inner width of the feed-forward layer. None: 2/3 · 4 · dim, which gives SwiGLU
-            the parameters of an ungated layer of 4 · dim (https://arxiv.org/abs/2002.05202),
-            rounded up to `multiple_of`.
-        norm_eps: added to the mean square in RMSNorm.
-        max_seq_len: context length, in positions.
-        rope_theta: base of the rotary frequencies.
-        dropout: probability, on embeddings, attention weights and residual branches.
-        flash_attn: use `F.scaled_dot_product_attention`; False computes the softmax step by step.
-        use_moe: replace each feed-forward layer by a mixture of experts.
-        num_experts_per_tok: routed experts of a token (top-k).
-        n_shared_experts: experts of every token, as one layer of that many times the width.
-        aux_loss_alpha: weight of the load-balancing loss.
-        seq_aux: balance within each sequence (True) or over the whole batch (False).
-        norm_topk_prob: scale the top-k scores of a token to sum 1. With top-1 the raw score stays,
-            since the gate would get no gradient.
-        eos_token_id: the token, or tokens, that end a text.
-
-    Raises:
-        ValueError: for an impossible combination; the message names the fields.
+    Raises ValueError for an impossible combination; the message names the fields.
     """
 
     model_type: ClassVar[str] = "minimind"
 
-    dim: int = 512
-    n_layers: int = 8
-    n_heads: int = 8
+    dim: int = 512  # width of the residual stream
+    n_layers: int = 8  # transformer blocks
+    n_heads: int = 8  # query heads; the head size is dim / n_heads
+    # Key and value heads, each of n_heads / n_kv_heads query heads (https://arxiv.org/abs/2305.13245).
     n_kv_heads: int = 2
-    vocab_size: int = 6400
+    vocab_size: int = 6400  # entries of the tokenizer
+    # Inner width of the feed-forward layer. None: 2/3 · 4 · dim, which gives SwiGLU the parameters
+    # of an ungated layer of 4 · dim (https://arxiv.org/abs/2002.05202), up to a `multiple_of`.
     hidden_dim: int | None = None
     multiple_of: int = 64
-    norm_eps: float = 1e-5
-    max_seq_len: int = 8192
-    rope_theta: float = 1e6
-    dropout: float = 0.0
-    flash_attn: bool = True
-    use_moe: bool = False
-    num_experts_per_tok: int = 2
+    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    max_seq_len: int = 8192  # context length, in positions
+    rope_theta: float = 1e6  # base of the rotary frequencies
+    dropout: float = 0.0  # on embeddings, attention weights and residual branches
+    flash_attn: bool = True  # F.scaled_dot_product_attention; False: the softmax step by step
+    use_moe: bool = False  # a mixture of experts in place of each feed-forward layer
+    num_experts_per_tok: int = 2  # routed experts of a token (top-k)
     n_routed_experts: int = 4
-    n_shared_experts: int | bool | None = 1
+    n_shared_experts: int | bool | None = 1  # of every token, as one layer of that many widths
     scoring_func: str = "softmax"
-    aux_loss_alpha: float = 0.1
-    seq_aux: bool = True
+    aux_loss_alpha: float = 0.1  # weight of the load-balancing loss
+    seq_aux: bool = True  # balance within each sequence; False: over the whole batch
+    # Scale the top-k scores of a token to sum 1; not with top-1, whose gate would get no gradient.
     norm_topk_prob: bool = True
     bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
+    eos_token_id: int | list[int] | None = 2  # the token, or tokens, that end a text
     pad_token_id: int | None = 0
 
     def __post_init__(self) -> None:
@@ -73,6 +52,14 @@ class LMConfig:
     def head_dim(self) -> int:
         """Size of one attention head."""
         return self.dim // self.n_heads
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What tells models apart whose tensors may have the same shapes, by field."""
+        names = ["use_moe", "dim", "n_layers", "n_heads", "n_kv_heads"]
+        if self.use_moe:
+            names += ["n_routed_experts", "n_shared_experts", "num_experts_per_tok"]
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LMConfig":
@@ -88,10 +75,7 @@ class LMConfig:
 
     @classmethod
     def from_size(cls, size: str, **overrides: Any) -> "LMConfig":
-        """Make a published size by name: "small" (26 M), "base" (104 M) or "moe" (145 M).
-
-        Raises ValueError for another name.
-        """
+        """Make a published size by name: "small" (26 M), "base" (104 M), "moe" (145 M)."""
         if size not in PUBLISHED_SIZES:
             raise ValueError(f"size {size!r} is none of {', '.join(PUBLISHED_SIZES)}")
         return cls(**{**PUBLISHED_SIZES[size], **overrides})

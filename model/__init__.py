@@ -5,7 +5,7 @@ from .device import choose_device
 from .generation import Continuation, SamplingLoop
 from .kv_cache import KVCache
 from .LMConfig import LMConfig
-from .loss import mean_scores, token_losses
+from .loss import find_targets, mean_scores, target_logits, token_losses
 from .model import MiniMindLM
 from .model_lora import (
     active_lora,
@@ -17,7 +17,7 @@ from .model_lora import (
     weights_hash,
 )
 from .sampling import Sampling
-from .tokenizer import load_tokenizer, tokenizer_hash
+from .tokenizer import Tokenizer, load_tokenizer, tokenizer_hash
 from .weights import (
     load_lora,
     load_model,

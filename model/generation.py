@@ -142,12 +142,9 @@ class GenerationMixin(nn.Module):
                 holds already is not computed again. Default: a new TorchDecoder.
             sampling: the fields of `Sampling`.
 
-        Returns:
-            Prompt and continuation, (B · num_return_sequences, T + new) int64, or the iterator.
-
-        Raises:
-            ValueError: for an empty prompt, one that fills the context, padding on the right, or a
-                setting outside its range.
+        Returns prompt and continuation, (B · num_return_sequences, T + new) int64, or the iterator.
+        Raises ValueError for an empty prompt, one that fills the context, padding on the right, or
+        a setting outside its range.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -184,11 +181,8 @@ class GenerationMixin(nn.Module):
         """Continue prompts (T,) int64, those of like length together, `batch_size` at a time.
 
         The options are max_new_tokens, eos_token_id, stop, generator, seed, decoder and sampling of
-        `generate`, whose errors they cause.
-
-        Returns:
-            The new tokens of each prompt, (new,) int64, without the end token; a stop sequence
-            stays.
+        `generate`, whose errors they cause. Returns the new tokens of each prompt, (new,) int64,
+        without the end token; a stop sequence stays.
         """
         rows = self._continuations(prompts, **options)
         if decoder is None:

@@ -24,16 +24,14 @@ class KVCache:
         return self._append(self.keys, layer, k), self._append(self.values, layer, v)
 
     def _append(self, store: list[Tensor | None], layer: int, new: Tensor) -> Tensor:
-        old = store[layer]
-        end = self.length + new.shape[2]
+        old = new[:, :, :0] if store[layer] is None else store[layer]
+        past, end = old[:, :, : self.length], self.length + new.shape[2]
         if torch.is_grad_enabled():
-            joined = new if old is None else torch.cat((old[:, :, : self.length], new), dim=2)
-            store[layer] = joined
-            return joined
-        if old is None or end > old.shape[2]:
-            slots = max(end, 0 if old is None else 2 * old.shape[2])
+            store[layer] = torch.cat((past, new), dim=2)
+            return store[layer]
+        if end > old.shape[2]:
+            slots = max(end, 2 * old.shape[2])
             store[layer] = new.new_zeros(*new.shape[:2], slots, new.shape[3])
-            if old is not None:
-                store[layer][:, :, : self.length] = old[:, :, : self.length]
+            store[layer][:, :, : self.length] = past
         store[layer][:, :, self.length : end] = new
         return store[layer][:, :, :end]

@@ -325,7 +325,6 @@ class MiniMindLM(GenerationMixin):
         give `position_ids` that restart at 0 with each document.
 
         Args:
-            input_ids: (B, T) int64.
             attention_mask: (B, past + T), 0 at padding.
             position_ids: (B, T) int64. Default: index of the slot, padding not counted.
             past_key_values: cache of the earlier slots, extended in place with `use_cache` only.
@@ -335,10 +334,9 @@ class MiniMindLM(GenerationMixin):
                 over them; in train mode a MoE's auxiliary loss is added to it, so that any outside
                 trainer balances the experts.
 
-        Raises:
-            ValueError: if the slots exceed max_seq_len (rows with `position_ids` may be longer),
-                `attention_mask` has another width, `labels` come with `logits_to_keep`, or a cache
-                with gradient checkpointing.
+        Raises ValueError if the slots exceed max_seq_len (rows with `position_ids` may be longer),
+        `attention_mask` has another width, `labels` come with `logits_to_keep`, or a cache with
+        gradient checkpointing.
         """
         length, config = input_ids.shape[1], self.config
         past = past_key_values.length if past_key_values is not None else 0

@@ -91,16 +91,9 @@ def apply_lora(
 ) -> None:
     """Add a new adapter to the model and activate it; from now on nothing else is trained.
 
-    Args:
-        model: the base, which may have other adapters.
-        rank: rows of A, columns of B.
-        alpha: scale of the product, in units of the rank.
-        dropout: probability of dropping an input.
-        target_modules: last names of the projections that get it, of `TARGETS`.
-        name: name of the adapter, for `use_lora`.
-
-    Raises:
-        ValueError: for a bad setting, a name that is taken, or while an adapter is merged.
+    `alpha` scales the product in units of the rank; `target_modules` are the last names of the
+    projections that get it, of TARGETS. The model may have other adapters. Raises ValueError for a
+    bad setting, a name that is taken, or while an adapter is merged.
     """
     _check_unmerged(model)
     if not target_modules:
@@ -164,10 +157,7 @@ def lora_state(model: MiniMindLM) -> dict[str, Tensor]:
 
 
 def load_lora_state(model: MiniMindLM, state: dict[str, Tensor]) -> None:
-    """Copy matrices, named as in `lora_state`, into the active adapter.
-
-    Raises ValueError if names or shapes differ; the message has the first difference.
-    """
+    """Copy matrices as of `lora_state` into the active adapter; ValueError if they differ."""
     own = lora_state(model)
     if difference := state_difference(state, own):
         raise ValueError(f"an adapter of another shape: {difference}")
@@ -192,10 +182,7 @@ def base_state(model: MiniMindLM) -> dict[str, Tensor]:
 
 
 def weights_hash(model: MiniMindLM) -> str:
-    """SHA-256 of the base: its weights in their precision, and the numbers that its layers use.
-
-    Raises ValueError while an adapter is merged.
-    """
+    """SHA-256 of the base: its weights in their precision, and the numbers that its layers use."""
     _check_unmerged(model)
     c = model.config
     numbers = (c.n_heads, c.n_kv_heads, float(c.norm_eps), float(c.rope_theta))
@@ -211,10 +198,7 @@ def weights_hash(model: MiniMindLM) -> str:
 
 
 def lora_settings(model: MiniMindLM) -> dict[str, Any]:
-    """The arguments of `apply_lora` that made the active adapter, without its name.
-
-    Raises ValueError if no adapter is active.
-    """
+    """The arguments of `apply_lora` that made the active adapter (or ValueError), but its name."""
     active = {p.rpartition(".")[2]: layer for p, layer in adapted_layers(model) if layer.active}
     if not active:
         raise ValueError("no adapter is active")
@@ -244,10 +228,7 @@ def merge_lora(model: MiniMindLM) -> None:
 
 
 def unmerge_lora(model: MiniMindLM) -> None:
-    """Subtract the merged adapter from the weights again, up to rounding.
-
-    Raises ValueError if no adapter is merged.
-    """
+    """Subtract the merged adapter (or ValueError) from the weights again, up to rounding."""
     merged = [layer for _, layer in adapted_layers(model) if layer.merged]
     if not merged:
         raise ValueError("no adapter is merged")

@@ -8,9 +8,7 @@ def rotary_cos_sin(dim: int, positions: int | Tensor, theta: float = 1e6) -> Ten
     """Cosine and sine of every rotary angle (RoFormer, https://arxiv.org/abs/2104.09864).
 
     Pair i of a head of size `dim` is rotated by position · theta^(−2i / dim). The table, fp32, has
-    the shape (…, dim / 2, 2) for positions (…), or for a number of positions, counted from 0. It is
-    computed in each forward pass and not kept as a buffer: casting a model to bf16 would round it,
-    and loading through the meta device would lose it.
+    the shape (…, dim / 2, 2) for positions (…), or for a number of positions, counted from 0.
     """
     if isinstance(positions, int):
         positions = torch.arange(positions)

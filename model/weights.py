@@ -34,7 +34,7 @@ def resolve_weights(flag: str, name: str, out_dir: Path, config: LMConfig) -> Pa
     """Find the file that a flag names.
 
     `name` is a .pth file; or the stage, the whole name or the --run_name of a file in `out_dir`.
-    Raises UserError if there is no such file, or several have this --run_name.
+    UserError if there is no such file, or several have this --run_name.
     """
     usual = Path(name) if name.endswith(".pth") else weights_path(out_dir, name, config)
     pattern = weights_path(Path(), "*", config, name).name
@@ -86,15 +86,11 @@ def load_trained_state(model: MiniMindLM, state: dict[str, torch.Tensor]) -> Non
 
 
 def save_lora(
-    model: MiniMindLM,
-    path: Path,
-    dtype: torch.dtype = torch.float32,
-    base: str | None = None,
+    model: MiniMindLM, path: Path, dtype: torch.dtype = torch.float32, base: str | None = None
 ) -> None:
     """Write the active adapter, which is not merged, with its settings and its base's hash.
 
-    `base` is the model's `weights_hash`, if already computed. Raises SaveError if the disk is full
-    or cannot be written; an older file is kept.
+    `base` is the model's `weights_hash`, if already computed. SaveError as of `save_weights`.
     """
     contents = {
         "lora": lora_settings(model),
@@ -108,9 +104,8 @@ def save_lora(
 def load_lora(model: MiniMindLM, path: Path, name: str = "default") -> None:
     """Add an adapter that `save_lora` wrote to its base and activate it, as `name`.
 
-    The model has the weights that the adapter was trained on, in their precision; it may have other
-    adapters. Raises UserError if the file is missing or damaged, is no adapter, or one of another
-    base.
+    The model may have other adapters. UserError if the file is missing or damaged, or no adapter of
+    this model's weights in this precision.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -149,8 +144,7 @@ def read_about(path: Path) -> dict[str, Any] | None:
 def read_state(path: Path, of_model: bool = False) -> dict[str, torch.Tensor]:
     """Read the state_dict in a .pth file; of an adapter, its matrices, memory-mapped.
 
-    Raises UserError if the file is damaged or holds anything but named tensors, or is an adapter
-    and `of_model` is set.
+    UserError if the file holds anything but named tensors, or an adapter and `of_model` is set.
     """
     state = read_pickle(path, mmap=not of_model)
     if isinstance(state, dict) and isinstance(state.get("weights"), dict):
@@ -163,10 +157,7 @@ def read_state(path: Path, of_model: bool = False) -> dict[str, torch.Tensor]:
 
 
 def read_pickle(path: Path, *, mmap: bool) -> Any:
-    """Read what torch.save wrote: only tensors and plain containers are unpickled.
-
-    Raises UserError if the file is damaged or holds other objects.
-    """
+    """Read what torch.save wrote of tensors and plain containers; UserError for all else."""
     try:
         mmap = mmap and zipfile.is_zipfile(path)  # older files are not
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -194,18 +185,14 @@ def check_sums(path: Path) -> None:
 
 
 def load_weights(path: Path, model: nn.Module, tokenizer_hash: str) -> None:
-    """Copy the weights in a .pth file into the model, whatever their precision.
-
-    Raises UserError as `matching_state` does.
-    """
+    """Copy the weights in a .pth file into the model, as `matching_state` reads them."""
     model.load_state_dict(matching_state(path, model, tokenizer_hash))
 
 
 def matching_state(path: Path, model: nn.Module, tokenizer_hash: str) -> dict[str, torch.Tensor]:
-    """Read weights from a .pth file and make sure that they are the model's.
+    """Read weights, of any precision, from a .pth file; UserError if they are not the model's.
 
-    Raises UserError if the file is damaged, its names or shapes are not the model's, or it belongs
-    to another tokenizer than `tokenizer_hash`.
+    Their names or shapes may be others, the file damaged, or another tokenizer's.
     """
     about = read_about(path)
     if about is not None and about["tokenizer"] != tokenizer_hash:
@@ -222,9 +209,8 @@ def matching_state(path: Path, model: nn.Module, tokenizer_hash: str) -> dict[st
 def load_model(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
     """Build the model that the JSON file beside the weights describes, and load them.
 
-    `shape` is the configuration if there is no JSON file, as for weights from elsewhere. Raises
-    UserError if there is no such file, it or its JSON file is damaged, or it belongs to another
-    tokenizer.
+    `shape` is the configuration if there is no JSON file, as for weights from elsewhere. UserError
+    as of `matching_state`, or if there is no such file.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -240,11 +226,8 @@ def load_model(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
 def first_difference(path: Path, state: dict[str, torch.Tensor], model: nn.Module) -> str | None:
     """Describe the first name or shape in which a file's weights differ from the model's."""
     if about := read_about(path):
-        there, here = about["config"], model.config
-        names = ["use_moe", "dim", "n_layers", "n_heads", "n_kv_heads"]
-        if there.use_moe and here.use_moe:
-            names += ["n_routed_experts", "n_shared_experts", "num_experts_per_tok"]
-        for name in names:  # some of which do not show in any tensor's shape
-            if getattr(there, name) != getattr(here, name):
-                return f"--{name} is {getattr(there, name)} there, {getattr(here, name)} here"
+        there, here = about["config"].shape, model.config.shape
+        for name in there:  # use_moe first, on which the others depend
+            if there[name] != here[name]:
+                return f"--{name} is {there[name]} there, {here[name]} here"
     return state_difference(state, trained_state(model))

@@ -13,7 +13,7 @@ import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from dataset import PaddedRows, PretrainDataset, SFTDataset, collate, language
 from model import (
     LMConfig,
     MiniMindLM,
+    Tokenizer,
     choose_device,
     load_model,
     load_tokenizer,
@@ -38,9 +39,6 @@ from model import (
     tokenizer_hash,
 )
 from training import check_context
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 WORST = 10
@@ -57,38 +55,31 @@ class Sample(NamedTuple):
     learnt: np.ndarray  # (T,) bool, whether training learns the token
     roles: np.ndarray  # (T,) str, role of the message that the token belongs to, or "text"
 
-    @property
-    def mean_loss(self) -> float:
-        """Of the learnt tokens."""
-        return self.losses[self.learnt].mean(dtype=np.float64)
-
 
 @torch.no_grad()
 def score_samples(
     model: MiniMindLM,
     dataset: PretrainDataset | SFTDataset,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     batch_size: int,
     max_samples: int | None,
 ) -> Iterator[Sample]:
     """Score the first samples of a data set, or all, those of similar length together."""
-    lengths = dataset.lengths(0, max_samples)
-    order = np.argsort(lengths, kind="stable").tolist()
+    order = np.argsort(dataset.lengths(0, max_samples), kind="stable").tolist()
     rows, is_chat = PaddedRows(dataset), isinstance(dataset, SFTDataset)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = collate([rows[i] for i in chosen])
         everything = {**batch, "loss_mask": torch.ones_like(batch["loss_mask"])}
         losses, *_ = token_losses(model, {key: v.to(model.device) for key, v in everything.items()})
-        for row, index in enumerate(chosen):
-            length = int(lengths[index])
-            ids = torch.cat((batch["input_ids"][row, :1], batch["targets"][row, :length])).numpy()
+        for index, row in zip(chosen, losses.cpu().numpy(), strict=True):
+            inputs, targets, mask = dataset[index]
             yield Sample(
                 index,
-                tokenizer.decode(ids, skip_special_tokens=False),
-                losses[row, :length].cpu().numpy(),
-                (batch["loss_mask"][row, :length] > 0).numpy(),
-                np.array(dataset.roles(index)[1:] if is_chat else ["text"] * length),
+                tokenizer.decode(torch.cat((inputs[:1], targets)), skip_special_tokens=False),
+                row[: len(mask)],
+                (mask > 0).numpy(),
+                np.array(dataset.roles(index)[1:] if is_chat else ["text"] * len(mask)),
             )
 
 
@@ -97,16 +88,14 @@ def group_losses(samples: Sequence[Sample]) -> Losses:
 
     Position and language count learnt tokens alone; the ranges of positions double.
     """
-    losses, learnt, roles = (
-        np.concatenate([getattr(sample, name) for sample in samples])
-        for name in ("losses", "learnt", "roles")
-    )
-    lengths = [len(sample.losses) for sample in samples]
-    languages = np.repeat([language(sample.text) for sample in samples], lengths)
+    _, texts, *columns = zip(*samples, strict=True)
+    losses, learnt, roles = map(np.concatenate, columns)
+    lengths = list(map(len, columns[0]))
+    languages = np.repeat(list(map(language, texts)), lengths)
     positions = np.concatenate([np.arange(length) for length in lengths])
 
     by_role = {}
-    for role in dict.fromkeys(roles.tolist()):
+    for role in dict.fromkeys(roles):
         by_role[role] = roles == role
         if not learnt[by_role[role]].all():
             by_role[f"{role}, learnt"] = by_role[role] & learnt
@@ -130,12 +119,8 @@ def figures(losses: np.ndarray) -> dict[str, float]:
     """Number, mean, perplexity and percentiles of some tokens' losses, in nats."""
     values = np.percentile(losses, PERCENTILES)
     mean = float(losses.mean(dtype=np.float64))
-    return {
-        "tokens": len(losses),
-        "mean": mean,
-        "perplexity": float(np.exp(min(mean, 700))),
-        **{f"p{p}": float(v) for p, v in zip(PERCENTILES, values, strict=True)},
-    }
+    named = {f"p{p}": float(v) for p, v in zip(PERCENTILES, values, strict=True)}
+    return {"tokens": len(losses), "mean": mean, "perplexity": np.exp(min(mean, 700)), **named}
 
 
 def table_text(tables: dict[str, dict[str, dict[str, float]]]) -> str:
@@ -164,15 +149,6 @@ def draw(tables: Losses, path: Path) -> None:
         ax.set(title=f"by {grouping}", ylabel="mean loss (nats)")
         ax.tick_params(axis="x", labelrotation=30)
     figure.savefig(path, dpi=120)
-
-
-def worst_lines(samples: list[Sample], dataset: PretrainDataset | SFTDataset) -> list[str]:
-    """The samples with the highest mean loss of learnt tokens: figures, place, beginning."""
-    return [
-        f"{s.mean_loss:.4f}  {dataset.store.path}:{dataset.line_number(s.index)}  "
-        f"{' '.join(s.text.split())[:100]}"
-        for s in sorted(samples, key=lambda s: -s.mean_loss)[:WORST]
-    ]
 
 
 def main() -> None:
@@ -204,7 +180,12 @@ def main() -> None:
         for grouping, table in losses.items()
     }
     print(table_text(shown))
-    worst = worst_lines(samples, dataset)
+    means = [s.losses[s.learnt].mean(dtype=np.float64) for s in samples]
+    worst = [
+        f"{mean:.4f}  {dataset.store.path}:{dataset.line_number(s.index)}  "
+        f"{' '.join(s.text.split())[:100]}"
+        for mean, s in sorted(zip(means, samples, strict=True), key=lambda pair: -pair[0])[:WORST]
+    ]
     print("the worst samples, by mean loss of learnt tokens\n" + "\n".join(worst))
     if args.out_dir:
         with report_os_errors(f"--out_dir {args.out_dir}"):

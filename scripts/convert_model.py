@@ -19,6 +19,7 @@ import torch
 
 from common import (
     BooleanFlag,
+    SaveError,
     UserError,
     add_tokenizer_path,
     make_parser,
@@ -115,19 +116,16 @@ def main() -> None:
     """Convert, and print what was written."""
     args = parse_args()
     check_out(args.out, args.overwrite)
-    if args.source:
-        import_adapter(args)
-    else:
-        spec = WeightSpec(
-            args.out_dir,
-            args.tokenizer_path,
-            args.weight,
-            args.lora_name,
-            args.dim,
-            args.n_layers,
-            args.use_moe,
-        )
-        export(args, load_trained(spec))
+    try:
+        if args.source:
+            import_adapter(args)
+        else:
+            names = ("out_dir", "tokenizer_path", "weight", "lora_name")
+            names += ("dim", "n_layers", "use_moe")
+            spec = WeightSpec(**{name: getattr(args, name) for name in names})
+            export(args, load_trained(spec))
+    except SaveError as error:
+        raise UserError(f"--out {error}") from None
     files = list(args.out.iterdir()) if args.out.is_dir() else [args.out]
     print(f"saved {args.out}, {sum(path.stat().st_size for path in files) / 1e6:,.1f} MB")
 

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,9 +28,7 @@ def fail(message: str) -> NoReturn:
 
 def user_path(text: str) -> Path:
     """`common.user_path`, where nothing is installed yet."""
-    with suppress(RuntimeError):
-        return Path(text).expanduser()
-    return Path(text)
+    return Path(os.path.expanduser(text))  # noqa: PTH111  `~NAME` of no user stays as it is
 
 
 def require_python() -> None:
@@ -43,8 +40,8 @@ def require_python() -> None:
 def run(*command: str | Path) -> int:
     """Run a command in the project root with its output shown, and return its exit status.
 
-    Ctrl-C reaches the command as well, SIGTERM is passed on to it; either way it may save first,
-    and its end is waited for. KeyboardInterrupt is raised if Ctrl-C ended the command.
+    Ctrl-C reaches the command as well, SIGTERM is passed on to it; it may save first. Raises
+    KeyboardInterrupt if Ctrl-C ended it.
     """
     environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment)
@@ -66,8 +63,7 @@ def step(title: str, python: Path, script: str, *words: str | Path) -> None:
     """Run a script of the project, its command printed; exit with its status if that is not 0."""
     command = [script, *map(short, words)]
     print(f"\n== {title}\n$ {shell_line(python, *command)}", flush=True)
-    status = run(python, *command)
-    if status:
+    if status := run(python, *command):
         name = Path(sys.argv[0]).name
         print(f"{name}: stopped in “{title}”; run it again to go on", file=sys.stderr)
         sys.exit(status)
@@ -91,29 +87,27 @@ def interpreter_version(python: Path) -> str | None:
     """The full version of an interpreter, or None if it does not run or is too old."""
     code = "import sys; print(sys.version); sys.exit(sys.version_info < (3, 10))"
     try:
-        result = subprocess.run([python, "-c", code], capture_output=True)
-    except OSError:
+        return subprocess.run([python, "-c", code], capture_output=True, check=True).stdout.decode()
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return result.stdout.decode("utf-8") if result.returncode == 0 else None
 
 
 def interpreter(venv: Path) -> tuple[Path, str]:
-    """The interpreter of a virtual environment and its version; made if there is none that runs."""
+    """The interpreter of a virtual environment and its version; made if there is none that runs.
+
+    A broken environment is replaced, anything else in its place is left alone.
+    """
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if interpreter_version(python) is None:
-        make_venv(venv)
-    version = interpreter_version(python)
-    return python, version or fail(f"{python} does not run: delete {venv} and try again")
-
-
-def make_venv(venv: Path) -> None:
-    """Make a virtual environment; a broken one is replaced, anything else is left alone."""
-    if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
+    if version := interpreter_version(python):
+        return python, version
+    if not all(map(importlib.util.find_spec, ("venv", "ensurepip"))):
         fail("this Python lacks the venv module (Debian, Ubuntu: apt install python3-venv)")
     if venv.exists() and not (venv / "pyvenv.cfg").is_file():
         fail(f"{venv} is in the way and is no virtual environment: move or delete it")
     if run(sys.executable, "-m", "venv", "--clear", venv):
         fail(f"cannot make {venv}")
+    version = interpreter_version(python)
+    return python, version or fail(f"{python} does not run: delete {venv} and try again")
 
 
 def install(python: Path, requirements: Sequence[str], *options: str) -> None:
@@ -126,10 +120,7 @@ def install(python: Path, requirements: Sequence[str], *options: str) -> None:
 
 
 def prepare(requirements: Sequence[str], stamp: str) -> Path:
-    """Make or complete `.venv`, and return its interpreter.
-
-    The file `stamp` in it records what was installed for these files of requirements.
-    """
+    """Make or complete `.venv`, whose file `stamp` records what is installed: its interpreter."""
     venv = ROOT / ".venv"
     python, version = interpreter(venv)
     digest, recorded = hashlib.sha256(version.encode("utf-8")), venv / stamp

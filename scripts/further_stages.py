@@ -7,6 +7,7 @@ from __future__ import annotations  # an old Python must get as far as `require_
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -46,11 +47,11 @@ class Quickstart:
         """A stage's weights."""
         return self.out_dir / f"{stage}_{self.model[1]}.pth"
 
-    def train(self, title: str, script: str, *words: str | Path) -> None:
-        """Train or resume with `words` and the flags that all stages share."""
+    def train(self, title: str, script: str, data: Path, *words: str | Path) -> None:
+        """Train or resume on `data` with `words` and the flags that all stages share."""
         same = ["--tokenizer_path", self.tokenizer, *self.model, *self.rows, "--resume"]
-        epochs = ["--epochs", "1"] if self.smoke else []
-        step(title, self.python, script, *words, *same, "--out_dir", self.out_dir, *epochs)
+        same += ["--out_dir", self.out_dir, *(["--epochs", "1"] if self.smoke else [])]
+        step(title, self.python, script, "--data_path", data, *words, *same)
 
     def score(
         self,
@@ -105,11 +106,12 @@ class Results:
         ]
         self.missed: list[str] = []
 
-    def add(self, script: str, weights: Path, *lines: tuple[str, str, str]) -> None:
-        """Add the lines of a stage: what is measured, before and after it."""
+    def add(self, script: str, weights: Path, lines: dict[str, Sequence[float | str]]) -> None:
+        """Add the lines of a stage: for what is measured a share, or a text, before and after."""
         stage, minutes = f"`{script}`", f"{self.start.metrics(weights, 'seconds')[-1] / 60:.1f}"
-        for line in lines:
-            self.table.append(f"| {stage} | {' | '.join(line)} | {minutes} |")
+        for measured, values in lines.items():
+            before, after = (v if isinstance(v, str) else percent(v) for v in values)
+            self.table.append(f"| {stage} | {measured} | {before} | {after} | {minutes} |")
             stage = minutes = ""
 
     def want(self, name: str, share: float, least: float) -> None:
@@ -120,8 +122,7 @@ class Results:
 
 def run_preference(start: Quickstart, known: float, results: Results) -> None:
     """Prefer kind answers; the tuned model has the share `known` of right answers."""
-    data = ["--data_path", start.sample / "dpo.jsonl"]
-    data += ["--val_data_path", start.sample / "dpo_test.jsonl"]
+    data = [start.sample / "dpo.jsonl", "--val_data_path", start.sample / "dpo_test.jsonl"]
     title = "Preference: kind answers rather than curt or plain ones"
     start.train(title, "train_dpo.py", *data, *PREFERENCE)
     models = {"tuned": start.weights("full_sft"), "dpo": start.weights("dpo")}
@@ -130,13 +131,12 @@ def run_preference(start: Quickstart, known: float, results: Results) -> None:
     right = scores["dpo"]["overall"]
     first, *_, last = start.metrics(models["dpo"], "val_accuracy")
     before, after = (style[name]["style"] for name in models)
-    results.add(
-        "train_dpo.py",
-        models["dpo"],
-        ("held-out pairs told apart", percent(first), percent(last)),
-        ("answers of the preferred style", percent(before), percent(after)),
-        ("right answers", percent(known), percent(right)),
-    )
+    lines = {
+        "held-out pairs told apart": (first, last),
+        "answers of the preferred style": (before, after),
+        "right answers": (known, right),
+    }
+    results.add("train_dpo.py", models["dpo"], lines)
     results.want("preference accuracy", last, ACCURACY)
     results.want("preferred style", after, STYLE)
     results.want("right answers after train_dpo.py", right, known - FALL)
@@ -144,8 +144,7 @@ def run_preference(start: Quickstart, known: float, results: Results) -> None:
 
 def run_adapter(start: Quickstart, results: Results) -> None:
     """Give the tuned model another identity by an adapter."""
-    data = ["--data_path", start.sample / "lora.jsonl"]
-    data += ["--val_data_path", start.sample / "lora_test.jsonl"]
+    data = [start.sample / "lora.jsonl", "--val_data_path", start.sample / "lora_test.jsonl"]
     start.train("An adapter: another identity", "train_lora.py", *data, *ADAPTER)
     tuned = start.weights("full_sft")
     adapter = replace(start, out_dir=start.out_dir / "lora").weights("identity")
@@ -155,13 +154,12 @@ def run_adapter(start: Quickstart, results: Results) -> None:
     names = [identity[name]["identity"] for name in models]
     rest = [start.share_without_identity(scores[name]) for name in models]
     whole = [scores[name]["overall"] for name in models]
-    results.add(
-        "train_lora.py",
-        adapter,
-        ("names its new identity", *map(percent, names)),
-        ("right answers to all other questions", *map(percent, rest)),
-        ("and with those of its name, which are to change", *map(percent, whole)),
-    )
+    lines = {
+        "names its new identity": names,
+        "right answers to all other questions": rest,
+        "and with those of its name, which are to change": whole,
+    }
+    results.add("train_lora.py", adapter, lines)
     results.want("new identity", names[1], IDENTITY)
     results.want("right answers after train_lora.py", rest[1], rest[0] - FALL)
 
@@ -174,19 +172,19 @@ def run_distillation(start: Quickstart, results: Results) -> None:
     # In a folder of its own: --resume asks about runs of another shape beside it.
     model = SMOKE_STUDENT if start.smoke else STUDENT
     student = replace(start, model=model, out_dir=start.out_dir / "student")
-    texts = ["--data_path", start.sample / "pretrain.jsonl", *STUDENT_TEXTS]
+    texts = [start.sample / "pretrain.jsonl", *STUDENT_TEXTS]
     student.train("A smaller model, pretrained", "train_pretrain.py", *texts)
     chats = student.out_dir / "chats.jsonl"
     copy_beginning(start.sample / "sft.jsonl", chats, STUDENT_LINES)
-    words = ["--data_path", chats, *STUDENT_CHATS]
+    words = [chats, *STUDENT_CHATS]
     student.train("It learns to answer by itself", "train_full_sft.py", *words)
     words += ["--teacher_weight", start.weights("full_sft")]
     student.train("It learns to answer from the larger one", "train_distillation.py", *words)
     models = {"alone": student.weights("full_sft"), "taught": student.weights("distill")}
     scores = start.score("What both know", "test.jsonl", models)
-    right = (percent(scores[name]["overall"]) for name in models)
-    line = ("right answers of a smaller model, alone and taught", *right)
-    results.add("train_distillation.py", models["taught"], line)
+    right = [scores[name]["overall"] for name in models]
+    lines = {"right answers of a smaller model, alone and taught": right}
+    results.add("train_distillation.py", models["taught"], lines)
 
 
 def run_further_stages(
@@ -199,14 +197,14 @@ def run_further_stages(
     """
     results = Results(start)
     losses = start.metrics(start.weights("pretrain"), "loss")
-    line = ("loss on plain text (nats per token)", f"{losses[0]:.2f}", f"{losses[-1]:.2f}")
-    results.add("train_pretrain.py", start.weights("pretrain"), line)
-    skills = {"right answers": "overall", "of them about what only the texts tell": "recall"}
-    lines = [
-        (measured, percent(pretrained[skill]), percent(tuned[skill]))
-        for measured, skill in skills.items()
-    ]
-    results.add("train_full_sft.py", start.weights("full_sft"), *lines)
+    values = f"{losses[0]:.2f}", f"{losses[-1]:.2f}"
+    lines = {"loss on plain text (nats per token)": values}
+    results.add("train_pretrain.py", start.weights("pretrain"), lines)
+    lines = {
+        "right answers": (pretrained["overall"], tuned["overall"]),
+        "of them about what only the texts tell": (pretrained["recall"], tuned["recall"]),
+    }
+    results.add("train_full_sft.py", start.weights("full_sft"), lines)
     run_preference(start, tuned["overall"], results)
     run_adapter(start, results)
     run_distillation(start, results)

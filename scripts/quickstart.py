@@ -25,10 +25,8 @@ from further_stages import SETTINGS, Quickstart, copy_beginning, run_further_sta
 
 REQUIREMENTS = ["requirements.txt", "scripts/plot_requirements.txt"]
 SAMPLE = ROOT / "dataset" / "sample"
-FILES = [
-    *("pretrain.jsonl", "sft.jsonl", "test.jsonl"),
-    *("dpo.jsonl", "dpo_test.jsonl", "lora.jsonl", "lora_test.jsonl"),
-]
+NAMES = ("pretrain", "sft", "test", "dpo", "dpo_test", "lora", "lora_test")
+FILES = [f"{name}.jsonl" for name in NAMES]
 SMOKE_LINES, SMOKE_QUESTIONS = 300, 100  # of each file and each test, with --smoke
 
 VOCABULARY, SMOKE_VOCABULARY = 3200, 600  # a small world needs few words, and learns them faster
@@ -50,16 +48,11 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out_dir", type=user_path, help="default: out/quickstart")
-    parser.add_argument(
-        "--smoke", action="store_true", help="the same path in a minute, with nothing learnt"
-    )
-    parser.add_argument(
-        "--control", action="store_true", help="also tune a model that was not pretrained"
-    )
-    parser.add_argument(
-        "--all", action="store_true", help="also preference, an adapter and distillation"
-    )
+    add = parser.add_argument
+    add("--out_dir", type=user_path, help="default: out/quickstart")
+    add("--smoke", action="store_true", help="the same path in a minute, with nothing learnt")
+    add("--control", action="store_true", help="also tune a model that was not pretrained")
+    add("--all", action="store_true", help="also preference, an adapter and distillation")
     parser.error = fail  # one line, as for every other user error
     args = parser.parse_args()
     default = ROOT / "out" / ("quickstart_smoke" if args.smoke else "quickstart")
@@ -82,19 +75,16 @@ def check_recipe(out_dir: Path, smoke: bool) -> None:
 
 
 def train(start: Quickstart, control: bool) -> dict[str, Path]:
-    """Train the tokenizer, pretrain, tune, and return the weights by name.
-
-    With `control`, a model that was not pretrained is tuned too.
-    """
+    """Train the tokenizer, pretrain, tune, with `control` without pretraining too: the weights."""
     texts, chats = start.sample / "pretrain.jsonl", start.sample / "sft.jsonl"
     if not (start.tokenizer / "tokenizer_config.json").is_file():
         size = str(SMOKE_VOCABULARY if start.smoke else VOCABULARY)
         words = [texts, chats, "--out_dir", start.tokenizer, "--overwrite", "--keep_repeats"]
         title = "A tokenizer for this world"
         step(title, start.python, "scripts/train_tokenizer.py", *words, "--vocab_size", size)
-    pretraining = ["--data_path", texts, *PRETRAINING, "--epochs", EPOCHS]
+    pretraining = [texts, *PRETRAINING, "--epochs", EPOCHS]
     start.train("Pretraining on plain text about the world", "train_pretrain.py", *pretraining)
-    tuning = ["--data_path", chats, "--val_ratio", "0.02", *TUNING, "--epochs", EPOCHS]
+    tuning = [chats, "--val_ratio", "0.02", *TUNING, "--epochs", EPOCHS]
     title = "Instruction tuning on questions and answers"
     start.train(title, "train_full_sft.py", *tuning)
     weights = {PRETRAINED: start.weights("pretrain")}
@@ -143,13 +133,8 @@ def main() -> int:
     tokenizer = args.out_dir / "tokenizer"
     start = Quickstart(python, args.out_dir, sample, tokenizer, model, ROWS, args.smoke)
     weights = train(start, args.control or args.smoke)
-    scores = start.score(
-        "Scores on questions that no training file holds",
-        "test.jsonl",
-        weights,
-        *["--out", args.out_dir / "scorecard.md"],
-        figures="scores.json",
-    )
+    title, out = "Scores on questions that no training file holds", args.out_dir / "scorecard.md"
+    scores = start.score(title, "test.jsonl", weights, "--out", out, figures="scores.json")
     further = run_further_stages(start, scores[PRETRAINED], scores[BOTH]) if args.all else []
     print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes of computing in this start.")
     below = [] if args.smoke else misses(scores) + further

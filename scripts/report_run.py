@@ -42,11 +42,11 @@ def draw_together(folders: list[Path], out: Path) -> None:
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):  # as pretrain_512 of two --out_dir
         names = [folder.as_posix() for folder in folders]
-    runs = {}
-    for name, folder in zip(names, folders, strict=True):
-        runs[name] = read_metrics(folder / "metrics.jsonl")
-        if not having(runs[name], "loss"):
-            raise UserError(f"{folder / 'metrics.jsonl'}: holds no training line yet")
+    paths = [folder / "metrics.jsonl" for folder in folders]
+    runs = dict(zip(names, map(read_metrics, paths), strict=True))
+    for path, metrics in zip(paths, runs.values(), strict=True):
+        if not having(metrics, "loss"):
+            raise UserError(f"{path}: holds no training line yet")
     try:
         with report_os_errors(f"--out {out}"):
             draw_curves(runs, out)

@@ -12,7 +12,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -25,10 +25,12 @@ from common import (
     report_user_errors,
     user_path,
 )
-from dataset import ChatEncoder, render_chat
+from inference import ChatModel
+from inference.answers import generate_answers
 from model import (
     LMConfig,
     MiniMindLM,
+    Tokenizer,
     choose_device,
     load_lora,
     load_model,
@@ -44,29 +46,26 @@ from sample_world import (
     score_answers,
 )
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 UNTRAINED = "untrained"
 LONGEST_ANSWER = 48  # tokens
+ROWS = 64  # answers at a time
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "weights",
         nargs="+",
         type=named_path,
         metavar="[NAME=]PATH[+ADAPTER]",
         help=".pth files to score, as they are or with an adapter's .pth file",
     )
-    parser.add_argument("--data_path", type=user_path, default=SAMPLE / "test.jsonl")
-    parser.add_argument("--out", type=user_path, help="write the scorecard here too, as Markdown")
-    parser.add_argument(
-        "--json", type=user_path, help="write each model's share per skill here too"
-    )
-    parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
+    add("--data_path", type=user_path, default=SAMPLE / "test.jsonl")
+    add("--out", type=user_path, help="write the scorecard here too, as Markdown")
+    add("--json", type=user_path, help="write each model's share per skill here too")
+    add("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
     add_tokenizer_path(parser)
     args = parser.parse_args()
     names = [UNTRAINED, *(name for name, _ in args.weights)]
@@ -90,17 +89,12 @@ def load(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
 
 
 def answer(
-    model: MiniMindLM,
-    records: Sequence[Mapping[str, Any]],
-    tokenizer: "PreTrainedTokenizerBase",
-    device: torch.device,
+    model: MiniMindLM, records: Sequence[Mapping[str, Any]], tokenizer: Tokenizer
 ) -> list[str]:
     """The model's greedy answers to the questions of a test."""
-    chats = [render_chat(r["conversations"][:1], add_generation_prompt=True) for r in records]
-    encoded = ChatEncoder(tokenizer).encode(chats)
-    prompts = torch.from_numpy(encoded.ids.astype("int64")).split(encoded.lengths.tolist())
-    answers = model.to(device).eval().batch_generate(prompts, max_new_tokens=LONGEST_ANSWER)
-    return [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in answers]
+    chat_model = ChatModel("", model, tokenizer, chats=True, rows=ROWS)
+    prompts = [chat_model.chat_ids(record["conversations"][:1]) for record in records]
+    return generate_answers(chat_model, prompts, max_new_tokens=LONGEST_ANSWER)
 
 
 def main() -> None:
@@ -111,14 +105,16 @@ def main() -> None:
     tokenizer = load_tokenizer(args.tokenizer_path)
     shape, digest = LMConfig(vocab_size=len(tokenizer)), tokenizer_hash(tokenizer)
     models = {name: load(path, shape, digest) for name, path in args.weights}
-    last = args.weights[-1][0]
+    *_, last = models
     torch.manual_seed(0)
     models = {UNTRAINED: MiniMindLM(models[last].config), **models}
-    answers = {name: answer(model, records, tokenizer, device) for name, model in models.items()}
+    answers = {
+        name: answer(model.to(device).eval(), records, tokenizer) for name, model in models.items()
+    }
     scores = {name: score_answers(records, given) for name, given in answers.items()}
     table = format_scorecard(scores)
-    print(table)
-    print(f"Answers of {last} (+ right, - wrong):\n{format_examples(records, answers[last])}")
+    examples = format_examples(records, answers[last])
+    print(f"{table}\nAnswers of {last} (+ right, - wrong):\n{examples}")
     skills = {
         name: {skill: score.share for (skill, language), score in given.items() if not language}
         for name, given in scores.items()

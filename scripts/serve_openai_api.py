@@ -31,32 +31,26 @@ def parse_args() -> argparse.Namespace:
     models = parser.add_argument_group("models")
     add_model_arguments(models)
     models.add_argument("--max_models", type=positive_int, default=2, help="most in memory")
-    network = parser.add_argument_group("network")
-    network.add_argument("--host", default="127.0.0.1", help="0.0.0.0: also other machines")
-    network.add_argument("--port", type=port, default=8000, help="0: any that is free")
-    network.add_argument(
+    add = parser.add_argument_group("network").add_argument
+    add("--host", default="127.0.0.1", help="0.0.0.0: also other machines")
+    add("--port", type=port, default=8000, help="0: any that is free")
+    add(
         "--api_key",
         help="key that clients must send; in MINIMIND_API_KEY, other users cannot see it",
     )
-    network.add_argument(
-        "--cors_origin", action="append", default=[], help="a page that may call from a browser"
-    )
-    network.add_argument(
+    add("--cors_origin", action="append", default=[], help="a page that may call from a browser")
+    add(
         "--log_requests",
         action="store_true",
         help="print for each request: time, method, path, status, model, tokens, seconds; no texts",
     )
-    limits = parser.add_argument_group("limits")
-    limits.add_argument("--max_batch", type=positive_int, default=32, help="texts of a batch")
-    limits.add_argument(
-        "--max_queue", type=non_negative_int, default=64, help="texts that may wait"
-    )
-    limits.add_argument("--max_prompt", type=positive_int, default=2048, help="tokens of a prompt")
-    limits.add_argument(
-        "--max_tokens", type=positive_int, default=2048, help="new tokens of a text"
-    )
-    limits.add_argument("--max_seconds", type=positive_float, default=300.0, help="per request")
-    limits.add_argument("--max_bytes", type=positive_int, default=1_000_000, help="per request")
+    add = parser.add_argument_group("limits").add_argument
+    add("--max_batch", type=positive_int, default=32, help="texts of a batch")
+    add("--max_queue", type=non_negative_int, default=64, help="texts that may wait")
+    add("--max_prompt", type=positive_int, default=2048, help="tokens of a prompt")
+    add("--max_tokens", type=positive_int, default=2048, help="new tokens of a text")
+    add("--max_seconds", type=positive_float, default=300.0, help="per request")
+    add("--max_bytes", type=positive_int, default=1_000_000, help="per request")
     args = parser.parse_args()
     if args.api_key is None:  # no default of the flag: --help shows those
         args.api_key = os.environ.get("MINIMIND_API_KEY")

@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Iterator
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,28 +29,22 @@ from common import (
     user_path,
 )
 from dataset import PackedRows, PretrainDataset, SFTDataset, dataset_kind
-from model import load_tokenizer
+from model import Tokenizer, load_tokenizer
 from sample_world import SAMPLE, ensure_sample
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 LEARNT, READ, CONTROL, BORDER, END = "\033[32m", "\033[90m", "\033[7m", "\033[36m", "\033[0m"
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `open_dataset` reads, `data_path` apart."""
-    parser.add_argument("--max_seq_len", type=positive_int, default=512, help="positions of a row")
+    add = parser.add_argument
+    add("--max_seq_len", type=positive_int, default=512, help="positions of a row")
     add_skip_bad_lines(parser)
-    parser.add_argument(
-        "--cache_dir", type=user_path, help="where token stores go; default: by the data"
-    )
+    add("--cache_dir", type=user_path, help="where token stores go; default: by the data")
     add_tokenizer_path(parser)
 
 
-def open_dataset(
-    args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase"
-) -> PretrainDataset | SFTDataset:
+def open_dataset(args: argparse.Namespace, tokenizer: Tokenizer) -> PretrainDataset | SFTDataset:
     """Open the texts or conversations in `args.data_path`, and print the notes about them."""
     path = ensure_sample(args.data_path)
     options = {"cache_dir": args.cache_dir, "skip_bad_lines": args.skip_bad_lines}
@@ -61,9 +54,7 @@ def open_dataset(
     return dataset
 
 
-def painted(
-    ids: Tensor, learnt: Tensor, tokenizer: "PreTrainedTokenizerBase", colours: bool
-) -> Iterator[str]:
+def painted(ids: Tensor, learnt: Tensor, tokenizer: Tokenizer, colours: bool) -> Iterator[str]:
     """The text of ids (T,), run by run of what is `learnt` (T,) alike, coloured or in brackets."""
     special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     pairs = zip(ids.tolist(), learnt.tolist(), strict=True)
@@ -89,30 +80,13 @@ def print_border(text: str, colours: bool) -> None:
     print(f"{BORDER}── {text}{END}" if colours else f"── {text}")
 
 
-def show(
-    item: tuple[Tensor, Tensor, Tensor],
-    title: str,
-    tokenizer: "PreTrainedTokenizerBase",
-    colours: bool,
-) -> None:
-    """Print one sample `(X, Y, loss_mask)` under a title with its figures."""
-    inputs, targets, mask = item
-    ids = torch.cat((inputs[:1], targets))
-    learnt = torch.cat((torch.zeros(1, dtype=torch.bool), mask > 0))
-    weights = sorted(set(mask[mask > 0].tolist()) - {1.0})
-    note = f", weights {', '.join(f'{w:g}' for w in weights)}" if weights else ""
-    print_border(f"{title}: {len(ids)} tokens, {int(learnt.sum())} learnt{note} ", colours)
-    print("".join(painted(ids, learnt, tokenizer, colours)).rstrip("\n"))
-
-
 def main() -> None:
     """Show one sample or row."""
     parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument(
-        "data_path", type=user_path, nargs="?", default=SAMPLE / "sft.jsonl", help="JSONL file"
-    )
-    parser.add_argument("--index", type=int, default=0, help="of the sample, or of the row")
-    parser.add_argument("--packed", action=BooleanFlag, default=False, help="show a packed row")
+    add = parser.add_argument
+    add("data_path", type=user_path, nargs="?", default=SAMPLE / "sft.jsonl", help="JSONL file")
+    add("--index", type=int, default=0, help="of the sample, or of the row")
+    add("--packed", action=BooleanFlag, default=False, help="show a packed row")
     add_data_flags(parser)
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.tokenizer_path)
@@ -123,9 +97,17 @@ def main() -> None:
         raise UserError(f"--index {args.index}: there are {len(rows):,}, from 0 on")
     items = rows.items(args.index) if args.packed else [args.index]
     for number, item in enumerate(items, 1):
-        where = f"{args.data_path}:{dataset.line_number(item)}"
-        title = f"document {number} of {len(items)}, {where}" if args.packed else where
-        show(dataset[item], title, tokenizer, colours)
+        inputs, targets, mask = dataset[item]
+        ids = torch.cat((inputs[:1], targets))
+        learnt = torch.cat((torch.zeros(1, dtype=torch.bool), mask > 0))
+        weights = sorted(set(mask[mask > 0].tolist()) - {1.0})
+        note = f", weights {', '.join(f'{w:g}' for w in weights)}" if weights else ""
+        title = f"{args.data_path}:{dataset.line_number(item)}: {len(ids)} tokens, "
+        title += f"{int(learnt.sum())} learnt{note} "
+        if args.packed:
+            title = f"document {number} of {len(items)}, {title}"
+        print_border(title, colours)
+        print("".join(painted(ids, learnt, tokenizer, colours)).rstrip("\n"))
     if args.packed:
         padding = args.max_seq_len - sum(len(dataset[item][0]) for item in items)
         print_border(f"{padding} of {args.max_seq_len} positions are padding", colours)

@@ -50,8 +50,7 @@ def main() -> int:
     failed = {}
     for check in checks:
         print(">", *check, flush=True)
-        status = run(python, "-m", *check)
-        if status:
+        if status := run(python, "-m", *check):
             failed[" ".join(check)] = status
     for check, status in failed.items():
         print(f"test.py: failed with status {status}: {check}", file=sys.stderr)

@@ -5,10 +5,9 @@ The tokenizer in model/minimind_tokenizer is the result of
     python scripts/train_tokenizer.py <data>/pretrain_real.jsonl=0.25 <data>/sft_real.jsonl=1.5 \\
         <data>/dpo_real.jsonl=6 --out_dir model/minimind_tokenizer --overwrite
 
-`PATH=WEIGHT` counts a file's records WEIGHT times (default 1; 0.25 takes every fourth record).
-A record may be of any kind that a training stage reads; of a preference pair, the chosen side alone
-is counted. These weights keep the manuals, most of the text, from filling the vocabulary; they were
-chosen by bytes per token on held-out files of all three kinds.
+`PATH=WEIGHT` counts a file's records WEIGHT times (0.25 takes every fourth); of a preference pair,
+the chosen side alone. These weights keep the manuals, most of the text, from filling the
+vocabulary; they were chosen by bytes per token on held-out files of all three kinds.
 
 How text is cut before merging (PRE_TOKENS in export/pre_tokenizer.py), and why:
 
@@ -23,9 +22,8 @@ How text is cut before merging (PRE_TOKENS in export/pre_tokenizer.py), and why:
   would break this where other characters end or begin with the same bytes (the last byte of "§" and
   the space behind it: also that of "勧"). These few are left out, with the entries built on them.
 
-Each distinct line counts once, since a page header that recurs two thousand times is no sample of
-the language. Where lines recur on purpose, as the facts of a small world do, --keep_repeats counts
-all of them.
+Each distinct line counts once: a page header that recurs is no sample of the language. Where lines
+recur on purpose, as the facts of a small world do, --keep_repeats counts all.
 """
 
 import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
@@ -186,24 +184,19 @@ def weighted_path(text: str) -> tuple[Path, float]:
 def parse_args() -> argparse.Namespace:
     """Read the command line. Raises UserError before anything is trained or written."""
     parser = make_parser("Train a byte-level BPE tokenizer on JSONL files.")
-    parser.add_argument(
-        "files", nargs="+", type=weighted_path, metavar="FILE[=WEIGHT]", help="training text"
-    )
-    parser.add_argument("--out_dir", type=user_path, required=True, help="folder to save it in")
-    parser.add_argument(
-        "--vocab_size", type=number(int, SMALLEST), default=6400, help="number of entries"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("files", nargs="+", type=weighted_path, metavar="FILE[=WEIGHT]", help="training text")
+    add("--out_dir", type=user_path, required=True, help="folder to save it in")
+    add("--vocab_size", type=number(int, SMALLEST), default=6400, help="number of entries")
+    add(
         "--eval",
         nargs="+",
         type=user_path,
         metavar="FILE",
         help="held-out text for the final report; default: the training text",
     )
-    parser.add_argument(
-        "--keep_repeats", action="store_true", help="count a line as often as it occurs"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the tokenizer in out_dir")
+    add("--keep_repeats", action="store_true", help="count a line as often as it occurs")
+    add("--overwrite", action="store_true", help="replace the tokenizer in out_dir")
     args = parser.parse_args()
     files = [path for path, _ in args.files]
     args.eval = args.eval or files

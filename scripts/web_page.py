@@ -9,6 +9,7 @@ from inference.backends import Backend, Settings
 from inference.conversations import Conversation, ConversationStore
 
 NO_MODELS = "There are no models yet: train one, or start with --out_dir or --endpoint."
+SEED = "Seed (empty: a new one each time)"
 CONTINUES = "This model is not trained on conversations: it continues what you type."
 CHINESE = {
     "New conversation": "新对话",
@@ -22,7 +23,7 @@ CHINESE = {
     "Top p": "Top p",
     "New tokens at most": "最多生成的词元数",
     "Repetition penalty": "重复惩罚",
-    "Seed (empty: a new one each time)": "随机种子(留空:每次不同)",
+    SEED: "随机种子(留空:每次不同)",
     "Conversations": "对话",
     "Delete this conversation": "删除此对话",
     "Undo the last exchange": "撤回上一轮",
@@ -72,21 +73,13 @@ def save_partial(store: ConversationStore) -> None:
         chat.messages.append({"role": "assistant", "content": partial})
         store.save(chat)
     elif partial is not None:
-        remove_last(store)
+        shorten(store, chat.messages.pop)
 
 
-def remove_last(store: ConversationStore) -> None:
-    """Remove the last message."""
-    chat: Conversation = st.session_state.chat
-    chat.messages.pop()
-    store.save(chat)
-
-
-def undo(store: ConversationStore) -> None:
-    """Remove the last exchange."""
-    chat: Conversation = st.session_state.chat
-    chat.undo()
-    store.save(chat)
+def shorten(store: ConversationStore, remove: Callable[[], object]) -> None:
+    """Call what removes the end of the conversation, and save what is left."""
+    remove()
+    store.save(st.session_state.chat)
 
 
 def choose_language() -> None:
@@ -100,14 +93,13 @@ def choose_language() -> None:
 
 def choose_model(backend: Backend, chat: Conversation) -> bool:
     """Choose the model of a conversation; returns whether it answers conversations."""
+    models: dict[str, bool] = {}
     try:
         models = list_models(backend)
-    except Exception as error:  # of any kind, such as a server that does not answer
-        st.error(f"{tr('No answer')}: {error}")
-        models = {}
-    else:
         if not models:
             st.info(tr(NO_MODELS))
+    except Exception as error:  # of any kind, such as a server that does not answer
+        st.error(f"{tr('No answer')}: {error}")
     if models:
         index = list(models).index(chat.model) if chat.model in models else 0
         chat.model = st.selectbox(tr("Model"), models, index=index)
@@ -124,16 +116,13 @@ def slider(key: str, label: str, *numbers: float) -> float:
 
 def choose_settings() -> Settings:
     """Choose how answers are generated; the widgets' keys keep this when the language changes."""
-
     with st.expander(tr("Sampling")):
         return Settings(
             temperature=slider("temperature", "Temperature (0: greedy)", 0.0, 2.0, 0.8, 0.05),
             top_p=slider("top_p", "Top p", 0.05, 1.0, 0.9, 0.05),
             max_tokens=slider("max_tokens", "New tokens at most", 16, 2048, 512, 16),
             repetition_penalty=slider("penalty", "Repetition penalty", 1.0, 2.0, 1.0, 0.05),
-            seed=st.number_input(
-                tr("Seed (empty: a new one each time)"), 0, value=None, step=1, key="seed"
-            ),
+            seed=st.number_input(tr(SEED), 0, value=None, step=1, key="seed"),
         )
 
 
@@ -217,8 +206,11 @@ def draw(make_backend: Callable[[], Backend], chats_dir: Path) -> None:
             st.markdown(message["content"])
     if chat.messages and chat.messages[-1]["role"] == "assistant":
         left, right = st.columns(2)
-        left.button(tr("Answer again"), on_click=remove_last, args=(store,), type="tertiary")
-        right.button(tr("Undo the last exchange"), on_click=undo, args=(store,), type="tertiary")
+        for column, name, remove in (
+            (left, "Answer again", chat.messages.pop),
+            (right, "Undo the last exchange", chat.undo),
+        ):
+            column.button(tr(name), on_click=shorten, args=(store, remove), type="tertiary")
     if "failed" in st.session_state:
         error, question = st.session_state.failed
         st.error(f"{tr('No answer')}: {error}")

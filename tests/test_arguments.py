@@ -12,16 +12,15 @@ from interruptions import SHAPE, killed, read_metrics, write_texts
 
 from common import BooleanFlag, make_parser, named_path
 from model import LMConfig
-from training import Run, add_stage_arguments
+from training import Run, make_stage_parser
 from training.arguments import MOE_DEFAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def stage_parser():
-    parser = make_parser("A stage.")
-    add_stage_arguments(
-        parser,
+    return make_stage_parser(
+        "A stage.",
         data_path="data.jsonl",
         from_weight="none",
         learning_rate=5e-4,
@@ -31,7 +30,6 @@ def stage_parser():
         grad_clip=1.0,
         max_seq_len=512,
     )
-    return parser
 
 
 @pytest.mark.parametrize(
@@ -147,7 +145,9 @@ SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
     for folder in (ROOT, ROOT / "scripts", ROOT / "benchmarks")
     for path in folder.glob("*.py")
-    if re.search(r"(ArgumentParser|make_parser)\(", path.read_text(encoding="utf-8"))
+    if re.search(
+        r"(ArgumentParser|make_parser|make_stage_parser)\(", path.read_text(encoding="utf-8")
+    )
 )
 # Flags whose text is no path.
 TEXTS = {

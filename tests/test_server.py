@@ -149,7 +149,8 @@ def test_a_stream_adds_up_to_the_answer(client):
     chunks = list(ask(client, max_tokens=30, stream=True, stream_options={"include_usage": True}))
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == whole.choices[0].message.content
-    assert chunks[0].choices[0].delta.role == "assistant"
+    begun = chunks[0].choices[0].delta  # the role, before a token is computed
+    assert (begun.role, begun.content) == ("assistant", "")
     assert chunks[-2].choices[0].finish_reason == "length"
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
     assert all(chunk.usage is None for chunk in chunks[:-1])

@@ -323,6 +323,8 @@ def test_every_answer_weighs_the_same(tmp_path):
     assert cut.counts["cut_answers"] == 2
     assert cut[0][2].sum() == pytest.approx(0.5)
     assert cut[0][2].count_nonzero() == 7
+    with pytest.raises(ValueError, match="loss_weighting 'tokens' is neither"):
+        SFTDataset(path, tokenizer, 100, loss_weighting="tokens")
 
 
 # Files

@@ -4,6 +4,7 @@ import common.interrupt  # for Ctrl-C during the imports below
 
 import math
 import sys
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -50,9 +51,8 @@ def train_epoch(run: training.Run, model: nn.Module, optimizer: torch.optim.Opti
 
 def main() -> int:
     """What every stage does around its step."""
-    parser = common.make_parser("A toy.")
-    training.add_stage_arguments(
-        parser,
+    parser = training.make_stage_parser(
+        "A toy.",
         data_path=None,
         from_weight="none",
         learning_rate=3e-3,
@@ -62,17 +62,16 @@ def main() -> int:
         grad_clip=1.0,
         max_seq_len=32,
     )
-    args = parser.parse_args()
-    training.check_stage_arguments(args)
+    args = training.parse_stage_arguments(parser)
     setup = training.prepare(args, training.Stage("toy", ((math.inf, 0, 1),)))
     with training.lock_run(setup.path, setup.world, args.dry_run):
         training.find_resume(setup)
         data = training.open_splits(
-            args,
-            lambda path, scored: PretrainDataset(path, setup.tokenizer, 33),
-            lambda dataset: PackedRows(dataset, 32),
+            setup,
+            lambda path: path,
+            partial(PretrainDataset, tokenizer=setup.tokenizer, max_length=33),
+            make_rows=lambda dataset: PackedRows(dataset, 32),
         )
-        training.check_resume(setup, data.train)
         with training.open_process_group(setup.world), training.StopSignal() as stop:
             model = setup.raw_model.to(setup.world.device)
             optimizer = training.make_optimizer(model, args)

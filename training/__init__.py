@@ -1,6 +1,6 @@
 """What stage scripts share; the training steps themselves are in the scripts."""
 
-from .arguments import CHAT_IDENTITY, add_chat_arguments, add_stage_arguments, check_stage_arguments
+from .arguments import CHAT_IDENTITY, add_chat_arguments, make_stage_parser, parse_stage_arguments
 from .distributed import Distributed, autocast_dtype, find_processes, open_process_group
 from .guards import explain_out_of_memory
 from .optimizer import make_optimizer
@@ -12,7 +12,6 @@ from .setup import (
     Splits,
     Stage,
     check_context,
-    check_resume,
     find_resume,
     load_first_weights,
     open_chat_splits,

@@ -7,10 +7,12 @@ from typing import Any
 
 from common import (
     BooleanFlag,
+    StageParser,
     UserError,
     add_skip_bad_lines,
     add_tokenizer_path,
     half_open_unit_interval,
+    make_parser,
     name_or_path,
     named_path,
     non_negative_float,
@@ -47,17 +49,13 @@ def pattern_and_number(text: str) -> tuple[str, float]:
     return pattern, non_negative_float(number_text)
 
 
-def add_stage_arguments(
-    parser: argparse.ArgumentParser, *, packing: bool = True, **defaults: Any
-) -> None:
-    """Add the flags that every training stage has.
+def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any) -> StageParser:
+    """A parser with the flags that every training stage has, and its own defaults, by flag name.
 
-    Args:
-        parser: where to add them.
-        packing: False where rows cannot hold several documents.
-        defaults: the stage's own defaults, by flag name: at least data_path, from_weight,
-            learning_rate, weight_decay, epochs, batch_size, grad_clip and max_seq_len.
+    At least data_path, from_weight, learning_rate, weight_decay, epochs, batch_size, grad_clip and
+    max_seq_len need one. `packing` is False where rows cannot hold several documents.
     """
+    parser = make_parser(description)
     switch: dict[str, Any] = {"action": BooleanFlag, "default": False}
     model = parser.add_argument_group("model")
     add = model.add_argument
@@ -66,16 +64,14 @@ def add_stage_arguments(
     add("--n_heads", type=positive_int, default=8, help="query heads")
     add("--n_kv_heads", type=positive_int, default=2, help="key and value heads")
     add("--use_moe", **switch, help="mixture of experts")
-    experts: dict[str, tuple[Any, str]] = {
-        "n_routed_experts": (positive_int, "routed experts per layer"),
-        "n_shared_experts": (non_negative_int, "experts applied to every token"),
-        "num_experts_per_tok": (positive_int, "routed experts per token (top-k)"),
-        "aux_loss_alpha": (non_negative_float, "weight of the load-balancing loss"),
-    }
-    for name, (kind, meaning) in experts.items():
-        add(
-            f"--{name}", type=kind, help=f"{meaning}, with --use_moe; default: {MOE_DEFAULTS[name]}"
-        )
+    for name, kind, meaning in (
+        ("n_routed_experts", positive_int, "routed experts per layer"),
+        ("n_shared_experts", non_negative_int, "experts applied to every token"),
+        ("num_experts_per_tok", positive_int, "routed experts per token (top-k)"),
+        ("aux_loss_alpha", non_negative_float, "weight of the load-balancing loss"),
+    ):
+        default = f"with --use_moe; default: {MOE_DEFAULTS[name]}"
+        add(f"--{name}", type=kind, help=f"{meaning}, {default}")
     add("--dropout", type=half_open_unit_interval, default=0.0)
     add("--flash_attn", action=BooleanFlag, default=True, help="PyTorch's fused attention kernels")
     weights = "weights to start from: a .pth file, a stage's or a run's name, or none"
@@ -85,15 +81,8 @@ def add_stage_arguments(
     data = parser.add_argument_group("data")
     add = data.add_argument
     add("--data_path", type=user_path, help="JSONL file")
-    add(
-        "--val_data_path",
-        type=named_path,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="[NAME=]PATH",
-        help="JSONL files to evaluate on",
-    )
+    files = {"nargs": "+", "action": "extend", "default": [], "metavar": "[NAME=]PATH"}
+    add("--val_data_path", type=named_path, **files, help="JSONL files to evaluate on")
     held_out = "share of the documents that is held out for evaluation"
     add("--val_ratio", type=open_unit_interval, help=held_out)
     scored = "JSONL file to score the best weights on at the end"
@@ -118,18 +107,11 @@ def add_stage_arguments(
     add("--warmup_ratio", type=half_open_unit_interval, help="warm-up as a share of the run")
     add("--lr_decay", choices=DECAYS, default="cosine", help="after the warm-up")
     add("--weight_decay", type=non_negative_float)
-    for name, number_name, meaning in (
-        ("lr_scale", "FACTOR", "multiply the learning rate of parameters"),
-        ("weight_decay_for", "DECAY", "weight decay of parameters"),
-    ):
-        add(
-            f"--{name}",
-            type=pattern_and_number,
-            nargs="+",
-            default=[],
-            metavar=f"PATTERN={number_name}",
-            help=f"{meaning} whose name the pattern matches",
-        )
+    patterns: dict[str, Any] = {"type": pattern_and_number, "nargs": "+", "default": []}
+    scaled = "multiply the learning rate of parameters whose name the pattern matches"
+    add("--lr_scale", **patterns, metavar="PATTERN=FACTOR", help=scaled)
+    decayed = "weight decay of parameters whose name the pattern matches"
+    add("--weight_decay_for", **patterns, metavar="PATTERN=DECAY", help=decayed)
     add("--beta1", type=half_open_unit_interval, default=0.9)
     add("--beta2", type=half_open_unit_interval, default=0.95)
     add("--grad_clip", type=positive_float, help="largest gradient norm")
@@ -173,6 +155,7 @@ def add_stage_arguments(
     add("--use_wandb", **switch)
     add("--wandb_project", default="MiniMind")
     parser.set_defaults(**defaults)
+    return parser
 
 
 CHAT_IDENTITY = ("max_turns", "loss_weighting")  # flags below that a resumed run keeps
@@ -182,16 +165,13 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that stages which learn from conversations share besides."""
     add = parser.add_argument_group("conversations").add_argument
     add("--max_turns", type=positive_int, help="use only this many last turns of each")
-    add(
-        "--loss_weighting",
-        choices=("token", "sample"),
-        default="token",
-        help="token: mean over the tokens of all answers; sample: each answer counts the same",
-    )
+    means = "token: mean over the tokens of all answers; sample: each answer counts the same"
+    add("--loss_weighting", choices=("token", "sample"), default="token", help=means)
 
 
-def check_stage_arguments(args: argparse.Namespace) -> None:
-    """Fill in the defaults that depend on other flags; UserError for flags that contradict."""
+def parse_stage_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse, and fill in defaults that depend on other flags; UserError for a contradiction."""
+    args = parser.parse_args()
     for name, default in MOE_DEFAULTS.items():
         if not args.use_moe and getattr(args, name) is not None:
             raise UserError(f"--{name} needs --use_moe")
@@ -215,3 +195,4 @@ def check_stage_arguments(args: argparse.Namespace) -> None:
                 raise UserError(f"--{needing} needs --val_data_path or --val_ratio")
     if args.eval_interval is None:
         args.eval_interval = args.save_interval
+    return args

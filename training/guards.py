@@ -56,15 +56,12 @@ def find_sample(
     batches: Sequence[dict[str, torch.Tensor]],
     losses: torch.Tensor,
 ) -> str:
-    """`file:line` of the first sample of the first batch whose loss is not finite.
+    """`file:line` of the first sample of the first batch whose loss is not finite, else of all.
 
-    Where every loss is finite, the first batch of all stands for it. All processes call this, each
-    with its own micro-batches of the step and their losses, (len(batches),).
+    All processes call this, each with its own micro-batches and their losses, (len(batches),).
     """
     bad = (~losses.isfinite()).nonzero().flatten().tolist()
-    own = torch.zeros(2, world.world_size, dtype=torch.int64, device=world.device)
-    own[0, world.rank] = len(bad)
-    own[1, world.rank] = batches[bad[0] if bad else 0]["sample"][0]
-    counts, samples = world.all_reduce_sum(own).tolist()
-    rank = next((rank for rank, count in enumerate(counts) if count), 0)
-    return f"{dataset.store.path}:{dataset.line_number(samples[rank])}"
+    own = bool(bad), int(batches[bad[0] if bad else 0]["sample"][0])
+    samples = world.all_gather(own)
+    sample = next((sample for is_bad, sample in samples if is_bad), samples[0][1])
+    return f"{dataset.store.path}:{dataset.line_number(sample)}"

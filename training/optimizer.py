@@ -14,10 +14,8 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Ad
 
     Norm scales and the embedding, which is also the output layer, are not decayed; parameters that
     do not require gradients are left out. Each group's `initial_lr` is the peak of its learning
-    rate. Of the patterns of --lr_scale and --weight_decay_for that match a name the first counts.
-
-    Raises:
-        UserError: for a pattern that no parameter's name matches.
+    rate. Of the patterns of --lr_scale and --weight_decay_for that match a name the first counts;
+    one that no parameter's name matches is a UserError.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -138,37 +138,31 @@ class LineFile:
 class Record:
     """Shows progress on a terminal, prints plain lines elsewhere, and keeps log and figures.
 
-    Only the main process has output. `folder` gets metrics.jsonl (an object per report) and
-    training_log.txt. `step` steps were taken before; metrics.jsonl is cut to `metrics_bytes`.
+    Only the main process has output. `folder` gets training_log.txt and metrics.jsonl, an object
+    per report, which is cut to what it held at `state`.
     """
 
     def __init__(
-        self,
-        world: Distributed,
-        folder: Path,
-        total_steps: int,
-        step: int = 0,
-        metrics_bytes: int | None = None,
-        wandb_run: Any = None,
+        self, world: Distributed, folder: Path, total_steps: int, state: TrainState, wandb_run: Any
     ):
         self.world = world
         self.folder = folder
         self.total_steps = total_steps
         self.wandb_run = wandb_run
-        self.first_step = step
+        self.first_step = state.step
         self.started = time.perf_counter()
         self.metrics: LineFile | None = None
         self.log_file: LineFile | None = None
         self.bar = tqdm(
             total=total_steps,
-            initial=step,
+            initial=state.step,
             bar_format=BAR_FORMAT,
             dynamic_ncols=True,
             disable=None if world.is_main else True,  # None: unless stderr is a terminal
         )
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            self.metrics = LineFile(folder / "metrics.jsonl", metrics_bytes)
+            self.metrics = LineFile(folder / "metrics.jsonl", state.metrics_bytes)
             self.log_file = LineFile(folder / "training_log.txt")
 
     def advance(self, step: int, gpu_price: float | None) -> None:

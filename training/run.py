@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,23 +93,19 @@ class Run:
         """Whether something that happens every `interval` steps, and at the end, happens now."""
         return self.state.step % interval == 0 or self.complete
 
-    def loader(
-        self, rows: Rows, epoch: int = 0, start: int = 0, shuffle: bool = False
-    ) -> DataLoader:
-        """This process's micro-batches of rows; arguments: see `RowBatches`."""
+    def loader(self, rows: Rows, **order: Any) -> DataLoader:
+        """This process's micro-batches of rows; `order`: epoch, start, shuffle of `RowBatches`."""
         return make_loader(
             rows,
             self.args.batch_size,
             seed=self.args.seed,
-            epoch=epoch,
             rank=self.world.rank,
             world_size=self.world.world_size,
-            start=start,
-            shuffle=shuffle,
             lengths=getattr(rows, "lengths", None),  # pairs of like length share a batch
             collate_fn=self.setup.stage.collate,
             num_workers=self.args.num_workers,
             on_cuda=self.world.device.type == "cuda",
+            **order,
         )
 
     def accumulations(self, model: nn.Module) -> Iterator[list[Batch]]:
@@ -118,7 +115,7 @@ class Run:
         signal to stop lets the step finish.
         """
         args, state = self.args, self.state
-        loader = self.loader(self.data.train, state.epoch, state.row, shuffle=True)
+        loader = self.loader(self.data.train, epoch=state.epoch, start=state.row, shuffle=True)
         micro_batches, started = map(self.world.to_device, loader), time.perf_counter()
         while batches := list(islice(micro_batches, args.accumulation_steps)):
             yield batches
@@ -145,13 +142,8 @@ class Run:
     ) -> None:
         """Count a finished step, one whose update was skipped if a figure is not finite.
 
-        Args:
-            batches: this process's micro-batches.
-            totals: sums over them, added up over all processes.
-            targets: what the loss is a mean over: weights of target tokens, or pairs.
-            tokens: target tokens of all processes.
-            lr: the learning rate.
-            grad_norm: gradient norm before clipping.
+        `batches` are this process's; the other figures are of all processes: the loss is a mean
+        over `targets`, weights of target tokens or pairs; `grad_norm` is that before clipping.
         """
         state, tally, sums = self.state, self.state.tally, totals.sums
         state.row += self.setup.rows_per_step
@@ -185,7 +177,7 @@ class Run:
             )
 
     def _skip(self, loss: float, grad_norm: float, where: str) -> None:
-        state, scaler = self.state, self.saver.scaler
+        state, scaler = self.state, self.scaler
         state.skipped += 1
         state.bad_in_row += 1
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"

@@ -25,7 +25,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from common import UserError
+from common import UserError, report_os_errors
 
 from .distributed import Distributed
 
@@ -59,11 +59,9 @@ def lock_run(weights: Path, world: Distributed, dry_run: bool) -> Iterator[None]
         yield
         return
     path = _lock_path(weights)
-    try:
+    with report_os_errors(f"--out_dir {path.parent}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _acquire(path, weights)
-    except OSError as error:
-        raise UserError(f"--out_dir {path.parent}: {error.strerror or error}") from None
     if hasattr(os, "register_at_fork"):
         # A forked loader process outlives a main process that is killed by some seconds.
         os.register_at_fork(after_in_child=file.close)
@@ -207,7 +205,6 @@ def move_earlier_run(weights: Path, out_dir: Path, overwrite: bool) -> list[str]
 
     There it lies as it did in `out_dir`, so that every tool takes that folder for its --out_dir.
     The resume files go first: if this is broken off, --resume finds all of a run or nothing of it.
-
     Returns a line for the user, or none if there was no such run.
     """
     left = _left_by_run(weights)

@@ -19,17 +19,13 @@ def get_lr(
     Args:
         step: optimizer steps taken before this one; a fraction where the batch size was changed.
         total_steps: optimizer steps of the run, at whose end the rate is `min_lr`.
-        lr, warmup_iters, min_lr: see above.
         decay: how the rate falls over the steps that follow the warm-up:
             "cosine" as SGDR's without restarts (https://arxiv.org/abs/1608.03983);
             "linear";
             "step" to a tenth after a half and again after three quarters, never below `min_lr`;
             "constant" not at all;
             "wsd" (warm-up, stable, decay; https://arxiv.org/abs/2404.06395) linearly in the last
-            fifth, as https://arxiv.org/abs/2405.18392.
-
-    Raises:
-        ValueError: for another decay.
+            fifth, as https://arxiv.org/abs/2405.18392; another one is a ValueError.
     """
     if decay not in DECAYS:
         raise ValueError(f"decay {decay!r} is none of {', '.join(DECAYS)}")

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from common import UserError, write_atomically
+from common import UserError, report_os_errors, write_atomically
 from dataset import PackedRows, PaddedRows, PairRows, SFTDataset, TeacherTopK, collate
 from dataset.stored import StoredDataset
 from diagnosis.plan import LearningRates
@@ -77,10 +77,8 @@ class Setup:
 
     def identity(self, rows: Rows) -> dict[str, Any]:
         """By flag, what may not change when a run on these rows is resumed."""
-        shape = ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe")
-        experts = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok")
         data = ("max_seq_len", "packing", "val_ratio", "seed", "lr_scale", "weight_decay_for")
-        flags = (*shape, *(experts if self.args.use_moe else ()), *data, *self.stage.identity)
+        flags = (*self.raw_model.config.shape, *data, *self.stage.identity)
         values = json_arguments(self.args)
         return {f"--{name}": values[name] for name in flags if name in values} | {
             "--tokenizer_path": self.tokenizer_hash,
@@ -130,9 +128,9 @@ def check_context(max_seq_len: int, config: LMConfig) -> None:
 
 
 def load_first_weights(setup: Setup) -> None:
-    """Load the weights that --from_weight names, if any, on the main process; or UserError."""
+    """Load what --from_weight names, if anything, on the main process, unless a run is resumed."""
     args, model = setup.args, setup.raw_model
-    if args.from_weight != "none" and setup.world.is_main:
+    if args.from_weight != "none" and setup.world.is_main and setup.resume is None:
         path = resolve_weights("--from_weight", args.from_weight, args.out_dir, model.config)
         load_weights(path, model, setup.tokenizer_hash)
 
@@ -170,21 +168,12 @@ def find_resume(setup: Setup) -> None:
     check_output(path, setup.raw_model)
 
 
-def check_resume(setup: Setup, rows: Rows) -> None:
-    """Raise UserError if a run that is resumed cannot go on with these flags and rows."""
-    if setup.resume is not None:
-        check_identity(setup.path, setup.resume, setup.identity(rows))
-        check_output(setup.path, setup.raw_model)
-
-
 def check_output(path: Path, raw_model: MiniMindLM) -> None:
     """Raise UserError if files cannot be written, or the weights there are of another shape."""
     for probe in (path.with_suffix(".probe"), log_folder(path) / ".probe"):
-        try:
+        with report_os_errors(f"--out_dir {probe.parent}"):
             write_atomically(probe, lambda file: file.write(b"a byte, as a full disk has none"))
             probe.unlink()
-        except OSError as error:
-            raise UserError(f"--out_dir {probe.parent}: {error.strerror or error}") from None
     for weights in (path, beside(path, "best")):
         if not weights.is_file():
             continue
@@ -206,52 +195,53 @@ class Splits:
 
 
 def open_splits(
-    args: argparse.Namespace,
-    open_file: Callable[[Path, bool], StoredDataset],
+    setup: Setup,
+    find_file: Callable[[Path], Path],
+    dataset: Callable[..., StoredDataset],
+    scored: Callable[..., StoredDataset] | None = None,
     make_rows: Callable[[StoredDataset], Rows] | None = None,
 ) -> Splits:
     """Open the data that the flags name, the smaller files first: their errors show sooner.
 
     Args:
-        args: the flags.
-        open_file: opens a data set; its second argument: whether it is scored, not learnt from.
+        setup: what has the flags; UserError if it resumes a run of other rows or flags.
+        find_file: gives the file of a path (`ensure_sample`).
+        dataset: makes a data set of a file, given the arguments that all of them have.
+        scored: makes those that are scored, not learnt from; None: as `dataset`.
         make_rows: makes rows of a data set; None: packed or padded, as --packing is.
     """
+    args = setup.args
     if make_rows is None:
         packed = partial(PackedRows, row_length=args.max_seq_len)
         make_rows = packed if args.packing else PaddedRows
-    test = make_rows(open_file(args.test_data_path, True)) if args.test_data_path else None
-    val = {name: make_rows(open_file(path, True)) for name, path in args.val_data_path}
-    train = open_file(args.data_path, False)
+
+    def open_file(path: Path, make: Callable[..., StoredDataset]) -> StoredDataset:
+        options = {"cache_dir": args.cache_dir, "skip_bad_lines": args.skip_bad_lines}
+        return make(find_file(path), **options)
+
+    scored = scored or dataset
+    test = make_rows(open_file(args.test_data_path, scored)) if args.test_data_path else None
+    val = {name: make_rows(open_file(path, scored)) for name, path in args.val_data_path}
+    train = open_file(args.data_path, dataset)
     if args.val_ratio is not None:
-        _, held_out = open_file(args.data_path, True).split(args.val_ratio)
+        _, held_out = open_file(args.data_path, scored).split(args.val_ratio)
         train, _ = train.split(args.val_ratio)
         val = {"held out": make_rows(held_out)}
-    return Splits(make_rows(train), val, test)
+    rows = make_rows(train)
+    if setup.resume is not None:
+        check_identity(setup.path, setup.resume, setup.identity(rows))
+        check_output(setup.path, setup.raw_model)
+    return Splits(rows, val, test)
 
 
-def open_chat_splits(
-    args: argparse.Namespace,
-    tokenizer: "PreTrainedTokenizerBase",
-    find_file: Callable[[Path], Path],
-    *,
-    max_turns: int | None,
-    loss_weighting: Literal["token", "sample"],
-) -> Splits:
-    """Open conversations, as `open_splits`; `find_file` gives the file of a path (ensure_sample).
+def open_chat_splits(setup: Setup, find_file: Callable[[Path], Path]) -> Splits:
+    """Open conversations, as `open_splits`.
 
-    Scores are means over tokens, whatever `loss_weighting` is, so that they can be compared.
+    Scores are means over tokens, whatever --loss_weighting is, so that they can be compared.
     """
-
-    def open_file(path: Path, scored: bool) -> SFTDataset:
-        return SFTDataset(
-            find_file(path),
-            tokenizer,
-            args.max_seq_len + 1,  # so that X, one id shorter, can fill a row
-            cache_dir=args.cache_dir,
-            skip_bad_lines=args.skip_bad_lines,
-            max_turns=max_turns,
-            loss_weighting="token" if scored else loss_weighting,
-        )
-
-    return open_splits(args, open_file)
+    args = setup.args
+    length = args.max_seq_len + 1  # so that X, one id shorter, can fill a row
+    chats = partial(
+        SFTDataset, tokenizer=setup.tokenizer, max_length=length, max_turns=args.max_turns
+    )
+    return open_splits(setup, find_file, partial(chats, loss_weighting=args.loss_weighting), chats)

@@ -5,7 +5,7 @@ import uuid
 
 import torch
 
-from common import UserError
+from common import report_os_errors
 from diagnosis.plan import Plan
 
 from .record import Record, start_wandb, write_config
@@ -38,7 +38,8 @@ def start_run(
     None if there is nothing to do: the run is finished, or --dry_run was given. UserError if
     another run holds the files, or they cannot be written.
     """
-    args, world, path, raw_model = setup.args, setup.world, setup.path, setup.raw_model
+    args, world, path = setup.args, setup.world, setup.path
+    raw_model = setup.raw_model
     seed_everything(args.seed + world.rank)  # for dropout, which differs between processes
     resume = world.broadcast(setup.resume)
     notes = setup.notes
@@ -94,19 +95,17 @@ def start_run(
     if args.dry_run:
         world.log("\n".join(notes))
         return None
-    cut_to = None if resume is None else state.metrics_bytes
-    try:
-        record = Record(world, folder, total_steps, state.step, cut_to, wandb_run)
+    with report_os_errors(f"--out_dir {folder}"):
+        record = Record(world, folder, total_steps, state, wandb_run)
         if world.is_main:
             vocab_size = raw_model.config.vocab_size
             write_config(folder / "config.json", args, state.run_id, vocab_size)
-    except OSError as error:
-        raise UserError(f"--out_dir {folder}: {error.strerror or error}") from None
     for note in notes:
         record.print(note)
     saved_as = "newest" if resume is None else resume.saved_as
     saver = Saver(setup, setup.identity(data.train), optimizer, scaler, record.print, saved_as)
-    return Run(setup, data, state, saver, record, stop, score, plan.peak_tokens_per_second())
+    speed = plan.peak_tokens_per_second()
+    return Run(setup, data, state, saver, record, stop, score, speed)
 
 
 def describe_rows(use: str, rows: Rows) -> list[str]:

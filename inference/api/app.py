@@ -33,14 +33,10 @@ def create_app(
     cors_origins: Sequence[str] = (),
     request_log: TextIO | None = None,
 ) -> FastAPI:
-    """Make the server's application.
+    """Make the server's application, which closes the pool when it ends.
 
-    Args:
-        pool: the models; closed with the server.
-        limits: limits of a request.
-        api_key: key that clients must send, or None.
-        cors_origins: pages that may call from a browser.
-        request_log: file that gets a line for each request, or None.
+    Clients must send `api_key`, if there is one; pages of `cors_origins` may call from a browser;
+    `request_log` gets a line for each request.
     """
 
     @asynccontextmanager
@@ -56,12 +52,8 @@ def create_app(
     app.include_router(router)
     app.add_middleware(RequestMiddleware, api_key, limits, app.state.metrics, request_log)
     if cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-        )
+        allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
+        app.add_middleware(CORSMiddleware, allow_origins=cors_origins, **allowed)
     return app
 
 
@@ -113,8 +105,7 @@ async def complete(
 ) -> Response:
     """Generate the choices of a request, and answer with them whole or as a stream.
 
-    Raises:
-        ApiError, UnknownModel, QueueFull: errors that clients get.
+    Raises errors that clients get: ApiError, UnknownModel, QueueFull.
     """
     limits: Limits = request.app.state.limits
     request.state.model = body.model
@@ -133,7 +124,7 @@ async def complete(
     if number > batcher.rows + batcher.queue:
         message = f"{number} texts are more than this server takes at a time."
         raise ApiError(400, message, format_.prompt_param if len(prompts) > 1 else "n")
-    choices = Choices(batcher, prompts, body, max_tokens, limits.max_seconds)
+    choices = Choices(batcher, prompts, body, limits)
     request.state.choices = choices
     if body.stream:
         include_usage = bool(body.stream_options and body.stream_options.include_usage)

@@ -9,7 +9,8 @@ from functools import partial
 
 from ..batcher import Batcher, Event, GenerationRequest, QueueFull, Token
 from ..text import TextStream
-from .schema import BaseRequest
+from .middleware import Limits
+from .schema import BaseRequest, CompletionRequest
 
 # Between the seeds of a request's choices: the second of one seed is not the first of the next.
 SEED_STEP = 0x9E3779B97F4A7C15
@@ -35,42 +36,30 @@ class Chunk:
 
 
 class Choices:
-    """The choices of one request: `n` for each prompt.
+    """The choices of one request, `n` for each prompt; they end after `limits.max_seconds`.
 
-    After `max_seconds` choices end as they are.
-
-    Attributes:
-        prompt_tokens: tokens of all prompts, each counted once.
-        completion_tokens: new tokens so far.
-        first_token_time: `time.perf_counter()` at the first new token.
-
-    Raises:
-        QueueFull: if the batcher has not enough room.
+    Raises QueueFull if the batcher has not enough room.
     """
 
     def __init__(
-        self,
-        batcher: Batcher,
-        prompts: Sequence[Prompt],
-        request: BaseRequest,
-        max_tokens: int,
-        max_seconds: float,
+        self, batcher: Batcher, prompts: Sequence[Prompt], request: BaseRequest, limits: Limits
     ):
         self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
-        self.completion_tokens = 0
-        self.first_token_time: float | None = None
+        self.completion_tokens = 0  # so far
+        self.first_token_time: float | None = None  # `time.perf_counter()`
         self._prompts = [prompt for prompt in prompts for _ in range(request.n or 1)]
-        self._scores_prompts = prompts[0].echo is not None and request.n_logprobs is not None
+        echoes = isinstance(request, CompletionRequest) and request.echo
+        self._scores_prompts = bool(echoes) and request.n_logprobs is not None
         tokenizer = batcher.chat_model.tokenizer
         self._eos = tokenizer.eos_token_id
         self._texts = [TextStream(tokenizer, request.stop_strings()) for _ in self._prompts]
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        deadline = time.monotonic() + max_seconds
+        deadline = time.monotonic() + limits.max_seconds
         self._requests = [
             GenerationRequest(
                 ids=prompt.ids,
-                max_new_tokens=max_tokens,
+                max_new_tokens=request.max_new_tokens(limits.max_tokens),
                 sampling=request.sampling(),
                 seed=None if request.seed is None else (request.seed + i * SEED_STEP) % 2**63,
                 emit=partial(self._emit, i),
@@ -97,12 +86,9 @@ class Choices:
             self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
     async def stream(self) -> AsyncIterator[Chunk]:
-        """Stream the chunks of all choices.
+        """Stream the chunks of all choices, and raise an error of one of them.
 
-        Raises:
-            QueueFull: if the time is over before a token is generated, or before all prompts are
-                scored.
-            Exception: an error of one of them.
+        It is QueueFull if the time is over before a token is generated or all prompts are scored.
         """
         for index, prompt in enumerate(self._prompts):
             if prompt.echo is not None and not self._scores_prompts:
@@ -114,6 +100,7 @@ class Choices:
             if index not in running:
                 continue
             text, piece, reason = self._texts[index], "", None
+            began = self.completion_tokens and not self._scores_prompts
             if isinstance(event, list):
                 held[index] = event[self._prompts[index].n_hidden :]
                 if held[index]:  # the first one is unscored: in the text it has none before it
@@ -129,9 +116,7 @@ class Choices:
                     reason = "stop"
             elif isinstance(event, str):
                 piece, reason = text.finish(), event
-            elif (
-                isinstance(event, QueueFull) and self.completion_tokens and not self._scores_prompts
-            ):
+            elif isinstance(event, QueueFull) and began:
                 reason = "length"
             else:
                 raise event

@@ -56,11 +56,7 @@ class Format:
 
 
 class ChatFormat(Format):
-    """Chat completions.
-
-    Raises:
-        ApiError: if the model does not chat, or the request contradicts itself.
-    """
+    """Chat completions. Raises ApiError if the model does not chat or `logprobs` is missing."""
 
     prompt_param = "messages"
     request: ChatRequest
@@ -76,9 +72,9 @@ class ChatFormat(Format):
         self._begun: set[int] = set()  # choices of which a stream has named the role
 
     def prompts(self) -> list[Prompt]:
-        """The conversation."""
+        """The conversation; a stream of the answer begins with an event of its role alone."""
         messages = [message.record() for message in self.request.messages]
-        return [Prompt(self.chat_model.chat_ids(messages))]
+        return [Prompt(self.chat_model.chat_ids(messages), echo="")]
 
     def _content(self, chunk: Chunk) -> dict[str, Any]:
         if not self.request.stream:

@@ -34,19 +34,11 @@ class Metrics:
 
     def __init__(self, pool: ModelPool):
         self.registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "minimind_requests",
-            "Requests by path and status",
-            ["path", "status"],
-            registry=registry,
-        )
+        labels, text = ["path", "status"], "Requests by path and status"
+        self.requests = Counter("minimind_requests", text, labels, registry=registry)
         self.tokens = Counter("minimind_tokens", "Tokens by kind", ["kind"], registry=registry)
-        self.first_token = Histogram(
-            "minimind_first_token_seconds",
-            "From a request to its first token",
-            buckets=SECONDS,
-            registry=registry,
-        )
+        name, text = "minimind_first_token_seconds", "From a request to its first token"
+        self.first_token = Histogram(name, text, registry=registry, buckets=SECONDS)
         for name, text, count in (
             ("active", "Texts being generated", lambda b: len(b.active)),
             ("waiting", "Texts that wait", lambda b: b.load - len(b.active)),
@@ -111,8 +103,7 @@ class RequestMiddleware:
     async def read(self, receive: Receive) -> Receive:
         """Read the body and return a `receive` that gives it whole.
 
-        Raises:
-            ApiError: if it is too large or too slow.
+        Raises ApiError if it is too large or too slow.
         """
         body, more_body, deadline = b"", True, time.monotonic() + self.limits.max_seconds
         while more_body:
@@ -137,18 +128,13 @@ class RequestMiddleware:
         """Count a request that has ended, and log it without any of its texts."""
         path, choices = scope["path"], scope["state"].get("choices")
         if self.log is not None:
-            print(
-                datetime.now().astimezone().isoformat(timespec="milliseconds"),
-                scope["method"],
-                printable(path),
-                status or "-",
-                f"model={printable(scope['state'].get('model', ''))}",
-                f"prompt_tokens={choices.prompt_tokens if choices else '-'}",
-                f"completion_tokens={choices.completion_tokens if choices else '-'}",
-                f"seconds={time.perf_counter() - start:.3f}",
-                file=self.log,
-                flush=True,
-            )
+            now = datetime.now().astimezone().isoformat(timespec="milliseconds")
+            line = f"{now} {scope['method']} {printable(path)} {status or '-'}"
+            line += f" model={printable(scope['state'].get('model', ''))}"
+            for name in ("prompt_tokens", "completion_tokens"):
+                line += f" {name}={getattr(choices, name, '-')}"
+            line += f" seconds={time.perf_counter() - start:.3f}"
+            print(line, file=self.log, flush=True)
         if path.startswith("/v1/models/"):
             path = "/v1/models/{name}"
         elif path not in PATHS:
