@@ -16,7 +16,6 @@ from pathlib import Path
 import model
 from common import UserError
 
-
 # Ollama reads from this template which tags surround thoughts and tool calls: those texts stand
 # first and last beside .Thinking, and first under the first `if .ToolCalls`.
 TEMPLATE = r"""

@@ -19,7 +19,6 @@ from tokenizers import Regex, pre_tokenizers
 from common import UserError
 from model import Tokenizer
 
-
 PRE_TOKENS = r"\n|\p{N}|[^\n\p{N}\p{L}\p{M}]*[\p{L}\p{M}]+|[^\n\p{N}\p{L}\p{M}]+"
 PRE_TOKENIZER = "superbpe"  # llama.cpp's name
 KINDS = {

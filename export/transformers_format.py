@@ -16,7 +16,6 @@ from torch import Tensor
 from common import UserError
 from model import LMConfig, Tokenizer
 
-
 ATTENTION = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"}
 FEED_FORWARD = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
