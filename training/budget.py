@@ -56,9 +56,8 @@ class Budget:
             tokens_per_step = self.n_tokens / per_epoch
             yield state.tokens / tokens_per_step, self.max_tokens / tokens_per_step
         if self.max_seconds is not None:
-            pace = state.seconds / state.step if state.step else FIRST_GUESS
-            # The end that is nearest to the limit, before or after it.
-            yield state.step, state.step + self.seconds_left(state) / pace - 0.5
+            # The end of the step that is nearest to the limit, before or after it.
+            yield state.step, state.step + self.seconds_left(state) / _pace(state) - 0.5
 
     def place(self, state: TrainState) -> tuple[float, float]:
         """Where the schedule is and where it ends, in steps of the size that the run began with.
@@ -77,7 +76,7 @@ class Budget:
 
     def is_out_of_time(self, state: TrainState) -> bool:
         """Whether `max_seconds` are nearer to now than to the end of the next step."""
-        return self.seconds_left(state) * state.step <= 0.5 * state.seconds
+        return self.seconds_left(state) <= 0.5 * _pace(state)
 
     def is_near_end(self, state: TrainState) -> bool:
         """Whether there is no time left for an evaluation before the one at the end."""
@@ -93,6 +92,11 @@ class Budget:
         if per_row is None:
             per_row = OF_TRAINING * state.seconds / max(1, state.step * self.rows_per_step)
         return self.rows_at_end * per_row + self.saves_at_end * self.seconds_per_save
+
+
+def _pace(state: TrainState) -> float:
+    """Seconds of a step, as far as measured."""
+    return state.seconds / state.step if state.step else FIRST_GUESS
 
 
 def make_budget(setup: Setup, data: Splits) -> Budget:
