@@ -244,7 +244,6 @@ def test_the_rate_follows_the_clock(start, clock):
     rates = [line["lr"] for line in figures]
     assert rates[:3] == [0, 5e-4, 1e-3]
     assert rates[2:] == sorted(rates[2:], reverse=True)
-
     assert rates[-1] < 1e-4
 
 
@@ -286,12 +285,15 @@ runpy.run_path("train_pretrain.py", run_name="__main__")
 
 
 def test_all_processes_follow_the_first_one_s_clock(run, data, tmp_path):
-    """A second one whose clock is three times as fast ends at the same step."""
+    """A second one whose clock is three times as fast ends at the same step, and is silent."""
     script = tmp_path / "skewed.py"
     script.write_text(SKEWED, encoding="utf-8")
-    run(
+    done = run(
         *WORDS, "--data_path", data, "--out_dir", tmp_path, "--max_minutes", 1, *FLOAT32,
+        "--val_ratio", 0.2, "--eval_interval", 5, "--sample_prompts", "red",
         script=script, processes=2,
     )  # fmt: skip
     state = read_resume(tmp_path)["state"]
     assert state["budget_used"] and state["step"] > 9 and state["elapsed"] == 60
+    assert re.findall(r"step (\d+)  sample 'red' → ", done.stdout)[:1] == ["5"]
+    assert done.stdout.count("step 5  sample") == 1
