@@ -294,6 +294,6 @@ def test_all_processes_follow_the_first_one_s_clock(run, data, tmp_path):
         script=script, processes=2,
     )  # fmt: skip
     state = read_resume(tmp_path)["state"]
-    assert state["budget_used"] and state["step"] > 9 and state["elapsed"] == 60
+    assert state["budget_used"] and state["step"] > 9 and 60 <= state["elapsed"] < 61
     assert re.findall(r"step (\d+)  sample 'red' → ", done.stdout)[:1] == ["5"]
     assert done.stdout.count("step 5  sample") == 1
