@@ -83,10 +83,10 @@ def measure_peer(path: Path, tokenizer_path: Path, folder: Path) -> float:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     folder.mkdir()
     start = time.perf_counter()
-    with path.open("rb") as source, (folder / "peer.jsonl").open("w") as target:
+    with path.open("rb") as source, (folder / "peer.jsonl").open("wb") as target:
         for line in source:
             ids = tokenizer(json.loads(line)["text"])["input_ids"]
-            target.write(json.dumps(ids) + "\n")
+            target.write(json.dumps(ids).encode() + b"\n")
     return time.perf_counter() - start
 
 

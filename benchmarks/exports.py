@@ -9,6 +9,7 @@ are the same before the first that differs. Needs gguf and xllamacpp (tests/requ
 
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import takewhile, zip_longest
 from pathlib import Path
 
 import torch
@@ -41,8 +42,10 @@ def compare(
     equal = []
     for ids in prompts[:3]:
         first, second = ours[1](ids), theirs[1](ids)
-        same = [a == b for a, b in zip(first, second, strict=False)]
-        equal.append(f"{same.index(False) if False in same else len(same)}/{len(first)}")
+        same = sum(
+            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip_longest(first, second))
+        )
+        equal.append(f"{min(same, len(first))}/{len(first)}")
     return f"{largest:10.1e} {mean:10.1e}   {' '.join(equal)}"
 
 

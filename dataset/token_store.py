@@ -20,11 +20,11 @@ Tables derived from a store are folders inside it.
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Union
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -35,14 +35,6 @@ from .arrays import INDEX_DTYPE, Append, ArrayFolder, build_once
 from .fields import RecordError
 from .reader import check_file, read_records
 from .records import BadLines
-
-if TYPE_CHECKING:
-    from .chat import ChatEncoder
-    from .text import TextEncoder
-
-# How the records of a file become ids. What `counted` names is counted in each; `encode` gives as
-# many documents of each record, of at least two ids. The keys differ wherever the ids would.
-Encoder = Union["TextEncoder", "ChatEncoder"]
 
 FORMAT_VERSION = 3
 BATCH_BYTES = 1 << 21  # of lines encoded at a time; the library's results take 50 times as much
@@ -67,6 +59,21 @@ class Encoded(NamedTuple):
     def offsets(self) -> np.ndarray:
         """(documents + 1,) int64, where each document begins, and the end."""
         return np.append(0, np.cumsum(self.lengths, dtype=np.int64))
+
+
+class Encoder(Protocol):
+    """How the records of a file become ids."""
+
+    key: str  # differs wherever the ids would
+    dtype: np.dtype
+    is_chat: bool
+    counted: tuple[str, ...]  # names of what `parse` counts
+
+    def parse(self, line: bytes) -> Parsed:
+        """What `encode` takes, and counts. Raises RecordError."""
+
+    def encode(self, records: Sequence[Any]) -> Encoded:
+        """The documents of each record in turn, as many of each, of at least two ids."""
 
 
 class TokenStore:

@@ -30,6 +30,7 @@ CORE = [
     "tests/test_server.py::test_a_stream_adds_up_to_the_answer",
     "tests/test_server.py::test_texts_are_continued",
     "tests/test_server.py::test_langchain",
+    "tests/test_convert_model.py",
 ]
 
 

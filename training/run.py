@@ -202,7 +202,7 @@ class Run:
             )
 
     def _skip(self, loss: float, grad_norm: float, where: str) -> None:
-        state, scaler = self.state, self.scaler
+        state, scaler = self.state, self.saver.scaler
         state.skipped += 1
         state.bad_in_row += 1
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"
