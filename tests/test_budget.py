@@ -5,6 +5,7 @@ import re
 import time
 
 import pytest
+import torch
 from interruptions import (
     FLOAT32,
     SHAPE,
@@ -20,6 +21,7 @@ from interruptions import (
 
 from model import LMConfig, MiniMindLM
 from training import Run
+from training.arguments import BUDGETS
 from training.budget import Budget
 from training.resume import TrainState
 from training.saving import Saver
@@ -165,6 +167,21 @@ def test_a_resumed_run_goes_on_on_the_curve_of_its_new_budget(start, tmp_path):
     assert "nothing to do" in done.stdout and snapshot(tmp_path) == before
     figures, _ = start("--epochs", 2, "--resume")
     assert [line["lr"] for line in figures[10:]] == pytest.approx([linear(i, 12) for i in (10, 11)])
+
+
+def test_a_resume_file_from_before_there_were_budgets(start, tmp_path):
+    start("--epochs", 2, out=tmp_path / "whole")
+    with killed(5, Run, "add_step"):
+        start("--epochs", 2, out=tmp_path / "killed")
+    path = tmp_path / "killed" / "pretrain_32_resume.pth"
+    contents = torch.load(path, weights_only=True)
+    for name in ("elapsed", "budget_used"):
+        del contents["state"][name]
+    for name in ("size", "depth", *BUDGETS, "sample_prompts"):
+        del contents["arguments"][name]
+    torch.save(contents, path)
+    start("--epochs", 2, "--resume", out=tmp_path / "killed")
+    assert_same(result(tmp_path / "killed"), result(tmp_path / "whole"))
 
 
 def test_a_finished_run_is_not_called_unfinished(start):

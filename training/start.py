@@ -138,7 +138,7 @@ def planned_steps(budget: Budget, state: TrainState) -> int | None:
 
 
 def check_budget(setup: Setup, budget: Budget, total_steps: int | None, warmup: int) -> None:
-    """Raise UserError if the budget of a new run leaves no step at the whole learning rate."""
+    """Raise UserError if the budget of a new run ends before its warm-up, or its first step."""
     args = setup.args
     given = " ".join(f"--{name} {getattr(args, name):g}" for name in BUDGETS if getattr(args, name))
     if given and total_steps is not None and 0 < total_steps <= warmup:
