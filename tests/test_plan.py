@@ -299,6 +299,7 @@ def test_a_gpu_has_fused_norms_and_masks_of_bytes():
 def flags(**changed) -> argparse.Namespace:
     """The flags of the README's long run, or some other values."""
     values = {
+        "optimizer": "adamw",
         "learning_rate": 1e-3,
         "weight_decay": 0.1,
         "beta2": 0.95,
