@@ -42,7 +42,7 @@ WHOLE = [
 PATIENCE = ["--early_stopping_min_delta", "10", "--early_stopping_patience"]
 VARIANTS = {
     "dense": [],
-    "moe": ["--use_moe", "--no-packing"],
+    "moe": ["--use_moe", "--no-packing", "--optimizer", "muon"],
     "workers": ["--num_workers", "1", "--save_dtype", "float16"],
     # Ended by the second evaluation without progress, after step 6.
     "patience": [*PATIENCE, "2", "--eval_interval", "2"],
@@ -285,6 +285,7 @@ def other_ids(tokenizer_dir, folder):
         ["--max_seq_len", "33"],
         ["--val_ratio", "0.3"],
         ["--no-packing"],
+        ["--optimizer", "muon"],
         ["--data_path", "other.jsonl"],
         ["--tokenizer_path", "tokenizer"],
         ["--n_layers", "2", "--seed", "2", "--data_path", "other.jsonl"],

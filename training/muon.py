@@ -53,8 +53,8 @@ class Muon(torch.optim.Optimizer):
                 grads = [p.grad for p in params]
                 momenta = [self.state[p]["momentum"] for p in params]
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
-                updates = orthogonalize(torch.stack(nesterov), self.dtype).to(params[0].dtype)
+                nesterov = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))
+                updates = orthogonalize(nesterov, self.dtype).to(nesterov.dtype)
                 scale = 0.2 * math.sqrt(max(params[0].shape))
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, updates.unbind(), alpha=-group["lr"] * scale)
