@@ -308,6 +308,20 @@ def test_what_may_not_change_is_named(run, data, out, tmp_path, tokenizer_dir, w
     assert snapshot(out) == before
 
 
+def test_a_file_from_before_there_was_a_choice_of_optimizers(run, data, unbroken, out):
+    """It holds AdamW's moments."""
+    path = out / "pretrain_32_resume.pth"
+    contents = torch.load(path, weights_only=True)
+    for flag in ("optimizer", "lr_scale", "weight_decay_for"):
+        del contents["arguments"][flag], contents["identity"][f"--{flag}"]
+    torch.save(contents, path)
+    words = [*WHOLE, "--data_path", data, "--out_dir", out, "--resume"]
+    done = run(*words, "--optimizer", "muon", code=2)
+    assert done.stderr.count("--optimizer muon: adamw in the run to resume") == 1
+    run(*words, "--optimizer", "adamw")
+    assert_same(result(out), unbroken())
+
+
 def test_the_same_data_elsewhere(run, data, unbroken, out, tmp_path):
     elsewhere = shutil.copy(data, tmp_path / "moved.jsonl")
     run(*WHOLE, "--data_path", elsewhere, "--out_dir", out, "--resume")
