@@ -48,6 +48,7 @@ def parse_args() -> argparse.Namespace:
         "Distill a MiniMind into a smaller one, on conversations.",
         data_path=SAMPLE / "sft.jsonl",
         from_weight="pretrain",
+        optimizer="adamw",
         learning_rate=5e-5,
         weight_decay=0.01,
         epochs=1,
@@ -204,7 +205,7 @@ def train(
     raw_model = setup.raw_model.to(world.device)
     if teacher is not None:
         teacher.to(world.device)
-    optimizer = training.make_optimizer(raw_model, args)
+    optimizer = training.make_optimizer(raw_model, args, setup.dtype)
     scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
     run = training.start_run(setup, data, stop, optimizer, scaler, training.score_tokens)
     if run is None:

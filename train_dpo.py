@@ -42,6 +42,7 @@ def parse_args() -> argparse.Namespace:
         "Tune MiniMind on pairs of a preferred and a rejected reply (DPO).",
         data_path=SAMPLE / "dpo.jsonl",
         from_weight="full_sft",
+        optimizer="adamw",
         learning_rate=5e-6,
         weight_decay=0.0,
         epochs=1,
@@ -257,7 +258,7 @@ def train(setup: training.Setup, data: training.Splits, stop: training.StopSigna
         reference.load_state_dict(world.broadcast(reference.state_dict()))
         reference.to(world.device)
     raw_model = setup.raw_model.to(world.device)
-    optimizer = training.make_optimizer(raw_model, args)
+    optimizer = training.make_optimizer(raw_model, args, setup.dtype)
     scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
 
     def score(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:

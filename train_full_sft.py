@@ -33,6 +33,7 @@ def parse_args() -> argparse.Namespace:
         "Tune all weights of MiniMind on a JSONL file of conversations.",
         data_path=SAMPLE / "sft.jsonl",
         from_weight="pretrain",
+        optimizer="adamw",
         learning_rate=5e-5,
         weight_decay=0.01,
         epochs=1,
@@ -89,7 +90,7 @@ def train(setup: training.Setup, data: training.Splits, stop: training.StopSigna
     """Go through the epochs, test, save and report; the exit status."""
     args, world = setup.args, setup.world
     raw_model = setup.raw_model.to(world.device)
-    optimizer = training.make_optimizer(raw_model, args)
+    optimizer = training.make_optimizer(raw_model, args, setup.dtype)
     scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
     run = training.start_run(setup, data, stop, optimizer, scaler, training.score_tokens)
     if run is None:

@@ -43,6 +43,7 @@ def parse_args() -> argparse.Namespace:
         "Train a LoRA adapter of MiniMind on conversations.",
         data_path=SAMPLE / "lora.jsonl",
         from_weight="full_sft",
+        optimizer="adamw",
         learning_rate=1e-4,
         weight_decay=0.0,
         epochs=5,
@@ -112,7 +113,7 @@ def train(setup: training.Setup, data: training.Splits, stop: training.StopSigna
     """Go through the epochs, test, save and report; the exit status."""
     args, world = setup.args, setup.world
     raw_model = setup.raw_model.to(world.device)
-    optimizer = training.make_optimizer(raw_model, args)
+    optimizer = training.make_optimizer(raw_model, args, setup.dtype)
     scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
     run = training.start_run(setup, data, stop, optimizer, scaler, training.score_tokens)
     if run is None:

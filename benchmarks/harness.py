@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from common import positive_int
+from dataset import collate
+from dataset.packing import make_row
 from model import LMConfig, MiniMindLM, token_losses
 from training import Distributed, autocast_dtype, find_processes
 
@@ -46,6 +48,13 @@ def make_model(args: argparse.Namespace, world: Distributed) -> MiniMindLM:
     """An untrained model of `--dim` and `--n_layers`, the same one each time."""
     torch.manual_seed(0)
     return MiniMindLM(LMConfig(dim=args.dim, n_layers=args.n_layers)).to(world.device).train()
+
+
+def make_batch(args: argparse.Namespace, world: Distributed) -> dict[str, Tensor]:
+    """Full rows of random ids, every one of them a target."""
+    ids = torch.randint(16, 6400, (args.batch_size, args.max_seq_len + 1))
+    ones = torch.ones(args.max_seq_len)
+    return world.to_device(collate([make_row([(row[:-1], row[1:], ones)], 0) for row in ids]))
 
 
 def make_peer(config: LMConfig) -> nn.Module:

@@ -13,12 +13,8 @@ from pathlib import Path
 from statistics import median
 
 import harness
-import torch
-from torch import Tensor
 
 from common import make_parser
-from dataset import collate
-from dataset.packing import make_row
 from model import MiniMindLM, apply_lora, save_lora, save_weights
 from training import Distributed
 from training.run import peak_memory
@@ -34,17 +30,10 @@ def build(args: argparse.Namespace, kind: str, world: Distributed) -> MiniMindLM
     return model
 
 
-def make_batch(args: argparse.Namespace, world: Distributed) -> dict[str, Tensor]:
-    """Full rows of random ids, every one of them a target."""
-    ids = torch.randint(16, 6400, (args.batch_size, args.max_seq_len + 1))
-    ones = torch.ones(args.max_seq_len)
-    return world.to_device(collate([make_row([(row[:-1], row[1:], ones)], 0) for row in ids]))
-
-
 def measure_memory(args: argparse.Namespace, kind: str) -> dict[str, float]:
     """What steps of a kind hold at most, in this process."""
     world, autocast = harness.find_device(args)
-    model, batch = build(args, kind, world), make_batch(args, world)
+    model, batch = build(args, kind, world), harness.make_batch(args, world)
     step = harness.make_step(model, harness.mean_loss(autocast))
     before = peak_memory(world.device)
     for _ in range(3):
@@ -67,7 +56,7 @@ def main() -> None:
     found = {kind: harness.in_own_process(measure_memory, args, kind) for kind in KINDS}
     world, autocast = harness.find_device(args)
     models = {kind: build(args, kind, world) for kind in KINDS}
-    batch, contenders = make_batch(args, world), {}
+    batch, contenders = harness.make_batch(args, world), {}
     for kind, model in models.items():
         step = harness.make_step(model, harness.mean_loss(autocast))
         contenders[kind] = lambda _, step=step: step(batch)

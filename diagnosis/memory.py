@@ -18,6 +18,7 @@ def estimate_memory(
     dtype: torch.dtype,
     gradient_checkpointing: bool,
     device: torch.device,
+    optimizer: str = "adamw",
 ) -> dict[str, float]:
     """Bytes that training takes in one process, by what they are for.
 
@@ -25,11 +26,12 @@ def estimate_memory(
     activations are there together; without accumulation, up to the gradients less. These are live
     tensors: an allocator may hold more (on a CPU, up to twice as much), as do the device's own
     context and DDP. What `--compile` saves is not counted either. `rows` are the sequences of a
-    micro-batch of the bare model, in fp32 or with autocast to `dtype`.
+    micro-batch of the bare model, in fp32 or with autocast to `dtype`; `optimizer` is --optimizer.
 
     Returns "weights", "gradients", "optimizer", "activations" and "logits".
     """
     config, counts = model.config, count_parameters(model)
+    muon = sum(p.numel() for p in model.hidden_matrices()) if optimizer == "muon" else 0
     autocast = dtype != torch.float32
     tokens = rows * row_length
     # Three fp32 matrices (tokens, vocab) as backward begins: the log-probabilities, their gradient,
@@ -50,7 +52,7 @@ def estimate_memory(
         # The copy that autocast makes of each matrix lasts until it has been used in backward.
         "weights": counts.total * (4 + (2 if autocast else 0)),
         "gradients": counts.trained * 4,
-        "optimizer": counts.trained * 2 * 4,  # AdamW's two moments
+        "optimizer": (2 * counts.trained - muon) * 4,  # two moments with AdamW, one with Muon
         "activations": tokens * (layers + ends),
         "logits": tokens * logits,
     }

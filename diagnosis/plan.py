@@ -130,6 +130,7 @@ class Plan:
             dtype=self.dtype,
             gradient_checkpointing=self.args.gradient_checkpointing,
             device=self.device,
+            optimizer=self.args.optimizer,
         )
 
     def peak_tokens_per_second(self) -> float | None:

@@ -308,6 +308,11 @@ class MiniMindLM(GenerationMixin):
         """Device of the weights."""
         return self.tok_embeddings.weight.device
 
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The trained projections of the blocks; not norms, gates, adapters and the embedding."""
+        linear = (m for m in self.layers.modules() if isinstance(m, nn.Linear))
+        return [layer.weight for layer in linear if layer.weight.requires_grad]
+
     def forward(
         self,
         input_ids: Tensor,

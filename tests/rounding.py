@@ -89,7 +89,7 @@ NORM = rounding(gradient_sums(SCRIPTS, 96, rows=8))
 def assert_same_training(
     actual: dict[str, Tensor], expected: dict[str, Tensor], learning_rates: list[float]
 ) -> None:
-    """Weights of the same names after the same steps of AdamW are equal, but for rounding.
+    """Weights of the same names after the same steps of AdamW or Muon are equal, but for rounding.
 
     A step moves a weight by about the learning rate, however small its gradient is, and so by
     anything up to that where the gradient is as small as its own rounding. These weights are few:

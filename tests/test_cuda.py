@@ -50,7 +50,7 @@ def stages(tmp_path_factory, tokenizer, base):
     teacher = random_model(9, dim=48, n_layers=2, n_heads=4)
     teacher = save_tuned(teacher, folder, tokenizer, "full_sft_48")
     return {
-        "train_pretrain.py": (flags(folder / "texts.jsonl"), "pretrain_32"),
+        "train_pretrain.py": (flags(folder / "texts.jsonl", "--optimizer", "muon"), "pretrain_32"),
         "train_full_sft.py": (flags(conversations, *tuned), "full_sft_32"),
         "train_dpo.py": (flags(folder / "pairs.jsonl", *tuned), "dpo_32"),
         "train_lora.py": (flags(conversations, *tuned, "--lora_name", "it"), "it_32"),
@@ -105,9 +105,11 @@ def test_float32_learns_what_the_processor_learns(run, stages, script, tmp_path)
     assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-3)
 
 
-def test_float16_scales_its_gradients(run, stages, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_float16_scales_its_gradients(run, stages, tmp_path, optimizer):
     flags, name = stages["train_full_sft.py"]
-    run(*flags, "--dtype", "float16", "--out_dir", tmp_path, script="train_full_sft.py")
+    words = [*flags, "--dtype", "float16", "--optimizer", optimizer, "--out_dir", tmp_path]
+    run(*words, script="train_full_sft.py")
     losses = losses_of(tmp_path, name)
     assert losses[-1] < losses[0]
 

@@ -7,13 +7,16 @@ from common import UserError
 from model import LMConfig, MiniMindLM
 from training import make_optimizer
 
+both_optimizers = pytest.mark.parametrize("kind", ["adamw", "muon"])
 
-def test_decay_falls_on_matrices_only():
-    """With zero gradients AdamW's whole update is the decay: weight · (1 − lr · decay)."""
+
+@both_optimizers
+def test_decay_falls_on_matrices_only(kind):
+    """With zero gradients the whole update is the decay: weight · (1 − lr · decay)."""
     config = LMConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=64, use_moe=True)
     model = MiniMindLM(config)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = make_optimizer(model, optimizer_flags(0.1, 0.5))
+    optimizer = make_optimizer(model, optimizer_flags(0.1, 0.5, optimizer=kind))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -23,28 +26,33 @@ def test_decay_falls_on_matrices_only():
         assert_equal_to_rounding(parameter, before[name] * factor, sums=2, name=name)
 
 
-def test_the_tied_embedding_is_optimised_once():
+@both_optimizers
+def test_the_tied_embedding_is_optimised_once(kind):
     model = MiniMindLM(LMConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=64))
-    optimizer = make_optimizer(model, optimizer_flags(0.1, 0.1))
+    optimizer = make_optimizer(model, optimizer_flags(0.1, 0.1, optimizer=kind))
     listed = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(listed) == sorted({id(p) for p in model.parameters()})
 
 
-def test_frozen_parameters_are_left_out():
+@both_optimizers
+def test_frozen_parameters_are_left_out(kind):
     model = MiniMindLM(LMConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=64))
-    model.tok_embeddings.weight.requires_grad_(False)
-    optimizer = make_optimizer(model, optimizer_flags(0.1, 0.1))
+    frozen = (model.tok_embeddings.weight, model.layers[0].attention.wq.weight)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    optimizer = make_optimizer(model, optimizer_flags(0.1, 0.1, optimizer=kind))
     listed = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert id(model.tok_embeddings.weight) not in listed
+    assert not listed & set(map(id, frozen))
 
 
-def test_rates_and_decays_by_name():
+@both_optimizers
+def test_rates_and_decays_by_name(kind):
     """With zero gradients the update is the decay alone: weight · (1 − lr · decay)."""
     model = tiny()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     patterns = {"lr_scale": [("tok_emb", 0.5), ("w[qk]", 2.0), ("wq", 7.0)]}
     patterns["weight_decay_for"] = [("tok_emb", 0.3), ("wo", 0.0)]
-    optimizer = make_optimizer(model, optimizer_flags(0.1, 0.5, **patterns))
+    optimizer = make_optimizer(model, optimizer_flags(0.1, 0.5, optimizer=kind, **patterns))
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"]
     for parameter in model.parameters():

@@ -23,8 +23,8 @@ from diagnosis.curves import draw_lr_curve
 from diagnosis.memory import _cgroup_limits, device_memory, estimate_memory
 from diagnosis.plan import Plan, memory_warnings
 from model import LMConfig, MiniMindLM
+from training import make_optimizer, muon
 from training.guards import explain_out_of_memory
-from training.optimizer import make_optimizer
 from training.record import cost_line
 
 CPU = torch.device("cpu")
@@ -257,10 +257,12 @@ class LiveBytes(TorchDispatchMode):
     [{"n_layers": 5}, {"vocab_size": 3200}, {"use_moe": True}],
     ids=["deep", "vocabulary", "moe"],
 )
-def test_the_sum_is_the_peak_of_a_step(fields, checkpointing, dtype):
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_sum_is_the_peak_of_a_step(kind, fields, checkpointing, dtype, monkeypatch):
+    monkeypatch.setattr(muon, "BATCH", 2**14)  # as small beside this model as it is beside others
     model, rows = network(**fields), training_rows(3, 64, packed=True)
     model.gradient_checkpointing = checkpointing
-    optimizer = make_optimizer(model, optimizer_flags(1e-3, 0.1))
+    optimizer = make_optimizer(model, optimizer_flags(1e-3, 0.1, optimizer=kind))
 
     def step(rows: dict[str, Tensor]) -> None:
         for _ in range(2):
@@ -274,7 +276,8 @@ def test_the_sum_is_the_peak_of_a_step(fields, checkpointing, dtype):
         for tensor in (*model.parameters(), *moments):
             live.add(tensor)
         total = count_parameters(model)[0]
-        estimated = estimate(model, rows, dtype, gradient_checkpointing=checkpointing)
+        how = {"gradient_checkpointing": checkpointing, "optimizer": kind}
+        estimated = estimate(model, rows, dtype, **how)
         assert live.now == pytest.approx(4 * total + estimated["optimizer"], rel=1e-3)
         step(rows)
     assert sum(estimated.values()) == pytest.approx(live.peak, rel=0.1)
@@ -299,6 +302,7 @@ def test_a_gpu_has_fused_norms_and_masks_of_bytes():
 def flags(**changed) -> argparse.Namespace:
     """The flags of the README's long run, or some other values."""
     values = {
+        "optimizer": "adamw",
         "learning_rate": 1e-3,
         "weight_decay": 0.1,
         "beta2": 0.95,

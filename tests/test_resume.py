@@ -42,7 +42,7 @@ WHOLE = [
 PATIENCE = ["--early_stopping_min_delta", "10", "--early_stopping_patience"]
 VARIANTS = {
     "dense": [],
-    "moe": ["--use_moe", "--no-packing"],
+    "moe": ["--use_moe", "--no-packing", "--optimizer", "muon"],
     "workers": ["--num_workers", "1", "--save_dtype", "float16"],
     # Ended by the second evaluation without progress, after step 6.
     "patience": [*PATIENCE, "2", "--eval_interval", "2"],
@@ -285,6 +285,7 @@ def other_ids(tokenizer_dir, folder):
         ["--max_seq_len", "33"],
         ["--val_ratio", "0.3"],
         ["--no-packing"],
+        ["--optimizer", "muon"],
         ["--data_path", "other.jsonl"],
         ["--tokenizer_path", "tokenizer"],
         ["--n_layers", "2", "--seed", "2", "--data_path", "other.jsonl"],
@@ -305,6 +306,20 @@ def test_what_may_not_change_is_named(run, data, out, tmp_path, tokenizer_dir, w
         assert sum(flag in re.findall(r"--\w+", line) for line in lines) == 1, done.stderr
     assert len(lines) <= len(flags) + 1, done.stderr  # and what to do
     assert snapshot(out) == before
+
+
+def test_a_file_from_before_there_was_a_choice_of_optimizers(run, data, unbroken, out):
+    """It holds AdamW's moments."""
+    path = out / "pretrain_32_resume.pth"
+    contents = torch.load(path, weights_only=True)
+    for flag in ("optimizer", "lr_scale", "weight_decay_for"):
+        del contents["arguments"][flag], contents["identity"][f"--{flag}"]
+    torch.save(contents, path)
+    words = [*WHOLE, "--data_path", data, "--out_dir", out, "--resume"]
+    done = run(*words, "--optimizer", "muon", code=2)
+    assert done.stderr.count("--optimizer muon: adamw in the run to resume") == 1
+    run(*words, "--optimizer", "adamw")
+    assert_same(result(out), unbroken())
 
 
 def test_the_same_data_elsewhere(run, data, unbroken, out, tmp_path):

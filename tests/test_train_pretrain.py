@@ -49,18 +49,18 @@ def metrics(out_dir, name="pretrain_32"):
 SPLIT = ["--max_seq_len", "32", "--log_interval", "1", "--save_interval", "1000", "--epochs", "2"]
 
 
-@pytest.fixture(scope="module", params=["dense", "moe"])
+@pytest.fixture(scope="module", params=[(False, "adamw"), (True, "muon")], ids=["dense", "moe"])
 def splits(request, run, data, tmp_path_factory):
     """The same run as 1 process × 8, 1 × 2 × 4 and 2 × 2 × 2; rows divide by none of them."""
     results = {}
-    moe = request.param == "moe"
+    moe, optimizer = request.param
     name = "pretrain_32_moe" if moe else "pretrain_32"
     for processes, batch, accumulation in [(1, 8, 1), (1, 2, 4), (2, 2, 2)]:
         out = tmp_path_factory.mktemp("split")
         run(
             *SHAPE, *SPLIT, "--data_path", data, "--out_dir", out, "--learning_rate", 1e-3,
             "--batch_size", batch, "--accumulation_steps", accumulation, "--use_moe", moe,
-            processes=processes,
+            "--optimizer", optimizer, processes=processes,
         )  # fmt: skip
         state = torch.load(out / f"{name}.pth", weights_only=True)
         results[processes, batch, accumulation] = metrics(out, name), state

@@ -145,5 +145,6 @@ def llama_with_weights_of(model: MiniMindLM) -> LlamaForCausalLM:
 
 def optimizer_flags(lr: float, weight_decay: float, **more) -> argparse.Namespace:
     """Flags as `make_optimizer` reads them."""
-    flags = {"learning_rate": lr, "weight_decay": weight_decay, "beta1": 0.9, "beta2": 0.95}
-    return argparse.Namespace(**{**flags, "lr_scale": [], "weight_decay_for": [], **more})
+    flags = {"optimizer": "adamw", "beta1": 0.9, "beta2": 0.95, "lr_scale": []}
+    flags |= {"learning_rate": lr, "weight_decay": weight_decay, "weight_decay_for": []}
+    return argparse.Namespace(**flags | more)

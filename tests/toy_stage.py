@@ -55,6 +55,7 @@ def main() -> int:
         "A toy.",
         data_path=None,
         from_weight="none",
+        optimizer="muon",
         learning_rate=3e-3,
         weight_decay=0.1,
         epochs=2,

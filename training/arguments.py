@@ -56,8 +56,8 @@ def pattern_and_number(text: str) -> tuple[str, float]:
 def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any) -> StageParser:
     """A parser with the flags that every training stage has, and its own defaults, by flag name.
 
-    At least data_path, from_weight, learning_rate, weight_decay, epochs, batch_size, grad_clip and
-    max_seq_len need one. `packing` is False where rows cannot hold several documents.
+    At least data_path, from_weight, optimizer, learning_rate, weight_decay, epochs, batch_size,
+    grad_clip and max_seq_len need one. `packing` is False where rows cannot hold several documents.
     """
     parser = make_parser(description)
     switch: dict[str, Any] = {"action": BooleanFlag, "default": False}
@@ -116,6 +116,8 @@ def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any
     add("--tokens_per_parameter", type=positive_float, help=chinchilla)
     add("--batch_size", type=positive_int, help="rows per process")
     add("--accumulation_steps", type=positive_int, default=1, help="batches per optimizer step")
+    chosen = "muon: Muon for the blocks' matrices, AdamW for the rest"
+    add("--optimizer", choices=("adamw", "muon"), help=chosen)
     add("--learning_rate", type=positive_float)
     add("--min_lr", type=non_negative_float, help="default: learning_rate / 10")
     warmup = "optimizer steps; default: 3 %% of the run"

@@ -80,8 +80,9 @@ class Setup:
 
     def identity(self, rows: Rows) -> dict[str, Any]:
         """By flag, what may not change when a run on these rows is resumed."""
-        data = ("max_seq_len", "packing", "val_ratio", "seed", "lr_scale", "weight_decay_for")
-        flags = (*self.raw_model.config.shape, *data, *self.stage.identity)
+        data = ("max_seq_len", "packing", "val_ratio", "seed")
+        optimizer = ("optimizer", "lr_scale", "weight_decay_for")
+        flags = (*self.raw_model.config.shape, *data, *optimizer, *self.stage.identity)
         values = json_arguments(self.args)
         return {f"--{name}": values[name] for name in flags if name in values} | {
             "--tokenizer_path": self.tokenizer_hash,
