@@ -109,7 +109,7 @@ def train(setup: training.Setup, data: training.Splits, stop: training.StopSigna
 def main() -> int:
     """Check the flags, open the data, train; the exit status."""
     args = parse_args()
-    setup = training.prepare(args, training.Stage("pretrain", LEARNING_RATES))
+    setup = training.prepare(args, training.Stage("pretrain", LEARNING_RATES, chats=False))
     with training.lock_run(setup.path, setup.world, args.dry_run):
         training.find_resume(setup)
         training.load_first_weights(setup)

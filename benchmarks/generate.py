@@ -1,7 +1,7 @@
 """Tokens per second of generation, beside transformers' generate on a model of the same shape.
 
     python benchmarks/generate.py                  (26 M, 2 threads, prompt 64, 256 new tokens)
-    python benchmarks/generate.py --size base
+    python benchmarks/generate.py --size 104m
 
 All write the same number of tokens to the same prompts, greedily, in turns. int8 needs onnxruntime
 and onnx (scripts/requirements.txt).
@@ -58,7 +58,7 @@ def operations_per_token(generate: Callable[[int], object], new: int) -> float:
 def main() -> None:
     """Measure and print a table for one row and one for a batch."""
     parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=("small", "base"), default="small")
+    parser.add_argument("--size", choices=("26m", "104m"), default="26m")
     parser.set_defaults(device="cpu")
     args = parse_flags(parser, prompt=64, new=256, batch_size=16, threads=2, rounds=5)
     device = choose_device(args.device)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from common import BooleanFlag, make_parser, positive_int
 from model import LMConfig, MiniMindLM, choose_device
 
-BATCH = {"small": 8, "base": 2, "moe": 4}
+BATCH = {"26m": 8, "104m": 2, "moe": 4}
 
 
 def own_loss(model: nn.Module, ids: Tensor, **rows: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def peer_loss(model: nn.Module, ids: Tensor) -> Tensor:
 def main() -> None:
     """Measure and print a table."""
     parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=BATCH, default="small")
+    parser.add_argument("--size", choices=BATCH, default="26m")
     parser.add_argument("--batch_size", type=positive_int, help=f"rows; default by size: {BATCH}")
     parser.add_argument("--compile", action=BooleanFlag, default=False, help="compiled models too")
     args = parse_flags(parser, seq_len=512, rounds=7)

@@ -19,6 +19,7 @@ from .arguments import (
     positive_float,
     positive_int,
     positive_unit_interval,
+    prompts,
     run_name,
     seed,
     unit_interval,

@@ -130,6 +130,28 @@ def user_path(text: str) -> Path:
     return Path(name_or_path(text))
 
 
+def prompts(text: str) -> list[str]:
+    """An argparse type: a prompt, or a file with one on each line, empty lines aside."""
+    path = user_path(text)
+    try:
+        is_file = path.is_file()
+    except OSError:  # the text is longer than any name
+        is_file = False
+    if is_file:
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, ValueError) as error:
+            raise argparse.ArgumentTypeError(f"{path}: {error}") from None
+        found = [line for line in lines if line.strip()]
+    elif path.suffix in (".txt", ".jsonl", ".json") and not set(text) & set(" \n"):
+        raise argparse.ArgumentTypeError(f"{path}: no such file")
+    else:
+        found = [text] if text.strip() else []
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r}: no prompt")
+    return found
+
+
 def named_path(text: str) -> tuple[str, Path]:
     """An argparse type: `name=path`, or a path alone, whose name is that of its file."""
     name, equals, path = text.partition("=")

@@ -33,7 +33,8 @@ class Plan:
     dtype: torch.dtype  # of matrix products
     world_size: int
     tokens_per_epoch: int  # target tokens, of all processes
-    total_steps: int
+    epochs: float | None  # passes over the data; None, as `total_steps`, if the clock ends the run
+    total_steps: int | None
     warmup: int  # optimizer steps
     learning_rates: LearningRates
     sequences: int = 1  # of a row, such as the two sides of a pair
@@ -50,7 +51,7 @@ class Plan:
         """
         lines = self.size()
         try:
-            if picture is not None:
+            if picture is not None and self.total_steps is not None:
                 draw_lr_curve(picture, lr_at, self.total_steps)
                 lines.append(f"learning rate: drawn in {picture}")
         except ImportError:
@@ -66,7 +67,6 @@ class Plan:
     def size(self) -> list[str]:
         """Parameters, tokens, steps, compute and memory, a line each."""
         args, counts = self.args, count_parameters(self.model)
-        tokens = args.epochs * self.tokens_per_epoch
         memory = self.memory()
         needed = f"about {sum(memory.values()) / 1e9:.2f} GB"
         if self.device.type == "cuda":
@@ -81,19 +81,45 @@ class Plan:
         if counts.trained < counts.total:
             trained = f", {format_number(counts.trained)} of them trained"
             frozen = ", 4 for frozen ones"
-        epochs = f"{args.epochs} × {format_number(self.tokens_per_epoch)} = "
-        # https://arxiv.org/abs/2203.15556 (20 tokens), https://arxiv.org/abs/2001.08361 (6ND)
-        return [
-            f"parameters: {format_number(counts.total)}{active}{trained}",
-            f"tokens: {epochs if args.epochs > 1 else ''}{format_number(tokens)}, or "
-            f"{format_number(tokens / counts.active)} per {kind}; "
-            "compute-optimal is about 20 (Chinchilla)",
-            f"steps: {self.total_steps:,}, each of {self.rows_per_step:,} rows of "
-            f"{args.max_seq_len:,} (batch {args.batch_size} × accumulation "
-            f"{args.accumulation_steps} × processes {self.world_size})",
-            f"compute: {counts.flops * tokens:.3g} FLOPs (6 × {kind}s × tokens{frozen})",
-            f"memory: {needed} ({parts})",
-        ]
+        each = (
+            f"each of {self.rows_per_step:,} rows of {args.max_seq_len:,} (batch "
+            f"{args.batch_size} × accumulation {args.accumulation_steps} × processes "
+            f"{self.world_size})"
+        )
+        lines = [f"parameters: {format_number(counts.total)}{active}{trained}", *self.budget()]
+        if self.total_steps is None:
+            lines.append(f"tokens: {format_number(self.tokens_per_epoch)} in the data")
+            lines.append(f"steps: as many as there is time for, {each}")
+        else:
+            tokens = self.epochs * self.tokens_per_epoch
+            epochs = f"{self.epochs:.3g} × {format_number(self.tokens_per_epoch)} = "
+            # https://arxiv.org/abs/2203.15556 (20 tokens), https://arxiv.org/abs/2001.08361 (6ND)
+            lines += [
+                f"tokens: {epochs if self.epochs != 1 else ''}{format_number(tokens)}, or "
+                f"{format_number(tokens / counts.active)} per {kind}; "
+                "compute-optimal is about 20 (Chinchilla)",
+                f"steps: {self.total_steps:,}, {each}",
+                f"compute: {counts.flops * tokens:.3g} FLOPs (6 × {kind}s × tokens{frozen})",
+            ]
+        return [*lines, f"memory: {needed} ({parts})"]
+
+    def budget(self) -> Iterator[str]:
+        """What ends the run, if not the default number of epochs, and what follows from it."""
+        args = vars(self.args)
+        names = ("max_steps", "max_tokens", "max_minutes", "tokens_per_parameter")
+        if not any(args[name] for name in names):
+            return
+        given = [f"--{name} {args[name]:,.10g}" for name in ("epochs", *names) if args[name]]
+        first = ", whichever comes first" if len(given) > 1 else ""
+        repeated = "the data are repeated for as long as there is time"
+        if self.epochs is not None:
+            repeated = f"the data are read {self.epochs:.3g} times"
+        yield f"budget: {' '.join(given)}{first}; {repeated}"
+        if args["max_minutes"]:
+            yield (
+                "budget: with --max_minutes the learning rate follows the clock, so that a resumed "
+                "run does not repeat bit for bit what it would have been"
+            )
 
     def memory(self) -> dict[str, float]:
         """Bytes of this process's training step, as `estimate_memory`."""
@@ -125,7 +151,7 @@ class Plan:
                 f"--learning_rate {args.learning_rate:g} is {what} for {format_number(size)} "
                 f"parameters: try {low:g} to {high:g}"
             )
-        if warmup > steps / 2:
+        if steps is not None and warmup > steps / 2:
             share = "all" if warmup >= steps else "more than half"
             yield (
                 f"a warm-up of {warmup:,} steps takes {share} of the run's {steps:,}: "
@@ -137,7 +163,7 @@ class Plan:
                     f"--{name} 0: the first updates, the least reliable, take the whole "
                     "--learning_rate: leave it out (3 % is usual)"
                 )
-        if steps < FEW_STEPS:
+        if steps is not None and steps < FEW_STEPS:
             yield (
                 f"fewer than {FEW_STEPS} steps ({steps:,}) change little: lower --batch_size or "
                 "--accumulation_steps, or take more --epochs or more data"
@@ -166,12 +192,12 @@ class Plan:
         if args.grad_clip > 10:
             yield f"--grad_clip {args.grad_clip:g} hardly limits the update of a bad batch: try 1"
         patience = args.early_stopping_patience
-        if args.epochs > 10 and not patience:
-            yield f"--epochs {args.epochs} memorises the text: try --early_stopping_patience 3"
+        if self.epochs is not None and self.epochs > 10 and not patience:
+            yield (f"{self.epochs:.3g} --epochs memorise the text: try --early_stopping_patience 3")
         if patience == 1:
             yield "--early_stopping_patience 1 stops at one bad evaluation by chance: try 3"
         # The first evaluation is always progress, and the one at the end has nothing left to stop.
-        elif patience and (steps - 1) // args.eval_interval <= patience:
+        elif patience and steps is not None and (steps - 1) // args.eval_interval <= patience:
             yield (
                 f"--early_stopping_patience {patience} cannot stop a run of {steps:,} steps with "
                 f"--eval_interval {args.eval_interval}: lower that one"

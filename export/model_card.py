@@ -82,7 +82,9 @@ def training_facts(weights: Path) -> dict[str, Any]:
         record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         metrics = read_metrics(folder / "metrics.jsonl")
         arguments = record["arguments"]
-        facts = {"Data": Path(arguments["data_path"]).name, "Epochs": arguments["epochs"]}
+        facts = {"Data": Path(arguments["data_path"]).name}
+        if arguments["epochs"]:
+            facts["Epochs"] = f"{arguments['epochs']:g}"
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     facts["Tokens"] = f"{latest(metrics, 'tokens'):,}"

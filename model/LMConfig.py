@@ -75,10 +75,10 @@ class LMConfig:
 
     @classmethod
     def from_size(cls, size: str, **overrides: Any) -> "LMConfig":
-        """Make a published size by name: "small" (26 M), "base" (104 M), "moe" (145 M)."""
-        if size not in PUBLISHED_SIZES:
-            raise ValueError(f"size {size!r} is none of {', '.join(PUBLISHED_SIZES)}")
-        return cls(**{**PUBLISHED_SIZES[size], **overrides})
+        """Make one of `SIZES` by name; ValueError for another name."""
+        if size not in SIZES:
+            raise ValueError(f"size {size!r} is none of {', '.join(SIZES)}")
+        return cls(**{**SIZES[size], **overrides})
 
     def _check(self) -> None:
         def require(holds: bool, message: str) -> None:
@@ -112,8 +112,20 @@ class LMConfig:
             require(self.scoring_func == "softmax", "scoring_func must be 'softmax'")
 
 
-PUBLISHED_SIZES: dict[str, dict[str, Any]] = {
-    "small": {"dim": 512, "n_layers": 8},
-    "base": {"dim": 768, "n_layers": 16},
+def shape_of_depth(depth: int) -> dict[str, int]:
+    """The fields of a dense model of that many layers: width 64 · depth, as 512 × 8 has.
+
+    8 heads, or fewer where the head size would be below 32.
+    """
+    return {"dim": 64 * depth, "n_layers": depth, "n_heads": min(8, 2 * depth)}
+
+
+# By name, which is the number of parameters with the vocabulary of 6,400; moe: 145 M. The last
+# three are those of MiniMind2's public weights.
+SIZES: dict[str, dict[str, Any]] = {
+    "2m": shape_of_depth(3),
+    "5m": shape_of_depth(4),
+    "26m": shape_of_depth(8),
+    "104m": {"dim": 768, "n_layers": 16},
     "moe": {"dim": 640, "n_layers": 8, "use_moe": True},
 }

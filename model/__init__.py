@@ -4,7 +4,7 @@ from .decoder import Decoder, TorchDecoder
 from .device import choose_device
 from .generation import Continuation, SamplingLoop
 from .kv_cache import KVCache
-from .LMConfig import LMConfig
+from .LMConfig import SIZES, LMConfig, shape_of_depth
 from .loss import find_targets, mean_scores, target_logits, token_losses
 from .model import MiniMindLM
 from .model_lora import (

@@ -147,7 +147,7 @@ def result(out: Path, name: str = "pretrain_32") -> dict[str, Any]:
             left[path.name] = torch.load(path, weights_only=True)
     resume = read_resume(out, name)
     state = resume["state"]
-    for timed in ("seconds", "metrics_bytes", "run_id"):
+    for timed in ("seconds", "elapsed", "metrics_bytes", "run_id"):
         del state[timed]
     for argument in ("resume", "overwrite", "data_path", "out_dir"):
         del resume["arguments"][argument]

@@ -13,7 +13,7 @@ from interruptions import SHAPE, killed, read_metrics, write_texts
 from common import BooleanFlag, make_parser, named_path
 from model import LMConfig
 from training import Run, make_stage_parser
-from training.arguments import MOE_DEFAULTS
+from training.arguments import MOE_DEFAULTS, parse_stage_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,6 +71,49 @@ def test_the_defaults_of_pretraining():
     assert (args.dim, args.n_layers, args.max_seq_len) == (512, 8, 512)
     assert (args.log_interval, args.save_interval) == (10, 100)
     assert (args.dtype, args.save_dtype, str(args.out_dir)) == ("bfloat16", "float32", "out")
+
+
+def parsed(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    return parse_stage_arguments(stage_parser())
+
+
+@pytest.mark.parametrize(
+    ("words", "shape"),
+    [
+        ([], (512, 8, 8, 2, False)),
+        (["--size", "26m"], (512, 8, 8, 2, False)),
+        (["--depth", "8"], (512, 8, 8, 2, False)),
+        (["--size", "2m"], (192, 3, 6, 2, False)),
+        (["--size", "104m"], (768, 16, 8, 2, False)),
+        (["--size", "moe"], (640, 8, 8, 2, True)),
+        # A flag given beside it counts, its default too.
+        (["--size", "moe", "--no-use_moe", "--dim", "512"], (512, 8, 8, 2, False)),
+        (["--n_heads", "4", "--size", "5m"], (256, 4, 4, 2, False)),
+        (["--depth", "12", "--n_kv_heads", "4", "--n_layers", "2"], (768, 2, 8, 4, False)),
+    ],
+    ids=str,
+)
+def test_size_and_depth_are_shapes_whose_fields_flags_replace(monkeypatch, words, shape):
+    args = parsed(monkeypatch, *words)
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe")
+    assert tuple(getattr(args, name) for name in names) == shape
+    assert args.aux_loss_alpha == (0.1 if args.use_moe else None)
+
+
+def test_every_depth_is_a_model_whose_heads_are_wide_enough(monkeypatch):
+    for depth in range(1, 25):
+        args = parsed(monkeypatch, "--depth", str(depth))
+        shape = {name: getattr(args, name) for name in ("dim", "n_layers", "n_heads", "n_kv_heads")}
+        config = LMConfig(**shape)
+        assert (config.dim, config.n_layers) == (64 * depth, depth) and config.head_dim >= 32
+
+
+def test_a_budget_takes_the_place_of_the_default_of_epochs(monkeypatch):
+    assert parsed(monkeypatch).epochs == 1
+    for flag in ("max_steps", "max_tokens", "max_minutes", "tokens_per_parameter"):
+        assert parsed(monkeypatch, f"--{flag}", "3").epochs is None
+        assert parsed(monkeypatch, f"--{flag}", "3", "--epochs", "0.5").epochs == 0.5
 
 
 @pytest.mark.parametrize(
@@ -151,7 +194,15 @@ SCRIPTS = sorted(
 )
 # Flags whose text is no path.
 TEXTS = {
-    *("--wandb_project", "--device", "--host", "--endpoint", "--api_key", "--cors_origin"),
+    *(
+        "--wandb_project",
+        "--sample_prompts",
+        "--device",
+        "--host",
+        "--endpoint",
+        "--api_key",
+        "--cors_origin",
+    ),
     *("--prompt", "--system"),
 }
 

@@ -199,8 +199,10 @@ def by_hand(dim, hidden, layers, experts=0, shared=0, vocab=6400, heads=8, kv_he
 @pytest.mark.parametrize(
     ("size", "count", "formula"),
     [
-        ("small", 25_829_888, by_hand(512, 1408, 8)),
-        ("base", 104_030_976, by_hand(768, 2048, 16)),
+        ("2m", 2_409_792, by_hand(192, 512, 3, heads=6)),
+        ("5m", 4_458_752, by_hand(256, 704, 4)),
+        ("26m", 25_829_888, by_hand(512, 1408, 8)),
+        ("104m", 104_030_976, by_hand(768, 2048, 16)),
         ("moe", 145_029_760, by_hand(640, 1728, 8, experts=4, shared=1)),
     ],
 )
@@ -211,7 +213,7 @@ def test_published_sizes(size, count, formula):
 
 
 def test_from_size_takes_overrides_and_refuses_unknown_names():
-    config = LMConfig.from_size("base", max_seq_len=100, n_layers=2)
+    config = LMConfig.from_size("104m", max_seq_len=100, n_layers=2)
     assert (config.dim, config.n_layers, config.max_seq_len) == (768, 2, 100)
-    with pytest.raises(ValueError, match=r"huge.*small.*base.*moe"):
+    with pytest.raises(ValueError, match=r"huge.*2m.*5m.*26m.*104m.*moe"):
         LMConfig.from_size("huge")

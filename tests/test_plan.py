@@ -42,7 +42,7 @@ def network(**fields) -> MiniMindLM:
 
 @pytest.mark.parametrize(
     ("size", "total", "active"),
-    [("small", 25.83, 25.83), ("base", 104.03, 104.03), ("moe", 145.03, 91.95)],
+    [("26m", 25.83, 25.83), ("104m", 104.03, 104.03), ("moe", 145.03, 91.95)],
 )
 def test_published_sizes_have_the_parameters_that_the_readme_says(size, total, active):
     with torch.device("meta"):
@@ -286,8 +286,8 @@ def test_the_sum_is_the_peak_of_a_step(kind, fields, checkpointing, dtype, monke
 def test_a_gpu_has_fused_norms_and_masks_of_bytes():
     """What a CPU keeps beyond a GPU, and a GPU with dropout beyond one without, by hand."""
     with torch.device("meta"):
-        model = MiniMindLM(LMConfig.from_size("small"))
-        dropping = MiniMindLM(LMConfig.from_size("small", dropout=0.1))
+        model = MiniMindLM(LMConfig.from_size("26m"))
+        dropping = MiniMindLM(LMConfig.from_size("26m", dropout=0.1))
     rows = {"input_ids": torch.zeros(1, 512, dtype=torch.int64)}
     here = estimate(model, rows, torch.bfloat16)["activations"]
     there = estimate(model, rows, torch.bfloat16, device=CUDA)["activations"]
@@ -309,6 +309,10 @@ def flags(**changed) -> argparse.Namespace:
         "dropout": 0.0,
         "grad_clip": 1.0,
         "epochs": 1,
+        "max_steps": None,
+        "max_tokens": None,
+        "max_minutes": None,
+        "tokens_per_parameter": None,
         "batch_size": 8,
         "accumulation_steps": 1,
         "max_seq_len": 512,
@@ -327,7 +331,7 @@ def test_the_plan_of_a_dense_model():
     model = network()
     total = sum(p.numel() for p in model.parameters())
     args = flags(batch_size=4, max_seq_len=64)
-    lines = Plan(args, model, CPU, torch.float32, 1, 10 * total, 1234, 37, RATES).size()
+    lines = Plan(args, model, CPU, torch.float32, 1, 10 * total, 1, 1234, 37, RATES).size()
     memory = estimate(model, training_rows(4, 64, packed=True), torch.float32)
     assert len(lines) <= 8
     assert lines[0] == f"parameters: {total / 1e3:.2f} k"
@@ -344,7 +348,7 @@ def test_the_plan_of_a_mixture_of_experts_on_several_gpus(monkeypatch):
     with torch.device("meta"):
         model = MiniMindLM(LMConfig.from_size("moe"))
     args = flags(epochs=2, batch_size=16, accumulation_steps=4)
-    plan = Plan(args, model, CUDA, torch.bfloat16, 2, 919_500_000, 14_033, 421, RATES)
+    plan = Plan(args, model, CUDA, torch.bfloat16, 2, 919_500_000, 2, 14_033, 421, RATES)
     lines = plan.size()
     assert lines[0] == "parameters: 145.03 M, 91.95 M active for each token"
     assert lines[1].startswith("tokens: 2 × 919.50 M = 1.84 B, or 20 per active parameter")
@@ -362,7 +366,7 @@ def warnings(parameters: float = 26e6, total_steps: int = 479, warmup: int = 14,
     weights = types.SimpleNamespace(numel=lambda: parameters, requires_grad=True)
     model = types.SimpleNamespace(parameters=lambda: [weights], modules=lambda: [])
     args = flags(**changed)
-    plan = Plan(args, model, CPU, torch.float32, 1, 10**7, total_steps, warmup, RATES)
+    plan = Plan(args, model, CPU, torch.float32, 1, 10**7, args.epochs, total_steps, warmup, RATES)
     return list(plan.setting_warnings())
 
 
@@ -403,7 +407,7 @@ def test_what_the_readme_recommends_gives_no_warning(run):
         ({"dropout": 0.3}, {"dropout": 0.31}, "--dropout 0.31"),
         ({"beta2": 0.999}, {"beta2": 0.9999}, "--beta2 0.9999 averages over 10,000 steps"),
         ({"grad_clip": 10}, {"grad_clip": 11}, "--grad_clip 11"),
-        ({"epochs": 10}, {"epochs": 11}, "--epochs 11"),
+        ({"epochs": 10}, {"epochs": 11}, "11 --epochs"),
         ({"epochs": 11, "early_stopping_patience": 3}, {"epochs": 11}, "--early_stopping_patience"),
         ({"early_stopping_patience": 2}, {"early_stopping_patience": 1}, "try 3"),
         # At 100, 200 and 300 of 301 steps: one to compare with and two that may be no better.
@@ -448,8 +452,8 @@ def test_the_plan_compares_with_the_memory_of_the_device(
     monkeypatch.setattr("diagnosis.plan.device_memory", lambda device: there)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     with torch.device("meta"):
-        model = MiniMindLM(LMConfig.from_size("small"))
-    plan = Plan(flags(), model, CPU, torch.float32, processes, 10**7, 479, 14, RATES)
+        model = MiniMindLM(LMConfig.from_size("26m"))
+    plan = Plan(flags(), model, CPU, torch.float32, processes, 10**7, 1, 479, 14, RATES)
     lines = plan.describe(lambda step: 1e-3, tmp_path / "lr.png")
     assert "learning rate: pip install -r scripts/plot_requirements.txt to draw it" in lines
     (needed,) = re.findall(r"memory: about ([\d.]+) GB", "\n".join(lines))

@@ -21,10 +21,12 @@ from common import (
     open_unit_interval,
     positive_float,
     positive_int,
+    prompts,
     run_name,
     seed,
     user_path,
 )
+from model import SIZES, shape_of_depth
 
 from .schedule import DECAYS
 
@@ -35,6 +37,8 @@ MOE_DEFAULTS = {
     "num_experts_per_tok": 2,
     "aux_loss_alpha": 0.1,
 }
+SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe")  # what --size and --depth set
+BUDGETS = ("max_steps", "max_tokens", "max_minutes", "tokens_per_parameter")
 
 
 def pattern_and_number(text: str) -> tuple[str, float]:
@@ -59,6 +63,9 @@ def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any
     switch: dict[str, Any] = {"action": BooleanFlag, "default": False}
     model = parser.add_argument_group("model")
     add = model.add_argument
+    named = "a shape by its number of parameters; a flag below that is given beside it counts"
+    add("--size", choices=SIZES, help=named)
+    add("--depth", type=positive_int, help="a dense shape by its layers: width 64 × depth")
     add("--dim", type=positive_int, default=512, help="width")
     add("--n_layers", type=positive_int, default=8, help="blocks")
     add("--n_heads", type=positive_int, default=8, help="query heads")
@@ -97,7 +104,16 @@ def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any
     add("--num_workers", type=non_negative_int, help=loaders)
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=positive_int)
+    passes = (
+        "passes over the data, fractions too; without a number of its own, a budget replaces it"
+    )
+    add("--epochs", type=positive_float, help=passes)
+    add("--max_steps", type=positive_int, help="budget: optimizer steps")
+    add("--max_tokens", type=positive_float, help="budget: target tokens, such as 2e7")
+    minutes = "budget: wall-clock time from reading the data on, what ends the run included"
+    add("--max_minutes", type=positive_float, help=minutes)
+    chinchilla = "budget: target tokens for each (active) parameter; compute-optimal is about 20"
+    add("--tokens_per_parameter", type=positive_float, help=chinchilla)
     add("--batch_size", type=positive_int, help="rows per process")
     add("--accumulation_steps", type=positive_int, default=1, help="batches per optimizer step")
     chosen = "muon: Muon for the blocks' matrices, AdamW for the rest"
@@ -126,6 +142,9 @@ def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any
     add("--save_best", **switch, help="keep the best weights as …_best.pth")
     patience = "stop after this many evaluations without progress; 3 if no number is given"
     add("--early_stopping_patience", type=positive_int, nargs="?", const=3, help=patience)
+    sampled = "texts, or files with one on each line, to continue or answer at each validation"
+    texts: dict[str, Any] = {"type": prompts, "nargs": "+", "action": "extend", "default": []}
+    add("--sample_prompts", **texts, metavar="TEXT|FILE", help=sampled)
     progress = "a lower validation loss is progress if it is lower by more than this"
     add("--early_stopping_min_delta", type=non_negative_float, default=1e-4, help=progress)
 
@@ -173,7 +192,17 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse_stage_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse, and fill in defaults that depend on other flags; UserError for a contradiction."""
-    args = parser.parse_args()
+    # Flags that are not given are None, whatever their defaults.
+    args = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys((*SHAPE, "epochs"))))
+    args.sample_prompts = [prompt for some in args.sample_prompts for prompt in some]
+    if args.size and args.depth:
+        raise UserError("--size and --depth: give one of them")
+    shape = SIZES[args.size] if args.size else shape_of_depth(args.depth) if args.depth else {}
+    for name in SHAPE:
+        if getattr(args, name) is None:
+            setattr(args, name, shape.get(name, parser.get_default(name)))
+    if args.epochs is None and not any(getattr(args, name) for name in BUDGETS):
+        args.epochs = parser.get_default("epochs")
     for name, default in MOE_DEFAULTS.items():
         if not args.use_moe and getattr(args, name) is not None:
             raise UserError(f"--{name} needs --use_moe")
@@ -192,7 +221,7 @@ def parse_stage_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace
         if names.count(name) > 1:
             raise UserError(f"--val_data_path: two files are named {name}; name them: name=path")
     if args.val_ratio is None and not args.val_data_path:
-        for needing in ("save_best", "early_stopping_patience", "eval_interval"):
+        for needing in ("save_best", "early_stopping_patience", "eval_interval", "sample_prompts"):
             if getattr(args, needing):
                 raise UserError(f"--{needing} needs --val_data_path or --val_ratio")
     if args.eval_interval is None:

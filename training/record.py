@@ -143,7 +143,12 @@ class Record:
     """
 
     def __init__(
-        self, world: Distributed, folder: Path, total_steps: int, state: TrainState, wandb_run: Any
+        self,
+        world: Distributed,
+        folder: Path,
+        total_steps: int | None,
+        state: TrainState,
+        wandb_run: Any,
     ):
         self.world = world
         self.folder = folder
@@ -165,13 +170,16 @@ class Record:
             self.metrics = LineFile(folder / "metrics.jsonl", state.metrics_bytes)
             self.log_file = LineFile(folder / "training_log.txt")
 
-    def advance(self, step: int, gpu_price: float | None) -> None:
-        """Move the bar to `step`; after a few, report how long the rest takes and what it costs."""
+    def advance(self, step: int, left: int, gpu_price: float | None, note: str) -> None:
+        """Move the bar to `step`, with `left` to go.
+
+        After a few, report how long the rest takes and what it costs, followed by `note`.
+        """
+        self.total_steps = self.bar.total = step + left
         self.bar.update(step - self.bar.n)
-        left = self.total_steps - step
         if left and step - self.first_step == STEPS_BEFORE_ESTIMATE:
             seconds = self.seconds_per_step(step)
-            self.print(cost_line(seconds, left, gpu_price, self.world.world_size))
+            self.print(cost_line(seconds, left, gpu_price, self.world.world_size) + note)
 
     def log(self, state: TrainState, figures: dict[str, float]) -> None:
         """Report training steps: to screen, files and wandb."""
@@ -189,8 +197,19 @@ class Record:
 
     def log_scores(self, state: TrainState, scores: dict[str, float]) -> None:
         """Report an evaluation, on a line of its own."""
-        self.print(f"step {state.step}/{self.total_steps}  {_line(scores, '  ')}")
+        total = self.total_steps or "?"  # not known before the first step, with --max_minutes
+        self.print(f"step {state.step}/{total}  {_line(scores, '  ')}")
         self._write(state, scores)
+
+    def log_samples(self, state: TrainState, samples: list[tuple[str, str]]) -> None:
+        """Report what the model makes of prompts: to screen, log and wandb, not to the figures."""
+        for prompt, text in samples:
+            self.print(f"step {state.step}  sample {prompt!r} → {text!r}")
+        if self.wandb_run is not None:
+            from wandb import Table
+
+            table = Table(columns=["prompt", "text"], data=[list(sample) for sample in samples])
+            self.wandb_run.log({"samples": table}, step=state.step)
 
     def seconds_per_step(self, step: int) -> float:
         """Wall-clock seconds of a step since this process began, evaluations and saves included."""

@@ -91,6 +91,8 @@ class TrainState:
     row: int = 0  # rows of the epoch that are done
     tokens: int = 0  # target tokens learnt from
     seconds: float = 0.0  # spent in steps
+    elapsed: float = 0.0  # wall-clock seconds, of all that --max_minutes counts
+    budget_used: bool = False  # whether the run reached the end of its budget
     tally: Tally = field(default_factory=Tally)
     skipped: int = 0  # updates skipped
     bad_in_row: int = 0  # updates skipped since the last good one
@@ -134,6 +136,12 @@ class Resume(NamedTuple):
     # The file that holds the run's last save; "previous": the newest is damaged, and replaced by
     # the next save. Not in the file.
     saved_as: Literal["newest", "previous"]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run reached the end that its own flags set."""
+        epochs = self.arguments["epochs"]  # all that older files have
+        return self.state.budget_used or (epochs is not None and self.state.epoch >= epochs)
 
 
 def save_resume(weights: Path, resume: Resume) -> None:

@@ -20,10 +20,12 @@ from dataset import make_loader
 from diagnosis.report import write_report
 from model import load_trained_state, mean_scores
 
+from .budget import Budget
 from .distributed import Distributed
 from .guards import find_sample
 from .record import Record, add_ending
 from .resume import Tally, TrainState
+from .samples import write_samples
 from .saving import Saver
 from .schedule import warmup_steps
 from .setup import Rows, Setup, Splits
@@ -38,6 +40,7 @@ class Run:
     setup: Setup
     data: Splits
     state: TrainState
+    budget: Budget
     saver: Saver
     record: Record
     stop: StopSignal
@@ -47,6 +50,8 @@ class Run:
     exit_status: int = 0
 
     def __post_init__(self) -> None:
+        self._elapsed_before = self.state.elapsed
+        self._read_clock()
         self._check_patience()  # which may have run out before
 
     @property
@@ -67,8 +72,8 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether all epochs are done."""
-        return self.state.epoch >= self.args.epochs
+        """Whether the budget is used up."""
+        return self.budget.is_used_up(self.state)
 
     @property
     def going_on(self) -> bool:
@@ -76,16 +81,16 @@ class Run:
         return not self.complete and self.ending is None
 
     @property
-    def schedule(self) -> tuple[float, int, float, float, float, str]:
+    def schedule(self) -> tuple[float, float, float, float, float, str]:
         """The next step as `get_lr` takes it: its place, the run's steps, and the flags.
 
-        The place follows the rows seen, in steps of the size that the run began with: so the rate
-        stays on one curve when the batch or the number of processes changes on the way.
+        The place follows what the budget counts. With epochs it is the rows seen, in steps of the
+        size that the run began with: so the rate stays on one curve when the batch or the number of
+        processes changes on the way. With minutes the run's steps are those that fit into the time
+        that is left, as fast as those so far.
         """
-        args, state = self.args, self.state
-        per_epoch = math.ceil(len(self.data.train) / state.rows_per_step)
-        total = args.epochs * per_epoch
-        step = state.epoch * per_epoch + state.row / state.rows_per_step
+        args = self.args
+        step, total = self.budget.place(self.state)
         warmup = warmup_steps(args.warmup_iters, args.warmup_ratio, total)
         return step, total, args.learning_rate, warmup, args.min_lr, args.lr_decay
 
@@ -122,6 +127,8 @@ class Run:
             seconds = time.perf_counter() - started
             state.seconds += seconds
             state.tally.seconds += seconds
+            self._read_clock()
+            self._show_progress()
             self.log_if_due()
             self.validate_if_due(model)
             if not self.going_on or self.check_signal():
@@ -129,6 +136,25 @@ class Run:
             if self.due(args.save_interval) or (args.keep_every and self.due(args.keep_every)):
                 self.save()
             started = time.perf_counter()
+
+    def _read_clock(self) -> None:
+        """Count the time; with --max_minutes the main process's, so that all end at one step."""
+        state, budget = self.state, self.budget
+        state.elapsed = self._elapsed_before + time.perf_counter() - self.setup.started
+        if budget.max_seconds is None:
+            return
+        own = (state.seconds, state.elapsed, budget.seconds_at_end(state))
+        state.seconds, state.elapsed, budget.reserve = self.world.broadcast(own)
+        if budget.is_out_of_time(state):  # for good: what is kept for the end counts as spent
+            state.elapsed = max(state.elapsed, budget.max_seconds)
+
+    def _show_progress(self) -> None:
+        left = self.budget.steps_left(self.state)
+        note = ""
+        if self.budget.max_seconds is not None:
+            epochs = self.budget.epochs_after(self.state, left)
+            note = f"; about {self.state.step + left:,} steps, {epochs:.3g} epochs in all"
+        self.record.advance(self.state.step, left, self.args.gpu_price, note)
 
     def add_step(
         self,
@@ -152,7 +178,6 @@ class Run:
         state.step += 1
         tally.steps += 1
         tally.lr = lr
-        self.record.advance(state.step, self.args.gpu_price)
         load = totals.expert_load
         if load is not None:
             load = self.world.all_reduce_sum(load).tolist()
@@ -213,7 +238,7 @@ class Run:
         self, model: nn.Module, sets: dict[str, Rows], prefix: str
     ) -> dict[str, float] | None:
         """Score a model on data sets by name; as `mean_scores`, None if a signal to stop came."""
-        world, was_training = self.world, model.training
+        world, was_training, started = self.world, model.training, time.perf_counter()
         model.eval()
         sums = {}
         for name, rows in sets.items():
@@ -230,6 +255,8 @@ class Run:
             if self.setup.stage.scores_text:
                 sums[name]["text_bytes"] = rows.dataset.text_bytes
         model.train(was_training)
+        seconds = time.perf_counter() - started
+        self.budget.seconds_per_row = seconds / sum(map(len, sets.values()))
         return mean_scores(sums, prefix)
 
     def validate_if_due(self, model: nn.Module) -> None:
@@ -237,11 +264,15 @@ class Run:
         val, state = self.data.val, self.state
         if not val or not self.due(self.args.eval_interval) or state.evaluated_at == state.step:
             return
+        if not self.complete and self.budget.is_near_end(state):
+            return  # the evaluation at the end would come too late
         scores = self.evaluate(model, val, "val")
         if scores is None:
             return
         args = self.args
         self.record.log_scores(state, scores)
+        if args.sample_prompts and self.world.is_main:
+            self.record.log_samples(state, write_samples(self.setup))
         state.evaluated_at = state.step
         min_delta = args.early_stopping_min_delta if args.early_stopping_patience else 0.0
         if scores["val_loss"] < state.best_loss - min_delta:
@@ -272,8 +303,11 @@ class Run:
 
     def save(self) -> None:
         """Write the weights, numbered ones where they are due, and the resume file."""
+        started = time.perf_counter()
         self.state.metrics_bytes = self.record.sync()
+        self.state.budget_used = self.complete
         self.saver.save(self.state, self.due(self.args.save_interval))
+        self.budget.seconds_per_save = time.perf_counter() - started
 
     def finish(self) -> int:
         """Score the test data, save, write the report, and print how the run ended.

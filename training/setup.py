@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,6 +49,7 @@ class Stage:
     collate: Callable[[Sequence[Any]], dict[str, Tensor]] = collate  # makes a batch of rows
     sequences_per_row: int = 1  # 2 for pairs
     scores_text: bool = True  # whether perplexity and bits per byte are scores, too
+    chats: bool = True  # whether --sample_prompts are questions, not the beginnings of texts
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Setup:
     frozen: dict[str, str] = field(default_factory=dict)  # hashes of untrained weights, by flag
     resume: Resume | None = None  # None for a new run
     notes: list[str] = field(default_factory=list)  # lines that the run reports first
+    started: float = field(default_factory=time.perf_counter)  # when --max_minutes begin
 
     @property
     def tokenizer_hash(self) -> str:
@@ -93,6 +96,7 @@ def prepare(args: argparse.Namespace, stage: Stage) -> Setup:
 
     UserError for a device, a dtype, a tokenizer or a shape that cannot be had.
     """
+    started = time.perf_counter()
     world = find_processes(args.device, args.ddp)
     dtype = autocast_dtype(args.dtype, world)
     tokenizer = load_tokenizer(args.tokenizer_path)
@@ -117,7 +121,7 @@ def prepare(args: argparse.Namespace, stage: Stage) -> Setup:
     raw_model = MiniMindLM(config)
     raw_model.gradient_checkpointing = args.gradient_checkpointing
     path = weights_path(args.out_dir, stage.name, config, args.run_name)
-    return Setup(args, stage, world, dtype, tokenizer, raw_model, path)
+    return Setup(args, stage, world, dtype, tokenizer, raw_model, path, started=started)
 
 
 def check_context(max_seq_len: int, config: LMConfig) -> None:
@@ -161,7 +165,7 @@ def find_resume(setup: Setup) -> None:
             )
         nothing = f"--resume: nothing to go on from in {path.parent}: a new run starts"
         setup.notes += [*notes, nothing]
-    elif resume is not None and resume.state.epoch < resume.arguments["epochs"]:
+    elif resume is not None and not resume.is_finished:
         setup.notes.append(
             f"{beside(path, 'resume')} holds an unfinished run, at step {resume.state.step}: "
             f"--resume goes on with it; this new run {'deletes' if args.overwrite else 'moves'} it"

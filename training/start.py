@@ -1,13 +1,17 @@
 """The beginning of a run: new or resumed, its plan reported and its record opened."""
 
 import math
+import time
 import uuid
+from dataclasses import replace
 
 import torch
 
-from common import report_os_errors
+from common import UserError, report_os_errors
 from diagnosis.plan import Plan
 
+from .arguments import BUDGETS
+from .budget import Budget, make_budget
 from .record import Record, start_wandb, write_config
 from .resume import (
     TrainState,
@@ -18,6 +22,7 @@ from .resume import (
 )
 from .run import Run
 from .run_files import check_lock, log_folder, move_earlier_run
+from .samples import encode_prompts
 from .saving import Saver, load_resume
 from .schedule import get_lr, warmup_steps
 from .setup import Rows, Setup, Splits
@@ -52,9 +57,15 @@ def start_run(
             set_random_states(resume.random[world.rank], world.device)
         notes = notes + changed_arguments(resume.arguments, json_arguments(args))
     state.use_validation(" ".join(rows.dataset.fingerprint for rows in data.val.values()))
-    if resume is not None and is_finished(setup, state, data):
+    budget = make_budget(setup, data)
+    if resume is not None and is_finished(setup, state, data, budget):
         world.log(f"{path}: this run is finished, at step {state.step}; nothing to do")
         return None
+    encode_prompts(setup)  # for its errors
+    total_steps = planned_steps(budget, state)
+    warmup = warmup_steps(args.warmup_iters, args.warmup_ratio, total_steps or 0)
+    if resume is None:
+        check_budget(setup, budget, total_steps, warmup)
 
     wandb_run = None
     if args.use_wandb and world.is_main and not args.dry_run:
@@ -65,8 +76,6 @@ def start_run(
         if resume is None:
             notes = notes + move_earlier_run(path, args.out_dir, args.overwrite)
     folder = log_folder(path)
-    total_steps = state.step + steps_left(setup, state, len(data.train))
-    warmup = warmup_steps(args.warmup_iters, args.warmup_ratio, total_steps)
     plan = Plan(
         args,
         raw_model,
@@ -74,6 +83,7 @@ def start_run(
         setup.dtype,
         world.world_size,
         tokens_per_epoch=data.train.dataset.n_tokens,
+        epochs=total_steps and budget.epochs_after(state, total_steps - state.step),
         total_steps=total_steps,
         warmup=warmup,
         learning_rates=setup.stage.learning_rates,
@@ -105,7 +115,7 @@ def start_run(
     saved_as = "newest" if resume is None else resume.saved_as
     saver = Saver(setup, setup.identity(data.train), optimizer, scaler, record.print, saved_as)
     speed = plan.peak_tokens_per_second()
-    return Run(setup, data, state, saver, record, stop, score, speed)
+    return Run(setup, data, state, budget, saver, record, stop, score, speed)
 
 
 def describe_rows(use: str, rows: Rows) -> list[str]:
@@ -118,18 +128,37 @@ def describe_rows(use: str, rows: Rows) -> list[str]:
     return [f"{use} data {dataset.store.path}: {note}" for note in (size, *dataset.notes)]
 
 
-def steps_left(setup: Setup, state: TrainState, n_rows: int) -> int:
-    """Optimizer steps to the end of a run whose epochs have `n_rows` rows."""
-    epochs_left = setup.args.epochs - state.epoch
-    if epochs_left <= 0:
-        return 0
-    this_epoch = math.ceil((n_rows - state.row) / setup.rows_per_step)
-    return this_epoch + (epochs_left - 1) * math.ceil(n_rows / setup.rows_per_step)
+def planned_steps(budget: Budget, state: TrainState) -> int | None:
+    """Optimizer steps of a run; None if time alone limits it, and no step was measured."""
+    if state.step == 0:
+        budget = replace(budget, max_seconds=None)
+    if not budget.has_limits:
+        return None
+    return state.step + budget.steps_left(state)
 
 
-def is_finished(setup: Setup, state: TrainState, data: Splits) -> bool:
+def check_budget(setup: Setup, budget: Budget, total_steps: int | None, warmup: int) -> None:
+    """Raise UserError if the budget of a new run ends before its warm-up, or its first step."""
+    args = setup.args
+    given = " ".join(f"--{name} {getattr(args, name):g}" for name in BUDGETS if getattr(args, name))
+    if given and total_steps is not None and 0 < total_steps <= warmup:
+        raise UserError(
+            f"{given}: the run's {total_steps:,} steps end before the warm-up of {warmup:,}: "
+            "lower --warmup_iters or --warmup_ratio"
+        )
+    if budget.max_seconds is None:
+        return
+    spent = setup.world.broadcast(time.perf_counter() - setup.started)
+    if spent >= budget.max_seconds:
+        raise UserError(
+            f"--max_minutes {args.max_minutes:g}: preparing the run took {spent / 60:.2g} of them; "
+            "what could be kept is ready now: start again, or give it more"
+        )
+
+
+def is_finished(setup: Setup, state: TrainState, data: Splits, budget: Budget) -> bool:
     """Whether a run that could be resumed has nothing left to do."""
     patience = setup.args.early_stopping_patience or math.inf
-    ended = state.epoch >= setup.args.epochs or state.evaluations_since_best >= patience
+    ended = budget.is_used_up(state) or state.evaluations_since_best >= patience
     validated = not data.val or state.evaluated_at == state.step
     return ended and validated and (state.tested or data.test is None)
