@@ -76,7 +76,7 @@ def parse_args() -> argparse.Namespace:
     models = parser.add_argument_group("model")
     add_model_arguments(
         models,
-        "a stage's or a run's name, a .pth file or a folder in transformers' format; default: the "
+        "a stage's or a run's name, a .pth file, or a folder of an old version; default: the "
         "newest chat weights in --out_dir, else the newest pretrained ones",
     )
     add = models.add_argument

@@ -21,6 +21,7 @@ from common import UserError
 from model import LMConfig, MiniMindLM, Tokenizer
 
 from .pre_tokenizer import PRE_TOKENIZER, check_tokenizer, merge_pairs
+from .transformers_format import scores_sum_to_one
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -29,7 +30,7 @@ FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_
 
 LLAMA_QUANTIZE_TYPE = "q4_k_m"
 
-ATTENTION = {
+BLOCK = {
     "attn_norm": "attention_norm",
     "attn_q": "attention.wq",
     "attn_k": "attention.wk",
@@ -45,7 +46,7 @@ def tensor_sources(config: LMConfig) -> Iterator[tuple[str, list[str]]]:
     """Yield GGUF's name of each tensor, and ours: several are stacked, one for each expert."""
     yield "token_embd.weight", ["tok_embeddings.weight"]
     for i in range(config.n_layers):
-        for theirs, ours in ATTENTION.items():
+        for theirs, ours in BLOCK.items():
             yield f"blk.{i}.{theirs}.weight", [f"layers.{i}.{ours}.weight"]
         prefix = f"layers.{i}.feed_forward"
         if config.use_moe:
@@ -70,8 +71,7 @@ def architecture(config: LMConfig) -> str:
     """
     if not config.use_moe:
         return "llama"
-    scaled = config.norm_topk_prob and config.num_experts_per_tok > 1
-    if scaled or config.num_experts_per_tok == config.n_routed_experts:  # all have the sum 1 anyway
+    if scores_sum_to_one(config):
         return "granitemoe"
     if config.n_shared_experts:
         return "deepseek"
@@ -141,7 +141,9 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     total = sum(n_bytes for *_, n_bytes in plan)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc=f"{name}, {file_type}", disable=None
+    ) as bar:
         for ours, shape, kind, n_bytes in plan:
             tensor = state[ours[0]] if len(ours) == 1 else torch.stack([state[n] for n in ours])
             writer.write_tensor_data(gguf.quantize(tensor.view(shape).numpy(), kind))
@@ -177,9 +179,11 @@ def write_by_llama_quantize(path: Path, model: MiniMindLM, tokenizer: Tokenizer,
         write_gguf(source, model, tokenizer, "f32", name)
         command = [program, source, path, LLAMA_QUANTIZE_TYPE.upper()]
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"--dtype {LLAMA_QUANTIZE_TYPE}: {program}: {error.strerror}") from None
     finally:
         source.unlink(missing_ok=True)
-    if done.returncode:
+    if done.returncode or not path.is_file():
         last = (done.stderr or done.stdout).strip().rpartition("\n")[2]
         raise UserError(f"--dtype {LLAMA_QUANTIZE_TYPE}: {program} failed ({last})")
 

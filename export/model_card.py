@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import format_number
 from diagnosis.metrics import column, latest, read_metrics
+from model import MiniMindLM
 
 if TYPE_CHECKING:
     from inference import TrainedModel
@@ -31,8 +32,16 @@ vllm serve {folder}
 python -m sglang.launch_server --model-path {folder}
 ```
 
-A text begins with `<s>`: the chat template writes it, for plain texts it is yours to write. For
-llama.cpp, Ollama and LM Studio, export with `--to gguf` or `--to ollama`.
+In llama.cpp, LM Studio and Ollama, after a conversion in the folder of MiniMind:
+
+```bash
+python scripts/convert_model.py --weight WEIGHT --to gguf --out model.gguf
+llama-server -m model.gguf --jinja                     # or open model.gguf in LM Studio
+python scripts/convert_model.py --weight WEIGHT --to ollama --out model-ollama
+cd model-ollama && ollama create model -f Modelfile && ollama run model
+```
+
+A text begins with `<s>`: the chat template writes it, for plain texts it is yours to write.
 """
 PROMPTS = {
     True: 'chat = [{"role": "user", "content": "Who are you?"}]\n'
@@ -43,16 +52,17 @@ PROMPTS = {
 }
 
 
-def write_model_card(folder: Path, trained: "TrainedModel", name: str) -> None:
+def write_model_card(folder: Path, trained: "TrainedModel", model: MiniMindLM, name: str) -> None:
     """Write README.md.
 
     Args:
         folder: existing folder.
-        trained: the model.
+        trained: where the model comes from.
+        model: the model as it is written, its adapter merged.
         name: name of the folder in the commands.
     """
-    config = trained.model.config
-    parameters = sum(tensor.numel() for tensor in trained.model.parameters())
+    config = model.config
+    parameters = sum(tensor.numel() for tensor in model.parameters())
     rows = {
         "Parameters": format_number(parameters),
         "Layers × width": f"{config.n_layers} × {config.dim}",
@@ -66,6 +76,9 @@ def write_model_card(folder: Path, trained: "TrainedModel", name: str) -> None:
             f"{config.n_shared_experts} shared"
         )
     rows |= training_facts(trained.path)
+    if trained.adapter is not None:
+        adapted = training_facts(trained.adapter)
+        rows |= {f"Adapter: {key[0].lower()}{key[1:]}": value for key, value in adapted.items()}
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     text = (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
@@ -87,7 +100,8 @@ def training_facts(weights: Path) -> dict[str, Any]:
             facts["Epochs"] = f"{arguments['epochs']:g}"
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    facts["Tokens"] = f"{latest(metrics, 'tokens'):,}"
+    if tokens := latest(metrics, "tokens"):
+        facts["Tokens"] = f"{tokens:,}"
     for key, title in (("val_loss", "Validation loss"), ("val_bits_per_byte", "Bits per byte")):
         if values := column(metrics, key):
             facts[title] = f"{min(values):.3f}"

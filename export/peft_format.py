@@ -6,22 +6,24 @@ everywhere, filled up with zeros.
 """
 
 import json
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from common import UserError
+from common import UserError, number, positive_int
 from model import LMConfig
 from model.model_lora import TARGETS
 
 from .transformers_format import (
     ATTENTION,
+    BASE_HASH,
     FEED_FORWARD,
     check_routing,
     halves_to_pairs,
@@ -32,17 +34,13 @@ from .transformers_format import (
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-# Settings of PEFT's LoraConfig with which an adapter computes something else than B A x.
+# Settings of PEFT's LoraConfig with which an adapter computes B A x on the base as it is.
+PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 UNSUPPORTED = (
-    "alpha_pattern",
-    "fan_in_fan_out",
-    "layer_replication",
-    "lora_bias",
-    "modules_to_save",
-    "rank_pattern",
-    "trainable_token_indices",
-    "use_dora",
-    "use_qalora",
+    *("alora_invocation_tokens", "alpha_pattern", "arrow_config", "corda_config"),
+    *("fan_in_fan_out", "kasa_config", "layer_replication", "loftq_config", "lora_bias"),
+    *("lora_ga_config", "modules_to_save", "monteclora_config", "rank_pattern"),
+    *("trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config"),
 )
 
 
@@ -97,6 +95,7 @@ def write_peft(
     settings: dict[str, Any],
     matrices: dict[str, Tensor],
     base_name: str,
+    base_hash: str,
 ) -> None:
     """Write an adapter as PEFT's adapter_config.json and adapter_model.safetensors.
 
@@ -106,6 +105,7 @@ def write_peft(
         settings: `lora_settings` of the adapter.
         matrices: its `lora_state`.
         base_name: name of the base.
+        base_hash: hash of its weights, by which `exported_base` finds them again.
 
     Raises:
         UserError: if no class of transformers computes what the base does, or the adapter is on a
@@ -134,7 +134,7 @@ def write_peft(
         tensors[f"{projection.key}.lora_B.weight"] = b.contiguous()
     targets = sorted({projection.target for projection in adapted})
     parameters = [target for target in targets if target.startswith("experts.")]
-    save_tensors(folder / WEIGHTS_FILE, tensors)
+    save_tensors(folder / WEIGHTS_FILE, tensors, {BASE_HASH: base_hash})
     contents = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -171,17 +171,46 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
         settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if settings["peft_type"] != "LORA":
             raise UserError(f"--weight {folder}: {settings['peft_type']}, not LORA")
-        settings["r"], settings["lora_alpha"] = int(settings["r"]), float(settings["lora_alpha"])
+        for name, default in (("r", 8), ("lora_alpha", 8), ("lora_dropout", 0)):
+            settings[name] = number(float, 0)(f"{settings.get(name, default) or 0}")
+        settings["r"] = positive_int(f"{settings['r']:g}")
     except OSError as error:
         raise UserError(f"--weight {folder}: no {CONFIG_FILE} there ({error.strerror})") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, ArgumentTypeError) as error:
         raise UserError(f"{folder / CONFIG_FILE}: not PEFT's settings ({error!r})") from None
-    for name in UNSUPPORTED:
-        if settings.get(name):
-            raise UserError(f"{folder / CONFIG_FILE}: {name} has no counterpart here")
+    changed = [name for name in UNSUPPORTED if settings.get(name)]
+    if settings.get("init_lora_weights", True) not in PLAIN_INITS:
+        changed.append(f"init_lora_weights {settings['init_lora_weights']}")
     if settings.get("bias", "none") != "none":
-        raise UserError(f"{folder / CONFIG_FILE}: bias has no counterpart here")
+        changed.append("bias")
+    if changed:
+        raise UserError(f"{folder / CONFIG_FILE}: {changed[0]} has no counterpart here")
     return settings
+
+
+def exported_base(folder: Path, settings: dict[str, Any]) -> str:
+    """The hash of the weights that an adapter's base was exported from.
+
+    It stands in an adapter that `write_peft` wrote, or in the base that `write_transformers` wrote.
+
+    Raises:
+        UserError: if it stands in neither.
+    """
+    base = settings.get("base_model_name_or_path")
+    try:
+        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+            metadata = file.metadata() or {}
+        if BASE_HASH in metadata:
+            return metadata[BASE_HASH]
+        exported = json.loads((Path(f"{base}") / "config.json").read_text(encoding="utf-8"))
+        return exported[BASE_HASH]
+    except SafetensorError as error:
+        raise UserError(f"{folder / WEIGHTS_FILE}: cannot be read ({error})") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{folder / CONFIG_FILE}: base_model_name_or_path {base!r} is no folder that "
+            "--to transformers wrote"
+        ) from None
 
 
 def read_peft(
@@ -229,7 +258,7 @@ def read_peft(
     arguments = {
         "rank": rank,
         "alpha": scale * rank,
-        "dropout": settings.get("lora_dropout") or 0.0,
+        "dropout": settings["lora_dropout"],
         "target_modules": [target for target in TARGETS if target in adapted],
     }
     return arguments, matrices

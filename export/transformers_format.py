@@ -20,6 +20,8 @@ ATTENTION = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"}
 FEED_FORWARD = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 
+BASE_HASH = "minimind_weights"  # key of the hash of the weights that a file was made from
+
 # What eval_model.py uses by default.
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
 
@@ -49,8 +51,8 @@ def write_transformers(
     check_routing(config)
     renamed = rename_weights(config, weights)
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in renamed}
-    save_tensors(folder / "model.safetensors", tensors)
-    settings = transformers_config(config, dtype) | {"minimind_weights": weights_hash}
+    save_tensors(folder / "model.safetensors", tensors, {})
+    settings = transformers_config(config, dtype) | {BASE_HASH: weights_hash}
     write_json(folder / "config.json", settings)
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     write_json(folder / "generation_config.json", {name: settings[name] for name in ids} | SAMPLING)
@@ -63,13 +65,19 @@ def check_routing(config: LMConfig) -> None:
     Raises:
         UserError: if the scores of a token's experts do not sum to 1.
     """
-    raw_scores = config.num_experts_per_tok == 1 or not config.norm_topk_prob
-    if config.use_moe and raw_scores:
+    if config.use_moe and not scores_sum_to_one(config):
         raise UserError(
-            "--weight: its experts are weighted by raw scores (num_experts_per_tok "
-            f"{config.num_experts_per_tok}, norm_topk_prob {config.norm_topk_prob}); other engines "
-            "have mixtures with a shared expert only where the scores of a token sum to 1"
+            "--to transformers: it has no class for experts weighted by raw scores "
+            f"(num_experts_per_tok {config.num_experts_per_tok}, norm_topk_prob "
+            f"{config.norm_topk_prob}); "
+            "--to gguf has one where there is a shared expert"
         )
+
+
+def scores_sum_to_one(config: LMConfig) -> bool:
+    """Whether the scores of a token's routed experts always have the sum 1."""
+    scaled = config.norm_topk_prob and config.num_experts_per_tok > 1
+    return scaled or config.num_experts_per_tok == config.n_routed_experts
 
 
 def rename_weights(config: LMConfig, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -184,11 +192,11 @@ def copy_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> None
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file that is readable for whom other files are."""
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})  # for the owner alone
+    save_file(tensors, path, metadata={"format": "pt", **metadata})  # for the owner alone
     path.chmod(mode)
 
 

@@ -39,7 +39,7 @@ class WeightSpec:
     """Which weights to use, as flags name them.
 
     `weight` is a stage's name or a run's (its --run_name), of whose weights the newest are used;
-    the whole name of a file in `out_dir`; a .pth file; or a folder in transformers' format. None:
+    the whole name of a file in `out_dir`; a .pth file; or a folder of an old version. None:
     the weights that the adapter was trained on; without an adapter the newest chat weights, or the
     newest pretrained ones if there are no others. `lora_name` is an adapter's name, its run's, or
     the whole name of its file; or its .pth file. `dim`, `n_layers` and `use_moe` are the shape to
@@ -172,6 +172,7 @@ class TrainedModel:
     Attributes:
         name: name of the weights, and after a plus sign that of the adapter.
         path: file of the weights, or their folder.
+        adapter: file of the adapter, or None.
         model: the model; its adapter is active and not merged.
         tokenizer: tokenizer of its ids.
         chats: whether it answers conversations; else it continues texts.
@@ -179,6 +180,7 @@ class TrainedModel:
 
     name: str
     path: Path
+    adapter: Path | None
     model: MiniMindLM
     tokenizer: Tokenizer
     chats: bool
@@ -201,7 +203,7 @@ def load_trained(spec: WeightSpec) -> TrainedModel:
     if spec.weight is not None and Path(spec.weight).is_dir():
         folder = Path(spec.weight)
         model, tokenizer = load_folder(spec)
-        return TrainedModel(folder.name, folder, model.eval(), tokenizer, chats=True)
+        return TrainedModel(folder.name, folder, None, model.eval(), tokenizer, chats=True)
     tokenizer = load_tokenizer(spec.tokenizer_path)
     hash_ = tokenizer_hash(tokenizer)
     try:
@@ -221,7 +223,7 @@ def load_trained(spec: WeightSpec) -> TrainedModel:
     if adapter is not None:
         load_lora(model, adapter)
         name, chats = f"{name}+{adapter.stem}", True  # adapters are trained on conversations
-    return TrainedModel(name, path, model.eval(), tokenizer, chats)
+    return TrainedModel(name, path, adapter, model.eval(), tokenizer, chats)
 
 
 def load_folder(spec: WeightSpec) -> tuple[MiniMindLM, Tokenizer]:
@@ -237,7 +239,8 @@ def load_folder(spec: WeightSpec) -> tuple[MiniMindLM, Tokenizer]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config.get("model_type") != LMConfig.model_type:
-            raise ValueError(f"a model of the type {config.get('model_type')}")
+            kind = config.get("model_type")
+            raise ValueError(f"{kind}, an export? Name the .pth that it was made from")
         model = MiniMindLM(LMConfig.from_dict(config))
         state = load_file(folder / "model.safetensors")
         state.setdefault("output.weight", state.get("tok_embeddings.weight"))  # one tensor, tied

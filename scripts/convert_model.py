@@ -4,15 +4,18 @@ python scripts/convert_model.py --weight full_sft --to transformers --out minimi
 python scripts/convert_model.py --weight full_sft --to gguf --dtype q8_0 --out minimind.gguf
 python scripts/convert_model.py --weight full_sft --to ollama --out minimind-ollama
 python scripts/convert_model.py --lora_name identity --to peft --out identity-peft
-python scripts/convert_model.py --lora_name identity --to pth --out out/named_512.pth
+python scripts/convert_model.py --lora_name identity --to pth --out out/merged_512.pth
 python scripts/convert_model.py --from peft --weight identity-peft --out out/lora/named_512.pth
 """
 
+import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
+
 import argparse
-import json
 import shutil
+import signal
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -25,22 +28,21 @@ from common import (
     make_parser,
     name_or_path,
     positive_int,
+    report_os_errors,
     report_user_errors,
     user_path,
 )
 from export.gguf_format import write_gguf
 from export.model_card import write_model_card
 from export.ollama import write_modelfile
-from export.peft_format import CONFIG_FILE, read_peft, read_peft_config, write_peft
+from export.peft_format import exported_base, read_peft, read_peft_config, write_peft
 from export.transformers_format import write_transformers
 from inference import TrainedModel, WeightSpec, load_trained
 from inference.loading import load_base
 from model import (
-    LMConfig,
     MiniMindLM,
     active_lora,
     apply_lora,
-    load_model,
     load_tokenizer,
     lora_state,
     merge_lora,
@@ -60,19 +62,11 @@ DTYPES = {
     "peft": ("float32",),
     "pth": ("float32", "float16"),
 }
-# Files of the folders that are written: a folder with others is not replaced.
-WRITTEN = {
-    "README.md",
-    "Modelfile",
-    "config.json",
-    "generation_config.json",
-    "model.gguf",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    CONFIG_FILE,
-    "adapter_model.safetensors",
-}
+FOLDERS = ("transformers", "ollama", "peft")
+# A folder is replaced if it holds one of the first three, and nothing but these.
+WRITTEN = ("model.safetensors", "model.gguf", "adapter_model.safetensors")
+WRITTEN += ("README.md", "Modelfile", "config.json", "generation_config.json")
+WRITTEN += ("tokenizer.json", "tokenizer_config.json", "adapter_config.json")
 
 
 def parse_args() -> argparse.Namespace:
@@ -91,7 +85,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=user_path, required=True, help="file or folder to write")
     names = sorted({name for names in DTYPES.values() for name in names})
-    parser.add_argument("--dtype", choices=names, default="float32", help="dtype of the tensors")
+    parser.add_argument("--dtype", choices=names, help="dtype of the tensors; default: float32")
     parser.add_argument("--overwrite", action=BooleanFlag, default=False, help="replace --out")
     parser.add_argument("--out_dir", type=user_path, default=Path("out"), help="weight folder")
     add_tokenizer_path(parser)
@@ -103,19 +97,31 @@ def parse_args() -> argparse.Namespace:
         raise UserError("--to FORMAT or --from peft is needed, one of the two")
     if args.source and args.weight is None:
         raise UserError("--from peft needs --weight, PEFT's folder")
+    ignored = ("lora_name", "dtype", "dim", "n_layers", "use_moe")
+    given = [name for name in ignored if args.source and getattr(args, name) is not None]
+    if given:
+        raise UserError(f"--{given[0]}: not with --from peft")
+    args.dtype = args.dtype or "float32"
     if args.to and args.dtype not in DTYPES[args.to]:
         raise UserError(f"--dtype {args.dtype}: --to {args.to} has {', '.join(DTYPES[args.to])}")
     if args.to in ("peft", "pth") and args.lora_name is None:
         raise UserError(f"--to {args.to} needs --lora_name, the adapter to write or merge")
     if (args.to == "pth" or args.source) and args.out.suffix != ".pth":
-        raise UserError(f"--out {args.out}: must end in .pth")
+        raise UserError(f"--out {args.out}: must end in .pth, which is written")
+    if args.to == "gguf" and args.out.suffix != ".gguf":
+        raise UserError(f"--out {args.out}: must end in .gguf")
     return args
 
 
 def main() -> None:
     """Convert, and print what was written."""
     args = parse_args()
-    check_out(args.out, args.overwrite)
+    for name in ("SIGTERM", "SIGHUP"):  # so that nothing half-written stays
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
+    with report_os_errors(f"--out {args.out}"):
+        check_out(args)
+    name = args.weight
     try:
         if args.source:
             import_adapter(args)
@@ -123,50 +129,61 @@ def main() -> None:
             names = ("out_dir", "tokenizer_path", "weight", "lora_name")
             names += ("dim", "n_layers", "use_moe")
             spec = WeightSpec(**{name: getattr(args, name) for name in names})
-            export(args, load_trained(spec))
+            trained = load_trained(spec)
+            name = trained.name
+            export(args, trained)
     except SaveError as error:
         raise UserError(f"--out {error}") from None
     files = list(args.out.iterdir()) if args.out.is_dir() else [args.out]
-    print(f"saved {args.out}, {sum(path.stat().st_size for path in files) / 1e6:,.1f} MB")
+    print(f"{name} → {args.out}, {sum(path.stat().st_size for path in files) / 1e6:,.1f} MB")
 
 
-def check_out(out: Path, overwrite: bool) -> None:
+def check_out(args: argparse.Namespace) -> None:
     """Make sure that the output replaces nothing that somebody did not mean.
 
     Raises:
-        UserError: if there is something, without `overwrite` or not written by this script.
+        UserError: if there is something, without --overwrite or not written by this script.
     """
-    if not out.exists():
+    out = args.out
+    if not out.exists() and not (out.suffix == ".pth" and out.with_suffix(".json").exists()):
         return
-    if not overwrite:
-        raise UserError(f"--out {out} exists; --overwrite replaces it")
+    if not args.overwrite:
+        raise UserError(f"--out {out} exists, or a file beside it; --overwrite replaces it")
+    if out.is_dir() != (args.to in FOLDERS):
+        raise UserError(f"--out {out}: a folder where a file is written, or the reverse")
     if out.is_dir():
-        other = next((path for path in out.iterdir() if path.name not in WRITTEN), None)
-        if other is not None:
-            raise UserError(f"--out {out}: is not replaced, since it holds {other.name}")
+        names = {path.name for path in out.iterdir()}
+        if names and (names - set(WRITTEN) or not names & set(WRITTEN[:3])):
+            raise UserError(f"--out {out}: is not replaced, since it holds other files")
 
 
 @contextmanager
 def new_output(out: Path) -> Iterator[Path]:
-    """A path beside `out`; what is there at the end becomes `out`, unless an error is raised.
+    """A path beside `out`, which `check_out` has seen; what is there at the end becomes `out`.
+
+    After an error, or a signal, what was there before is there again.
 
     Raises:
         UserError: if it cannot be written.
     """
-    temporary, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("tmp", "old"))
+    target = out.resolve()
+    temporary, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("tmp", "old"))
     try:
         remove(temporary)
-        out.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        if out.is_dir():
+        if target.exists():
             remove(old)
-            out.rename(old)
-        temporary.replace(out)
+            target.rename(old)
+        temporary.rename(target)
         remove(old)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror or error}") from None
     finally:
-        remove(temporary)
+        with suppress(OSError):
+            if old.exists() and not target.exists():
+                old.rename(target)
+            remove(temporary)
 
 
 def remove(path: Path) -> None:
@@ -179,6 +196,9 @@ def remove(path: Path) -> None:
 
 def export(args: argparse.Namespace, trained: TrainedModel) -> None:
     """Write a model, or its adapter, as `--to` says."""
+    sources = [path.resolve() for path in (trained.path, trained.adapter) if path is not None]
+    if args.out.resolve() in sources:
+        raise UserError(f"--out {args.out}: is what it would be made from")
     if args.to == "pth":
         save_weights(
             args.out,
@@ -194,30 +214,31 @@ def export(args: argparse.Namespace, trained: TrainedModel) -> None:
             path.mkdir()
         if args.to in ("gguf", "ollama"):
             file = path / "model.gguf" if args.to == "ollama" else path
-            export_gguf(file, trained, GGUF_TYPES[args.dtype])
+            export_gguf(file, trained, GGUF_TYPES[args.dtype], args.to)
         if args.to == "ollama":
             context = trained.model.config.max_seq_len
             write_modelfile(path, file.name, trained.tokenizer, context)
         elif args.to == "peft":
             model = trained.model
+            settings, matrices = lora_settings(model), lora_state(model)
             base = trained.path.as_posix()
-            write_peft(path, model.config, lora_settings(model), lora_state(model), base)
+            write_peft(path, model.config, settings, matrices, base, weights_hash(model))
         elif args.to == "transformers":
-            write_model_card(path, trained, args.out.name)
             model = merged(trained.model)
+            write_model_card(path, trained, model, args.out.name)
             config, weights, hash_ = model.config, model.state_dict(), weights_hash(model)
             tokenizer = trained.tokenizer
             del model, trained  # so that each tensor can go once it is converted
             write_transformers(path, config, weights, tokenizer, hash_, getattr(torch, args.dtype))
 
 
-def export_gguf(path: Path, trained: TrainedModel, file_type: str) -> None:
+def export_gguf(path: Path, trained: TrainedModel, file_type: str, kind: str) -> None:
     """Write a GGUF file. Raises UserError if the package for it is missing."""
     try:
         write_gguf(path, merged(trained.model), trained.tokenizer, file_type, trained.name)
     except ImportError as error:
         raise UserError(
-            f"--to gguf needs {error.name}: pip install -r scripts/requirements.txt"
+            f"--to {kind} needs {error.name}: pip install -r scripts/requirements.txt"
         ) from None
 
 
@@ -229,6 +250,7 @@ def merged(model: MiniMindLM) -> MiniMindLM:
     with torch.device("meta"):
         plain = MiniMindLM(model.config)
     plain.load_state_dict(base_state(model), assign=True)
+    plain.output.weight = plain.tok_embeddings.weight
     return plain.eval()
 
 
@@ -236,7 +258,8 @@ def import_adapter(args: argparse.Namespace) -> None:
     """Write PEFT's adapter as one of ours, for the weights that its base was exported from."""
     folder = Path(args.weight)
     settings = read_peft_config(folder)
-    model = load_exported_base(args, folder, settings.get("base_model_name_or_path") or "")
+    tokenizer = tokenizer_hash(load_tokenizer(args.tokenizer_path))
+    _, model = load_base(exported_base(folder, settings), args.out_dir, tokenizer, folder)
     arguments, matrices = read_peft(folder, settings, model.config)
     try:
         apply_lora(model, **arguments)
@@ -245,32 +268,6 @@ def import_adapter(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise UserError(f"--weight {folder}: {error}") from None
     save_lora(model, args.out)
-
-
-def load_exported_base(args: argparse.Namespace, adapter: Path, base: str) -> MiniMindLM:
-    """Load the weights of an adapter's base.
-
-    Args:
-        args: flags.
-        adapter: PEFT's folder.
-        base: what it names as its base: the folder that was exported from the weights, or their
-            file.
-
-    Raises:
-        UserError: if they are not there.
-    """
-    hash_ = tokenizer_hash(load_tokenizer(args.tokenizer_path))
-    if base.endswith(".pth"):
-        return load_model(Path(base), LMConfig(), hash_)
-    try:
-        exported = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
-        weights = exported["minimind_weights"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{adapter / CONFIG_FILE}: base_model_name_or_path {base!r} is no folder that "
-            "--to transformers wrote"
-        ) from None
-    return load_base(weights, args.out_dir, hash_, adapter)[1]
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from common import (
     name_or_path,
     non_negative_int,
     positive_int,
+    report_os_errors,
     report_user_errors,
     user_path,
     write_atomically,
@@ -48,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--weight",
         type=name_or_path,
-        help="a stage's or a run's name, a .pth file or a folder in transformers' format; default: "
+        help="a stage's or a run's name, a .pth file, or a folder of an old version; default: "
         "the newest chat weights in --out_dir, else the newest pretrained ones",
     )
     parser.add_argument(
@@ -102,6 +103,8 @@ def find_tasks(words: Sequence[str]) -> tuple[list[str], "TaskManager"]:
         if not find(word):
             near = difflib.get_close_matches(word, manager.all_tasks, n=1)
             hint = f"{near[0]}?" if near else "`lm_eval ls tasks` lists all"
+            if Path(word).exists():
+                raise UserError(f"--tasks {word}: holds no task that lm_eval can read")
             raise UserError(f"--tasks {word}: no task, and no file or folder of tasks; {hint}")
     return list(dict.fromkeys(name for word in words for name in find(word))), manager
 
@@ -112,7 +115,7 @@ def leaves(results: Mapping[str, Any], name: str) -> list[str]:
     return [leaf for member in members for leaf in leaves(results, member)] if members else [name]
 
 
-def guessing(results: Mapping[str, Any], name: str) -> float | None:
+def chance_level(results: Mapping[str, Any], name: str) -> float | None:
     """The mean share that guessing gets right in a task or group; None where that is not known.
 
     It is 1 / choices; a question without choices may have a "chance" field.
@@ -135,7 +138,7 @@ def summarise(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What lm_eval measured, one entry for each metric of each task and group."""
     rows = []
     for name, values in results["results"].items():
-        chance = guessing(results, name)
+        chance = chance_level(results, name)
         sizes = [results["n-samples"][task]["effective"] for task in leaves(results, name)]
         for key, value in values.items():
             metric, comma, filter_ = key.partition(",")
@@ -171,8 +174,13 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     """Score the model, and print and write what was asked for."""
     args = parse_args()
+    outputs = [Path(f"{args.out}.{ending}") for ending in ("json", "md") if args.out is not None]
+    for path in outputs:
+        if path.exists():
+            raise UserError(f"--out {args.out}: {path} exists")
     try:
         import lm_eval
+        from jinja2 import UndefinedError
 
         from inference.harness import HarnessModel
     except ImportError as error:
@@ -192,9 +200,10 @@ def main() -> None:
             apply_chat_template=args.apply_chat_template,
             task_manager=manager,
         )
-    except OSError as error:
-        reason = textwrap.shorten(str(error), 200)
-        raise UserError(f"--tasks: a task's data cannot be read ({reason})") from None
+    except (OSError, LookupError, TypeError, ValueError, UndefinedError) as error:
+        # What a mistake in a task's file or data makes lm_eval raise.
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        raise UserError(f"--tasks {' '.join(args.tasks)}: {reason}") from None
     scores = summarise(results)
     about = {
         "model": chat_model.name,
@@ -204,15 +213,10 @@ def main() -> None:
     table = ", ".join(f"{name} {value}" for name, value in about.items())
     table = f"{table}\n\n{format_table(scores)}"
     print(table, end="")
-    if args.out is not None:
-        content = {**about, "scores": scores}
-        files = {"json": json.dumps(content, indent=2, ensure_ascii=False), "md": table}
-        for ending, text in files.items():
-            path = Path(f"{args.out}.{ending}")
-            try:
-                write_atomically(path, lambda file, text=text: file.write(text.encode("utf-8")))
-            except OSError as error:
-                raise UserError(f"--out {path}: {error.strerror}") from None
+    contents = json.dumps({**about, "scores": scores}, indent=2, ensure_ascii=False), table
+    for path, text in zip(outputs, contents[: len(outputs)], strict=True):
+        with report_os_errors(f"--out {path}"):
+            write_atomically(path, lambda file, text=text: file.write(text.encode("utf-8")))
 
 
 if __name__ == "__main__":

@@ -247,7 +247,14 @@ def test_refusals(convert, run, trained, tokenizer, tokenizer_dir, tmp_path, mon
     out.mkdir()
     (out / "letter.txt").write_bytes(b"dear")
     assert "--overwrite" in refused("--to", "transformers", "--out", out)
-    assert "letter.txt" in refused("--to", "transformers", "--out", out, "--overwrite")
+    assert "other files" in refused("--to", "transformers", "--out", out, "--overwrite")
+    assert ".gguf" in refused("--to", "gguf", "--out", out, "--overwrite")
+    weights = trained / f"full_sft_{DIMS['dense']}.pth"
+    words = ["--to", "pth", "--out", weights]
+    assert "--overwrite" in refused(*words, lora=True)
+    assert "made from" in refused(*words, "--overwrite", lora=True)
+    (tmp_path / "x.json").write_bytes(b"precious")
+    assert "beside it" in refused("--to", "pth", "--out", tmp_path / "x.pth", lora=True)
     assert (out / "letter.txt").read_bytes() == b"dear"
     raw = random_model(use_moe=True, num_experts_per_tok=1)
     path = save_tuned(raw, tmp_path, tokenizer, "raw_32_moe")
@@ -276,3 +283,56 @@ def test_a_full_disk_leaves_what_was_there(convert, tmp_path, monkeypatch):
     monkeypatch.undo()
     convert("moe", "--to", "transformers", "--out", out, "--overwrite")
     assert "granite" in (out / "config.json").read_text(encoding="utf-8")
+
+
+def test_a_failed_rename_leaves_what_was_there(convert, tmp_path, monkeypatch):
+    out = tmp_path / "hf"
+    convert("dense", "--to", "transformers", "--out", out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    rename = Path.rename
+
+    def fail(self, target):
+        if self.name.endswith(".tmp"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    convert("moe", "--to", "transformers", "--out", out, "--overwrite", code=130)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_adapters_of_other_bases_are_refused(convert, run, trained, tokenizer, tmp_path):
+    """As after tuning again under the same name: the adapter knows the hash of its base."""
+    convert("dense", "--to", "peft", "--out", tmp_path / "adapter", lora=True)
+    save_tuned(random_model(dim=64, n_layers=2), tmp_path, tokenizer, "full_sft_64")
+    flags = ["--from", "peft", "--weight", tmp_path / "adapter", "--out", tmp_path / "new.pth"]
+    error = run(*flags, "--out_dir", tmp_path, script="scripts/convert_model.py", code=2).stderr
+    assert "are not in" in error and not (tmp_path / "new.pth").exists()
+    run(*flags, "--out_dir", trained, script="scripts/convert_model.py")
+    own = torch.load(trained / "lora" / "named_64.pth", weights_only=True)
+    back = torch.load(tmp_path / "new.pth", weights_only=True)
+    assert back["base"] == own["base"] and back["lora"] == own["lora"]
+    assert all(torch.equal(back["weights"][name], own["weights"][name]) for name in own["weights"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"init_lora_weights": "pissa"},
+        {"alora_invocation_tokens": [1]},
+        {"use_dora": True},
+        {"r": 0},
+        {"lora_alpha": "a"},
+        {"rank_pattern": {"q_proj": 2}},
+    ],
+    ids=str,
+)
+def test_adapters_that_compute_something_else_are_refused(convert, run, trained, tmp_path, change):
+    convert("dense", "--to", "peft", "--out", tmp_path / "adapter", lora=True)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) | change
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    flags = ["--from", "peft", "--weight", tmp_path / "adapter", "--out", tmp_path / "new.pth"]
+    error = run(*flags, "--out_dir", trained, script="scripts/convert_model.py", code=2).stderr
+    assert str(path) in error and error.count("\n") == 1
