@@ -17,12 +17,19 @@ from llama_cpp import LlamaCpp
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from common import BooleanFlag, make_parser, name_or_path, report_user_errors, user_path
+from common import (
+    ROOT,
+    BooleanFlag,
+    add_tokenizer_path,
+    make_parser,
+    name_or_path,
+    report_user_errors,
+    user_path,
+)
 from export.gguf_format import FILE_TYPES, write_gguf
 from export.transformers_format import write_transformers
 from inference import WeightSpec, load_trained
 
-ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = (1, 5, 20, 60, 150, 300, 600)
 NEW = 64
 
@@ -45,7 +52,7 @@ def compare(
         same = sum(
             1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip_longest(first, second))
         )
-        equal.append(f"{min(same, len(first))}/{len(first)}")
+        equal.append(f"{same}/{len(first)}")
     return f"{largest:10.1e} {mean:10.1e}   {' '.join(equal)}"
 
 
@@ -55,9 +62,9 @@ def main() -> None:
     parser.add_argument("--weight", type=name_or_path)
     parser.add_argument("--out_dir", type=user_path, default=Path("out"))
     parser.add_argument("--use_moe", action=BooleanFlag)
+    add_tokenizer_path(parser)
     args = parser.parse_args()
-    tokenizer_path = ROOT / "model" / "minimind_tokenizer"
-    spec = WeightSpec(args.out_dir, tokenizer_path, args.weight, use_moe=args.use_moe)
+    spec = WeightSpec(args.out_dir, args.tokenizer_path, args.weight, use_moe=args.use_moe)
     trained = load_trained(spec)
     model, tokenizer = trained.model, trained.tokenizer
     text = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -61,7 +61,8 @@ class LlamaCpp:
 
     def logprobs(self, ids: list[int], entries: int) -> Tensor:
         """Log-probabilities of every entry after some ids: (entries,)."""
-        forced = [[ord("a") - ord("!") + 16, 1e4]]  # of a token that ends in no half character
+        # Without logprobs of a token that ends in half a character: "a", after 16 control tokens.
+        forced = [[16 + ord("a") - ord("!"), 1e4]]
         body = {"prompt": ids, "n_predict": 1, "n_probs": entries, "temperature": 0}
         reply = self.post("/completion", **body, logit_bias=forced, cache_prompt=False)
         found = {

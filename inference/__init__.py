@@ -1,4 +1,4 @@
-"""What terminal, server and page share: loading models, and generating text with them."""
+"""What terminal, server, page, converter and scores share: loading models, and generating text with them."""
 
 from .chat_model import ChatModel
 from .command_line import add_model_arguments, listen, open_pool

@@ -8,7 +8,7 @@ installs the versions in constraints.txt; later runs install again only when a r
 All checks run; the exit status is that of the first one that failed.
 
 `--newest` makes `.venv-newest` instead, with the newest versions that the requirements allow, and
-runs a core of the tests there: every stage, scoring, chat, server.
+runs a core of the tests there: every stage, scoring, chat, server, exports.
 """
 
 import argparse
