@@ -508,6 +508,20 @@ def test_answers_beside_references(run, tmp_path, tokenizer):
     assert abs(float(re.search(r"loss by ([+-]\d+\.\d+)%", said)[1])) <= 1
 
 
+def test_both_engines_give_the_same_answers(run, tmp_path, tokenizer):
+    save_tuned(random_model(dim=128), tmp_path, tokenizer, "full_sft_128")
+    path, prompts = tmp_path / "asked.jsonl", ["Hi", "你好 " * 40, "one two"]
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts), encoding="utf-8")
+    words = ["--out_dir", tmp_path, "--max_new_tokens", 12, "--temperature", 0]
+    answers = []
+    for engine in ("torch", "onnx"):
+        out = tmp_path / f"{engine}.jsonl"
+        files = ["--input_file", path, "--output_file", out, "--batch_size", 2]
+        run(*words, *files, "--engine", engine, script="eval_model.py")
+        answers.append(out.read_text(encoding="utf-8"))
+    assert answers[0] == answers[1]
+
+
 def test_scores_of_long_conversations_miss_nothing(run, tmp_path, tokenizer):
     """All targets of answers beyond 512 tokens; what is beyond the context is told."""
     long = chat("Hi", "stone " * 700)

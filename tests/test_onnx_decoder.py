@@ -1,4 +1,4 @@
-"""The decoder of ONNX Runtime: the same network, and 8-bit weights that leave rows alone."""
+"""The decoder of ONNX Runtime: the same network and tokens; 8-bit weights leave rows alone."""
 
 import sys
 
