@@ -43,6 +43,9 @@ class OnnxDecoder(Decoder):
         graph, self.weights = build_graph(model, bits)  # the session may share their memory
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # Microseconds that a waiting thread spins: as fast as spinning on, and twice as fast beside
+        # a busy process. Older versions ignore it.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
         values = [
             OrtValue.ortvalue_from_numpy_with_onnx_type(x, helper.np_dtype_to_tensor_dtype(x.dtype))
             for x in self.weights.values()
