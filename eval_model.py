@@ -38,7 +38,7 @@ from common import (
     user_path,
 )
 from dataset import RecordError, parse_chat, read_records
-from inference import ChatModel, WeightSpec, add_model_arguments, load_chat_model
+from inference import ChatModel, WeightSpec, add_model_arguments, chosen_engine, load_chat_model
 from inference.answers import answer_file, read_questions
 from inference.conversations import Conversation
 from inference.scoring import score
@@ -273,7 +273,8 @@ def main() -> None:
     names = ("out_dir", "tokenizer_path", "weight", "lora_name", "dim", "n_layers", "use_moe")
     spec = WeightSpec(**{name: getattr(args, name) for name in names})
     reads_file = args.input_file is not None or args.score is not None
-    chat_model = load_chat_model(spec, device, args.quantize, args.batch_size if reads_file else 1)
+    rows = args.batch_size if reads_file else 1
+    chat_model = load_chat_model(spec, device, chosen_engine(args), rows)
     random_seed = secrets.randbits(63) if args.seed is None else args.seed
     generator = torch.Generator(device).manual_seed(random_seed)
     if args.score is not None:

@@ -1,5 +1,5 @@
 """What terminal, server, page, converter and scores share: loading models, and generating text with them."""
 
 from .chat_model import ChatModel
-from .command_line import add_model_arguments, listen, open_pool
+from .command_line import add_engine, add_model_arguments, chosen_engine, listen, open_pool
 from .loading import TrainedModel, WeightSpec, load_chat_model, load_trained

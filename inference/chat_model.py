@@ -18,20 +18,21 @@ class ChatModel:
     """A model with its tokenizer, and a decoder for `rows` sequences at a time.
 
     The model is in eval mode and on its device. One that does not chat continues texts, and has no
-    encoder. `quantize` is "int8" for weights of 8 bits, which need a CPU; raises UserError if that
-    is not possible.
+    encoder. `engine` computes the tokens: "torch", "onnx" (ONNX Runtime), "int8" (there, with 8-bit
+    weights), or None for ONNX Runtime where it can and else PyTorch. Raises UserError if ONNX
+    Runtime is asked for and cannot.
     """
 
     name: str
     model: MiniMindLM
     tokenizer: Tokenizer
     chats: bool
-    quantize: str | None = None
+    engine: str | None = None
     rows: int = 1
 
     def __post_init__(self) -> None:
         self.encoder = ChatEncoder(self.tokenizer) if self.chats else None
-        self.decoder = make_decoder(self.model, self.quantize, self.rows)
+        self.decoder = make_decoder(self.model, self.engine, self.rows)
 
     @property
     def context(self) -> int:
@@ -79,19 +80,21 @@ class ChatModel:
         yield from TextStream(self.tokenizer).decode(token.item() for token in tokens)
 
 
-def make_decoder(model: MiniMindLM, quantize: str | None, rows: int) -> Decoder:
-    """The decoder that computes a model's tokens."""
-    if quantize is None:
+def make_decoder(model: MiniMindLM, engine: str | None, rows: int) -> Decoder:
+    """The decoder that computes a model's tokens; `engine` and errors as of ChatModel."""
+    if engine == "torch":
         return TorchDecoder(model, rows)
-    flag = f"--quantize {quantize}: "
-    if model.device.type != "cpu":
-        raise UserError(f"{flag}on a CPU only; add --device cpu")
     try:
-        from model.onnx_decoder import OnnxDecoder
+        if model.device.type != "cpu":
+            raise ValueError("on a CPU only; add --device cpu")
+        from model.onnx_decoder import OnnxDecoder  # slow to import, and may not be installed
 
-        return OnnxDecoder(model, rows)
+        return OnnxDecoder(model, rows, bits=8 if engine == "int8" else 32)
     except ImportError as error:
-        hint = "pip install -r scripts/requirements.txt"
-        raise UserError(f"{flag}needs {error.name}: {hint}") from None
+        reason = f"needs {error.name}: pip install -r scripts/requirements.txt"
     except ValueError as error:
-        raise UserError(f"{flag}{error}") from None
+        reason = str(error)
+    if engine is None:
+        return TorchDecoder(model, rows)
+    flag = "--quantize int8" if engine == "int8" else "--engine onnx"
+    raise UserError(f"{flag}: {reason}")

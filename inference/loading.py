@@ -187,12 +187,12 @@ class TrainedModel:
 
 
 def load_chat_model(
-    spec: WeightSpec, device: torch.device, quantize: str | None = None, rows: int = 1
+    spec: WeightSpec, device: torch.device, engine: str | None = None, rows: int = 1
 ) -> ChatModel:
-    """Load a model to answer with; for `quantize` and `rows` see ChatModel, for errors below."""
+    """Load a model to answer with; for `engine` and `rows` see ChatModel, for errors below."""
     trained = load_trained(spec)
     model = trained.model.to(device)
-    return ChatModel(trained.name, model, trained.tokenizer, trained.chats, quantize, rows)
+    return ChatModel(trained.name, model, trained.tokenizer, trained.chats, engine, rows)
 
 
 def load_trained(spec: WeightSpec) -> TrainedModel:

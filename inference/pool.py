@@ -64,7 +64,7 @@ class ModelPool:
 
     spec: WeightSpec
     device: torch.device
-    quantize: str | None  # see ChatModel
+    engine: str | None  # see ChatModel
     rows: int  # see Batcher
     queue: int
     loaded: int  # how many models stay in memory
@@ -172,7 +172,7 @@ class ModelPool:
         card = replace(card, modified=card.path.stat().st_mtime)
         flag = "lora_name" if card.is_adapter else "weight"
         spec = replace(self.spec, **{flag: str(card.path)})
-        chat_model = load_chat_model(spec, self.device, self.quantize, self.rows + 1)
+        chat_model = load_chat_model(spec, self.device, self.engine, self.rows + 1)
         return LoadedModel(Batcher(chat_model, self.rows, self.queue), card, versions)
 
     def _make_room(self) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from common import UserError
 from dataset import PaddedRows, PretrainDataset, SFTDataset, collate, dataset_kind
-from model import Decoder, TorchDecoder, mean_scores, token_losses
+from model import Decoder, mean_scores, token_losses
 
 from .answers import Question, generate_answers, new_file, read_questions
 from .chat_model import ChatModel
@@ -76,7 +76,7 @@ def print_loss(chat_model: ChatModel, dataset: PretrainDataset | SFTDataset, pat
                 f"{cut:,} answers cut"
             )
     full_nats, targets = total_loss(chat_model, dataset)
-    is_quantized = not isinstance(chat_model.decoder, TorchDecoder)
+    is_quantized = chat_model.engine == "int8"
     nats = decoder_loss(chat_model.decoder, dataset) if is_quantized else full_nats
     sums = {"loss": nats, "targets": targets, "text_bytes": dataset.text_bytes}
     scores = mean_scores({"": sums}, "score")

@@ -4,13 +4,16 @@ import torch
 
 from common import UserError
 
+from .threads import make_room_for_others
+
 
 def choose_device(
     name: str | None, local_rank: int | None = None, local_world_size: int = 1
 ) -> torch.device:
     """Choose the device that a flag names, or the first of cuda, mps and cpu that is there.
 
-    Under torchrun, each of `local_world_size` processes needs a GPU, that of its `local_rank`.
+    Under torchrun, each of `local_world_size` processes needs a GPU, that of its `local_rank`. On a
+    CPU, threads leave room for other programs from then on (see threads.py).
     Raises UserError if there is no such device.
     """
     if name is None:
@@ -21,6 +24,8 @@ def choose_device(
         raise UserError(f"--device {name}: use cuda, cuda:N, mps or cpu")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device {name}: PyTorch sees no MPS device here")
+    if kind == "cpu":
+        make_room_for_others()
     if kind != "cuda":
         return torch.device(name)
     if not torch.cuda.is_available():

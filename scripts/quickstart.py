@@ -23,7 +23,10 @@ from pathlib import Path
 from environment import ROOT, fail, prepare, require_python, shell_line, step, user_path
 from further_stages import SETTINGS, Quickstart, copy_beginning, run_further_stages
 
-REQUIREMENTS = ["requirements.txt", "scripts/plot_requirements.txt"]
+REQUIREMENTS = [
+    "requirements.txt",
+    *("scripts/plot_requirements.txt", "scripts/onnx_requirements.txt"),
+]
 SAMPLE = ROOT / "dataset" / "sample"
 NAMES = ("pretrain", "sft", "test", "dpo", "dpo_test", "lora", "lora_test")
 FILES = [f"{name}.jsonl" for name in NAMES]

@@ -25,7 +25,7 @@ from common import (
     report_user_errors,
     user_path,
 )
-from inference import ChatModel
+from inference import ChatModel, add_engine
 from inference.answers import generate_answers
 from model import (
     LMConfig,
@@ -65,6 +65,7 @@ def parse_args() -> argparse.Namespace:
     add("--data_path", type=user_path, default=SAMPLE / "test.jsonl")
     add("--out", type=user_path, help="write the scorecard here too, as Markdown")
     add("--json", type=user_path, help="write each model's share per skill here too")
+    add_engine(parser)
     add("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
     add_tokenizer_path(parser)
     args = parser.parse_args()
@@ -89,10 +90,13 @@ def load(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
 
 
 def answer(
-    model: MiniMindLM, records: Sequence[Mapping[str, Any]], tokenizer: Tokenizer
+    model: MiniMindLM,
+    records: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    engine: str | None = None,
 ) -> list[str]:
-    """The model's greedy answers to the questions of a test."""
-    chat_model = ChatModel("", model, tokenizer, chats=True, rows=ROWS)
+    """The model's greedy answers to the questions of a test; for `engine` see ChatModel."""
+    chat_model = ChatModel("", model, tokenizer, chats=True, engine=engine, rows=ROWS)
     prompts = [chat_model.chat_ids(record["conversations"][:1]) for record in records]
     return generate_answers(chat_model, prompts, max_new_tokens=LONGEST_ANSWER)
 
@@ -109,7 +113,8 @@ def main() -> None:
     torch.manual_seed(0)
     models = {UNTRAINED: MiniMindLM(models[last].config), **models}
     answers = {
-        name: answer(model.to(device).eval(), records, tokenizer) for name, model in models.items()
+        name: answer(model.to(device).eval(), records, tokenizer, args.engine)
+        for name, model in models.items()
     }
     scores = {name: score_answers(records, given) for name, given in answers.items()}
     table = format_scorecard(scores)

@@ -80,7 +80,9 @@ def test_a_text_beyond_the_context_is_refused_and_the_next_one_taken(evaluate):
         (["--input_file", "a"], "--output_file"),
         (["--output_file", "a"], "--output_file"),
         (["--input_file", "nowhere.jsonl", "--output_file", "a"], "nowhere.jsonl"),
-        (["--quantize", "int8"], "no multiple of 16"),
+        (["--quantize", "int8"], "--quantize int8: the head size 4 is no multiple of 16"),
+        (["--quantize", "int8", "--engine", "torch"], "--quantize int8: not with --engine torch"),
+        (["--engine", "onnx"], "--engine onnx: the head size 4 is no multiple of 16"),
         (["--dim", "32", "--seed", "-1"], "--seed"),
         (["--dim", "32", "--top_p", "0"], "--top_p"),
         (["--dim", "32", "--prompt", "long words " * 64], "max_seq_len 64"),
@@ -504,6 +506,20 @@ def test_answers_beside_references(run, tmp_path, tokenizer):
     assert all(row[1] == row[2] and row[3:] == [""] * 4 for row in rows)
     said = run(*words, "--score", path, "--quantize", "int8", script="eval_model.py").stdout
     assert abs(float(re.search(r"loss by ([+-]\d+\.\d+)%", said)[1])) <= 1
+
+
+def test_both_engines_give_the_same_answers(run, tmp_path, tokenizer):
+    save_tuned(random_model(dim=128), tmp_path, tokenizer, "full_sft_128")
+    path, prompts = tmp_path / "asked.jsonl", ["Hi", "你好 " * 40, "one two"]
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts), encoding="utf-8")
+    words = ["--out_dir", tmp_path, "--max_new_tokens", 12, "--temperature", 0]
+    answers = []
+    for engine in ("torch", "onnx"):
+        out = tmp_path / f"{engine}.jsonl"
+        files = ["--input_file", path, "--output_file", out, "--batch_size", 2]
+        run(*words, *files, "--engine", engine, script="eval_model.py")
+        answers.append(out.read_text(encoding="utf-8"))
+    assert answers[0] == answers[1]
 
 
 def test_scores_of_long_conversations_miss_nothing(run, tmp_path, tokenizer):

@@ -1,11 +1,16 @@
-"""The decoder of ONNX Runtime: the same network, and 8-bit weights that leave rows alone."""
+"""The decoder of ONNX Runtime: the same network and tokens; 8-bit weights leave rows alone."""
 
+import sys
+
+import numpy as np
 import pytest
 import torch
 from rounding import assert_equal_to_rounding, forward_sums
 from tiny_models import both_kinds, random_ids, tiny
 
-from model import apply_lora
+from common import UserError
+from inference import ChatModel
+from model import TorchDecoder, apply_lora
 from model.decoder import CHUNK
 from model.onnx_decoder import BLOCK, OnnxDecoder, quantize
 
@@ -122,3 +127,47 @@ def test_8_bits_come_close():
 def test_heads_that_it_cannot_take():
     with pytest.raises(ValueError, match="head size 8"):
         OnnxDecoder(tiny())
+
+
+@both_kinds
+def test_greedy_tokens_are_those_of_pytorch(use_moe):
+    """Alone and in a batch, after long prompts, and where prompts begin alike."""
+    model = tiny(**SHAPE, use_moe=use_moe, max_seq_len=2 * CHUNK)
+    prompts = [random_ids(n, seed=n) for n in (1, 9, CHUNK + 70)]
+    begin_alike = [torch.cat((prompt, random_ids(5, seed=3))) for prompt in prompts]
+    options = {"max_new_tokens": 24, "eos_token_id": -1}
+    for rows in (1, 3):
+        decoders = TorchDecoder(model, rows), OnnxDecoder(model, rows, bits=32)
+        for asked in (prompts, begin_alike, prompts):
+            wanted, found = (model.batch_generate(asked, decoder=d, **options) for d in decoders)
+            for ids, other in zip(wanted, found, strict=True):
+                assert len(ids) == 24 and torch.equal(ids, other)
+
+
+def test_weights_are_not_copied():
+    """All that ONNX Runtime reads as it is stored is the model's own memory."""
+    model = tiny(**SHAPE)
+    shared = [weight.ctypes.data for weight in OnnxDecoder(model, bits=32).weights.values()]
+    own = {weight.data_ptr() for weight in model.parameters() if weight.ndim == 2}
+    assert own <= set(shared)
+
+
+@pytest.mark.parametrize("engine", [None, "torch", "onnx", "int8"])
+@pytest.mark.parametrize("why_not", ["", "package", "head size"])
+def test_which_engine_computes(engine, why_not, monkeypatch, tokenizer):
+    """What is asked for, or a reason; by default ONNX Runtime in full precision where it can."""
+    model = tiny() if why_not == "head size" else tiny(**SHAPE)
+    if why_not == "package":
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        monkeypatch.delitem(sys.modules, "model.onnx_decoder")
+    if why_not and engine in ("onnx", "int8"):
+        flag = {"onnx": "--engine onnx", "int8": "--quantize int8"}[engine]
+        with pytest.raises(UserError, match=f"{flag}: .*{why_not}|{flag}: needs onnxruntime: pip"):
+            ChatModel("m", model, tokenizer, True, engine)
+        return
+    decoder = ChatModel("m", model, tokenizer, True, engine).decoder
+    if why_not or engine == "torch":
+        assert isinstance(decoder, TorchDecoder)
+    else:
+        assert isinstance(decoder, OnnxDecoder)
+        assert any(w.dtype == np.uint8 for w in decoder.weights.values()) == (engine == "int8")

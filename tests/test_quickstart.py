@@ -20,8 +20,8 @@ def quickstart(root):
     return runpy.run_path(str(root / "scripts" / "quickstart.py"), run_name="quickstart")
 
 
-# What training needs, and matplotlib for its curves; neither servers nor what tests need.
-INSTALLED = {"torch", "transformers", "numpy", "wandb", "tqdm", "matplotlib"}
+# What training needs, curves, and the fastest decoder; neither servers nor what tests need.
+INSTALLED = {"torch", "transformers", "numpy", "wandb", "tqdm", "matplotlib", "onnx", "onnxruntime"}
 
 
 def required(path):

@@ -25,7 +25,7 @@ for script in sys.argv[1:]:
         runpy.run_path(script, run_name="__main__")
     printed.flush()
     assert b"usage" in printed.buffer.getvalue(), script
-    slow = {"transformers", "matplotlib", "wandb", "onnxruntime", "fastapi", "streamlit"}
+    slow = {"transformers", "matplotlib", "wandb", "onnx", "onnxruntime", "fastapi", "streamlit"}
     print(script, *slow & set(sys.modules), sep=": ")
 """
 
