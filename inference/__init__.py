@@ -1,4 +1,4 @@
-"""What terminal, server, page, converter and scores share: loading models, and generating text with them."""
+"""What terminal, server, page, converter and scores share: loading models, generating text."""
 
 from .chat_model import ChatModel
 from .command_line import add_engine, add_model_arguments, chosen_engine, listen, open_pool
