@@ -298,10 +298,12 @@ def test_task_files_of_one_s_own(evaluate, no_network, tmp_path, monkeypatch):
     assert found["own_many", "acc"]["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
     assert found["own_whole", "bits_per_byte"]["chance"] is None
 
-    evaluate("--tasks", folder / "whole.yaml", "own_many", "--limit", 2, "--out", tmp_path / "s")
-    assert {task for task, _ in scores(tmp_path / "s.json")} == {"own_whole", "own_many"}
-    evaluate("--tasks", folder / "group.yaml", "--out", tmp_path / "s")
-    whole = scores(tmp_path / "s.json")["own", "acc"]
+    again = ["--tasks", folder / "whole.yaml", "own_many", "--limit", 2, "--out"]
+    assert "s.json exists" in evaluate(*again, tmp_path / "s", code=2).stderr
+    evaluate(*again, tmp_path / "t")
+    assert {task for task, _ in scores(tmp_path / "t.json")} == {"own_whole", "own_many"}
+    evaluate("--tasks", folder / "group.yaml", "--out", tmp_path / "u")
+    whole = scores(tmp_path / "u.json")["own", "acc"]
     assert whole["score"] == found["own_many", "acc"]["score"]
     assert whole["chance"] == found["own_many", "acc"]["chance"] and whole["questions"] == 6
     data.unlink()
