@@ -21,11 +21,9 @@ from typing import Any
 import torch
 
 from common import (
-    BooleanFlag,
     UserError,
     add_skip_bad_lines,
     make_parser,
-    name_or_path,
     non_negative_float,
     non_negative_int,
     positive_float,
@@ -38,7 +36,14 @@ from common import (
     user_path,
 )
 from dataset import RecordError, parse_chat, read_records
-from inference import ChatModel, WeightSpec, add_model_arguments, chosen_engine, load_chat_model
+from inference import (
+    ChatModel,
+    add_compute_arguments,
+    add_weight_arguments,
+    chosen_engine,
+    load_chat_model,
+    named_weights,
+)
 from inference.answers import answer_file, read_questions
 from inference.conversations import Conversation
 from inference.scoring import score
@@ -74,18 +79,8 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser("Chat with a trained MiniMind, or score it.")
     models = parser.add_argument_group("model")
-    add_model_arguments(
-        models,
-        "a stage's or a run's name, a .pth file, or a folder of an old version; default: the "
-        "newest chat weights in --out_dir, else the newest pretrained ones",
-    )
-    add = models.add_argument
-    add(
-        "--lora_name", type=name_or_path, help="an adapter's name, or its .pth file: use it as well"
-    )
-    add("--dim", type=positive_int, help="width of the weights; 512 for those without a .json")
-    add("--n_layers", type=positive_int, help="blocks of the weights; likewise 8")
-    add("--use_moe", action=BooleanFlag, help="whether they are a mixture of experts")
+    add_weight_arguments(models)
+    add_compute_arguments(models)
     add = parser.add_argument_group("writing").add_argument
     for name, (kind, default, help_) in SETTINGS.items():
         add(f"--{name}", type=kind, default=default, help=help_)
@@ -270,11 +265,9 @@ def main() -> None:
     """Answer one text, a file of them, or what is typed; or score the model."""
     args = parse_args()
     device = choose_device(args.device)
-    names = ("out_dir", "tokenizer_path", "weight", "lora_name", "dim", "n_layers", "use_moe")
-    spec = WeightSpec(**{name: getattr(args, name) for name in names})
     reads_file = args.input_file is not None or args.score is not None
     rows = args.batch_size if reads_file else 1
-    chat_model = load_chat_model(spec, device, chosen_engine(args), rows)
+    chat_model = load_chat_model(named_weights(args), device, chosen_engine(args), rows)
     random_seed = secrets.randbits(63) if args.seed is None else args.seed
     generator = torch.Generator(device).manual_seed(random_seed)
     if args.score is not None:

@@ -19,16 +19,12 @@ from transformers import AutoModelForCausalLM
 
 from common import (
     ROOT,
-    BooleanFlag,
-    add_tokenizer_path,
     make_parser,
-    name_or_path,
     report_user_errors,
-    user_path,
 )
 from export.gguf_format import FILE_TYPES, write_gguf
 from export.transformers_format import write_transformers
-from inference import WeightSpec, load_trained
+from inference import add_weight_arguments, load_trained, named_weights
 
 LENGTHS = (1, 5, 20, 60, 150, 300, 600)
 NEW = 64
@@ -59,13 +55,9 @@ def compare(
 def main() -> None:
     """Export, compare, print a table."""
     parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument("--weight", type=name_or_path)
-    parser.add_argument("--out_dir", type=user_path, default=Path("out"))
-    parser.add_argument("--use_moe", action=BooleanFlag)
-    add_tokenizer_path(parser)
+    add_weight_arguments(parser)
     args = parser.parse_args()
-    spec = WeightSpec(args.out_dir, args.tokenizer_path, args.weight, use_moe=args.use_moe)
-    trained = load_trained(spec)
+    trained = load_trained(named_weights(args))
     model, tokenizer = trained.model, trained.tokenizer
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     ids = [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from common import positive_int
 from dataset import collate
 from dataset.packing import make_row
+from export.transformers_format import transformers_config
 from model import LMConfig, MiniMindLM, token_losses
 from training import Distributed, autocast_dtype, find_processes
 
@@ -61,29 +62,10 @@ def make_peer(config: LMConfig) -> nn.Module:
     """Transformers' untrained model of the same shape."""
     import transformers as hf  # slow to import
 
-    shape = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": True,
-    }
-    if not config.use_moe:
-        return hf.LlamaForCausalLM(hf.LlamaConfig(**shape))
-    moe = hf.GraniteMoeSharedConfig(
-        **shape,
-        num_local_experts=config.n_routed_experts,
-        num_experts_per_tok=config.num_experts_per_tok,
-        shared_intermediate_size=config.hidden_dim * config.n_shared_experts,
-        attention_multiplier=config.head_dim**-0.5,
-        output_router_logits=True,
-    )
-    return hf.GraniteMoeSharedForCausalLM(moe)
+    settings = transformers_config(config, torch.float32)
+    if config.use_moe:
+        settings["output_router_logits"] = True
+    return hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(**settings))
 
 
 def mean_loss(autocast: torch.autocast) -> Callable[[nn.Module, dict[str, Tensor]], Tensor]:

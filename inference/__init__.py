@@ -1,5 +1,14 @@
 """What terminal, server, page, converter and scores share: loading models, generating text."""
 
 from .chat_model import ChatModel
-from .command_line import add_engine, add_model_arguments, chosen_engine, listen, open_pool
+from .command_line import (
+    add_compute_arguments,
+    add_engine,
+    add_model_arguments,
+    add_weight_arguments,
+    chosen_engine,
+    listen,
+    named_weights,
+    open_pool,
+)
 from .loading import TrainedModel, WeightSpec, load_chat_model, load_trained

@@ -2,27 +2,67 @@
 
 import argparse
 import socket
+from dataclasses import fields
 from pathlib import Path
 
-from common import UserError, add_tokenizer_path, name_or_path, report_os_errors, user_path
+from common import (
+    BooleanFlag,
+    UserError,
+    add_tokenizer_path,
+    name_or_path,
+    positive_int,
+    report_os_errors,
+    user_path,
+)
 from model import choose_device
 
 from .loading import WeightSpec
 from .pool import ModelPool
 
 
-def add_model_arguments(
-    parser: argparse._ActionsContainer,
-    weight_help: str = "offer this model alone: a name, a .pth file or a folder",
-) -> None:
-    """Add the flags that select the models and what computes them."""
+def add_weight_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add the flags that select one model, which `named_weights` reads."""
     add = parser.add_argument
     add("--out_dir", type=user_path, default=Path("out"), help="weight folder")
-    add("--weight", type=name_or_path, help=weight_help)
+    add(
+        "--weight",
+        type=name_or_path,
+        help="a stage's or a run's name, a .pth file, or a folder of an old version; default: the "
+        "newest chat weights in --out_dir, else the newest pretrained ones",
+    )
+    add(
+        "--lora_name", type=name_or_path, help="an adapter's name, or its .pth file: use it as well"
+    )
+    add("--dim", type=positive_int, help="width of the weights; 512 for those without a .json")
+    add("--n_layers", type=positive_int, help="blocks of the weights; likewise 8")
+    add("--use_moe", action=BooleanFlag, help="whether they are a mixture of experts")
+    add_tokenizer_path(parser)
+
+
+def named_weights(args: argparse.Namespace) -> WeightSpec:
+    """The weights that the flags of `add_weight_arguments` name."""
+    return WeightSpec(**{field.name: getattr(args, field.name) for field in fields(WeightSpec)})
+
+
+def add_model_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add the flags of server and page: which models they offer, and what computes them."""
+    add = parser.add_argument
+    add("--out_dir", type=user_path, default=Path("out"), help="weight folder")
+    add(
+        "--weight",
+        type=name_or_path,
+        help="offer this model alone: a name, a .pth file or a folder",
+    )
+    add_tokenizer_path(parser)
+    add_compute_arguments(parser)
+
+
+def add_compute_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add the flags that select what computes a model."""
+    add = parser.add_argument
     add("--quantize", choices=("int8",), help="8-bit weights: faster on a CPU, nearly as good")
     add_engine(parser)
     add("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
-    add_tokenizer_path(parser)
 
 
 def add_engine(parser: argparse._ActionsContainer) -> None:

@@ -209,7 +209,7 @@ def matching_state(path: Path, model: nn.Module, tokenizer_hash: str) -> dict[st
 def load_model(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
     """Build the model that the JSON file beside the weights describes, and load them.
 
-    `shape` is the configuration if there is no JSON file, as for weights from elsewhere. UserError
+    `shape` is the configuration to use where there is no JSON file. UserError
     as of `matching_state`, or if there is no such file.
     """
     if not path.is_file():

@@ -24,10 +24,7 @@ from common import (
     BooleanFlag,
     SaveError,
     UserError,
-    add_tokenizer_path,
     make_parser,
-    name_or_path,
-    positive_int,
     report_os_errors,
     report_user_errors,
     user_path,
@@ -37,7 +34,7 @@ from export.model_card import write_model_card
 from export.ollama import write_modelfile
 from export.peft_format import exported_base, read_peft, read_peft_config, write_peft
 from export.transformers_format import write_transformers
-from inference import TrainedModel, WeightSpec, load_trained
+from inference import TrainedModel, add_weight_arguments, load_trained, named_weights
 from inference.loading import load_base
 from model import (
     MiniMindLM,
@@ -73,25 +70,17 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--to", choices=DTYPES, help="format to write")
-    parser.add_argument("--from", dest="source", choices=("peft",), help="or the one to read")
     parser.add_argument(
-        "--weight",
-        type=name_or_path,
-        help="a stage's or a run's name, a .pth file or a folder, as eval_model.py takes it; with "
-        "--from peft PEFT's folder; default: the newest chat weights in --out_dir",
+        "--from",
+        dest="source",
+        choices=("peft",),
+        help="or the one to read: --weight is then PEFT's folder",
     )
-    parser.add_argument(
-        "--lora_name", type=name_or_path, help="an adapter's name, or its .pth file"
-    )
+    add_weight_arguments(parser)
     parser.add_argument("--out", type=user_path, required=True, help="file or folder to write")
     names = sorted({name for names in DTYPES.values() for name in names})
     parser.add_argument("--dtype", choices=names, help="dtype of the tensors; default: float32")
     parser.add_argument("--overwrite", action=BooleanFlag, default=False, help="replace --out")
-    parser.add_argument("--out_dir", type=user_path, default=Path("out"), help="weight folder")
-    add_tokenizer_path(parser)
-    parser.add_argument("--dim", type=positive_int, help="width of the weights, to choose by")
-    parser.add_argument("--n_layers", type=positive_int, help="blocks of the weights, likewise")
-    parser.add_argument("--use_moe", action=BooleanFlag, help="experts or not, likewise")
     args = parser.parse_args()
     if (args.to is None) == (args.source is None):
         raise UserError("--to FORMAT or --from peft is needed, one of the two")
@@ -126,10 +115,7 @@ def main() -> None:
         if args.source:
             import_adapter(args)
         else:
-            names = ("out_dir", "tokenizer_path", "weight", "lora_name")
-            names += ("dim", "n_layers", "use_moe")
-            spec = WeightSpec(**{name: getattr(args, name) for name in names})
-            trained = load_trained(spec)
+            trained = load_trained(named_weights(args))
             name = trained.name
             export(args, trained)
     except SaveError as error:

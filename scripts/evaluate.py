@@ -23,7 +23,6 @@ from common import (
     ROOT,
     BooleanFlag,
     UserError,
-    add_tokenizer_path,
     make_parser,
     name_or_path,
     non_negative_int,
@@ -33,7 +32,7 @@ from common import (
     user_path,
     write_atomically,
 )
-from inference import WeightSpec, load_chat_model
+from inference import add_weight_arguments, load_chat_model, named_weights
 from model import choose_device
 
 if TYPE_CHECKING:
@@ -45,17 +44,7 @@ TASKS = ROOT / "sample_world" / "tasks"
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument("--out_dir", type=user_path, default=Path("out"), help="weight folder")
-    parser.add_argument(
-        "--weight",
-        type=name_or_path,
-        help="a stage's or a run's name, a .pth file, or a folder of an old version; default: "
-        "the newest chat weights in --out_dir, else the newest pretrained ones",
-    )
-    parser.add_argument(
-        "--lora_name", type=name_or_path, help="an adapter's name, or its .pth file: use it as well"
-    )
-    add_tokenizer_path(parser)
+    add_weight_arguments(parser)
     parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
     parser.add_argument(
         "--tasks",
@@ -189,8 +178,9 @@ def main() -> None:
         ) from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names, manager = find_tasks(args.tasks)
-    spec = WeightSpec(args.out_dir, args.tokenizer_path, args.weight, args.lora_name)
-    chat_model = load_chat_model(spec, choose_device(args.device), rows=args.batch_size)
+    chat_model = load_chat_model(
+        named_weights(args), choose_device(args.device), rows=args.batch_size
+    )
     try:
         results = lm_eval.simple_evaluate(
             HarnessModel(chat_model),
