@@ -166,7 +166,7 @@ class Plan:
         if steps is not None and steps < FEW_STEPS:
             yield (
                 f"fewer than {FEW_STEPS} steps ({steps:,}) change little: lower --batch_size or "
-                "--accumulation_steps, or take more --epochs or more data"
+                "--accumulation_steps, or train longer, or on more data"
             )
         head = args.dim // args.n_heads
         if head < SMALL_HEAD:
@@ -193,7 +193,7 @@ class Plan:
             yield f"--grad_clip {args.grad_clip:g} hardly limits the update of a bad batch: try 1"
         patience = args.early_stopping_patience
         if self.epochs is not None and self.epochs > 10 and not patience:
-            yield (f"{self.epochs:.3g} --epochs memorise the text: try --early_stopping_patience 3")
+            yield f"{self.epochs:.3g} epochs memorise the text: try --early_stopping_patience 3"
         if patience == 1:
             yield "--early_stopping_patience 1 stops at one bad evaluation by chance: try 3"
         # The first evaluation is always progress, and the one at the end has nothing left to stop.

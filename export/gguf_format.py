@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import UserError
+from common import UserError, report_os_errors
 from model import LMConfig, MiniMindLM, Tokenizer
 
 from .pre_tokenizer import PRE_TOKENIZER, check_tokenizer, merge_pairs
@@ -178,9 +178,8 @@ def write_by_llama_quantize(path: Path, model: MiniMindLM, tokenizer: Tokenizer,
     try:
         write_gguf(source, model, tokenizer, "f32", name)
         command = [program, source, path, LLAMA_QUANTIZE_TYPE.upper()]
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"--dtype {LLAMA_QUANTIZE_TYPE}: {program}: {error.strerror}") from None
+        with report_os_errors(f"--dtype {LLAMA_QUANTIZE_TYPE}: {program}"):
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     finally:
         source.unlink(missing_ok=True)
     if done.returncode or not path.is_file():

@@ -89,22 +89,27 @@ def write_model_card(folder: Path, trained: "TrainedModel", model: MiniMindLM, n
 
 
 def training_facts(weights: Path) -> dict[str, Any]:
-    """What the record of the run that made the weights knows; empty if there is none."""
-    folder = weights.parent / "logs" / weights.stem
+    """What the record of the run that made the weights knows; empty if there is none.
+
+    Of `_best` weights that is the best evaluation, else the last one.
+    """
+    is_best = weights.stem.endswith("_best")
+    folder = weights.parent / "logs" / weights.stem.removesuffix("_best")
     try:
         record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         metrics = read_metrics(folder / "metrics.jsonl")
         arguments = record["arguments"]
         facts = {"Data": Path(arguments["data_path"]).name}
-        if arguments["epochs"]:
+        if arguments["epochs"] and not is_best:
             facts["Epochs"] = f"{arguments['epochs']:g}"
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    if tokens := latest(metrics, "tokens"):
+    tokens = latest(metrics, "tokens")
+    if tokens and not is_best:
         facts["Tokens"] = f"{tokens:,}"
     for key, title in (("val_loss", "Validation loss"), ("val_bits_per_byte", "Bits per byte")):
         if values := column(metrics, key):
-            facts[title] = f"{min(values):.3f}"
-    if arguments.get("from_weight"):
+            facts[title] = f"{min(values) if is_best else values[-1]:.3f}"
+    if arguments.get("from_weight", "none") != "none":
         facts["Started from"] = arguments["from_weight"]
     return facts

@@ -10,11 +10,10 @@ template is not all that a conversation holds, so these differ from the tokenize
 * An answer at the end of the messages stays open, for the model to continue.
 """
 
-import json
 from pathlib import Path
 
-import model
-from common import UserError
+from common import ROOT, UserError
+from model import Tokenizer, load_tokenizer
 
 # Ollama reads from this template which tags surround thoughts and tool calls: those texts stand
 # first and last beside .Thinking, and first under the first `if .ToolCalls`.
@@ -106,7 +105,7 @@ TEMPLATE = r"""
 
 
 def write_modelfile(
-    folder: Path, gguf_name: str, tokenizer: model.Tokenizer, context_length: int
+    folder: Path, gguf_name: str, tokenizer: Tokenizer, context_length: int
 ) -> None:
     """Write Modelfile beside a GGUF file; `ollama create NAME -f Modelfile` takes both.
 
@@ -119,8 +118,7 @@ def write_modelfile(
     Raises:
         UserError: if the tokenizer has another chat template than ours.
     """
-    shipped = Path(model.__file__).parent / "minimind_tokenizer" / "tokenizer_config.json"
-    ours = json.loads(shipped.read_text(encoding="utf-8"))["chat_template"]
+    ours = load_tokenizer(ROOT / "model" / "minimind_tokenizer").chat_template
     if tokenizer.chat_template != ours:
         raise UserError(
             f"{tokenizer.name_or_path}: --to ollama knows the chat template of "

@@ -75,7 +75,7 @@ def projections(config: LMConfig) -> Iterator[Projection]:
                 yield Projection(f"{theirs}.mlp.{target}", target, [[f"{ours}.{name}"]])
             continue
         # PEFT wraps the two parameters of a module one around the other, in this order.
-        experts = [f"{ours}.experts.{number}" for number in range(config.n_routed_experts)]
+        experts = [f"{ours}.experts.{e}" for e in range(config.n_routed_experts)]
         for layer, target, names in (
             ("experts.base_layer", "experts.gate_up_proj", ("w1", "w3")),
             ("experts", "experts.down_proj", ("w2",)),
@@ -242,12 +242,12 @@ def read_peft(
         b = tensors.pop(f"{projection.key}.lora_B.weight", None)
         if a is None or b is None:
             continue
-        number = len(projection.experts)
-        if len(a) != rank * number or b.shape[1] != rank * number:
+        n_experts = len(projection.experts)
+        if len(a) != rank * n_experts or b.shape[1] != rank * n_experts:
             raise UserError(f"{folder / WEIGHTS_FILE}: {projection.key} has another rank than r")
         if projection.heads:
             b = halves_to_pairs(b, projection.heads)
-        all_a, all_b = a.unflatten(0, (number, rank)), b.unflatten(1, (rank, number))
+        all_a, all_b = a.unflatten(0, (n_experts, rank)), b.unflatten(1, (rank, n_experts))
         for expert, names in enumerate(projection.experts):
             for name, rows in zip(names, all_b[..., expert].chunk(len(names)), strict=True):
                 matrices[f"{name}.A"] = all_a[expert].float()

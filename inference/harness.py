@@ -18,8 +18,8 @@ from model import Continuation, KVCache, Sampling
 from model.generation import continue_all
 
 from .chat_model import ChatModel
+from .scoring import ROW
 
-ROW = 512  # tokens of a row of a full batch; of longer rows, fewer are computed together
 LONGEST_ANSWER = 256  # tokens, where a task sets no limit, as in lm_eval's own models
 
 Scored = tuple[float, bool]  # log-probability of a continuation, and whether it is the greedy one

@@ -33,7 +33,7 @@ from export.gguf_format import write_gguf
 from export.model_card import write_model_card
 from export.ollama import write_modelfile
 from export.peft_format import exported_base, read_peft, read_peft_config, write_peft
-from export.transformers_format import write_transformers
+from export.transformers_format import check_routing, write_transformers
 from inference import TrainedModel, add_weight_arguments, load_trained, named_weights
 from inference.loading import load_base
 from model import (
@@ -60,10 +60,10 @@ DTYPES = {
     "pth": ("float32", "float16"),
 }
 FOLDERS = ("transformers", "ollama", "peft")
-# A folder is replaced if it holds one of the first three, and nothing but these.
-WRITTEN = ("model.safetensors", "model.gguf", "adapter_model.safetensors")
-WRITTEN += ("README.md", "Modelfile", "config.json", "generation_config.json")
-WRITTEN += ("tokenizer.json", "tokenizer_config.json", "adapter_config.json")
+# A folder is replaced if it holds weights, and nothing but these files.
+WEIGHT_FILES = {"model.safetensors", "model.gguf", "adapter_model.safetensors"}
+OTHER_FILES = {"README.md", "Modelfile", "config.json", "generation_config.json"}
+OTHER_FILES |= {"tokenizer.json", "tokenizer_config.json", "adapter_config.json"}
 
 
 def parse_args() -> argparse.Namespace:
@@ -110,14 +110,8 @@ def main() -> None:
             signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
     with report_os_errors(f"--out {args.out}"):
         check_out(args)
-    name = args.weight
     try:
-        if args.source:
-            import_adapter(args)
-        else:
-            trained = load_trained(named_weights(args))
-            name = trained.name
-            export(args, trained)
+        name = import_adapter(args) if args.source else export(args)
     except SaveError as error:
         raise UserError(f"--out {error}") from None
     files = list(args.out.iterdir()) if args.out.is_dir() else [args.out]
@@ -139,7 +133,7 @@ def check_out(args: argparse.Namespace) -> None:
         raise UserError(f"--out {out}: a folder where a file is written, or the reverse")
     if out.is_dir():
         names = {path.name for path in out.iterdir()}
-        if names and (names - set(WRITTEN) or not names & set(WRITTEN[:3])):
+        if names and (names - WEIGHT_FILES - OTHER_FILES or not names & WEIGHT_FILES):
             raise UserError(f"--out {out}: is not replaced, since it holds other files")
 
 
@@ -180,42 +174,40 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def export(args: argparse.Namespace, trained: TrainedModel) -> None:
-    """Write a model, or its adapter, as `--to` says."""
+def export(args: argparse.Namespace) -> str:
+    """Load a model and write it, or its adapter, as `--to` says; its name."""
+    trained = load_trained(named_weights(args))
+    name, model, tokenizer = trained.name, trained.model, trained.tokenizer
+    config, dtype = model.config, args.dtype
     sources = [path.resolve() for path in (trained.path, trained.adapter) if path is not None]
     if args.out.resolve() in sources:
         raise UserError(f"--out {args.out}: is what it would be made from")
     if args.to == "pth":
+        plain = merged(model)
         save_weights(
-            args.out,
-            merged(trained.model),
-            trained.model.config,
-            "lora",
-            tokenizer_hash(trained.tokenizer),
-            getattr(torch, args.dtype),
+            args.out, plain, config, "lora", tokenizer_hash(tokenizer), getattr(torch, dtype)
         )
-        return
+        return name
     with new_output(args.out) as path:
-        if args.to != "gguf":
-            path.mkdir()
-        if args.to in ("gguf", "ollama"):
-            file = path / "model.gguf" if args.to == "ollama" else path
-            export_gguf(file, trained, GGUF_TYPES[args.dtype], args.to)
+        if args.to == "gguf":
+            export_gguf(path, trained, GGUF_TYPES[dtype], args.to)
+            return name
+        path.mkdir()
         if args.to == "ollama":
-            context = trained.model.config.max_seq_len
-            write_modelfile(path, file.name, trained.tokenizer, context)
+            write_modelfile(path, "model.gguf", tokenizer, config.max_seq_len)
+            export_gguf(path / "model.gguf", trained, GGUF_TYPES[dtype], args.to)
         elif args.to == "peft":
-            model = trained.model
             settings, matrices = lora_settings(model), lora_state(model)
             base = trained.path.as_posix()
-            write_peft(path, model.config, settings, matrices, base, weights_hash(model))
-        elif args.to == "transformers":
-            model = merged(trained.model)
+            write_peft(path, config, settings, matrices, base, weights_hash(model))
+        else:
+            check_routing(config)
+            model = merged(model)
             write_model_card(path, trained, model, args.out.name)
-            config, weights, hash_ = model.config, model.state_dict(), weights_hash(model)
-            tokenizer = trained.tokenizer
+            weights, hash_ = model.state_dict(), weights_hash(model)
             del model, trained  # so that each tensor can go once it is converted
-            write_transformers(path, config, weights, tokenizer, hash_, getattr(torch, args.dtype))
+            write_transformers(path, config, weights, tokenizer, hash_, getattr(torch, dtype))
+    return name
 
 
 def export_gguf(path: Path, trained: TrainedModel, file_type: str, kind: str) -> None:
@@ -240,12 +232,13 @@ def merged(model: MiniMindLM) -> MiniMindLM:
     return plain.eval()
 
 
-def import_adapter(args: argparse.Namespace) -> None:
-    """Write PEFT's adapter as one of ours, for the weights that its base was exported from."""
+def import_adapter(args: argparse.Namespace) -> str:
+    """Write PEFT's adapter as one of ours, for the weights of its base; the folder's name."""
     folder = Path(args.weight)
     settings = read_peft_config(folder)
     tokenizer = tokenizer_hash(load_tokenizer(args.tokenizer_path))
-    _, model = load_base(exported_base(folder, settings), args.out_dir, tokenizer, folder)
+    base = exported_base(folder, settings)
+    _, model = load_base(base, args.out_dir, tokenizer, folder)
     arguments, matrices = read_peft(folder, settings, model.config)
     try:
         apply_lora(model, **arguments)
@@ -253,7 +246,8 @@ def import_adapter(args: argparse.Namespace) -> None:
         load_lora_state(model, zeros | matrices)
     except ValueError as error:
         raise UserError(f"--weight {folder}: {error}") from None
-    save_lora(model, args.out)
+    save_lora(model, args.out, base=base)
+    return folder.name
 
 
 if __name__ == "__main__":

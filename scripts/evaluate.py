@@ -76,7 +76,7 @@ def find_tasks(words: Sequence[str]) -> tuple[list[str], "TaskManager"]:
     """
     from lm_eval.tasks import TaskManager
 
-    def find(word: str) -> list[str]:
+    def find(word: str, manager: TaskManager) -> list[str]:
         """A file's tasks or group, a folder's tasks, or what has that name."""
         path, tasks = Path(word).resolve(), manager.all_subtasks
         files = [(n, e.yaml_path) for n, e in manager.task_index.items() if e.yaml_path]
@@ -85,17 +85,17 @@ def find_tasks(words: Sequence[str]) -> tuple[list[str], "TaskManager"]:
 
     paths = [Path(word).resolve() for word in words if Path(word).exists()]
     folders = [TASKS, *(path if path.is_dir() else path.parent for path in paths)]
-    manager = TaskManager(include_path=folders, include_defaults=False)
-    if not all(map(find, words)):  # over ten thousand files, which take seconds to read
-        manager = TaskManager(include_path=folders)
-    for word in words:
-        if not find(word):
-            near = difflib.get_close_matches(word, manager.all_tasks, n=1)
-            hint = f"{near[0]}?" if near else "`lm_eval ls tasks` lists all"
-            if Path(word).exists():
-                raise UserError(f"--tasks {word}: holds no task that lm_eval can read")
-            raise UserError(f"--tasks {word}: no task, and no file or folder of tasks; {hint}")
-    return list(dict.fromkeys(name for word in words for name in find(word))), manager
+    for defaults in (False, True):  # over ten thousand files, which take seconds to read
+        manager = TaskManager(include_path=folders, include_defaults=defaults)
+        found = {word: find(word, manager) for word in words}
+        if all(found.values()):
+            return list(dict.fromkeys(name for names in found.values() for name in names)), manager
+    word = next(word for word in words if not found[word])
+    if Path(word).exists():
+        raise UserError(f"--tasks {word}: holds no task that lm_eval can read")
+    near = difflib.get_close_matches(word, manager.all_tasks, n=1)
+    hint = f"{near[0]}?" if near else "`lm_eval ls tasks` lists all"
+    raise UserError(f"--tasks {word}: no task, and no file or folder of tasks; {hint}")
 
 
 def leaves(results: Mapping[str, Any], name: str) -> list[str]:
@@ -163,7 +163,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     """Score the model, and print and write what was asked for."""
     args = parse_args()
-    outputs = [Path(f"{args.out}.{ending}") for ending in ("json", "md") if args.out is not None]
+    outputs = [] if args.out is None else [Path(f"{args.out}.{end}") for end in ("json", "md")]
     for path in outputs:
         if path.exists():
             raise UserError(f"--out {args.out}: {path} exists")
@@ -204,9 +204,10 @@ def main() -> None:
     table = f"{table}\n\n{format_table(scores)}"
     print(table, end="")
     contents = json.dumps({**about, "scores": scores}, indent=2, ensure_ascii=False), table
-    for path, text in zip(outputs, contents[: len(outputs)], strict=True):
-        with report_os_errors(f"--out {path}"):
-            write_atomically(path, lambda file, text=text: file.write(text.encode("utf-8")))
+    if args.out is not None:
+        for path, text in zip(outputs, contents, strict=True):
+            with report_os_errors(f"--out {path}"):
+                write_atomically(path, lambda file, text=text: file.write(text.encode("utf-8")))
 
 
 if __name__ == "__main__":

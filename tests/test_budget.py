@@ -128,6 +128,10 @@ def test_where_a_run_is_and_where_it_ends_by_hand():
     assert budget.steps_left(state) == 2
     budget.reserve = 29.1  # less than half a step is left
     assert budget.is_used_up(state)
+    # Half an epoch of 100 rows, begun in steps of 20 and gone on in steps of 10.
+    budget = Budget(100, 1000, 10, epochs=1.5, max_steps=None, max_tokens=None, max_seconds=None)
+    state = TrainState("", 20, epoch=1, row=50)
+    assert budget.steps_left(state) == 0 and budget.is_used_up(state)
 
 
 # Resuming

@@ -13,6 +13,7 @@ from tiny_models import as_llama, random_model, save_tuned
 from torch import Tensor, nn
 
 from dataset import ChatEncoder, parse_chat, render_chat
+from export.model_card import training_facts
 from inference import WeightSpec, load_trained
 from model import MiniMindLM
 
@@ -234,7 +235,7 @@ def test_adapter_from_peft(convert, run, trained, tokenizer_dir, tmp_path, kind)
     assert torch.allclose(logits(theirs, ids), logits(adapted, ids), rtol=0, atol=1e-5)
 
 
-def test_refusals(convert, run, trained, tokenizer, tokenizer_dir, tmp_path, monkeypatch):
+def test_refusals(convert, run, trained, tokenizer, tmp_path):
     def refused(*words, kind="dense", lora=False) -> str:
         error = convert(kind, *words, code=2, lora=lora).stderr
         assert error.startswith("convert_model.py: error: ") and error.count("\n") == 1
@@ -336,3 +337,19 @@ def test_adapters_that_compute_something_else_are_refused(convert, run, trained,
     flags = ["--from", "peft", "--weight", tmp_path / "adapter", "--out", tmp_path / "new.pth"]
     error = run(*flags, "--out_dir", trained, script="scripts/convert_model.py", code=2).stderr
     assert str(path) in error and error.count("\n") == 1
+
+
+def test_the_card_has_the_figures_of_its_weights(tmp_path):
+    """The last evaluation's; those of the best one beside the best weights."""
+    folder = tmp_path / "logs" / "pretrain_64"
+    folder.mkdir(parents=True)
+    arguments = {"data_path": "texts.jsonl", "epochs": 2, "from_weight": "none"}
+    (folder / "config.json").write_text(json.dumps({"arguments": arguments}), encoding="utf-8")
+    lines = [{"step": 1, "tokens": 5, "val_loss": 1.0}, {"step": 2, "tokens": 9, "val_loss": 2.5}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+    last = {"Data": "texts.jsonl", "Epochs": "2", "Tokens": "9", "Validation loss": "2.500"}
+    assert training_facts(tmp_path / "pretrain_64.pth") == last
+    best = {"Data": "texts.jsonl", "Validation loss": "1.000"}
+    assert training_facts(tmp_path / "pretrain_64_best.pth") == best
+    assert training_facts(tmp_path / "another.pth") == {}

@@ -407,7 +407,7 @@ def test_what_the_readme_recommends_gives_no_warning(run):
         ({"dropout": 0.3}, {"dropout": 0.31}, "--dropout 0.31"),
         ({"beta2": 0.999}, {"beta2": 0.9999}, "--beta2 0.9999 averages over 10,000 steps"),
         ({"grad_clip": 10}, {"grad_clip": 11}, "--grad_clip 11"),
-        ({"epochs": 10}, {"epochs": 11}, "11 --epochs"),
+        ({"epochs": 10}, {"epochs": 11}, "11 epochs"),
         ({"epochs": 11, "early_stopping_patience": 3}, {"epochs": 11}, "--early_stopping_patience"),
         ({"early_stopping_patience": 2}, {"early_stopping_patience": 1}, "try 3"),
         # At 100, 200 and 300 of 301 steps: one to compare with and two that may be no better.

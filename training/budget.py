@@ -9,8 +9,8 @@ from diagnosis.compute import count_parameters
 from .resume import TrainState
 from .setup import Setup, Splits
 
-FIRST_GUESS = 1e-3  # seconds of a step, before one was measured
-OF_TRAINING = 1 / 3  # of a row's training time goes into its forward pass
+FIRST_PACE = 1e-3  # seconds of a step, before one was measured
+FORWARD_SHARE = 1 / 3  # of the time that a row takes in training
 
 
 @dataclass
@@ -72,7 +72,8 @@ class Budget:
 
     def is_used_up(self, state: TrainState) -> bool:
         """Whether a limit has been reached."""
-        return any(here >= end for here, end in self._places(state, state.rows_per_step))
+        places = self._places(state, state.rows_per_step)
+        return self.steps_left(state) == 0 or any(here >= end for here, end in places)
 
     def is_out_of_time(self, state: TrainState) -> bool:
         """Whether `max_seconds` are nearer to now than to the end of the next step."""
@@ -90,13 +91,13 @@ class Budget:
         """What validating, testing and saving at the end will take, on this process."""
         per_row = self.seconds_per_row
         if per_row is None:
-            per_row = OF_TRAINING * state.seconds / max(1, state.step * self.rows_per_step)
+            per_row = FORWARD_SHARE * state.seconds / max(1, state.step * self.rows_per_step)
         return self.rows_at_end * per_row + self.saves_at_end * self.seconds_per_save
 
 
 def _pace(state: TrainState) -> float:
     """Seconds of a step, as far as measured."""
-    return state.seconds / state.step if state.step else FIRST_GUESS
+    return state.seconds / state.step if state.step else FIRST_PACE
 
 
 def make_budget(setup: Setup, data: Splits) -> Budget:

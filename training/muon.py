@@ -33,7 +33,7 @@ class Muon(torch.optim.Optimizer):
         matrices: Iterable[dict[str, Any]],
         adamw: torch.optim.AdamW,
         lr: float,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype,
     ):
         groups = [{**group, "momentum": MOMENTUM} for group in matrices]
         super().__init__([*groups, *adamw.param_groups], {"lr": lr})

@@ -45,6 +45,7 @@ class Run:
     record: Record
     stop: StopSignal
     score: Score
+    prompts: list[Tensor]  # ids of --sample_prompts
     peak_tokens_per_second: float | None = None  # of all processes, at an MFU of 100 %, if known
     ending: str | None = None  # why the run stops before its last step
     exit_status: int = 0
@@ -272,7 +273,7 @@ class Run:
         args = self.args
         self.record.log_scores(state, scores)
         if args.sample_prompts and self.world.is_main:
-            self.record.log_samples(state, write_samples(self.setup))
+            self.record.log_samples(state, write_samples(self.setup, self.prompts))
         state.evaluated_at = state.step
         min_delta = args.early_stopping_min_delta if args.early_stopping_patience else 0.0
         if scores["val_loss"] < state.best_loss - min_delta:

@@ -17,14 +17,18 @@ def encode_prompts(setup: Setup) -> list[Tensor]:
 
     UserError if one leaves no room for an answer.
     """
+    prompts = setup.args.sample_prompts
+    if not prompts:
+        return []
+    encoder = (ChatEncoder if setup.stage.chats else TextEncoder)(setup.tokenizer)
     encoded = []
-    for prompt in setup.args.sample_prompts:
+    for prompt in prompts:
         if setup.stage.chats:
             message = {"role": "user", "content": prompt}
             pieces = render_chat([message], add_generation_prompt=True)
-            ids = ChatEncoder(setup.tokenizer).encode([pieces]).ids
+            ids = encoder.encode([pieces]).ids
         else:
-            ids = TextEncoder(setup.tokenizer).encode([prompt]).ids[:-1]  # without </s>
+            ids = encoder.encode([prompt]).ids[:-1]  # without </s>
         room = setup.raw_model.config.max_seq_len - NEW_TOKENS
         if len(ids) > room:
             raise UserError(
@@ -34,15 +38,15 @@ def encode_prompts(setup: Setup) -> list[Tensor]:
     return encoded
 
 
-def write_samples(setup: Setup) -> list[tuple[str, str]]:
-    """Each prompt, and what the model most probably continues or answers.
+def write_samples(setup: Setup, prompts: list[Tensor]) -> list[tuple[str, str]]:
+    """Each prompt, and what the model most probably continues or answers to its ids.
 
     Nothing is drawn, so that a run is the same with and without samples.
     """
     model = setup.raw_model
     was_training = model.training
     model.eval()
-    answers = model.batch_generate(encode_prompts(setup), max_new_tokens=NEW_TOKENS)
+    answers = model.batch_generate(prompts, max_new_tokens=NEW_TOKENS)
     model.train(was_training)
     texts = [setup.tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in answers]
     return list(zip(setup.args.sample_prompts, texts, strict=True))

@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,7 @@ class Setup:
     notes: list[str] = field(default_factory=list)  # lines that the run reports first
     started: float = field(default_factory=time.perf_counter)  # when --max_minutes begin
 
-    @property
+    @cached_property
     def tokenizer_hash(self) -> str:
         """Identifies the tokenizer."""
         return tokenizer_hash(self.tokenizer)

@@ -61,7 +61,7 @@ def start_run(
     if resume is not None and is_finished(setup, state, data, budget):
         world.log(f"{path}: this run is finished, at step {state.step}; nothing to do")
         return None
-    encode_prompts(setup)  # for its errors
+    prompts = encode_prompts(setup)
     total_steps = planned_steps(budget, state)
     warmup = warmup_steps(args.warmup_iters, args.warmup_ratio, total_steps or 0)
     if resume is None:
@@ -115,7 +115,7 @@ def start_run(
     saved_as = "newest" if resume is None else resume.saved_as
     saver = Saver(setup, setup.identity(data.train), optimizer, scaler, record.print, saved_as)
     speed = plan.peak_tokens_per_second()
-    return Run(setup, data, state, budget, saver, record, stop, score, speed)
+    return Run(setup, data, state, budget, saver, record, stop, score, prompts, speed)
 
 
 def describe_rows(use: str, rows: Rows) -> list[str]:
