@@ -55,7 +55,7 @@ def make_optimizer(
     if args.optimizer == "adamw":
         return adamw
     if not by_muon:
-        raise UserError("--optimizer muon: of the model's matrices none is trained; use adamw")
+        raise UserError("--optimizer muon: no matrix that it updates is trained here; use adamw")
     return Muon(by_muon, adamw, args.learning_rate, dtype)
 
 

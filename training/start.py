@@ -151,7 +151,7 @@ def check_budget(setup: Setup, budget: Budget, total_steps: int | None, warmup: 
     spent = setup.world.broadcast(time.perf_counter() - setup.started)
     if spent >= budget.max_seconds:
         raise UserError(
-            f"--max_minutes {args.max_minutes:g}: preparing the run took {spent / 60:.2g} of them; "
+            f"--max_minutes {args.max_minutes:g}: preparing the run took {spent / 60:.2g} minutes; "
             "what could be kept is ready now: start again, or give it more"
         )
 
