@@ -68,6 +68,13 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unwatched():
+    """No thread watches other programs: tests replace the clock, and it would read that too."""
+    with mock.patch("model.threads.watch_others", lambda: None):
+        yield
+
+
 @pytest.fixture(scope="module")
 def quick():
     """No plots, which take most of a small run's time; few threads for what fixtures run too."""
