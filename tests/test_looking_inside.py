@@ -41,12 +41,25 @@ def show(run, path, *words):
 
 def test_what_is_learnt_stands_in_brackets(run, folder):
     shown = show(run, folder / "chats.jsonl")
-    assert "chats.jsonl:1: " in shown
-    text = shown.split("\n", 1)[1]
-    assert text == (
+    legend, title, text = shown.split("\n", 2)
+    assert "⟦learnt⟧" in legend and "│ between tokens" in legend
+    assert "chats.jsonl:1: " in title
+    assert text.replace("│", "") == (
         "<s>user\nHi</s>\n<s>assistant\n⟦Hello 你好</s>⟧\n"
         "<s>user\nBye</s></s>\n<s>assistant\n⟦Ciao</s>⟧\n"
     )
+
+
+def test_borders_stand_between_tokens(run, folder, tmp_path, tokenizer):
+    """Except between those that are parts of one character, as of 鳧 here."""
+    tokens = tokenizer("a 鳧b 你好", add_special_tokens=False)["input_ids"]
+    alone = [tokenizer.decode([token]) for token in tokens]
+    assert "�" in alone and "鳧" not in alone
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "a 鳧b 你好"}\n', encoding="utf-8")
+    halves = [i for i, text in enumerate(alone) if "�" in text]
+    expected = [*alone[: halves[0]], "鳧", *alone[halves[-1] + 1 :]]
+    assert f"<s>⟦{'│'.join(expected)}│</s>⟧" in show(run, path)
 
 
 def test_a_packed_row_shows_its_documents_and_padding(run, folder):
@@ -58,7 +71,7 @@ def test_a_packed_row_shows_its_documents_and_padding(run, folder):
 
 
 def test_all_but_the_start_of_a_text_is_learnt(run, folder):
-    assert "<s>⟦春天来了</s>⟧" in show(run, folder / "texts.jsonl")
+    assert "<s>⟦春天来了</s>⟧" in show(run, folder / "texts.jsonl").replace("│", "")
 
 
 def test_an_index_that_is_not_there_is_told(run, folder):
@@ -124,6 +137,18 @@ def test_losses_by_role_are_those_worked_out_by_hand(run, folder, tokenizer_dir)
     assert len(shown["worst"]) == 2 and "chats.jsonl:2" in printed
 
 
+def test_what_is_printed_fits_eighty_columns(run, folder, tmp_path):
+    """Chinese characters take two; the worst samples end where the terminal does."""
+    path = tmp_path / "long.jsonl"
+    chat = [{"role": "user", "content": "你好" * 40}, {"role": "assistant", "content": "我在" * 40}]
+    path.write_text(json.dumps({"messages": chat}, ensure_ascii=False), encoding="utf-8")
+    printed = run(folder / "full_sft_32.pth", path, script="scripts/analyze_loss.py").stdout
+    wide = [len(line) + len(re.findall("[\u4e00-\u9fff]", line)) for line in printed.splitlines()]
+    assert wide[-1] in (79, 80) and max(wide) == 80
+    for row in ("only read", "by position", "ppl", "p95"):
+        assert re.search(rf"^{row}: |{row} is |{row}: ", printed, flags=re.MULTILINE), row
+
+
 def test_a_picture_is_drawn_of_texts_too(run, folder):
     pytest.importorskip("matplotlib")
     shown, _, out = analyse(run, folder, "texts.jsonl", "--max_samples", 1)
@@ -137,7 +162,7 @@ def test_a_blank_first_line_does_not_make_texts_conversations(run, tmp_path, fir
     path = tmp_path / "texts.jsonl"
     path.write_text(first + '\n\n{"text": "Hello"}\n', encoding="utf-8", newline="")
     shown = show(run, path)
-    assert f"{path}:3: " in shown and "<s>⟦Hello</s>⟧" in shown
+    assert f"{path}:3: " in shown and "<s>⟦Hello</s>⟧" in shown.replace("│", "")
 
 
 def test_losses_without_bad_lines(run, folder, tmp_path):
@@ -201,4 +226,6 @@ def test_colours_mark_what_is_learnt(root, tokenizer_dir):
     ids = torch.tensor([1, *tokenizer("Hi", add_special_tokens=False)["input_ids"], 2])
     learnt = torch.tensor([False, *[True] * (len(ids) - 1)])
     painted = "".join(script["painted"](ids, learnt, tokenizer, True))
-    assert painted == "\033[90m\033[7m<s>\033[0m\033[32mHi\033[0m\033[32m\033[7m</s>\033[0m"
+    border = "\033[36m│\033[0m"
+    shown = ["\033[90m\033[7m<s>\033[0m", "\033[32mH\033[0m", "\033[32mi\033[0m"]
+    assert painted == border.join([*shown, "\033[32m\033[7m</s>\033[0m"])

@@ -655,6 +655,33 @@ def test_runs_are_drawn_together(tmp_path, run, figures):
     assert shown == [[folder.as_posix() for folder in folders], ["pretrain_512", "pretrain_64"]]
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "scores", "losses", "unit"),
+    [
+        ("other", {"val_bits_per_byte": 3.0}, [4.0, 3.5], "bits per byte"),
+        ("other", {"val_bits_per_byte": 1.5}, [2.0, 1.75], "bits per byte"),
+        ("other", {"val_bits_per_byte": None}, [8, 7], "nats per token of different tokenizers"),
+        ("own", {"val_bits_per_byte": 1.5}, [8, 7], "(nats per token)"),
+    ],
+)
+def test_runs_with_other_tokenizers_train_in_bits_per_byte(
+    tmp_path, run, figures, tokenizer, scores, losses, unit
+):
+    """By the ratio of bits per byte and nats per token in the run's validation: half, here."""
+    folders = []
+    for name, more in (("own", {}), (tokenizer, scores)):
+        folder = tmp_path / str(len(folders)) / "pretrain_512"
+        folders.append(
+            write_metrics(folder, [*training_lines([8, 7]), evaluation(20, 6.0, **more)])
+        )
+        config = {"vocab_size": VOCAB, "arguments": {"tokenizer_path": name}}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    run(*folders, "--out", tmp_path / "curves.png", script="scripts/report_run.py")
+    panel = figures[0].axes[0]
+    assert [[y for _, y in points(line)] for line in panel.lines[1:2]] == [losses]
+    assert unit in panel.get_title()
+
+
 def test_a_folder_of_an_older_release_has_a_report(tmp_path, no_picture):
     """Its config.json lacks what is newer than the release; or there is none."""
     folder = write_metrics(tmp_path / "run", training_lines([12.0, *learning(40)]))
