@@ -10,7 +10,7 @@ from typing import Any
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 from web_parts import COPY, DRAWER, STYLE
-from web_state import Asked, ask, keep_answer, recall, remember, show
+from web_state import Asked, ask, keep_answer, recall, remember, settle, show
 from web_texts import (
     CONTINUES,
     EMPTY,
@@ -270,7 +270,7 @@ def answer(
     past = chat.messages if history is None else chat.messages[chat.last_exchanges(history) :]
     question = {"role": "user", "content": asked.question}
     prompt = replace(chat, messages=[*past, question]).prompt()
-    begun, if_empty = time.perf_counter(), tr(STOPPED)
+    begun, if_empty, asked.is_begun = time.perf_counter(), tr(STOPPED), True
     pieces = backend.stream(chat.model, prompt, settings)
     try:
         with st.chat_message("user"):
@@ -315,8 +315,9 @@ def draw(make_backend: Callable[[], Backend], chats_dir: Path) -> None:
     backend, state = open_backend(make_backend), st.session_state
     store = ConversationStore(chats_dir)
     if "chat" not in state:
-        state.chosen = -1
+        state.store, state.asked, state.chosen = store, None, -1
         show(recall(store))
+    settle()
     chat: Conversation = state.chat
     conversations = st.sidebar.container()
     with st.sidebar:

@@ -1,10 +1,11 @@
 """The state of a session of the page: its conversation, and the question that is being answered."""
 
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
 import streamlit as st
-from web_texts import BRANCHED, tr
+from web_texts import BRANCHED, STOPPED, tr
 
 from inference.conversations import Conversation, ConversationStore
 
@@ -22,7 +23,9 @@ class Asked:
     first: float = 0.0  # seconds and tokens when the text began
     first_tokens: int = 0
     error: str = ""
+    is_begun: bool = False
     is_running: bool = True
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def made(self, model: str) -> dict[str, Any]:
         """By which model the answer was made, in how many tokens and seconds."""
@@ -37,6 +40,7 @@ class Asked:
 
 def show(chat: Conversation) -> None:
     """Turn to a conversation."""
+    settle()
     st.session_state.chat = chat
     st.session_state.asked = st.session_state.editing = None
     st.session_state.chosen += 1
@@ -47,6 +51,7 @@ def ask(question: str, start: int | None = None) -> None:
 
     If exchanges follow that one, this goes on in a copy, and the conversation stays as it was.
     """
+    settle()
     chat: Conversation = st.session_state.chat
     start = len(chat.messages) if start is None else start
     if start < chat.last_exchanges(1):
@@ -61,17 +66,30 @@ def ask(question: str, start: int | None = None) -> None:
 def keep_answer(store: ConversationStore, chat: Conversation, asked: Asked, if_empty: str) -> None:
     """Save what was generated of an answer; without any text the conversation stays as it was.
 
-    `if_empty` is then the error, if there is no other. A script that Streamlit has stopped may call
-    this, since it does not touch Streamlit.
+    `if_empty` is then the error, if there is no other. Only the first call does something. A run of
+    the page that Streamlit has stopped may call this, since it does not touch Streamlit.
     """
-    asked.is_running = False
-    if asked.text:
-        answer = {"role": "assistant", "content": asked.text, "made": asked.made(chat.model)}
-        chat.messages += [{"role": "user", "content": asked.question}, answer]
-        store.save(chat)
-    else:
-        chat.messages += asked.replaced
-        asked.error = asked.error or if_empty
+    with asked.lock:
+        if not asked.is_running:
+            return
+        asked.is_running = False
+        if asked.text:
+            answer = {"role": "assistant", "content": asked.text, "made": asked.made(chat.model)}
+            chat.messages += [{"role": "user", "content": asked.question}, answer]
+            store.save(chat)
+        else:
+            chat.messages += asked.replaced
+            asked.error = asked.error or if_empty
+
+
+def settle() -> None:
+    """Keep what an earlier run of the page had generated when it was interrupted by this one.
+
+    Streamlit tells the earlier one to end, and does not wait for that.
+    """
+    asked: Asked | None = st.session_state.asked
+    if asked is not None and asked.is_begun:
+        keep_answer(st.session_state.store, st.session_state.chat, asked, tr(STOPPED))
 
 
 def remember(chat: Conversation) -> None:

@@ -430,6 +430,24 @@ def test_what_fails_or_is_stopped_loses_nothing_and_is_retried(opened, tmp_path)
     assert contents(newest(tmp_path))[4:] == ["3", "E"] and page.error.len == 0
 
 
+def test_an_answer_that_a_later_run_interrupts_is_saved_once(opened, tmp_path):
+    """Streamlit begins the later run before the earlier one has ended."""
+    backend = Parrot("A")
+    page = opened(backend)
+    from web_state import settle
+
+    backend.pieces = ["A", settle, "B"]
+    asked(page, "one")
+    assert contents(newest(tmp_path)) == contents(page.session_state.chat) == ["one", "A"]
+    backend.pieces = [settle, "C"]
+    asked(page, "two")
+    assert "stopped before" in page.error[0].value
+    assert contents(newest(tmp_path)) == ["one", "A"]
+    backend.pieces = ["D"]
+    click(page, "retry")
+    assert contents(newest(tmp_path)) == ["one", "A", "two", "D"]
+
+
 def test_an_empty_page_says_what_it_is_and_offers_six_questions(opened, tmp_path):
     examples = tuple(f"Q{i}?" for i in range(8))
     page = opened(Parrot("A", one_64=ModelInfo(True, examples=examples)))
