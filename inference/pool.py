@@ -6,11 +6,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from common import UserError
-from model import load_tokenizer, tokenizer_hash
+from model import load_tokenizer, read_about, tokenizer_hash
 
 from .batcher import Batcher, QueueFull
 from .loading import (
@@ -39,6 +40,8 @@ class ModelCard:
     modified: float  # when `path` was changed, in seconds since 1970
     is_adapter: bool = False
     chats: bool = True  # answers conversations; else it continues texts
+    longest_conversation: dict[str, int] | None = None  # trained on: its exchanges and tokens
+    examples: tuple[str, ...] = ()  # questions to try
 
 
 @dataclass(frozen=True)
@@ -92,13 +95,16 @@ class ModelPool:
     def _cards_on_disk(self) -> dict[str, ModelCard]:
         cards: dict[str, ModelCard] = {}
 
-        def add(path: Path, **about: bool) -> None:
+        def add(path: Path, **about: Any) -> None:
             with suppress(OSError):  # it is gone
                 cards.setdefault(path.stem, ModelCard(path, path.stat().st_mtime, **about))
 
         if self.spec.weight is not None:
             path = Path(self.spec.weight)
-            add(path, chats=path.is_dir() or not is_pretrained(path))
+            about = (None if path.is_dir() else read_about(path)) or {}
+            longest = about.get("longest_conversation")
+            chats = path.is_dir() or not is_pretrained(path)
+            add(path, chats=chats, longest_conversation=longest)
             return cards
         try:
             self._tokenizer = tokenizer_hash(load_tokenizer(self.spec.tokenizer_path))
@@ -107,7 +113,8 @@ class ModelPool:
         found = list_weights(self.spec.out_dir)
         for path, about in sorted(found, key=lambda entry: entry[1]["stage"] == PRETRAINED):
             if about["tokenizer"] == self._tokenizer:
-                add(path, chats=about["stage"] != PRETRAINED)
+                longest = about["longest_conversation"]
+                add(path, chats=about["stage"] != PRETRAINED, longest_conversation=longest)
         for path in list_adapters(self.spec.out_dir) if cards else ():
             add(path, is_adapter=True)
         return cards

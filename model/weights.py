@@ -125,7 +125,8 @@ def load_lora(model: MiniMindLM, path: Path, name: str = "default") -> None:
 def read_about(path: Path) -> dict[str, Any] | None:
     """Read the JSON file beside the weights: stage, tokenizer (a hash) and config (an LMConfig).
 
-    None if there is no such file. Raises UserError if it is damaged.
+    `longest_conversation` is the longest that they were trained on, its exchanges and tokens; None
+    if the file does not say. None if there is no such file. Raises UserError if it is damaged.
     """
     about_path = path.with_suffix(".json")
     if not about_path.is_file():
@@ -136,6 +137,7 @@ def read_about(path: Path) -> dict[str, Any] | None:
             "stage": about["stage"],
             "tokenizer": about["tokenizer"],
             "config": LMConfig.from_dict(about["config"]),
+            "longest_conversation": about.get("longest_conversation"),
         }
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{about_path}: does not describe a model ({error})") from None

@@ -54,6 +54,8 @@ def main() -> None:
     options = [f"--server.address={args.host}", f"--server.port={args.port}"]
     options += ["--server.headless=true", "--browser.gatherUsageStats=false"]
     options.append("--client.toolbarMode=minimal")
+    # It would warn, with a stack, that the address gives a widget another value than its default.
+    options.append("--global.disableWidgetStateDuplicationWarning=true")
     print(f"http://{args.host}:{args.port}", flush=True)
     streamlit(["run", __file__, *options, "--", *sys.argv[1:]])
 
