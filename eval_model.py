@@ -158,11 +158,11 @@ class Chat:
         """Print `beginning` and what follows the prompt `ids`, which is returned."""
         print(beginning, end="", flush=True)
         answer, tokens, stopped = "", [], False
-        times = [time.perf_counter()]
+        start, first = time.perf_counter(), None
         try:
             options = generation_options(self.settings)
             for piece in self.chat_model.stream(ids, self.generator, tokens, **options):
-                times.append(time.perf_counter())
+                first = first or time.perf_counter()
                 answer += piece
                 print(piece, end="", flush=True)
         except ValueError as error:
@@ -171,14 +171,14 @@ class Chat:
             print(" …", end="")
             stopped = True
         print(flush=True)
-        times.append(time.perf_counter())
+        end = time.perf_counter()
         is_cut = not stopped and tokens[-1] != self.chat_model.tokenizer.eos_token_id
         if is_cut and self.chat_model.chats:
             self.note_cut(len(ids), len(tokens))
         if self.verbose and tokens:
-            seconds = times[-1] - times[0]
-            values = {"count": len(tokens), "seconds": seconds, "rate": len(tokens) / seconds}
-            self.note(texts.SPEED, **values, first=times[1] - times[0])
+            seconds, first = end - start, (first or end) - start
+            values = {"count": len(tokens), "rate": len(tokens) / seconds}
+            self.note(texts.SPEED, seconds=seconds, first=first, **values)
         return answer
 
     def note_cut(self, prompt: int, new: int) -> None:
@@ -325,8 +325,9 @@ def main() -> None:
         return
     conversation = Conversation(system=args.system or "")
     say = translator(args.lang, texts.CHINESE)
-    how = (args.history_cnt, args.verbose)
-    chat = Chat(chat_model, vars(args), generator, conversation, say, *how)
+    chat = Chat(
+        chat_model, vars(args), generator, conversation, say, args.history_cnt, args.verbose
+    )
     if args.prompt is not None:
         chat.respond(args.prompt)
     else:
