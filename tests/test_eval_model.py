@@ -533,7 +533,7 @@ def test_a_pasted_text_of_several_lines_is_one_message(root, chat_dir, tokenizer
     def read_until(text):
         nonlocal said
         while text not in said:
-            assert select.select([terminal], [], [], 120)[0], said
+            assert select.select([terminal], [], [], 240)[0], said
             said += os.read(terminal, 4096)
         before, _, said = said.partition(text)
         return before.decode()
