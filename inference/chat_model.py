@@ -66,9 +66,16 @@ class ChatModel:
         return fit_prompt(prompt, self.context - min(room, self.context // 2)).tolist()
 
     def stream(
-        self, ids: Sequence[int], generator: torch.Generator, **options: Any
+        self,
+        ids: Sequence[int],
+        generator: torch.Generator,
+        new_tokens: list[int],
+        **options: Any,
     ) -> Iterator[str]:
-        """Generate text after a prompt, piece by piece; options and errors as of `generate`."""
+        """Generate text after a prompt, piece by piece; options and errors as of `generate`.
+
+        `new_tokens` gets the tokens; the last one is the end token unless the text was cut.
+        """
         tokens = self.model.generate(
             torch.tensor([ids], device=self.decoder.device),
             eos_token_id=self.tokenizer.eos_token_id,
@@ -77,7 +84,13 @@ class ChatModel:
             decoder=self.decoder,
             **options,
         )
-        yield from TextStream(self.tokenizer).decode(token.item() for token in tokens)
+
+        def noted() -> Iterator[int]:
+            for token in tokens:
+                new_tokens.append(token.item())
+                yield new_tokens[-1]
+
+        yield from TextStream(self.tokenizer).decode(noted())
 
 
 def make_decoder(model: MiniMindLM, engine: str | None, rows: int) -> Decoder:

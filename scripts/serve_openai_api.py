@@ -4,7 +4,7 @@
     python scripts/serve_openai_api.py --quantize int8 --api_key secret --host 0.0.0.0
 
 It offers all weights in out/ and all adapters in out/lora/; a request's `model` selects one.
-/docs describes the API, /metrics has figures.
+/ lists the models, /docs describes the API, /metrics has figures.
 """
 
 import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
@@ -40,6 +40,7 @@ def parse_args() -> argparse.Namespace:
     )
     add("--cors_origin", action="append", default=[], help="a page that may call from a browser")
     add(
+        "--access_log",
         "--log_requests",
         action="store_true",
         help="print for each request: time, method, path, status, model, tokens, seconds; no texts",
@@ -48,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     add("--max_batch", type=positive_int, default=32, help="texts of a batch")
     add("--max_queue", type=non_negative_int, default=64, help="texts that may wait")
     add("--max_prompt", type=positive_int, default=2048, help="tokens of a prompt")
-    add("--max_tokens", type=positive_int, default=2048, help="new tokens of a text")
+    add("--max_tokens", type=positive_int, default=4096, help="new tokens of a text")
     add("--max_seconds", type=positive_float, default=300.0, help="per request")
     add("--max_bytes", type=positive_int, default=1_000_000, help="per request")
     args = parser.parse_args()
@@ -79,7 +80,7 @@ def main() -> None:
     for error in pool.load_first():
         print(error, file=sys.stderr)
     limits = Limits(args.max_prompt, args.max_tokens, args.max_seconds, args.max_bytes)
-    request_log = sys.stdout if args.log_requests else None
+    request_log = sys.stdout if args.access_log else None
     app = create_app(pool, limits, args.api_key, args.cors_origin, request_log)
     print(f"{', '.join(names)} at http://{args.host}:{server.getsockname()[1]}/v1", flush=True)
     # Answers may take 5 s more when the server ends.

@@ -2,8 +2,6 @@
 
 import ast
 import re
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,24 +96,3 @@ def test_an_adapter_answers_with_its_matrices(run, talks, tokenizer, tmp_path):
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     new = model.eval().generate(torch.tensor([ids]), max_new_tokens=NEW_TOKENS)[0, len(ids) :]
     assert text == repr(tokenizer.decode(new, skip_special_tokens=True))
-
-
-def test_wandb_gets_a_table(run, texts, tmp_path, monkeypatch):
-    logged = []
-    fake = SimpleNamespace(
-        id="abc",
-        errors=SimpleNamespace(Error=OSError),
-        Table=lambda columns, data: [dict(zip(columns, row, strict=True)) for row in data],
-        log=lambda figures, step: logged.append((step, figures)),
-        finish=lambda: None,
-    )
-    fake.init = lambda **about: fake
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    run(
-        *WORDS, "--data_path", texts, "--out_dir", tmp_path, "--sample_prompts", *PROMPTS,
-        "--use_wandb",
-    )  # fmt: skip
-    tables = [(step, figures["samples"]) for step, figures in logged if "samples" in figures]
-    assert [
-        (str(step), repr(row["prompt"]), repr(row["text"])) for step, rows in tables for row in rows
-    ] == samples(tmp_path)

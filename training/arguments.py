@@ -173,8 +173,10 @@ def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any
     add("--save_total_limit", type=positive_int, nargs="?", const=3, help=last)
     every = "keep …_step{N}.pth for good every this many steps"
     add("--keep_every", type=positive_int, help=every)
-    add("--use_wandb", **switch)
-    add("--wandb_project", default="MiniMind")
+    shown = "also send the figures there; its package must be installed"
+    add("--tracker", choices=("wandb", "swanlab", "tensorboard"), help=shown)
+    add("--use_wandb", **switch, help="the same as --tracker wandb")
+    add("--wandb_project", default="MiniMind", help="project in wandb or SwanLab")
     parser.set_defaults(**defaults)
     return parser
 
@@ -195,6 +197,10 @@ def parse_stage_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace
     # Flags that are not given are None, whatever their defaults.
     args = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys((*SHAPE, "epochs"))))
     args.sample_prompts = [prompt for some in args.sample_prompts for prompt in some]
+    if args.use_wandb:
+        if args.tracker not in (None, "wandb"):
+            raise UserError("--use_wandb and --tracker: give one of them")
+        args.tracker = "wandb"
     if args.size and args.depth:
         raise UserError("--size and --depth: give one of them")
     shape = SIZES[args.size] if args.size else shape_of_depth(args.depth) if args.depth else {}
