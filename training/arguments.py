@@ -56,8 +56,9 @@ def pattern_and_number(text: str) -> tuple[str, float]:
 def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any) -> StageParser:
     """A parser with the flags that every training stage has, and its own defaults, by flag name.
 
-    At least data_path, from_weight, optimizer, learning_rate, weight_decay, epochs, batch_size,
-    grad_clip and max_seq_len need one. `packing` is False where rows cannot hold several documents.
+    At least data_path, from_weight, optimizer, weight_decay, grad_clip and max_seq_len need one.
+    Without one, learning_rate, epochs and batch_size are left to `choose_settings`. `packing` is
+    False where rows cannot hold several documents.
     """
     parser = make_parser(description)
     switch: dict[str, Any] = {"action": BooleanFlag, "default": False}
@@ -107,6 +108,9 @@ def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any
     passes = (
         "passes over the data, fractions too; without a number of its own, a budget replaces it"
     )
+    by_data = "default: by the size of the data"
+    if "epochs" not in defaults:
+        passes += f"; {by_data}"
     add("--epochs", type=positive_float, help=passes)
     add("--max_steps", type=positive_int, help="budget: optimizer steps")
     add("--max_tokens", type=positive_float, help="budget: target tokens, such as 2e7")
@@ -114,11 +118,14 @@ def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any
     add("--max_minutes", type=positive_float, help=minutes)
     chinchilla = "budget: target tokens for each (active) parameter; compute-optimal is about 20"
     add("--tokens_per_parameter", type=positive_float, help=chinchilla)
-    add("--batch_size", type=positive_int, help="rows per process")
+    of_process = "rows per process"
+    if "batch_size" not in defaults:
+        of_process += f"; {by_data}"
+    add("--batch_size", type=positive_int, help=of_process)
     add("--accumulation_steps", type=positive_int, default=1, help="batches per optimizer step")
     chosen = "muon: Muon for the blocks' matrices, AdamW for the rest"
     add("--optimizer", choices=("adamw", "muon"), help=chosen)
-    add("--learning_rate", type=positive_float)
+    add("--learning_rate", type=positive_float, help="default: by optimizer and size of the model")
     add("--min_lr", type=non_negative_float, help="default: learning_rate / 10")
     warmup = "optimizer steps; default: 3 %% of the run"
     add("--warmup_iters", type=non_negative_int, help=warmup)
@@ -208,10 +215,8 @@ def parse_stage_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace
             raise UserError(f"--{name} needs --use_moe")
         if args.use_moe and getattr(args, name) is None:
             setattr(args, name, default)
-    if args.min_lr is None:
-        args.min_lr = args.learning_rate / 10
-    if args.min_lr > args.learning_rate:
-        raise UserError(f"--min_lr {args.min_lr:g} is above --learning_rate {args.learning_rate:g}")
+    if args.learning_rate is not None:
+        set_min_lr(args)
     if args.warmup_iters is not None and args.warmup_ratio is not None:
         raise UserError("--warmup_ratio and --warmup_iters: give one of them")
     if args.val_ratio is not None and args.val_data_path:
@@ -227,3 +232,11 @@ def parse_stage_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace
     if args.eval_interval is None:
         args.eval_interval = args.save_interval
     return args
+
+
+def set_min_lr(args: argparse.Namespace) -> None:
+    """Set --min_lr, if it was not given, to a tenth of --learning_rate; UserError if above it."""
+    if args.min_lr is None:
+        args.min_lr = args.learning_rate / 10
+    if args.min_lr > args.learning_rate:
+        raise UserError(f"--min_lr {args.min_lr:g} is above --learning_rate {args.learning_rate:g}")

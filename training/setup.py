@@ -3,7 +3,7 @@
 import argparse
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -44,7 +44,9 @@ class Stage:
     """What the shared code needs to know of a stage."""
 
     name: str  # begins the names of its files
-    learning_rates: LearningRates  # rates outside make a warning in the plan
+    # By --optimizer. The usual rate is taken without --learning_rate; one outside the limits makes
+    # a warning in the plan.
+    learning_rates: Mapping[str, LearningRates]
     identity: tuple[str, ...] = ()  # its own flags that may not change when a run is resumed
     collate: Callable[[Sequence[Any]], dict[str, Tensor]] = collate  # makes a batch of rows
     sequences_per_row: int = 1  # 2 for pairs

@@ -86,7 +86,7 @@ def start_run(
         epochs=total_steps and budget.epochs_after(state, total_steps - state.step),
         total_steps=total_steps,
         warmup=warmup,
-        learning_rates=setup.stage.learning_rates,
+        learning_rates=setup.stage.learning_rates[args.optimizer],
         sequences=setup.stage.sequences_per_row,
     )
 
