@@ -84,7 +84,7 @@ class Endpoint:
     def models(self) -> dict[str, bool]:
         """As in LocalModels; a model answers conversations unless its name is of pretraining."""
         names = [model.id for model in self.client.models.list()]
-        return {name: not name.startswith(PRETRAINED) for name in names}
+        return {name: answers_conversations(name) for name in names}
 
     def stream(
         self, model: str, messages: Sequence[Mapping[str, str]], settings: Settings
@@ -94,7 +94,7 @@ class Endpoint:
         penalty = options.pop("repetition_penalty")
         if penalty != 1:  # not every server knows it
             options["extra_body"] = {"repetition_penalty": penalty}
-        chats = not model.startswith(PRETRAINED)
+        chats = answers_conversations(model)
         if chats:
             create, prompt = self.client.chat.completions.create, {"messages": list(messages)}
         else:
@@ -104,6 +104,11 @@ class Endpoint:
                 for choice in chunk.choices:
                     if piece := choice.delta.content if chats else choice.text:
                         yield piece
+
+
+def answers_conversations(name: str) -> bool:
+    """Whether a server's model answers conversations, by its name; a folder may stand before it."""
+    return not name.rpartition("/")[2].startswith(PRETRAINED)
 
 
 Backend = LocalModels | Endpoint

@@ -78,7 +78,7 @@ def list_models(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": models}
 
 
-@router.get("/v1/models/{name}")
+@router.get("/v1/models/{name:path}")
 def retrieve_model(name: str, request: Request) -> dict[str, Any]:
     """Describe a model."""
     for model in list_models(request)["data"]:
