@@ -60,7 +60,9 @@ def _what_is_there(folder: Path) -> str:
     if not names:
         return f"{folder} holds no weights"
     more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "") + " are there"
+    return f"{folder} has {', '.join(names[:MOST_NAMED])}" + (
+        f" and {more} more" if more > 0 else ""
+    )
 
 
 def list_weights(out_dir: Path, below: bool = False) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -74,7 +74,7 @@ def test_weights_that_are_not_there_are_told_with_those_that_are(run, texts, tok
     assert f"no file {tmp_path / 'full_sft_512.pth'}; {tmp_path} holds no weights" in error
     save_start(tmp_path, tokenizer)
     error = run(*words, "full_sft", code=2).stderr
-    assert f"no file {tmp_path / 'full_sft_512.pth'}; pretrain_48.pth are there" in error
+    assert f"no file {tmp_path / 'full_sft_512.pth'}; {tmp_path} has pretrain_48.pth" in error
 
 
 def test_a_run_keeps_its_tokenizer_and_what_follows_finds_it(
