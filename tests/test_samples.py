@@ -138,7 +138,7 @@ def test_a_run_ends_with_three_samples_and_the_next_command(run, talks, tokenize
     questions = {
         message["content"]
         for line in talks.read_text(encoding="utf-8").splitlines()
-        for message in json.loads(line)["conversations"]
+        for message in json.loads(line)["messages"]
         if message["role"] == "user"
     }
     for question, _ in found:
