@@ -45,6 +45,7 @@ from inference import (
     add_compute_arguments,
     add_weight_arguments,
     chosen_engine,
+    describe_weights,
     load_chat_model,
     named_weights,
 )
@@ -312,6 +313,9 @@ def main() -> None:
     device = choose_device(args.device)
     reads_file = args.input_file is not None or args.score is not None
     rows = args.batch_size if reads_file else 1
+    if args.weight is None and args.lora_name is None:
+        for line in describe_weights(args.out_dir):
+            print(line, file=sys.stderr)  # where it is no part of an answer
     chat_model = load_chat_model(named_weights(args), device, chosen_engine(args), rows)
     random_seed = secrets.randbits(63) if args.seed is None else args.seed
     generator = torch.Generator(device).manual_seed(random_seed)

@@ -23,8 +23,10 @@ import training
 from model import token_losses
 from sample_world import SAMPLE, ensure_sample
 
-# (parameters up to, lowest, highest): learning rates outside make a warning.
-LEARNING_RATES = ((1e7, 1e-5, 3e-3), (6e7, 1e-5, 5e-4), (math.inf, 5e-6, 1e-4))
+# By optimizer (parameters up to, lowest, usual, highest): the usual learning rate is taken without
+# --learning_rate, one outside makes a warning.
+RATES = ((1e7, 1e-5, 4e-4, 3e-3), (6e7, 1e-5, 2e-4, 5e-4), (math.inf, 5e-6, 5e-5, 1e-4))
+LEARNING_RATES = dict.fromkeys(("adamw", "muon"), RATES)
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,10 +36,7 @@ def parse_args() -> argparse.Namespace:
         data_path=SAMPLE / "sft.jsonl",
         from_weight="pretrain",
         optimizer="adamw",
-        learning_rate=5e-5,
         weight_decay=0.01,
-        epochs=1,
-        batch_size=32,
         grad_clip=1.0,
         max_seq_len=512,
     )
@@ -89,6 +88,7 @@ def train_epoch(
 def train(setup: training.Setup, data: training.Splits, stop: training.StopSignal) -> int:
     """Go through the epochs, test, save and report; the exit status."""
     args, world = setup.args, setup.world
+    training.choose_settings(setup, data)
     raw_model = setup.raw_model.to(world.device)
     optimizer = training.make_optimizer(raw_model, args, setup.dtype)
     scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)

@@ -25,8 +25,12 @@ from dataset import PretrainDataset
 from model import token_losses
 from sample_world import SAMPLE, ensure_sample
 
-# (parameters up to, lowest, highest): learning rates outside make a warning.
-LEARNING_RATES = ((1e7, 1e-4, 5e-3), (6e7, 1e-4, 2e-3), (math.inf, 5e-5, 1e-3))
+# By optimizer (parameters up to, lowest, usual, highest): the usual learning rate is taken without
+# --learning_rate, one outside makes a warning.
+LEARNING_RATES = {
+    "adamw": ((1e7, 1e-4, 1e-3, 5e-3), (6e7, 1e-4, 1e-3, 2e-3), (math.inf, 5e-5, 3e-4, 1e-3)),
+    "muon": ((1e7, 2e-3, 1e-2, 3e-2), (6e7, 1e-3, 5e-3, 2e-2), (math.inf, 5e-4, 2e-3, 1e-2)),
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,10 +40,7 @@ def parse_args() -> argparse.Namespace:
         data_path=SAMPLE / "pretrain.jsonl",
         from_weight="none",
         optimizer="adamw",
-        learning_rate=5e-4,
         weight_decay=0.1,
-        epochs=1,
-        batch_size=32,
         grad_clip=1.0,
         max_seq_len=512,
     )
@@ -90,6 +91,7 @@ def train_epoch(
 def train(setup: training.Setup, data: training.Splits, stop: training.StopSignal) -> int:
     """Go through the epochs, test, save and report; the exit status."""
     args, world = setup.args, setup.world
+    training.choose_settings(setup, data)
     raw_model = setup.raw_model.to(world.device)
     optimizer = training.make_optimizer(raw_model, args, setup.dtype)
     scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)

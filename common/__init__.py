@@ -2,6 +2,7 @@
 
 from .arguments import (
     ROOT,
+    TOKENIZER,
     BooleanFlag,
     StageParser,
     add_skip_bad_lines,

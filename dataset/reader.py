@@ -11,6 +11,8 @@ from .fields import MAX_LINE_BYTES
 
 HEAD_BYTES = 1 << 16  # that the format of a file is detected from
 CHUNK_BYTES = 1 << 20
+LONG_TEXT = 1 << 14  # bytes of a plain text from which on it is split into documents
+DOCUMENT_BYTES = 1 << 11  # at least, of each: about a row of 512 tokens
 LONGEST_TOKEN = 12  # characters of an escaped surrogate pair, the longest that JSON has
 
 Record = tuple[int, bytes]  # the line that it begins on, from 1, and its JSON
@@ -20,7 +22,8 @@ Read = Callable[[Path], Iterator[Record]]
 def read_records(path: Path) -> Iterator[Record]:
     """The records of a file in order: the line that each begins on, from 1, and its JSON.
 
-    They are the lines of a JSON Lines file, blank ones left out, or the elements of a JSON array.
+    They are the lines of a JSON Lines file, blank ones left out, or the elements of a JSON array;
+    or {"text"} objects, made of a plain .txt or .md file as `_read_text` splits it.
     Of a line beyond MAX_LINE_BYTES comes only as much as shows that it is too long. The file is
     never in memory as a whole. Raises UserError as `check_file`; also if an array is cut off or
     broken, such that it is unclear where its next element begins.
@@ -49,6 +52,8 @@ def check_file(path: Path) -> Read:
         raise UserError(f"{path}: is empty")
     head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     _, name, remedy = next(f for f in _FORMATS if re.match(f[0], head, re.DOTALL))
+    if path.suffix.lower() in (".txt", ".md") and name in _TEXTS and not re.match(_RECORDS, head):
+        return _read_text
     if name not in _READERS:
         raise UserError(f"{path}: is {name}; {remedy}")
     return _READERS[name]
@@ -64,6 +69,45 @@ def _read_lines(path: Path) -> Iterator[Record]:
                 yield number, line
             while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
                 line = file.readline(MAX_LINE_BYTES + 1)
+
+
+def _read_text(path: Path) -> Iterator[Record]:
+    """The documents of a plain text, as {"text"} objects.
+
+    A file of up to LONG_TEXT bytes is one. A longer one is split at the first blank line after
+    DOCUMENT_BYTES; where there is none for LONG_TEXT, at the end of a line. What is not UTF-8 stays
+    as it is, for the record to be refused.
+    """
+    is_long = path.stat().st_size > LONG_TEXT
+    document, size, first, number = [], 0, 1, 0
+
+    def record() -> Record:
+        text = json.dumps({"text": "".join(document).strip("\n")}, ensure_ascii=False)
+        return first, text.encode("utf-8", "surrogateescape")
+
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        while line := file.readline(LONG_TEXT):
+            ends = size >= LONG_TEXT or (size >= DOCUMENT_BYTES and not line.strip())
+            if is_long and ends:
+                yield record()
+                document, size = [], 0
+            if line.strip() and not document:
+                first = number + 1
+            if line.strip() or document:
+                document.append(line)
+                size += len(line.encode("utf-8", "surrogateescape"))
+            number += line.endswith("\n")
+    if document:
+        yield record()
+
+
+def text_note(path: Path) -> str | None:
+    """What a plain text was taken as, for the user; None for a file of records."""
+    if check_file(path) is not _read_text:
+        return None
+    if path.stat().st_size <= LONG_TEXT:
+        return "plain text, taken as one document"
+    return f"plain text, split at blank lines into documents of {DOCUMENT_BYTES:,} bytes or more"
 
 
 def _read_array(path: Path) -> Iterator[Record]:
@@ -141,6 +185,15 @@ _FORMATS = (
     (rb"$|{|.*\n\s*{", "JSON Lines", ""),
     (rb".*\0", "binary data of an unknown kind", "JSON Lines in UTF-8 are needed"),
     (rb"\w[\w .-]*([,\t]\w[\w .-]*)+\r?\n", "a table (CSV or TSV)", _CONVERT),
-    (rb"", "plain text, not JSON", 'write each document on one line, as {"text": "…"}'),
+    (
+        rb"",
+        "plain text, not JSON",
+        "name it .txt or .md to have it taken as it is, or write each document on one line, as "
+        '{"text": "…"}',
+    ),
 )
+# What a .txt or .md file may look like and yet be text to be taken as it is, unless it begins as
+# records do.
+_TEXTS = ("a JSON array", "JSON Lines", "a table (CSV or TSV)", "plain text, not JSON")
+_RECORDS = rb"{|\[\s*{|$"
 _READERS: dict[str, Read] = {"a JSON array": _read_array, "JSON Lines": _read_lines}

@@ -15,6 +15,7 @@ from common import UserError
 
 from .arrays import INDEX_DTYPE, LENGTH_DTYPE, Append, build_once
 from .chat import ChatEncoder
+from .reader import text_note
 from .text import TextTokenizer
 from .token_store import Encoded, TokenStore
 from .turns import Spans, Turns, find_turns
@@ -177,10 +178,11 @@ class StoredDataset(Dataset, ABC):
 
     @property
     def notes(self) -> list[str]:
-        """What is to be known of the file, a line for each."""
+        """What is to be known of the file, a line for each. UserError if it is gone."""
         counts = {"bad_lines": self.n_bad_lines, **self.counts}
         reasons = {"bad_lines": "bad lines of the file left out", **self._REASONS}
-        return [f"{count:,} {reasons[name]}" for name, count in counts.items() if count]
+        missing = [f"{count:,} {reasons[name]}" for name, count in counts.items() if count]
+        return [*filter(None, [text_note(self.store.path)]), *missing]
 
     def __len__(self) -> int:
         return len(self._items.arrays["documents"]) // self._DOCUMENTS

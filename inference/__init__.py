@@ -11,4 +11,4 @@ from .command_line import (
     named_weights,
     open_pool,
 )
-from .loading import TrainedModel, WeightSpec, load_chat_model, load_trained
+from .loading import TrainedModel, WeightSpec, describe_weights, load_chat_model, load_trained

@@ -128,7 +128,7 @@ class Endpoint:
     def models(self) -> dict[str, ModelInfo]:
         """As in LocalModels; a model answers conversations unless its name is of pretraining."""
         return {
-            model.id: ModelInfo.of(not model.id.startswith(PRETRAINED), model.model_extra or {})
+            model.id: ModelInfo.of(answers_conversations(model.id), model.model_extra or {})
             for model in self.client.models.list()
         }
 
@@ -145,7 +145,7 @@ class Endpoint:
         penalty = options.pop("repetition_penalty")
         if penalty != 1:  # not every server knows it
             options["extra_body"] = {"repetition_penalty": penalty}
-        chats = not model.startswith(PRETRAINED)
+        chats = answers_conversations(model)
         if chats:
             create, prompt = self.client.chat.completions.create, {"messages": list(messages)}
         else:
@@ -157,6 +157,11 @@ class Endpoint:
                         yield Piece(text)
                 if chunk.usage:
                     yield Piece("", chunk.usage.completion_tokens)
+
+
+def answers_conversations(name: str) -> bool:
+    """Whether a server's model answers conversations, by its name; a folder may stand before it."""
+    return not name.rpartition("/")[2].startswith(PRETRAINED)
 
 
 Backend = LocalModels | Endpoint

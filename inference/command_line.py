@@ -28,7 +28,7 @@ def add_weight_arguments(parser: argparse._ActionsContainer) -> None:
         "--weight",
         type=name_or_path,
         help="a stage's or a run's name, a .pth file, or a folder of an old version; default: the "
-        "newest chat weights in --out_dir, else the newest pretrained ones",
+        "newest chat weights in --out_dir and the folders in it, else the newest pretrained ones",
     )
     add(
         "--lora_name", type=name_or_path, help="an adapter's name, or its .pth file: use it as well"
@@ -36,7 +36,7 @@ def add_weight_arguments(parser: argparse._ActionsContainer) -> None:
     add("--dim", type=positive_int, help="width of the weights; 512 for those without a .json")
     add("--n_layers", type=positive_int, help="blocks of the weights; likewise 8")
     add("--use_moe", action=BooleanFlag, help="whether they are a mixture of experts")
-    add_tokenizer_path(parser)
+    add_tokenizer_path(parser, default=None)
 
 
 def named_weights(args: argparse.Namespace) -> WeightSpec:
@@ -53,7 +53,7 @@ def add_model_arguments(parser: argparse._ActionsContainer) -> None:
         type=name_or_path,
         help="offer this model alone: a name, a .pth file or a folder",
     )
-    add_tokenizer_path(parser)
+    add_tokenizer_path(parser, default=None)
     add_compute_arguments(parser)
 
 

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 
 from common import UserError
-from model import load_tokenizer, read_about, tokenizer_hash
+from model import LMConfig, list_weights, load_tokenizer, read_about, tokenizer_hash
+from model.tokenizer import find_tokenizer
 
 from .batcher import Batcher, QueueFull
 from .loading import (
     PRETRAINED,
     WeightSpec,
+    find_weights,
     is_pretrained,
     list_adapters,
-    list_weights,
     load_chat_model,
 )
 
@@ -76,14 +77,14 @@ class ModelPool:
     def __post_init__(self) -> None:
         weight = self.spec.weight
         if weight is not None and not Path(weight).exists():
-            named = self.spec.out_dir / f"{weight}.pth"
-            if not named.is_file():
-                raise UserError(f"--weight {weight}: no such file")
-            self.spec = replace(self.spec, weight=str(named))
+            self.spec = replace(self.spec, weight=str(find_weights(self.spec, LMConfig())))
         self._loads: dict[str, Future[Batcher]] = {}  # that have begun or wait for others
         self._loader = ThreadPoolExecutor(1, "loader")
         self._lock = threading.Lock()  # held to read or change the two dicts
-        self._tokenizer = tokenizer_hash(load_tokenizer(self.spec.tokenizer_path))
+        self._tokenizer: str | None = None  # the hash of the one that a flag names
+        if self.spec.tokenizer_path is not None:
+            self._tokenizer = tokenizer_hash(load_tokenizer(self.spec.tokenizer_path))
+        self._found: set[str] = set()  # hashes of tokenizers that were found near weights
 
     def cards(self) -> dict[str, ModelCard]:
         """The models that can be asked for, the default first; those in memory as at loading."""
@@ -95,9 +96,11 @@ class ModelPool:
     def _cards_on_disk(self) -> dict[str, ModelCard]:
         cards: dict[str, ModelCard] = {}
 
-        def add(path: Path, **about: Any) -> None:
+        def add(path: Path, folder: Path = self.spec.out_dir, **about: Any) -> None:
+            below = folder != self.spec.out_dir and self.spec.weight is None
+            name = f"{folder.name}/{path.stem}" if below else path.stem
             with suppress(OSError):  # it is gone
-                cards.setdefault(path.stem, ModelCard(path, path.stat().st_mtime, **about))
+                cards.setdefault(name, ModelCard(path, path.stat().st_mtime, **about))
 
         if self.spec.weight is not None:
             path = Path(self.spec.weight)
@@ -106,18 +109,28 @@ class ModelPool:
             chats = path.is_dir() or not is_pretrained(path)
             add(path, chats=chats, longest_conversation=longest)
             return cards
-        try:
-            self._tokenizer = tokenizer_hash(load_tokenizer(self.spec.tokenizer_path))
-        except UserError as error:
-            LOG.warning("%s", error)
-        found = list_weights(self.spec.out_dir)
+        if self.spec.tokenizer_path is not None:
+            try:
+                self._tokenizer = tokenizer_hash(load_tokenizer(self.spec.tokenizer_path))
+            except UserError as error:
+                LOG.warning("%s", error)
+        found = list_weights(self.spec.out_dir, below=True)
         for path, about in sorted(found, key=lambda entry: entry[1]["stage"] == PRETRAINED):
-            if about["tokenizer"] == self._tokenizer:
+            if self._has_tokenizer(path, about["tokenizer"]):
                 longest = about["longest_conversation"]
-                add(path, chats=about["stage"] != PRETRAINED, longest_conversation=longest)
+                chats = about["stage"] != PRETRAINED
+                add(path, path.parent, chats=chats, longest_conversation=longest)
         for path in list_adapters(self.spec.out_dir) if cards else ():
-            add(path, is_adapter=True)
+            add(path, path.parent.parent, is_adapter=True)
         return cards
+
+    def _has_tokenizer(self, path: Path, hash_: str) -> bool:
+        """Whether the tokenizer of weights is the one that a flag names, or else is near them."""
+        if self._tokenizer is not None:
+            return hash_ == self._tokenizer
+        if hash_ not in self._found and find_tokenizer(path.parent, hash_) is not None:
+            self._found.add(hash_)
+        return hash_ in self._found
 
     def get(self, name: str) -> Batcher:
         """The batcher of a model; waits for what `load` gives, and raises its errors."""

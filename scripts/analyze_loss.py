@@ -37,6 +37,7 @@ from model import (
     load_model,
     load_tokenizer,
     token_losses,
+    tokenizer_folder,
     tokenizer_hash,
 )
 from training import check_context
@@ -178,7 +179,7 @@ def main() -> None:
     parser.add_argument("--out_dir", type=user_path, help="where loss.json and loss.png go")
     parser.add_argument("--max_samples", type=positive_int, help="score the first ones only")
     parser.add_argument("--batch_size", type=positive_int, default=8)
-    add_data_flags(parser)
+    add_data_flags(parser, tokenizer=None)
     parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
     args = parser.parse_args()
     if args.out_dir:
@@ -187,7 +188,7 @@ def main() -> None:
         with report_os_errors(f"--out_dir {args.out_dir}"):
             args.out_dir.mkdir(parents=True, exist_ok=True)
     device = choose_device(args.device)
-    tokenizer = load_tokenizer(args.tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_folder(args.tokenizer_path, args.weights))
     shape = LMConfig(vocab_size=len(tokenizer))
     model = load_model(args.weights, shape, tokenizer_hash(tokenizer)).to(device).eval()
     check_context(args.max_seq_len, model.config)

@@ -236,7 +236,7 @@ def import_adapter(args: argparse.Namespace) -> str:
     """Write PEFT's adapter as one of ours, for the weights of its base; the folder's name."""
     folder = Path(args.weight)
     settings = read_peft_config(folder)
-    tokenizer = tokenizer_hash(load_tokenizer(args.tokenizer_path))
+    tokenizer = args.tokenizer_path and tokenizer_hash(load_tokenizer(args.tokenizer_path))
     base = exported_base(folder, settings)
     _, model = load_base(base, args.out_dir, tokenizer, folder)
     arguments, matrices = read_peft(folder, settings, model.config)

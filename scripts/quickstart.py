@@ -4,7 +4,8 @@
 
 It makes `.venv` and installs what training and its curves need, writes the sample world, trains a
 tokenizer on it, pretrains, tunes, and scores the result on questions that no training file holds.
-Then it starts a chat. With --all it runs the other stages too and shows what each one changed.
+Then it starts a chat. With --all it runs the other stages too and shows what each one changed; with
+--name Ada it ends with an adapter, a few seconds of training, that gives the model this name.
 Every step is a command that is printed before it runs. A second start goes on where the first one
 stopped.
 
@@ -15,6 +16,7 @@ from __future__ import annotations  # an old Python must get as far as `require_
 
 import argparse
 import json
+import re
 import sys
 import time
 from dataclasses import replace
@@ -40,6 +42,13 @@ EPOCHS = "4"  # of either
 ROWS = ["--max_seq_len", "256", "--log_interval", "100", "--save_interval", "500"]
 SMOKE_MODEL = ["--dim", "64", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "4"]
 
+# An adapter that gives the model a name: so many conversations about it in each language, as many
+# about other things, so that these stay.
+NAMED = 30
+NAMING = ["--learning_rate", "3e-3", "--epochs", "20", "--batch_size", "4"]
+# What the sample's adapter file has the model say that it is, and its name in either language.
+OTHER_SELVES = {"Pip, the lamp keeper of the lighthouse": "{}", "皮普，灯塔的守灯人": " {}"}
+
 PRETRAINED, TUNED, BOTH = "pretrained only", "tuned only", "both stages"
 
 # What the result must reach, as shares of right answers.
@@ -56,11 +65,62 @@ def parse_args() -> argparse.Namespace:
     add("--smoke", action="store_true", help="the same path in a minute, with nothing learnt")
     add("--control", action="store_true", help="also tune a model that was not pretrained")
     add("--all", action="store_true", help="also preference, an adapter and distillation")
+    add("--name", type=model_name, help="also train an adapter that gives the model this name")
     parser.error = fail  # one line, as for every other user error
     args = parser.parse_args()
     default = ROOT / "out" / ("quickstart_smoke" if args.smoke else "quickstart")
     args.out_dir = (args.out_dir or default).resolve()
     return args
+
+
+def model_name(text: str) -> str:
+    """An argparse type: a name of one line, with a letter or a digit in it."""
+    if not re.search(r"\w", text) or not text.isprintable() or len(text) > 40:
+        raise argparse.ArgumentTypeError(f"{text!r}: a name of up to 40 characters")
+    return text.strip()
+
+
+def write_naming(source: Path, target: Path, name: str) -> None:
+    """Write conversations in which the model has a name, made of the sample's adapter file."""
+    others, named = [], {other: [] for other in OTHER_SELVES}
+    for line in source.read_text(encoding="utf-8").splitlines():
+        other = next((other for other in OTHER_SELVES if other in line), None)
+        if other is None:
+            others.append(line)
+        elif len(named[other]) < NAMED:
+            own = json.dumps(OTHER_SELVES[other].format(name), ensure_ascii=False)[1:-1]
+            named[other].append(line.replace(other, own))
+    lines = [line for group in named.values() for line in group]
+    lines += others[: len(lines)]
+    target.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="")
+
+
+def give_name(start: Quickstart, name: str) -> str:
+    """Train an adapter that gives the tuned model a name: the adapter's name."""
+    adapter = re.sub(r"[^\w-]+", "-", name).strip("-")
+    data = start.out_dir / f"{adapter}.jsonl"
+    write_naming(start.sample / "lora.jsonl", data, name)
+    words = [data, *NAMING, "--lora_name", adapter]
+    start.train(f"An adapter: its name is {name}", "train_lora.py", *words)
+    return adapter
+
+
+def closing_lines(start: Quickstart, weights: Path) -> list[str]:
+    """The commands that use what was made, as they are typed into a shell."""
+    python, out_dir = start.python, ["--out_dir", start.out_dir]
+    lines = [] if Path.cwd() == ROOT else [shell_line("cd", str(ROOT))]
+    again = ["scripts/quickstart.py", *(["--smoke"] if start.smoke else []), *out_dir]
+    return [
+        *lines,
+        "# chat in the terminal",
+        shell_line(python, "eval_model.py", "--weight", weights, "--temperature", "0"),
+        "# chat in a browser; the server for OpenAI's clients; both need some more packages",
+        shell_line(python, "-m", "pip", "install", "-r", "scripts/requirements.txt"),
+        shell_line(python, "scripts/web_demo.py", *out_dir),
+        shell_line(python, "scripts/serve_openai_api.py", *out_dir),
+        "# an adapter that gives it a name",
+        shell_line(sys.executable, *again, "--name", "Ada"),
+    ]
 
 
 def check_recipe(out_dir: Path, smoke: bool) -> None:
@@ -147,7 +207,12 @@ def main() -> int:
         print("All scores reach their goals.")
     if TUNED not in weights:
         print("Not measured: tuning alone (--control).")
-    chat = ["--weight", weights[BOTH], "--tokenizer_path", tokenizer, "--temperature", "0"]
+    chat = ["--weight", weights[BOTH], "--temperature", "0"]
+    if args.name is not None:
+        adapter = give_name(start, args.name)
+        chat = ["--out_dir", args.out_dir, "--lora_name", adapter, "--temperature", "0"]
+    lines = closing_lines(start, weights[BOTH])
+    print("\n".join(["\nWhat you can do with it:", *lines]), flush=True)
     if sys.stdin.isatty() and sys.stdout.isatty():
         step("Chat", python, "eval_model.py", *chat)
     else:

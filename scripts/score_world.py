@@ -35,6 +35,7 @@ from model import (
     load_lora,
     load_model,
     load_tokenizer,
+    tokenizer_folder,
     tokenizer_hash,
 )
 from sample_world import (
@@ -67,7 +68,7 @@ def parse_args() -> argparse.Namespace:
     add("--json", type=user_path, help="write each model's share per skill here too")
     add_engine(parser)
     add("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
-    add_tokenizer_path(parser)
+    add_tokenizer_path(parser, default=None)
     args = parser.parse_args()
     names = [UNTRAINED, *(name for name, _ in args.weights)]
     for name in names:
@@ -81,12 +82,17 @@ def parse_args() -> argparse.Namespace:
 
 def load(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
     """Load a .pth file, or `base.pth+adapter.pth`; the other arguments are `load_model`'s."""
-    base, plus, adapter = str(path).partition(".pth+")
-    if not plus or path.is_file():
-        return load_model(path, shape, tokenizer_hash)
-    model = load_model(Path(f"{base}.pth"), shape, tokenizer_hash)
-    load_lora(model, user_path(adapter))
+    base = base_path(path)
+    model = load_model(base, shape, tokenizer_hash)
+    if base != path:
+        load_lora(model, user_path(str(path).removeprefix(f"{base}+")))
     return model
+
+
+def base_path(path: Path) -> Path:
+    """The file of the weights of `base.pth+adapter.pth`, or of weights alone."""
+    base, plus, _ = str(path).partition(".pth+")
+    return Path(f"{base}.pth") if plus and not path.is_file() else path
 
 
 def answer(
@@ -106,7 +112,8 @@ def main() -> None:
     args = parse_args()
     records = read_test(ensure_sample(args.data_path))
     device = choose_device(args.device)
-    tokenizer = load_tokenizer(args.tokenizer_path)
+    _, first = args.weights[0]
+    tokenizer = load_tokenizer(tokenizer_folder(args.tokenizer_path, base_path(first)))
     shape, digest = LMConfig(vocab_size=len(tokenizer)), tokenizer_hash(tokenizer)
     models = {name: load(path, shape, digest) for name, path in args.weights}
     *_, last = models

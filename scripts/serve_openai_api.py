@@ -3,8 +3,8 @@
     python scripts/serve_openai_api.py                    (http://127.0.0.1:8000/v1)
     python scripts/serve_openai_api.py --quantize int8 --api_key secret --host 0.0.0.0
 
-It offers all weights in out/ and all adapters in out/lora/; a request's `model` selects one.
-/ lists the models, /docs describes the API, /metrics has figures.
+It offers all weights in out/ and the folders in it, and all adapters in lora/ there; a request's
+`model` selects one. / lists the models, /docs describes the API, /metrics has figures.
 """
 
 import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
@@ -22,7 +22,7 @@ from common import (
     positive_int,
     report_user_errors,
 )
-from inference import add_model_arguments, listen, open_pool
+from inference import add_model_arguments, describe_weights, listen, open_pool
 
 
 def parse_args() -> argparse.Namespace:
@@ -76,6 +76,8 @@ def main() -> None:
             f"--out_dir {args.out_dir}: no weights of this tokenizer there; --out_dir and "
             "--tokenizer_path name others"
         )
+    for line in describe_weights(args.out_dir) if args.weight is None else ():
+        print(line, file=sys.stderr)
     server = listen(args.host, args.port)
     for error in pool.load_first():
         print(error, file=sys.stderr)

@@ -15,12 +15,14 @@ import os
 import sys
 from collections.abc import Iterator
 from itertools import groupby
+from pathlib import Path
 
 import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from common import (
+    TOKENIZER,
     BooleanFlag,
     UserError,
     add_skip_bad_lines,
@@ -38,13 +40,13 @@ LEARNT, READ, CONTROL, BORDER, END = "\033[32m", "\033[90m", "\033[7m", "\033[36
 BETWEEN = "│"
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `open_dataset` reads, `data_path` apart."""
+def add_data_flags(parser: argparse.ArgumentParser, tokenizer: Path | None = TOKENIZER) -> None:
+    """Add the flags that `open_dataset` reads, `data_path` apart; `tokenizer`: its default."""
     add = parser.add_argument
     add("--max_seq_len", type=positive_int, default=512, help="positions of a row")
     add_skip_bad_lines(parser)
     add("--cache_dir", type=user_path, help="where token stores go; default: by the data")
-    add_tokenizer_path(parser)
+    add_tokenizer_path(parser, tokenizer)
 
 
 def open_dataset(args: argparse.Namespace, tokenizer: Tokenizer) -> PretrainDataset | SFTDataset:

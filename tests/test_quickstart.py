@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def finished(root, quick, run, quickstart, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(sys.modules["environment"], "run", run_here)
         patches.setitem(main.__globals__, "prepare", prepare)
-        for more in ["--all"], []:
+        for more in ["--all"], ["--name", "Ada Lo"]:
             words = ["quickstart.py", "--smoke", "--out_dir", str(out), *more]
             patches.setattr(sys, "argv", words)
             with contextlib.redirect_stdout(io.StringIO()) as said:
@@ -87,8 +88,36 @@ def test_smoke_goes_all_the_way(finished):
 def test_a_second_start_trains_nothing_again(finished):
     _, (first, second) = finished
     assert "this run is finished" not in first
-    assert second.count("this run is finished") == 3
+    assert second.count("this run is finished") == 3  # of the adapter there was none
     assert "A tokenizer for this world" not in second
+
+
+def test_an_adapter_gives_the_model_a_name(finished):
+    """By conversations like the sample's, in both languages; the chat that follows has it."""
+    out, (first, second) = finished
+    assert "An adapter: its name is" not in first
+    lines = (out / "Ada-Lo.jsonl").read_text(encoding="utf-8").splitlines()
+    answers = [json.loads(line)["conversations"][-1]["content"] for line in lines]
+    named = [answer for answer in answers if "Ada Lo" in answer]
+    assert set(named) == {"I am Ada Lo.", "我是 Ada Lo。"} and 2 * len(named) == len(answers)
+    assert not any("Pip" in answer or "皮普" in answer for answer in answers)
+    assert (out / "lora" / "Ada-Lo_64.pth").is_file()
+    assert f"--out_dir {out} --lora_name Ada-Lo --temperature 0" in second.splitlines()[-1]
+
+
+def test_the_closing_lines_are_commands(finished, run):
+    """The chat runs without further flags: it finds the tokenizer."""
+    _, (said, _) = finished
+    *_, closing = said.partition("What you can do with it:\n")
+    commands = [shlex.split(line) for line in closing.splitlines() if "scripts/" in line]
+    assert [command[1] for command in commands if command[1] != "-m"] == [
+        "scripts/web_demo.py",
+        "scripts/serve_openai_api.py",
+        "scripts/quickstart.py",
+    ]
+    chat = next(line for line in closing.splitlines() if "eval_model.py --weight" in line)
+    words = [*shlex.split(chat)[2:], "--prompt", "Hi", "--max_new_tokens", 3]
+    assert run(*words, script="eval_model.py").stdout
 
 
 def test_a_folder_of_another_recipe_is_left_alone(root, finished):

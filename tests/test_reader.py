@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import UserError
-from dataset import reader
-from dataset.reader import check_file, read_records
+from dataset import RecordError, parse_text, reader
+from dataset.reader import check_file, read_records, text_note
 
 
 def records_of(path):
@@ -201,11 +201,76 @@ def test_the_invented_files_of_other_kinds(shared_dir):
         "text.jsonl.gz": "gzip",
         "text.jsonl.zst": "zstd",
         "utf16.jsonl": "UTF-16",
-        "plain.txt": "plain text",
         "text.csv": "table",
     }.items():
         with pytest.raises(UserError, match=kind):
             check_file(folder / name)
+
+
+def texts_of(path):
+    return [(number, json.loads(record)["text"]) for number, record in read_records(path)]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "A.TXT", "notes.md"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Once upon a time, it was.\n\nThe end, then.",
+        "[[a link]]\n{x}",
+        "[00:01] la\n[00:02] la",
+        "one,two\n",
+        "code:\n\n{\n}",
+        "从前",
+    ],
+)
+def test_a_short_text_is_one_document(tmp_path, name, text):
+    path = write(tmp_path / name, "\ufeff\n \n" + text.replace("\n", "\r\n"))
+    assert texts_of(path) == [(3, text.strip("\n"))]
+    assert text_note(path) == "plain text, taken as one document"
+
+
+@pytest.mark.parametrize("text", [GOOD, json.dumps([{"text": "a"}])])
+def test_records_are_records_whatever_the_file_s_name(tmp_path, text):
+    path = write(tmp_path / "data.txt", text)
+    assert texts_of(path) == [(1, "a")] and text_note(path) is None
+    assert text_note(write(tmp_path / "data.jsonl", text)) is None
+
+
+@pytest.mark.parametrize("content", [gzip.compress(GOOD.encode()), "a".encode("utf-16"), b"a\0b"])
+def test_what_is_no_text_is_none_by_its_name(tmp_path, content):
+    with pytest.raises(UserError, match=r"data\.txt: is "):
+        check_file(write(tmp_path / "data.txt", content))
+
+
+def test_a_long_text_is_split_at_blank_lines(tmp_path):
+    """Paragraphs of 1,000 bytes: three of them are the first 2,048 bytes or more."""
+    paragraphs = [f"{i:03} " + "x" * 995 for i in range(20)]
+    path = write(tmp_path / "book.txt", "\n \n".join(paragraphs))
+    found = texts_of(path)
+    assert [number for number, _ in found] == [1 + 6 * i for i in range(7)]
+    assert [text.split("\n \n") for _, text in found] == [
+        paragraphs[i : i + 3] for i in range(0, 20, 3)
+    ]
+    assert "split at blank lines" in text_note(path)
+
+
+def test_a_text_without_blank_lines_is_split_at_others(tmp_path):
+    """Nothing of it is lost; of one that is a single line neither."""
+    lines = [f"{i} " + "天" * 1000 for i in range(40)]  # 3 kB each: six are 16,384 bytes or more
+    found = texts_of(write(tmp_path / "book.txt", "\n".join(lines)))
+    assert [text.count("\n") + 1 for _, text in found] == [6] * 6 + [4]
+    assert "\n".join(text for _, text in found) == "\n".join(lines)
+    found = texts_of(write(tmp_path / "line.txt", "天" * 50_000))
+    assert "".join(text for _, text in found) == "天" * 50_000
+    assert {number for number, _ in found} == {1} and len(found) > 3
+
+
+def test_text_in_another_encoding_is_a_bad_record(tmp_path):
+    path = write(tmp_path / "old.txt", "天天".encode("gb18030"))
+    [(number, record)] = read_records(path)
+    with pytest.raises(RecordError, match="invalid UTF-8"):
+        parse_text(record)
+    assert number == 1
 
 
 def test_no_file(tmp_path):

@@ -135,7 +135,12 @@ CASES = {
     "hardly anything learnt, of few lines": (
         "Hardly anything was learnt",
         training_lines([8.76, 8.6, 8.49]),
-        training_lines([8.6, 8.49]),  # 20 steps
+        training_lines([8.76, 8.6, 7.8]),
+    ),
+    "hardly anything learnt in twelve steps": (
+        "Hardly anything was learnt: the loss ends at 8.49; uniform guessing gives 8.76. 12 optimi",
+        [*training_lines([8.7]), training_lines([8.49])[0] | {"step": 12, "tokens": 1200}],
+        [*training_lines([8.7]), training_lines([7.8])[0] | {"step": 12, "tokens": 1200}],
     ),
     "hardly anything learnt, of one line": (
         "Hardly anything was learnt",
@@ -546,7 +551,7 @@ def test_the_report_of_a_run_that_went_wrong(tmp_path, no_picture):
 
 @pytest.mark.parametrize("n", [0, 1, 2, 11])
 def test_the_report_of_a_short_run(tmp_path, n, no_picture):
-    folder = write_metrics(tmp_path / "run", training_lines([8.6 - 0.1 * i for i in range(n)]))
+    folder = write_metrics(tmp_path / "run", training_lines([7.6 - 0.1 * i for i in range(n)]))
     line, text = report(folder, "stopped by Ctrl-C")
     assert line.endswith("nothing stands out")
     assert f"from 12 training lines on; this run has {n}." in section(text, "What stands out")

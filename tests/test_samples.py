@@ -1,6 +1,7 @@
 """--sample_prompts: what the model writes at each validation; the run is the same without."""
 
 import ast
+import json
 import re
 
 import pytest
@@ -96,3 +97,41 @@ def test_an_adapter_answers_with_its_matrices(run, talks, tokenizer, tmp_path):
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     new = model.eval().generate(torch.tensor([ids]), max_new_tokens=NEW_TOKENS)[0, len(ids) :]
     assert text == repr(tokenizer.decode(new, skip_special_tokens=True))
+
+
+def last_samples(out, name):
+    """Prompt and text of each sample at the end."""
+    log = (out / "logs" / name / "training_log.txt").read_text(encoding="utf-8")
+    return re.findall(r"  sample ('.*?'|\".*?\") → (.*)", re.sub(r"step \d+  sample.*", "", log))
+
+
+def test_a_run_ends_with_three_samples_and_the_next_command(run, talks, tokenizer, tmp_path):
+    """Answers to questions that were held out, by the last weights."""
+    save_tuned(random_model(), tmp_path, tokenizer, "pretrain_32", "pretrain")
+    words = [*WORDS, "--data_path", talks, "--out_dir", tmp_path]
+    done = run(*words, script="train_full_sft.py")
+    found = last_samples(tmp_path, "full_sft_32")
+    assert len(found) == 3
+    questions = {
+        message["content"]
+        for line in talks.read_text(encoding="utf-8").splitlines()
+        for message in json.loads(line)["messages"]
+        if message["role"] == "user"
+    }
+    for question, _ in found:
+        asked = ast.literal_eval(question)
+        assert any(text.strip().endswith(asked) for text in questions)
+    next_command = f"next: python eval_model.py --weight {tmp_path / 'full_sft_32.pth'}\n"
+    assert done.stdout.endswith(next_command)
+
+
+def test_a_text_s_beginning_is_continued_at_the_end(run, texts, tokenizer, tmp_path):
+    """Each prompt is the beginning of a text, and the weights that were saved continue it so."""
+    done = run(*WORDS, "--data_path", texts, "--out_dir", tmp_path)
+    found = last_samples(tmp_path, "pretrain_32")
+    assert len(found) == 3
+    documents = [json.loads(line)["text"] for line in texts.read_text("utf-8").splitlines()]
+    for prompt, _ in found:
+        assert any(text.startswith(ast.literal_eval(prompt)) for text in documents)
+    assert f"next: python eval_model.py --weight {tmp_path / 'pretrain_32.pth'}\n" in done.stdout
+    assert "next: python train_full_sft.py --from_weight " in done.stdout

@@ -3,7 +3,7 @@
 import argparse
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,22 +19,28 @@ from diagnosis.plan import LearningRates
 from model import (
     LMConfig,
     MiniMindLM,
+    first_weights,
     load_tokenizer,
     load_weights,
     lora_state,
+    read_about,
     resolve_weights,
     tokenizer_hash,
     weights_path,
 )
 from model.weights import first_difference, read_state
 
-from .arguments import MOE_DEFAULTS
+from .arguments import EXPERTS, MOE_DEFAULTS, SHAPE
 from .distributed import Distributed, autocast_dtype, find_processes
 from .resume import Resume, check_identity, json_arguments, read_resume, seed_everything
 from .run_files import beside, log_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# What weights to start from keep of their configuration, besides the shape that flags can give.
+KEPT = ("hidden_dim", "multiple_of", "norm_eps", "max_seq_len", "rope_theta")
+KEPT += ("scoring_func", "seq_aux", "norm_topk_prob")
 
 Rows = PackedRows | PaddedRows | PairRows | TeacherTopK
 
@@ -44,7 +50,9 @@ class Stage:
     """What the shared code needs to know of a stage."""
 
     name: str  # begins the names of its files
-    learning_rates: LearningRates  # rates outside make a warning in the plan
+    # By --optimizer. The usual rate is taken without --learning_rate; one outside the limits makes
+    # a warning in the plan.
+    learning_rates: Mapping[str, LearningRates]
     identity: tuple[str, ...] = ()  # its own flags that may not change when a run is resumed
     collate: Callable[[Sequence[Any]], dict[str, Tensor]] = collate  # makes a batch of rows
     sequences_per_row: int = 1  # 2 for pairs
@@ -103,8 +111,12 @@ def prepare(args: argparse.Namespace, stage: Stage) -> Setup:
     seed_everything(args.seed)
     names = ("dim", "n_layers", "n_heads", "n_kv_heads", *(MOE_DEFAULTS if args.use_moe else ()))
     shape = {name: getattr(args, name) for name in names}
+    start = _find_first_weights(args)
+    about = start and read_about(start)
+    kept = {name: getattr(about["config"], name) for name in KEPT} if about else {}
     try:
         config = LMConfig(
+            **kept,
             **shape,
             use_moe=args.use_moe,
             vocab_size=len(tokenizer),
@@ -136,8 +148,20 @@ def load_first_weights(setup: Setup) -> None:
     """Load what --from_weight names, if anything, on the main process, unless a run is resumed."""
     args, model = setup.args, setup.raw_model
     if args.from_weight != "none" and setup.world.is_main and setup.resume is None:
-        path = resolve_weights("--from_weight", args.from_weight, args.out_dir, model.config)
+        path = _find_first_weights(args)
+        if path is None:
+            path = resolve_weights("--from_weight", args.from_weight, args.out_dir, model.config)
         load_weights(path, model, setup.tokenizer_hash)
+        setup.notes.append(f"--from_weight: {path}")
+
+
+def _find_first_weights(args: argparse.Namespace) -> Path | None:
+    """The file of --from_weight that has the shape of the flags; None if there is none."""
+    if args.from_weight == "none":
+        return None
+    names = SHAPE + EXPERTS if args.use_moe else SHAPE
+    shape = {name: getattr(args, name) for name in names}
+    return first_weights("--from_weight", args.from_weight, args.out_dir, shape)
 
 
 def find_resume(setup: Setup) -> None:

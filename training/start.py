@@ -9,6 +9,7 @@ import torch
 
 from common import UserError, report_os_errors
 from diagnosis.plan import Plan
+from model import keep_tokenizer
 
 from .arguments import BUDGETS
 from .budget import Budget, make_budget
@@ -85,7 +86,7 @@ def start_run(
         epochs=total_steps and budget.epochs_after(state, total_steps - state.step),
         total_steps=total_steps,
         warmup=warmup,
-        learning_rates=setup.stage.learning_rates,
+        learning_rates=setup.stage.learning_rates[args.optimizer],
         sequences=setup.stage.sequences_per_row,
     )
 
@@ -107,6 +108,7 @@ def start_run(
     with report_os_errors(f"--out_dir {folder}"):
         record = Record(world, folder, total_steps, state, tracker)
         if world.is_main:
+            keep_tokenizer(setup.tokenizer, args.out_dir, setup.tokenizer_hash)
             vocab_size = raw_model.config.vocab_size
             write_config(folder / "config.json", args, state.run_id, vocab_size)
     for note in notes:

@@ -113,7 +113,7 @@ def list_models(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": models}
 
 
-@router.get("/v1/models/{name}", responses=errors(404))
+@router.get("/v1/models/{name:path}", responses=errors(404))
 def retrieve_model(name: str, request: Request) -> dict[str, Any]:
     """Describe a model."""
     for model in list_models(request)["data"]:
