@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import harness
@@ -148,7 +149,7 @@ def train_ours(name: str, args: argparse.Namespace, seconds: float) -> Points:
 
 def time_to(target: float, points: Points) -> float:
     """Seconds until a curve is down at `target`, by a straight line between its points."""
-    for (before, high), (after, low) in zip([(0.0, math.inf), *points], points, strict=False):
+    for (before, high), (after, low) in pairwise([(0.0, math.inf), *points]):
         if low <= target:
             share = 1.0 if math.isinf(high) else (high - target) / (high - low)
             return before + share * (after - before)
