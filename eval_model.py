@@ -14,7 +14,7 @@ import contextlib
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from dataset import RecordError, parse_chat, read_records
 from inference import (
     ChatModel,
     add_compute_arguments,
+    add_history_cnt,
     add_weight_arguments,
     chosen_engine,
     load_chat_model,
@@ -86,11 +87,7 @@ def parse_args() -> argparse.Namespace:
         add(f"--{name}", type=kind, default=default, help=help_)
     add("--seed", type=seed, help="default: a new one each time")
     add("--system", type=without_stray_bytes, help="system message")
-    add(
-        "--history_cnt",
-        type=non_negative_int,
-        help="exchanges that stay in the prompt; default: as many as fit",
-    )
+    add_history_cnt(models)
     instead = parser.add_argument_group("instead of a conversation")
     add = instead.add_mutually_exclusive_group().add_argument
     add("--prompt", type=without_stray_bytes, help="answer or continue this text and end")
@@ -130,17 +127,14 @@ class Chat:
     settings: dict[str, Any]  # those of SETTINGS and others
     generator: torch.Generator
     conversation: Conversation
-    history_cnt: int | None = None  # exchanges that stay in the prompt; None for as many as fit
 
     def respond(self, text: str) -> None:
         """Print the model's answer to a text as it is generated; Ctrl-C ends it.
 
         Raises UserError if the text is too long, or the tokenizer lacks a control token it needs.
         """
-        question, past = {"role": "user", "content": text}, self.conversation.messages
-        if self.history_cnt is not None:
-            past = past[self.conversation.last_exchanges(self.history_cnt) :]
-        messages = replace(self.conversation, messages=[*past, question]).prompt()
+        question = {"role": "user", "content": text}
+        messages = self.chat_model.recent([*self.conversation.prompt(), question], print)
         if not self.chat_model.chats:
             print(text, end="", flush=True)
         answer, options = "", generation_options(self.settings)
@@ -251,6 +245,8 @@ def converse(chat: Chat) -> None:
     if not chats:
         beginning = "a beginning and press Enter; Ctrl-D leaves."
     print(f"{chat.chat_model.name}: type {beginning}")
+    if chats and chat.chat_model.examples:
+        print("for example:", *chat.chat_model.examples, sep="\n  ")
     for text in typed_texts():
         try:
             if text.startswith("/") and chats:
@@ -279,7 +275,9 @@ def main() -> None:
         answer_file(chat_model, questions, args.output_file, options)
         return
     conversation = Conversation(system=args.system or "")
-    chat = Chat(chat_model, vars(args), generator, conversation, args.history_cnt)
+    if args.history_cnt is not None:
+        chat_model.history_cnt = args.history_cnt
+    chat = Chat(chat_model, vars(args), generator, conversation)
     if args.prompt is not None:
         chat.respond(args.prompt)
     else:

@@ -1,5 +1,6 @@
 """Where a page gets its answers from: weights on this machine, or a server of OpenAI's API."""
 
+import logging
 import queue
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from .batcher import Event, GenerationRequest, Token
 from .loading import PRETRAINED
 from .pool import ModelPool
 from .text import TextStream
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,13 @@ class LocalModels:
     ) -> Iterator[str]:
         """Generate an answer, piece by piece. Closing the iterator ends the generation.
 
-        A conversation that is too long for the model loses its oldest exchanges; a model that does
+        A conversation that is too long for the model loses its oldest exchanges, and those that
+        `ChatModel.recent` leaves out; a model that does
         not chat continues the last message. Raises many kinds of error, each with a text for users.
         """
         batcher = self.pool.get(model)
         chat_model = batcher.chat_model
+        messages = chat_model.recent(messages, LOG.warning)
         ids = chat_model.chat_ids(messages, room=settings.max_tokens)
         if len(ids) >= chat_model.context:
             raise ValueError(f"{len(ids)} tokens leave no room in {chat_model.context}")

@@ -1,7 +1,7 @@
 """A model to talk to: weights, tokenizer, decoder, and the way from messages to ids to text."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,8 +29,14 @@ class ChatModel:
     chats: bool
     engine: str | None = None
     rows: int = 1
+    longest_conversation: Mapping[str, int] | None = None  # that it was trained on; `read_about`
+    examples: Sequence[str] = ()  # questions to offer
+    history_cnt: int | None = field(init=False, default=None)  # see `recent`
+    _has_told: bool = field(init=False, default=False)  # that something was left out
 
     def __post_init__(self) -> None:
+        if self.longest_conversation is not None:
+            self.history_cnt = self.longest_conversation["exchanges"] - 1
         self.encoder = ChatEncoder(self.tokenizer) if self.chats else None
         self.decoder = make_decoder(self.model, self.engine, self.rows)
 
@@ -64,6 +70,26 @@ class ChatModel:
         if room is None:
             return prompt.ids.tolist()
         return fit_prompt(prompt, self.context - min(room, self.context // 2)).tolist()
+
+    def recent(
+        self, messages: Sequence[Mapping[str, Any]], say: Callable[[str], object]
+    ) -> Sequence[Mapping[str, Any]]:
+        """The messages without exchanges before the last question and `history_cnt` before that.
+
+        Models answer worse after more exchanges than they were trained on, so it is one less than
+        their longest conversation has; None, where that is not known, keeps all. A system message
+        stays. The first time that something is left out, `say` gets a line for the user.
+        """
+        users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        if self.history_cnt is None or len(users) <= self.history_cnt + 1:
+            return messages
+        if not self._has_told:
+            self._has_told = True
+            say(
+                f"{self.name}: older exchanges are left out: of those before a question the last "
+                f"{self.history_cnt} stay (--history_cnt)"
+            )
+        return [*messages[: users[0]], *messages[users[-1 - self.history_cnt] :]]
 
     def stream(
         self, ids: Sequence[int], generator: torch.Generator, **options: Any

@@ -10,6 +10,7 @@ from common import (
     UserError,
     add_tokenizer_path,
     name_or_path,
+    non_negative_int,
     positive_int,
     report_os_errors,
     user_path,
@@ -54,7 +55,19 @@ def add_model_arguments(parser: argparse._ActionsContainer) -> None:
         help="offer this model alone: a name, a .pth file or a folder",
     )
     add_tokenizer_path(parser)
+    add_history_cnt(parser)
     add_compute_arguments(parser)
+
+
+def add_history_cnt(parser: argparse._ActionsContainer) -> None:
+    """Add `--history_cnt`: how much of a conversation a model gets with a question."""
+    parser.add_argument(
+        "--history_cnt",
+        type=non_negative_int,
+        help="exchanges before a question that stay in the prompt, as far as they fit; default: "
+        "as many as the weights' longest training conversation had, where their .json says it, "
+        "else all",
+    )
 
 
 def add_compute_arguments(parser: argparse._ActionsContainer) -> None:
@@ -85,7 +98,8 @@ def chosen_engine(args: argparse.Namespace) -> str | None:
 def open_pool(args: argparse.Namespace, rows: int, queue: int, loaded: int) -> ModelPool:
     """The models that the flags of `add_model_arguments` name; for the others see ModelPool."""
     spec = WeightSpec(args.out_dir, args.tokenizer_path, weight=args.weight)
-    return ModelPool(spec, choose_device(args.device), chosen_engine(args), rows, queue, loaded)
+    device, engine = choose_device(args.device), chosen_engine(args)
+    return ModelPool(spec, device, engine, rows, queue, loaded, args.history_cnt)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -3,7 +3,7 @@
 import json
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +176,7 @@ class TrainedModel:
         model: the model; its adapter is active and not merged.
         tokenizer: tokenizer of its ids.
         chats: whether it answers conversations; else it continues texts.
+        longest_conversation, examples: as `read_about` gives them, of the base of an adapter.
     """
 
     name: str
@@ -184,6 +185,8 @@ class TrainedModel:
     model: MiniMindLM
     tokenizer: Tokenizer
     chats: bool
+    longest_conversation: dict[str, int] | None = None
+    examples: Sequence[str] = ()
 
 
 def load_chat_model(
@@ -191,8 +194,16 @@ def load_chat_model(
 ) -> ChatModel:
     """Load a model to answer with; for `engine` and `rows` see ChatModel, for errors below."""
     trained = load_trained(spec)
-    model = trained.model.to(device)
-    return ChatModel(trained.name, model, trained.tokenizer, trained.chats, engine, rows)
+    return ChatModel(
+        trained.name,
+        trained.model.to(device),
+        trained.tokenizer,
+        trained.chats,
+        engine,
+        rows,
+        trained.longest_conversation,
+        trained.examples,
+    )
 
 
 def load_trained(spec: WeightSpec) -> TrainedModel:
@@ -223,7 +234,9 @@ def load_trained(spec: WeightSpec) -> TrainedModel:
     if adapter is not None:
         load_lora(model, adapter)
         name, chats = f"{name}+{adapter.stem}", True  # adapters are trained on conversations
-    return TrainedModel(name, path, adapter, model.eval(), tokenizer, chats)
+    about = read_about(path) or {"longest_conversation": None, "examples": ()}
+    longest, examples = about["longest_conversation"], about["examples"]
+    return TrainedModel(name, path, adapter, model.eval(), tokenizer, chats, longest, examples)
 
 
 def load_folder(spec: WeightSpec) -> tuple[MiniMindLM, Tokenizer]:

@@ -2,15 +2,17 @@
 
 import logging
 import threading
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from common import UserError
-from model import load_tokenizer, tokenizer_hash
+from model import load_tokenizer, read_about, tokenizer_hash
 
 from .batcher import Batcher, QueueFull
 from .loading import (
@@ -23,6 +25,7 @@ from .loading import (
 )
 
 LOG = logging.getLogger(__name__)
+KNOWN = ("longest_conversation", "examples")  # of a model, from the record of its weights
 # Of each file: its path, time of change, size and inode, which tells it from others of its name.
 Versions = list[tuple[Path, int, int, int]]
 
@@ -39,6 +42,9 @@ class ModelCard:
     modified: float  # when `path` was changed, in seconds since 1970
     is_adapter: bool = False
     chats: bool = True  # answers conversations; else it continues texts
+    # As `read_about` gives them; of an adapter, whose base has them, only once it is loaded.
+    longest_conversation: dict[str, int] | None = None
+    examples: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class ModelPool:
     rows: int  # see Batcher
     queue: int
     loaded: int  # how many models stay in memory
+    history_cnt: int | None = None  # in place of each model's own; see `ChatModel.recent`
     models: dict[str, LoadedModel] = field(default_factory=dict)  # the last one was used last
 
     def __post_init__(self) -> None:
@@ -92,13 +99,16 @@ class ModelPool:
     def _cards_on_disk(self) -> dict[str, ModelCard]:
         cards: dict[str, ModelCard] = {}
 
-        def add(path: Path, **about: bool) -> None:
+        def add(path: Path, about: Mapping[str, Any] | None = None, **kind: bool) -> None:
+            known = {name: about[name] for name in KNOWN} if about else {}
             with suppress(OSError):  # it is gone
-                cards.setdefault(path.stem, ModelCard(path, path.stat().st_mtime, **about))
+                card = ModelCard(path, path.stat().st_mtime, **kind, **known)
+                cards.setdefault(path.stem, card)
 
         if self.spec.weight is not None:
             path = Path(self.spec.weight)
-            add(path, chats=path.is_dir() or not is_pretrained(path))
+            about = None if path.is_dir() else read_about(path)
+            add(path, about, chats=path.is_dir() or not is_pretrained(path))
             return cards
         try:
             self._tokenizer = tokenizer_hash(load_tokenizer(self.spec.tokenizer_path))
@@ -107,7 +117,7 @@ class ModelPool:
         found = list_weights(self.spec.out_dir)
         for path, about in sorted(found, key=lambda entry: entry[1]["stage"] == PRETRAINED):
             if about["tokenizer"] == self._tokenizer:
-                add(path, chats=about["stage"] != PRETRAINED)
+                add(path, about, chats=about["stage"] != PRETRAINED)
         for path in list_adapters(self.spec.out_dir) if cards else ():
             add(path, is_adapter=True)
         return cards
@@ -173,6 +183,9 @@ class ModelPool:
         flag = "lora_name" if card.is_adapter else "weight"
         spec = replace(self.spec, **{flag: str(card.path)})
         chat_model = load_chat_model(spec, self.device, self.engine, self.rows + 1)
+        card = replace(card, **{name: getattr(chat_model, name) for name in KNOWN})
+        if self.history_cnt is not None:
+            chat_model.history_cnt = self.history_cnt
         return LoadedModel(Batcher(chat_model, self.rows, self.queue), card, versions)
 
     def _make_room(self) -> None:

@@ -1,5 +1,6 @@
 """The two kinds of completion: how their prompts become ids, and their choices JSON."""
 
+import logging
 import time
 import uuid
 from collections import defaultdict
@@ -14,6 +15,7 @@ from .choices import Chunk, Prompt
 from .errors import ApiError
 from .schema import BaseRequest, ChatRequest, CompletionRequest
 
+LOG = logging.getLogger("uvicorn.error")
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
@@ -74,6 +76,7 @@ class ChatFormat(Format):
     def prompts(self) -> list[Prompt]:
         """The conversation; a stream of the answer begins with an event of its role alone."""
         messages = [message.record() for message in self.request.messages]
+        messages = self.chat_model.recent(messages, LOG.warning)
         return [Prompt(self.chat_model.chat_ids(messages), echo="")]
 
     def _content(self, chunk: Chunk) -> dict[str, Any]:
