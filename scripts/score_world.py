@@ -170,12 +170,11 @@ def main() -> None:
     models = {UNTRAINED: MiniMindLM(models[last].config), **models}
     answers = {}
     for name, model in models.items():
-        first, *others = args.history
-        exchanges = args.history if name == last else [first]
+        exchanges = args.history if name == last else args.history[:1]
         model = model.to(device).eval()
         given = answer(model, records, tokenizer, args.engine, exchanges, args.temperature)
-        answers[name] = given[0]
-        answers |= {f"{name}, after {n}": given[i] for i, n in enumerate(others, 1)}
+        columns = [name, *(f"{name}, after {number}" for number in exchanges[1:])]
+        answers |= zip(columns, given, strict=True)
     scores = {name: score_answers(records, given) for name, given in answers.items()}
     table = format_scorecard(scores)
     if args.history[0]:

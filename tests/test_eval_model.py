@@ -25,7 +25,7 @@ from inference import ChatModel
 from inference.answers import Question, new_file
 from inference.scoring import compare_answers, rouge_scorer
 from inference.text import TextStream
-from model import MiniMindLM, apply_lora, save_lora
+from model import MiniMindLM, apply_lora, save_lora, save_weights, tokenizer_hash
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,8 @@ def test_commands_change_what_the_model_is_told(talk):
     assert talk("Hi", "/reset", "你好")[2] == alone
     assert talk("Hi", "/undo", "你好")[2] == alone
     assert talk("Hi", "你好", "/undo", "你好")[3] == two
-    assert talk("Hi", "你好", more=["--history_cnt", 0])[1] == alone
+    notice, forgot = talk("Hi", "你好", more=["--history_cnt", 0])[1].split("\n", 1)
+    assert forgot == alone and "the last 0 stay (--history_cnt)" in notice
     told = talk("/system Be kind.", "你好")[1]
     assert told != alone
     assert talk("你好", more=["--system", "Be kind."])[0] == told
@@ -335,7 +336,31 @@ def test_a_conversation_with_tools_keeps_them(talk, tmp_path):
     told = talk(f"/load {path}", "Hi", more=["--history_cnt", 1])
     del whole["conversations"][1:3]  # an exchange is all that follows a question
     path.write_text(json.dumps(whole), encoding="utf-8")
-    assert told[1] == talk(f"/load {path}", "Hi")[1]
+    assert told[1].split("\n", 1)[1] == talk(f"/load {path}", "Hi")[1]
+
+
+def test_weights_know_how_long_a_conversation_they_can_hold(run, tmp_path, tokenizer):
+    """What is older is left out, which is said once; and questions to ask are offered."""
+    model, known = random_model(), {"longest_conversation": {"exchanges": 2, "tokens": 50}}
+    known["examples"] = ["Where does Mira live?", "你是谁？"]
+    digest = tokenizer_hash(tokenizer)
+    save_weights(tmp_path / "dpo_32.pth", model, model.config, "dpo", digest, conversations=known)
+    words = ["--out_dir", tmp_path, "--temperature", 0, "--max_new_tokens", 4]
+
+    def said(*lines, more=()):
+        typed = "".join(f"{line}\n" for line in lines).encode()
+        return run(*words, *more, script="eval_model.py", typed=typed).stdout
+
+    text = said("/system Be kind.", "a", "b", "c", "d")
+    offer, *answers = text.split("> ")
+    assert offer.endswith("for example:\n  Where does Mira live?\n  你是谁？\n")
+    assert text.count("older exchanges are left out") == 1
+    told = [part.strip() for part in answers]
+    assert "the last 1 stay" in told[3] and "left out" not in told[4]
+    messages = [*chat("b", told[2], system="Be kind."), {"role": "user", "content": "c"}]
+    third = greedy_answer(tmp_path / "dpo_32.pth", tokenizer, messages, 4).strip()
+    assert told[3].split("\n", 1)[1] == third
+    assert "left out" not in said("a", "b", "c", "d", more=["--history_cnt", 3])
 
 
 @pytest.mark.parametrize("start", [0, 1])

@@ -34,6 +34,10 @@ from model import Sampling, SamplingLoop, TorchDecoder, apply_lora, save_lora
 from model.decoder import CHUNK
 
 HI = [{"role": "user", "content": "Hi"}]
+KNOWN = {  # of the weights that answer
+    "longest_conversation": {"exchanges": 4, "tokens": 90},
+    "examples": ["Who are you?", "你是谁？"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,8 @@ def folder(tmp_path_factory, tokenizer):
     model = random_model(dim=64)
     for stage in ("full_sft", "pretrain"):
         save_tuned(model, out, tokenizer, f"{stage}_64", stage)
+    about = out / "full_sft_64.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), **KNOWN}), encoding="utf-8")
     (out / "lora").mkdir()
     apply_lora(model, rank=2)
     with torch.no_grad():
@@ -102,6 +108,38 @@ def client(server):
 def answer(folder, tokenizer):
     """What the model itself answers greedily to a conversation."""
     return functools.partial(greedy_answer, folder / "full_sft_64.pth", tokenizer, dim=64)
+
+
+def test_a_model_tells_its_longest_conversation_and_what_to_ask(folder, tokenizer_dir):
+    """An adapter has those of its base, once that is found."""
+    with serving(folder, tokenizer_dir) as (url, pool):
+        pool.get("other_64")
+        entries = {m["id"]: m for m in httpx.get(f"{url}/v1/models").json()["data"]}
+    for name, model in entries.items():
+        known = {field: model[field] for field in KNOWN}
+        nothing = {"longest_conversation": None, "examples": []}
+        assert known == (nothing if name == "pretrain_64" else KNOWN)
+    assert entries.keys() == {"full_sft_64", "pretrain_64", "other_64"}
+
+
+def test_older_exchanges_are_left_out_which_the_log_says_once(
+    folder, tokenizer_dir, answer, caplog
+):
+    def said(text):
+        return [{"role": "user", "content": text}, {"role": "assistant", "content": text.upper()}]
+
+    system = [{"role": "system", "content": "Be kind."}]
+    past = [message for text in "abcdef" for message in said(text)]
+    with serving(folder, tokenizer_dir) as (url, pool):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        for kept in 3, 3, 1:
+            pool.get("full_sft_64").chat_model.history_cnt = kept
+            done = ask(client, [*system, *past, *HI])
+            wanted = answer([*system, *past[-2 * kept :], *HI], 12)
+            assert done.choices[0].message.content == wanted
+            assert done.choices[0].message.content != answer([*system, *past, *HI], 12)
+    notices = [r for r in caplog.records if "older exchanges are left out" in r.getMessage()]
+    assert len(notices) == 1 and "the last 3 stay (--history_cnt)" in notices[0].getMessage()
 
 
 def ask(client, messages=HI, **more):
