@@ -15,7 +15,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from dataset import RecordError, parse_chat, read_records
 from inference import (
     ChatModel,
     add_compute_arguments,
+    add_history_cnt,
     add_weight_arguments,
     chosen_engine,
     describe_weights,
@@ -83,11 +84,7 @@ def parse_args() -> argparse.Namespace:
         add(f"--{name}", type=kind, default=default, help=help_)
     add("--seed", type=seed, help="default: a new one each time")
     add("--system", type=without_stray_bytes, help="system message")
-    add(
-        "--history_cnt",
-        type=non_negative_int,
-        help="exchanges that stay in the prompt; default: as many as fit",
-    )
+    add_history_cnt(writing)
     add("--verbose", action="store_true", help="show tokens per second after each answer")
     add_lang(writing)
     instead = parser.add_argument_group("instead of a conversation")
@@ -130,7 +127,6 @@ class Chat:
     generator: torch.Generator
     conversation: Conversation
     say: Translate
-    history_cnt: int | None = None  # exchanges that stay in the prompt; None for as many as fit
     verbose: bool = False
 
     def respond(self, text: str) -> None:
@@ -139,10 +135,11 @@ class Chat:
         What is to say about the answer goes to stderr. Raises UserError if the text is too long, or
         the tokenizer lacks a control token it needs.
         """
-        question, past = {"role": "user", "content": text}, self.conversation.messages
-        if self.history_cnt is not None:
-            past = past[self.conversation.last_exchanges(self.history_cnt) :]
-        messages = replace(self.conversation, messages=[*past, question]).prompt()
+        question = {"role": "user", "content": text}
+        messages = self.chat_model.recent(
+            [*self.conversation.prompt(), question],
+            lambda kept: self.note(texts.LEFT_OUT, count=kept),
+        )
         try:
             room = self.settings["max_new_tokens"]
             ids = self.chat_model.chat_ids(messages, self.conversation.tools, room)
@@ -297,6 +294,8 @@ def converse(chat: Chat) -> None:
         readline.parse_and_bind("set enable-bracketed-paste on")
     chats = chat.chat_model.chats
     print(chat.say(texts.CHATS if chats else texts.CONTINUES, name=chat.chat_model.name))
+    if chats and chat.chat_model.examples:
+        print(chat.say(texts.EXAMPLES), *chat.chat_model.examples, sep="\n  ")
     for text in typed_texts(chat.say):
         try:
             if chats and text.startswith("/") and "\n" not in text:
@@ -313,8 +312,9 @@ def main() -> None:
     device = choose_device(args.device)
     reads_file = args.input_file is not None or args.score is not None
     rows = args.batch_size if reads_file else 1
+    say = translator(args.lang, texts.CHINESE)
     if args.weight is None and args.lora_name is None:
-        for line in describe_weights(args.out_dir):
+        for line in describe_weights(args.out_dir, say):
             print(line, file=sys.stderr)  # where it is no part of an answer
     chat_model = load_chat_model(named_weights(args), device, chosen_engine(args), rows)
     random_seed = secrets.randbits(63) if args.seed is None else args.seed
@@ -328,10 +328,9 @@ def main() -> None:
         answer_file(chat_model, questions, args.output_file, options)
         return
     conversation = Conversation(system=args.system or "")
-    say = translator(args.lang, texts.CHINESE)
-    chat = Chat(
-        chat_model, vars(args), generator, conversation, say, args.history_cnt, args.verbose
-    )
+    if args.history_cnt is not None:
+        chat_model.history_cnt = args.history_cnt
+    chat = Chat(chat_model, vars(args), generator, conversation, say, args.verbose)
     if args.prompt is not None:
         chat.respond(args.prompt)
     else:

@@ -24,7 +24,7 @@ from .token_store import ROLES, Encoded, Parsed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 3  # of the ids, their messages, and the tables that dataset.turns derives
+FORMAT_VERSION = 4  # of the ids, their messages, and the tables that dataset.turns derives
 
 _BEFORE_TOOLS = "You can call these tools, described by one JSON schema per line:\n"
 _AFTER_TOOLS = (

@@ -4,6 +4,7 @@ from .chat_model import ChatModel
 from .command_line import (
     add_compute_arguments,
     add_engine,
+    add_history_cnt,
     add_model_arguments,
     add_weight_arguments,
     chosen_engine,

@@ -9,6 +9,7 @@ from typing import Any
 from model import Sampling
 
 from .batcher import Event, GenerationRequest, Token
+from .chat_model import earlier_exchanges
 from .loading import PRETRAINED
 from .pool import ModelPool
 from .text import TextStream
@@ -36,8 +37,7 @@ class ModelInfo:
     @classmethod
     def of(cls, chats: bool, about: Mapping[str, Any]) -> "ModelInfo":
         """Of a model's entry, which may have `longest_conversation` and `examples`."""
-        longest = about.get("longest_conversation")
-        history = max(longest["exchanges"] - 1, 0) if longest else None
+        history = earlier_exchanges(about.get("longest_conversation"))
         return cls(chats, history, tuple(about.get("examples") or ()))
 
 

@@ -27,6 +27,9 @@ Ctrl-C                   停止正在生成的回答'''
 
 CHATS = "{name}: type a message and press Enter; /help lists commands."
 CONTINUES = "{name}: type a beginning and press Enter; Ctrl-D leaves."
+EXAMPLES = "for example:"
+WEIGHTS = "weights, newest first:"
+MORE_WEIGHTS = "and {count} more"
 HOW_TO_LEAVE = "(Ctrl-D or /quit leaves)"
 RESET = "a new conversation"
 SYSTEM = "system message: {text}"
@@ -36,6 +39,9 @@ SAVED = "saved {path}"
 LOADED = "{count} messages"
 CUT = "(cut after {count} tokens; /set max_new_tokens {more} allows more, then /again)"
 CONTEXT_FULL = "(cut: the model's context of {context} tokens is full; /reset begins anew)"
+LEFT_OUT = (
+    "older exchanges are left out: of those before a question the last {count} stay (--history_cnt)"
+)
 SPEED = "({count} tokens in {seconds:.1f} s: {rate:.1f} tokens/s, the first after {first:.2f} s)"
 NO_COMMAND = "/{name}: no such command; /help lists them"
 EMPTY = "/{name}: the conversation is empty"
@@ -51,6 +57,9 @@ CHINESE = {
     HELP: HELP_ZH,
     CHATS: "{name}：输入消息并按回车；/help 列出命令。",
     CONTINUES: "{name}：输入开头并按回车，模型会接着写；Ctrl-D 退出。",
+    EXAMPLES: "例如：",
+    WEIGHTS: "权重，从新到旧：",
+    MORE_WEIGHTS: "还有 {count} 份",
     HOW_TO_LEAVE: "（按 Ctrl-D 或输入 /quit 退出）",
     RESET: "新的对话",
     SYSTEM: "系统提示词：{text}",
@@ -60,6 +69,7 @@ CHINESE = {
     LOADED: "{count} 条消息",
     CUT: "（回答在 {count} 个 token 处截断；用 /set max_new_tokens {more} 放宽，再输入 /again）",
     CONTEXT_FULL: "（回答被截断：模型的上下文（{context} 个 token）已满；/reset 开始新的对话）",
+    LEFT_OUT: "更早的对话不再发给模型：只保留当前问题之前的 {count} 轮（--history_cnt）",
     SPEED: "（{count} 个 token，{seconds:.1f} 秒：每秒 {rate:.1f} 个，首个用时 {first:.2f} 秒）",
     NO_COMMAND: "/{name}：没有这个命令；/help 列出所有命令",
     EMPTY: "/{name}：对话是空的",

@@ -10,6 +10,7 @@ from common import (
     UserError,
     add_tokenizer_path,
     name_or_path,
+    non_negative_int,
     positive_int,
     report_os_errors,
     user_path,
@@ -57,6 +58,17 @@ def add_model_arguments(parser: argparse._ActionsContainer) -> None:
     add_compute_arguments(parser)
 
 
+def add_history_cnt(parser: argparse._ActionsContainer) -> None:
+    """Add `--history_cnt`: how much of a conversation a model gets with a question."""
+    parser.add_argument(
+        "--history_cnt",
+        type=non_negative_int,
+        help="exchanges before a question that stay in the prompt, as far as they fit; default: "
+        "one fewer than the weights' longest training conversation has, where their .json says it, "
+        "else all",
+    )
+
+
 def add_compute_arguments(parser: argparse._ActionsContainer) -> None:
     """Add the flags that select what computes a model."""
     add = parser.add_argument
@@ -82,10 +94,13 @@ def chosen_engine(args: argparse.Namespace) -> str | None:
     return args.quantize or args.engine
 
 
-def open_pool(args: argparse.Namespace, rows: int, queue: int, loaded: int) -> ModelPool:
+def open_pool(
+    args: argparse.Namespace, rows: int, queue: int, loaded: int, history_cnt: int | None = None
+) -> ModelPool:
     """The models that the flags of `add_model_arguments` name; for the others see ModelPool."""
     spec = WeightSpec(args.out_dir, args.tokenizer_path, weight=args.weight)
-    return ModelPool(spec, choose_device(args.device), chosen_engine(args), rows, queue, loaded)
+    device, engine = choose_device(args.device), chosen_engine(args)
+    return ModelPool(spec, device, engine, rows, queue, loaded, history_cnt)
 
 
 def listen(host: str, port: int) -> socket.socket:

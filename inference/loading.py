@@ -3,6 +3,7 @@
 import json
 import re
 import textwrap
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from common import TOKENIZER, UserError, format_number
+from common import TOKENIZER, Translate, UserError, format_number
 from model import (
     LMConfig,
     MiniMindLM,
@@ -30,6 +31,7 @@ from model import (
 )
 from model.weights import name_patterns, read_pickle
 
+from . import chat_texts as texts
 from .chat_model import ChatModel
 
 MOST_LISTED = 10  # weights
@@ -110,7 +112,7 @@ def find_weights(spec: WeightSpec, shape: LMConfig) -> Path:
     return resolve_weights("--weight", spec.weight, spec.out_dir, shape)
 
 
-def describe_weights(out_dir: Path) -> list[str]:
+def describe_weights(out_dir: Path, say: Translate = str.format) -> list[str]:
     """A table of the weights in a folder and those in it, newest first; none if they are one."""
     found = list(list_weights(out_dir, below=True))
     if len(found) < 2:
@@ -126,8 +128,9 @@ def describe_weights(out_dir: Path) -> list[str]:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    more = [f"and {len(found) - MOST_LISTED} more"] if len(found) > MOST_LISTED else []
-    return ["weights, newest first:", *(f"  {line}" for line in [*lines, *more])]
+    if len(found) > MOST_LISTED:
+        lines.append(say(texts.MORE_WEIGHTS, count=len(found) - MOST_LISTED))
+    return [say(texts.WEIGHTS), *(f"  {line}" for line in lines)]
 
 
 def find_adapter(spec: WeightSpec, shape: LMConfig) -> Path:
@@ -191,6 +194,7 @@ class TrainedModel:
         model: the model; its adapter is active and not merged.
         tokenizer: tokenizer of its ids.
         chats: whether it answers conversations; else it continues texts.
+        longest_conversation, examples: as `read_about` gives them, of the base of an adapter.
     """
 
     name: str
@@ -199,6 +203,8 @@ class TrainedModel:
     model: MiniMindLM
     tokenizer: Tokenizer
     chats: bool
+    longest_conversation: dict[str, int] | None = None
+    examples: Sequence[str] = ()
 
 
 def load_chat_model(
@@ -206,8 +212,16 @@ def load_chat_model(
 ) -> ChatModel:
     """Load a model to answer with; for `engine` and `rows` see ChatModel, for errors below."""
     trained = load_trained(spec)
-    model = trained.model.to(device)
-    return ChatModel(trained.name, model, trained.tokenizer, trained.chats, engine, rows)
+    return ChatModel(
+        trained.name,
+        trained.model.to(device),
+        trained.tokenizer,
+        trained.chats,
+        engine,
+        rows,
+        trained.longest_conversation,
+        trained.examples,
+    )
 
 
 def load_trained(spec: WeightSpec) -> TrainedModel:
@@ -243,7 +257,9 @@ def load_trained(spec: WeightSpec) -> TrainedModel:
     if adapter is not None:
         load_lora(model, adapter)
         name, chats = f"{name}+{adapter.stem}", True  # adapters are trained on conversations
-    return TrainedModel(name, path, adapter, model.eval(), tokenizer, chats)
+    about = read_about(path) or {"longest_conversation": None, "examples": ()}
+    longest, examples = about["longest_conversation"], about["examples"]
+    return TrainedModel(name, path, adapter, model.eval(), tokenizer, chats, longest, examples)
 
 
 def load_folder(spec: WeightSpec) -> tuple[MiniMindLM, Tokenizer]:

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ import torch
 from common import UserError
 from model import LMConfig, list_weights, load_tokenizer, read_about, tokenizer_hash
 from model.tokenizer import find_tokenizer
+from model.weights import CONVERSATIONS
 
 from .batcher import Batcher, QueueFull
 from .loading import (
@@ -41,8 +43,9 @@ class ModelCard:
     modified: float  # when `path` was changed, in seconds since 1970
     is_adapter: bool = False
     chats: bool = True  # answers conversations; else it continues texts
-    longest_conversation: dict[str, int] | None = None  # trained on: its exchanges and tokens
-    examples: tuple[str, ...] = ()  # questions to try
+    # As `read_about` gives them; of an adapter, whose base has them, only once it is loaded.
+    longest_conversation: dict[str, int] | None = None
+    examples: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class ModelPool:
     rows: int  # see Batcher
     queue: int
     loaded: int  # how many models stay in memory
+    history_cnt: int | None = None  # in place of each model's own; see `ChatModel.recent`
     models: dict[str, LoadedModel] = field(default_factory=dict)  # the last one was used last
 
     def __post_init__(self) -> None:
@@ -96,18 +100,23 @@ class ModelPool:
     def _cards_on_disk(self) -> dict[str, ModelCard]:
         cards: dict[str, ModelCard] = {}
 
-        def add(path: Path, folder: Path = self.spec.out_dir, **about: Any) -> None:
+        def add(
+            path: Path,
+            folder: Path = self.spec.out_dir,
+            about: Mapping[str, Any] | None = None,
+            **kind: bool,
+        ) -> None:
             below = folder != self.spec.out_dir and self.spec.weight is None
             name = f"{folder.name}/{path.stem}" if below else path.stem
+            known = {key: about[key] for key in CONVERSATIONS} if about else {}
             with suppress(OSError):  # it is gone
-                cards.setdefault(name, ModelCard(path, path.stat().st_mtime, **about))
+                card = ModelCard(path, path.stat().st_mtime, **kind, **known)
+                cards.setdefault(name, card)
 
         if self.spec.weight is not None:
             path = Path(self.spec.weight)
-            about = (None if path.is_dir() else read_about(path)) or {}
-            longest = about.get("longest_conversation")
-            chats = path.is_dir() or not is_pretrained(path)
-            add(path, chats=chats, longest_conversation=longest)
+            about = None if path.is_dir() else read_about(path)
+            add(path, about=about, chats=path.is_dir() or not is_pretrained(path))
             return cards
         if self.spec.tokenizer_path is not None:
             try:
@@ -117,9 +126,7 @@ class ModelPool:
         found = list_weights(self.spec.out_dir, below=True)
         for path, about in sorted(found, key=lambda entry: entry[1]["stage"] == PRETRAINED):
             if self._has_tokenizer(path, about["tokenizer"]):
-                longest = about["longest_conversation"]
-                chats = about["stage"] != PRETRAINED
-                add(path, path.parent, chats=chats, longest_conversation=longest)
+                add(path, path.parent, about, chats=about["stage"] != PRETRAINED)
         for path in list_adapters(self.spec.out_dir) if cards else ():
             add(path, path.parent.parent, is_adapter=True)
         return cards
@@ -193,6 +200,9 @@ class ModelPool:
         flag = "lora_name" if card.is_adapter else "weight"
         spec = replace(self.spec, **{flag: str(card.path)})
         chat_model = load_chat_model(spec, self.device, self.engine, self.rows + 1)
+        card = replace(card, **{key: getattr(chat_model, key) for key in CONVERSATIONS})
+        if self.history_cnt is not None:
+            chat_model.history_cnt = self.history_cnt
         return LoadedModel(Batcher(chat_model, self.rows, self.queue), card, versions)
 
     def _make_room(self) -> None:

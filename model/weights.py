@@ -28,6 +28,8 @@ from .model_lora import (
 from .tokenizer import find_tokenizer
 
 MOST_NAMED = 8  # files, in an error
+# What `read_about` gives of the conversations that weights were trained on.
+CONVERSATIONS = ("longest_conversation", "examples")
 
 
 def weights_path(out_dir: Path, stage: str, config: LMConfig, run_name: str | None = None) -> Path:
@@ -126,9 +128,11 @@ def save_weights(
     stage: str,
     tokenizer_hash: str,
     dtype: torch.dtype = torch.float32,
+    conversations: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the raw model's state_dict to `path`, and to its .json what rebuilds the model.
 
+    `conversations` is what the .json says of those that the model was trained on, see `read_about`.
     Raises SaveError if the disk is full or cannot be written; an older file is kept.
     """
     shared: dict[int, torch.Tensor] = {}  # the tied embedding stays one tensor in the file
@@ -136,7 +140,8 @@ def save_weights(
         name: shared.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", dtype))
         for name, tensor in model.state_dict().items()
     }
-    about = {"stage": stage, "tokenizer": tokenizer_hash, "config": asdict(config)}
+    about = {"stage": stage, "tokenizer": tokenizer_hash, **(conversations or {})}
+    about["config"] = asdict(config)
     text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
     with report_save_errors(path):
         write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode()))
@@ -194,23 +199,30 @@ def load_lora(model: MiniMindLM, path: Path, name: str = "default") -> None:
 
 
 def read_about(path: Path) -> dict[str, Any] | None:
-    """Read the JSON file beside the weights: stage, tokenizer (a hash) and config (an LMConfig).
+    """Read the JSON file beside the weights.
 
-    `longest_conversation` is the longest that they were trained on, its exchanges and tokens; None
-    if the file does not say. None if there is no such file. Raises UserError if it is damaged.
+    It has the stage, the tokenizer (a hash) and the config (an LMConfig). Of the conversations that
+    the weights were trained on it has `longest_conversation`, {"exchanges", "tokens"} or None where
+    that is not known, and `examples`, a few questions or none.
+
+    None if there is no such file. Raises UserError if it is damaged.
     """
     about_path = path.with_suffix(".json")
     if not about_path.is_file():
         return None
     try:
         about = json.loads(about_path.read_text(encoding="utf-8"))
+        longest = about.get("longest_conversation")
+        if longest is not None:
+            longest = {name: int(longest[name]) for name in ("exchanges", "tokens")}
         return {
+            "longest_conversation": longest,
+            "examples": list(map(str, about.get("examples", []))),
             "stage": about["stage"],
             "tokenizer": about["tokenizer"],
             "config": LMConfig.from_dict(about["config"]),
-            "longest_conversation": about.get("longest_conversation"),
         }
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{about_path}: does not describe a model ({error})") from None
 
 

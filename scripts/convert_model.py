@@ -184,9 +184,12 @@ def export(args: argparse.Namespace) -> str:
         raise UserError(f"--out {args.out}: is what it would be made from")
     if args.to == "pth":
         plain = merged(model)
-        save_weights(
-            args.out, plain, config, "lora", tokenizer_hash(tokenizer), getattr(torch, dtype)
-        )
+        conversations = {
+            "longest_conversation": trained.longest_conversation,
+            "examples": list(trained.examples),
+        }
+        hash_, precision = tokenizer_hash(tokenizer), getattr(torch, dtype)
+        save_weights(args.out, plain, config, "lora", hash_, precision, conversations)
         return name
     with new_output(args.out) as path:
         if args.to == "gguf":

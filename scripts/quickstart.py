@@ -19,6 +19,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +40,14 @@ MODEL = ["--dim", "256", "--n_layers", "2", "--n_heads", "8", "--n_kv_heads", "8
 PRETRAINING = ["--batch_size", "4", "--learning_rate", "2e-3"]
 TUNING = ["--batch_size", "4", "--learning_rate", "4e-4"]
 EPOCHS = "4"  # of either
-ROWS = ["--max_seq_len", "256", "--log_interval", "100", "--save_interval", "500"]
+ROWS = ["--max_seq_len", "384", "--log_interval", "100", "--save_interval", "500"]
+RECIPE = {  # what an entry of speedrun.py may have otherwise
+    "vocabulary": VOCABULARY,
+    "model": MODEL,
+    "rows": ROWS,
+    "pretraining": [*PRETRAINING, "--epochs", EPOCHS],
+    "tuning": [*TUNING, "--epochs", EPOCHS],
+}
 SMOKE_MODEL = ["--dim", "64", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "4"]
 
 # An adapter that gives the model a name: so many conversations about it in each language, as many
@@ -50,9 +58,12 @@ NAMING = ["--learning_rate", "3e-3", "--epochs", "20", "--batch_size", "4"]
 OTHER_SELVES = {"Pip, the lamp keeper of the lighthouse": "{}", "皮普，灯塔的守灯人": " {}"}
 
 PRETRAINED, TUNED, BOTH = "pretrained only", "tuned only", "both stages"
+EARLIER = 5  # exchanges before a question, when the model is scored in a conversation
+IN_CONVERSATION = f"{BOTH}, after {EARLIER}"
 
 # What the result must reach, as shares of right answers.
 OVERALL, EACH_SKILL, RECALL, ONE_STAGE_ALONE = 0.80, 0.60, 0.70, 0.10
+HIGHER = {"recall": RECALL, "small_talk": 0.80, "typing": 0.80, "overall": OVERALL}
 
 
 def parse_args() -> argparse.Namespace:
@@ -137,17 +148,17 @@ def check_recipe(out_dir: Path, smoke: bool) -> None:
         fail(f"{out_dir} holds something else: delete it or choose another --out_dir")
 
 
-def train(start: Quickstart, control: bool) -> dict[str, Path]:
+def train(start: Quickstart, control: bool, recipe: Mapping = RECIPE) -> dict[str, Path]:
     """Train the tokenizer, pretrain, tune, with `control` without pretraining too: the weights."""
     texts, chats = start.sample / "pretrain.jsonl", start.sample / "sft.jsonl"
     if not (start.tokenizer / "tokenizer_config.json").is_file():
-        size = str(SMOKE_VOCABULARY if start.smoke else VOCABULARY)
+        size = str(SMOKE_VOCABULARY if start.smoke else recipe["vocabulary"])
         words = [texts, chats, "--out_dir", start.tokenizer, "--overwrite", "--keep_repeats"]
         title = "A tokenizer for this world"
         step(title, start.python, "scripts/train_tokenizer.py", *words, "--vocab_size", size)
-    pretraining = [texts, *PRETRAINING, "--epochs", EPOCHS]
+    pretraining = [texts, *recipe["pretraining"]]
     start.train("Pretraining on plain text about the world", "train_pretrain.py", *pretraining)
-    tuning = [chats, "--val_ratio", "0.02", *TUNING, "--epochs", EPOCHS]
+    tuning = [chats, "--val_ratio", "0.02", *recipe["tuning"]]
     title = "Instruction tuning on questions and answers"
     start.train(title, "train_full_sft.py", *tuning)
     weights = {PRETRAINED: start.weights("pretrain")}
@@ -162,12 +173,17 @@ def train(start: Quickstart, control: bool) -> dict[str, Path]:
 def misses(scores: dict[str, dict[str, float]]) -> list[str]:
     """The goals that the scores, by model and skill, do not reach."""
     both = scores[BOTH]
-    wanted = dict.fromkeys(both, EACH_SKILL) | {"recall": RECALL, "overall": OVERALL}
+    wanted = dict.fromkeys(both, EACH_SKILL) | HIGHER
     found = [
         f"{skill}: {both[skill]:.1%}, at least {least:.0%} wanted"
         for skill, least in wanted.items()
         if both[skill] < least
     ]
+    later = scores[IN_CONVERSATION]["overall"]
+    if later < OVERALL:
+        found.append(
+            f"overall, after {EARLIER} exchanges: {later:.1%}, at least {OVERALL:.0%} wanted"
+        )
     found += [
         f"recall, {name}: {scores[name]['recall']:.1%}, below {ONE_STAGE_ALONE:.0%} wanted"
         for name in (PRETRAINED, TUNED)
@@ -197,7 +213,8 @@ def main() -> int:
     start = Quickstart(python, args.out_dir, sample, tokenizer, model, ROWS, args.smoke)
     weights = train(start, args.control or args.smoke)
     title, out = "Scores on questions that no training file holds", args.out_dir / "scorecard.md"
-    scores = start.score(title, "test.jsonl", weights, "--out", out, figures="scores.json")
+    words = ["--out", out, "--history", "0", str(EARLIER)]
+    scores = start.score(title, "test.jsonl", weights, *words, figures="scores.json")
     further = run_further_stages(start, scores[PRETRAINED], scores[BOTH]) if args.all else []
     print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes of computing in this start.")
     below = [] if args.smoke else misses(scores) + further

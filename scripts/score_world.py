@@ -2,8 +2,16 @@
 
     python scripts/score_world.py pretrain=out/pretrain_256.pth full_sft=out/full_sft_256.pth
     python scripts/score_world.py adapted=out/full_sft_256.pth+out/lora/identity_256.pth
+    python scripts/score_world.py out/full_sft_256.pth --history 0 1 2 4 7 9
 
-The answers are greedy. The scorecard also has the chance level and an untrained model.
+Each score has its 95 % interval, and the scorecard also has the chance level
+and an untrained model.
+
+With --history N, a question comes after N exchanges of the same conversation. Their questions are
+of training's kinds and wordings, in both languages, drawn for this purpose; none is in a test.
+Their answers are the model's own, right or wrong. There are 32 such beginnings, which the questions
+of the test share in turn: so they are generated and read once. All models are asked after the first
+number of exchanges, the last one named after the others too.
 """
 
 import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
@@ -11,6 +19,7 @@ import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +30,8 @@ from common import (
     add_tokenizer_path,
     make_parser,
     named_path,
+    non_negative_float,
+    non_negative_int,
     report_os_errors,
     report_user_errors,
     user_path,
@@ -39,17 +50,25 @@ from model import (
     tokenizer_hash,
 )
 from sample_world import (
+    EXCHANGES,
     SAMPLE,
+    SEED,
+    build_world,
     ensure_sample,
     format_examples,
     format_scorecard,
+    history_questions,
     read_test,
     score_answers,
 )
 
 UNTRAINED = "untrained"
 LONGEST_ANSWER = 48  # tokens
+TOP_P = 0.9  # as in a chat
 ROWS = 64  # answers at a time
+HISTORIES = 32  # different beginnings of conversations
+
+Messages = list[dict[str, str]]
 
 
 def parse_args() -> argparse.Namespace:
@@ -64,6 +83,15 @@ def parse_args() -> argparse.Namespace:
         help=".pth files to score, as they are or with an adapter's .pth file",
     )
     add("--data_path", type=user_path, default=SAMPLE / "test.jsonl")
+    add(
+        "--history",
+        nargs="+",
+        type=non_negative_int,
+        default=[0, 5],
+        metavar="N",
+        help="exchanges before each question",
+    )
+    add("--temperature", type=non_negative_float, default=0.0, help="0: greedy; 0.8: as in a chat")
     add("--out", type=user_path, help="write the scorecard here too, as Markdown")
     add("--json", type=user_path, help="write each model's share per skill here too")
     add_engine(parser)
@@ -74,6 +102,8 @@ def parse_args() -> argparse.Namespace:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two models are named {name}; name them: name=path")
+    if max(args.history) >= EXCHANGES:
+        raise UserError(f"--history {max(args.history)}: at most {EXCHANGES - 1} exchanges")
     for flag, path in {"--out": args.out, "--json": args.json}.items():
         if path and not path.parent.is_dir():
             raise UserError(f"{flag} {path}: there is no such folder")
@@ -100,11 +130,37 @@ def answer(
     records: Sequence[Mapping[str, Any]],
     tokenizer: Tokenizer,
     engine: str | None = None,
-) -> list[str]:
-    """The model's greedy answers to the questions of a test; for `engine` see ChatModel."""
+    exchanges: Sequence[int] = (0,),
+    temperature: float = 0.0,
+) -> list[list[str]]:
+    """The model's answers to the questions of a test, after each number of `exchanges`.
+
+    For `engine` see ChatModel. A temperature of 0 is greedy; others sample with TOP_P.
+    """
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": TOP_P, "seed": 0}
+    options = {"max_new_tokens": LONGEST_ANSWER, **(sampling if temperature else {})}
     chat_model = ChatModel("", model, tokenizer, chats=True, engine=engine, rows=ROWS)
-    prompts = [chat_model.chat_ids(record["conversations"][:1]) for record in records]
-    return generate_answers(chat_model, prompts, max_new_tokens=LONGEST_ANSWER)
+
+    def ask(conversations: Sequence[Messages]) -> list[str]:
+        prompts = [chat_model.chat_ids(messages) for messages in conversations]
+        return generate_answers(chat_model, prompts, **options)
+
+    asked = history_questions(build_world(SEED), SEED, HISTORIES) if max(exchanges) else [[]]
+    histories: list[Messages] = [[] for _ in asked]
+    for questions in list(zip(*asked, strict=True))[: max(exchanges)]:
+        for history, question in zip(histories, questions, strict=True):
+            history.append({"role": "user", "content": question})
+        for history, text in zip(histories, ask(histories), strict=True):
+            history.append({"role": "assistant", "content": text})
+    return [
+        ask(
+            [
+                [*history[: 2 * number], *record["conversations"][:1]]
+                for record, history in zip(records, cycle(histories), strict=False)
+            ]
+        )
+        for number in exchanges
+    ]
 
 
 def main() -> None:
@@ -119,12 +175,17 @@ def main() -> None:
     *_, last = models
     torch.manual_seed(0)
     models = {UNTRAINED: MiniMindLM(models[last].config), **models}
-    answers = {
-        name: answer(model.to(device).eval(), records, tokenizer, args.engine)
-        for name, model in models.items()
-    }
+    answers = {}
+    for name, model in models.items():
+        exchanges = args.history if name == last else args.history[:1]
+        model = model.to(device).eval()
+        given = answer(model, records, tokenizer, args.engine, exchanges, args.temperature)
+        columns = [name, *(f"{name}, after {number}" for number in exchanges[1:])]
+        answers |= zip(columns, given, strict=True)
     scores = {name: score_answers(records, given) for name, given in answers.items()}
     table = format_scorecard(scores)
+    if args.history[0]:
+        table = f"After {args.history[0]} exchanges:\n\n{table}"
     examples = format_examples(records, answers[last])
     print(f"{table}\nAnswers of {last} (+ right, - wrong):\n{examples}")
     skills = {

@@ -22,7 +22,7 @@ from common import (
     positive_int,
     report_user_errors,
 )
-from inference import add_model_arguments, describe_weights, listen, open_pool
+from inference import add_history_cnt, add_model_arguments, describe_weights, listen, open_pool
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,6 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser("Serve MiniMind by OpenAI's API.")
     models = parser.add_argument_group("models")
     add_model_arguments(models)
+    add_history_cnt(models)
     models.add_argument("--max_models", type=positive_int, default=2, help="most in memory")
     add = parser.add_argument_group("network").add_argument
     add("--host", default="127.0.0.1", help="0.0.0.0: also other machines")
@@ -69,7 +70,7 @@ def main() -> None:
         from inference.api import Limits, create_app
     except ImportError as error:
         raise UserError(f"needs {error.name}: pip install -r scripts/requirements.txt") from None
-    pool = open_pool(args, args.max_batch, args.max_queue, args.max_models)
+    pool = open_pool(args, args.max_batch, args.max_queue, args.max_models, args.history_cnt)
     names = list(pool.cards())
     if not names:
         raise UserError(

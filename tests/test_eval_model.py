@@ -28,7 +28,7 @@ from inference import ChatModel, chat_texts
 from inference.answers import Question, new_file
 from inference.scoring import compare_answers, rouge_scorer
 from inference.text import TextStream
-from model import MiniMindLM, apply_lora, save_lora
+from model import MiniMindLM, apply_lora, save_lora, save_weights, tokenizer_hash
 
 
 @pytest.fixture(scope="module")
@@ -344,6 +344,32 @@ def test_a_conversation_with_tools_keeps_them(talk, tmp_path):
     del whole["conversations"][1:3]  # an exchange is all that follows a question
     path.write_text(json.dumps(whole), encoding="utf-8")
     assert told[1] == talk(f"/load {path}", "Hi")[1]
+
+
+def test_weights_know_how_long_a_conversation_they_can_hold(run, tmp_path, tokenizer):
+    """What is older is left out, which is said once; and questions to ask are offered."""
+    model, known = random_model(), {"longest_conversation": {"exchanges": 2, "tokens": 50}}
+    known["examples"] = ["Where does Mira live?", "你是谁？"]
+    digest = tokenizer_hash(tokenizer)
+    save_weights(tmp_path / "dpo_32.pth", model, model.config, "dpo", digest, conversations=known)
+    words = ["--out_dir", tmp_path, "--temperature", 0, "--max_new_tokens", 4]
+
+    def said(*lines, more=()):
+        typed = "".join(f"{line}\n" for line in lines).encode()
+        return run(*words, *more, script="eval_model.py", typed=typed)
+
+    done = said("/system Be kind.", "a", "b", "c", "d", more=["--lang", "en"])
+    offer, *answers = done.stdout.split("> ")
+    assert offer.endswith("for example:\n  Where does Mira live?\n  你是谁？\n")
+    (notice,) = (line for line in done.stderr.splitlines() if "left out" in line)
+    assert notice.endswith("the last 1 stay (--history_cnt)")
+    told = [part.strip() for part in answers]
+    messages = [*chat("b", told[2], system="Be kind."), {"role": "user", "content": "c"}]
+    assert told[3] == greedy_answer(tmp_path / "dpo_32.pth", tokenizer, messages, 4).strip()
+    more = ["--history_cnt", 3, "--lang", "en"]
+    assert "left out" not in said("a", "b", "c", "d", more=more).stderr
+    done = said("a", "b", "c", more=["--lang", "zh"])
+    assert "例如：\n  Where" in done.stdout and done.stderr.count("问题之前的 1 轮") == 1
 
 
 @pytest.mark.parametrize("start", [0, 1])

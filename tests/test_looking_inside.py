@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rounding import LOSS
+from tiny_models import randomised
 from transformers import AutoTokenizer
 
 from model import LMConfig, MiniMindLM, save_weights, tokenizer_hash
+from sample_world import build_world, history_questions
 
 CHATS = [
     [("user", "Hi"), ("assistant", "Hello 你好"), ("user", "Bye</s>"), ("assistant", "Ciao")],
@@ -155,6 +157,47 @@ def test_a_picture_is_drawn_of_texts_too(run, folder):
     assert list(shown["language"]) == ["Chinese"]
     assert list(shown["role"]) == ["text"]
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_question_of_the_world_comes_after_the_models_own_answers(root, tokenizer):
+    """Worked out one conversation at a time; the beginnings are shared in turn."""
+    world = runpy.run_path(str(root / "scripts" / "score_world.py"))
+    model = randomised(MiniMindLM(LMConfig(dim=32, n_layers=1, max_seq_len=600))).eval()
+    questions = [f"What is {i}?" for i in range(world["HISTORIES"] + 1)]
+    records = [{"conversations": [{"role": "user", "content": q}]} for q in questions]
+    alone, later = world["answer"](model, records, tokenizer, "torch", (0, 2))
+
+    def answer(messages):
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        out = model.generate(
+            torch.tensor([ids]), max_new_tokens=48, eos_token_id=tokenizer.eos_token_id
+        )
+        return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+
+    first = history_questions(build_world(2024), 2024, 2)
+    for i, earlier in (0, first[0]), (1, first[1]), (world["HISTORIES"], first[0]):
+        messages = []
+        for question in [*earlier[:2], questions[i]]:
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": answer(messages)})
+        assert later[i] == messages[-1]["content"]
+        assert alone[i] == answer(records[i]["conversations"])
+
+
+def test_scores_after_more_exchanges_are_columns_of_the_last_model(
+    run, folder, tmp_path, sample_dir
+):
+    lines = (sample_dir / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
+    words = [f"a={folder / 'full_sft_32.pth'}", f"b={folder / 'full_sft_32.pth'}"]
+    words += ["--data_path", tmp_path / "few.jsonl", "--json", tmp_path / "s.json"]
+    done = run(*words, "--history", 0, 1, script="scripts/score_world.py")
+    columns = ["untrained", "a", "b", "b, after 1"]
+    assert list(json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))) == columns
+    assert done.stdout.startswith(
+        f"| skill | language | questions | chance | {' | '.join(columns)} |\n"
+    )
+    assert "| overall | both | 4 | " in done.stdout and "0 % (0–49)" in done.stdout
 
 
 @pytest.mark.parametrize("first", ["", "  \t", "\r"])

@@ -28,7 +28,7 @@ from model import (
     tokenizer_hash,
     weights_path,
 )
-from model.weights import first_difference, read_state
+from model.weights import CONVERSATIONS, first_difference, read_state
 
 from .arguments import EXPERTS, MOE_DEFAULTS, SHAPE
 from .distributed import Distributed, autocast_dtype, find_processes
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 KEPT = ("hidden_dim", "multiple_of", "norm_eps", "max_seq_len", "rope_theta")
 KEPT += ("scoring_func", "seq_aux", "norm_topk_prob")
 
+EXAMPLES = 6  # questions that weights keep, to offer them to whoever talks to the model
 Rows = PackedRows | PaddedRows | PairRows | TeacherTopK
 
 
@@ -74,6 +75,8 @@ class Setup:
     frozen: dict[str, str] = field(default_factory=dict)  # hashes of untrained weights, by flag
     resume: Resume | None = None  # None for a new run
     notes: list[str] = field(default_factory=list)  # lines that the run reports first
+    # What the weights' .json says of the conversations that they were trained on; see `read_about`.
+    conversations: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)  # when --max_minutes begin
 
     @cached_property
@@ -145,14 +148,23 @@ def check_context(max_seq_len: int, config: LMConfig) -> None:
 
 
 def load_first_weights(setup: Setup) -> None:
-    """Load what --from_weight names, if anything, on the main process, unless a run is resumed."""
-    args, model = setup.args, setup.raw_model
-    if args.from_weight != "none" and setup.world.is_main and setup.resume is None:
+    """Load what --from_weight names, if anything, on the main process, unless a run is resumed.
+
+    What is known of the conversations that the weights were trained on is passed on.
+    """
+    args, model, path = setup.args, setup.raw_model, setup.path
+    if not setup.world.is_main:
+        return
+    if setup.resume is None:
+        if args.from_weight == "none":
+            return
         path = _find_first_weights(args)
         if path is None:
             path = resolve_weights("--from_weight", args.from_weight, args.out_dir, model.config)
         load_weights(path, model, setup.tokenizer_hash)
         setup.notes.append(f"--from_weight: {path}")
+    about = read_about(path) or {}
+    setup.conversations = {name: about[name] for name in CONVERSATIONS if about.get(name)}
 
 
 def _find_first_weights(args: argparse.Namespace) -> Path | None:
@@ -264,13 +276,23 @@ def open_splits(
 
 
 def open_chat_splits(setup: Setup, find_file: Callable[[Path], Path]) -> Splits:
-    """Open conversations, as `open_splits`.
+    """Open conversations, as `open_splits`, and note what the weights' .json says of them.
 
-    Scores are means over tokens, whatever --loss_weighting is, so that they can be compared.
+    The examples are questions of the validation data, or without it of the training data. Scores
+    are means over tokens, whatever --loss_weighting is, so that they can be compared.
     """
     args = setup.args
     length = args.max_seq_len + 1  # so that X, one id shorter, can fill a row
     chats = partial(
         SFTDataset, tokenizer=setup.tokenizer, max_length=length, max_turns=args.max_turns
     )
-    return open_splits(setup, find_file, partial(chats, loss_weighting=args.loss_weighting), chats)
+    learnt = partial(chats, loss_weighting=args.loss_weighting)
+    splits = open_splits(setup, find_file, learnt, chats)
+    longest = splits.train.dataset.longest_conversation
+    before = setup.conversations.get("longest_conversation", longest)
+    asked = next(iter(splits.val.values()), splits.train).dataset
+    setup.conversations = {
+        "longest_conversation": {name: max(n, before[name]) for name, n in longest.items()},
+        "examples": asked.questions(setup.tokenizer, EXAMPLES),
+    }
+    return splits

@@ -106,10 +106,18 @@ async def create_completion(
 
 @router.get("/v1/models", responses=errors())
 def list_models(request: Request) -> dict[str, Any]:
-    """List the models."""
-    about = {"object": "model", "owned_by": "minimind"}
-    cards = request.app.state.pool.cards().items()
-    models = [{"id": name, "created": int(card.modified), **about} for name, card in cards]
+    """List the models, each with its longest training conversation and questions to ask it."""
+    models = [
+        {
+            "id": name,
+            "created": int(card.modified),
+            "object": "model",
+            "owned_by": "minimind",
+            "longest_conversation": card.longest_conversation,
+            "examples": card.examples,
+        }
+        for name, card in request.app.state.pool.cards().items()
+    ]
     return {"object": "list", "data": models}
 
 

@@ -124,7 +124,11 @@ TEXT_STREAM = (
     'data: {"id":"cmpl-…","object":"text_completion",…,"choices":[{"index":0,'
     '"text":"，山上",…}]}\n\ndata: [DONE]\n\n'
 )
-MODEL = {"id": CHAT_MODEL, "created": 1795771795, "object": "model", "owned_by": "minimind"}
+MODEL = {
+    **{"id": CHAT_MODEL, "created": 1795771795, "object": "model", "owned_by": "minimind"},
+    "longest_conversation": {"exchanges": 10, "tokens": 380},
+    "examples": ["Where does Mira live?", "你是谁？"],
+}
 ANSWERS: dict[str, dict[str, Any]] = {  # by path and media type
     "/v1/chat/completions": {"application/json": CHAT_ANSWER, "text/event-stream": CHAT_STREAM},
     "/v1/completions": {"application/json": TEXT_ANSWER, "text/event-stream": TEXT_STREAM},
