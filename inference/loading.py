@@ -29,6 +29,7 @@ from model import (
     weights_hash,
     weights_path,
 )
+from model.tokenizer import find_tokenizer
 from model.weights import name_patterns, read_pickle
 
 from . import chat_texts as texts
@@ -158,7 +159,7 @@ def load_base(
     Args:
         base: hash of the weights.
         out_dir: folder of weights, in which and below which they are.
-        tokenizer: hash of the tokenizer in use; None: the one that the weights name.
+        tokenizer: hash of the tokenizer in use; None: any that is found near the weights.
         adapter: file or folder of the adapter, for errors.
 
     Raises UserError if they are not there or belong to another tokenizer.
@@ -173,7 +174,11 @@ def load_base(
         except UserError:  # a damaged file is not what is looked for
             continue
         if weights_hash(model) == base:
-            if tokenizer not in (None, about["tokenizer"]):
+            if tokenizer is None:
+                belongs = find_tokenizer(path.parent, about["tokenizer"]) is not None
+            else:
+                belongs = tokenizer == about["tokenizer"]
+            if not belongs:
                 raise UserError(
                     f"{path}: trained with another tokenizer; --tokenizer_path names it"
                 )
