@@ -33,7 +33,7 @@ REQUIREMENTS = [
 SAMPLE = ROOT / "dataset" / "sample"
 NAMES = ("pretrain", "sft", "test", "dpo", "dpo_test", "lora", "lora_test")
 FILES = [f"{name}.jsonl" for name in NAMES]
-SMOKE_LINES, SMOKE_QUESTIONS = 300, 100  # of each file and each test, with --smoke
+SMOKE_LINES, SMOKE_QUESTIONS = 150, 100  # of each file and each test, with --smoke
 
 VOCABULARY, SMOKE_VOCABULARY = 3200, 600  # a small world needs few words, and learns them faster
 MODEL = ["--dim", "256", "--n_layers", "2", "--n_heads", "8", "--n_kv_heads", "8"]

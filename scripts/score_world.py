@@ -19,7 +19,6 @@ import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +154,8 @@ def answer(
     return [
         ask(
             [
-                [*history[: 2 * number], *record["conversations"][:1]]
-                for record, history in zip(records, cycle(histories), strict=False)
+                [*histories[i % len(histories)][: 2 * number], *record["conversations"][:1]]
+                for i, record in enumerate(records)
             ]
         )
         for number in exchanges

@@ -48,7 +48,9 @@ def folder(tmp_path_factory, tokenizer):
     for stage in ("full_sft", "pretrain"):
         save_tuned(model, out, tokenizer, f"{stage}_64", stage)
     about = out / "full_sft_64.json"
-    about.write_text(json.dumps({**json.loads(about.read_text()), **KNOWN}), encoding="utf-8")
+    about.write_text(
+        json.dumps({**json.loads(about.read_text(encoding="utf-8")), **KNOWN}), encoding="utf-8"
+    )
     (out / "lora").mkdir()
     apply_lora(model, rank=2)
     with torch.no_grad():
