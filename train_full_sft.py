@@ -25,8 +25,10 @@ from sample_world import SAMPLE, ensure_sample
 
 # By optimizer (parameters up to, lowest, usual, highest): the usual learning rate is taken without
 # --learning_rate, one outside makes a warning.
-RATES = ((1e7, 1e-5, 4e-4, 3e-3), (6e7, 1e-5, 2e-4, 5e-4), (math.inf, 5e-6, 5e-5, 1e-4))
-LEARNING_RATES = dict.fromkeys(("adamw", "muon"), RATES)
+LEARNING_RATES = {
+    "adamw": ((1e7, 1e-5, 1e-3, 3e-3), (6e7, 1e-5, 2e-4, 1e-3), (math.inf, 5e-6, 5e-5, 2e-4)),
+    "muon": ((1e7, 1e-4, 1e-3, 5e-3), (6e7, 5e-5, 5e-4, 2e-3), (math.inf, 2e-5, 2e-4, 1e-3)),
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,7 +37,7 @@ def parse_args() -> argparse.Namespace:
         "Tune all weights of MiniMind on a JSONL file of conversations.",
         data_path=SAMPLE / "sft.jsonl",
         from_weight="pretrain",
-        optimizer="adamw",
+        optimizer="muon",
         weight_decay=0.01,
         grad_clip=1.0,
         max_seq_len=512,

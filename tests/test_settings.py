@@ -64,8 +64,8 @@ def flags(out):
 def test_what_is_not_given_is_chosen_and_said(run, texts, tmp_path):
     """20 texts fit into some ten rows of 64: the least batch, 4 × 512 / 64 rows."""
     said = run(*WORDS, "--data_path", texts, "--out_dir", tmp_path).stdout
-    assert flags(tmp_path) == [32, 1e-3, 1e-4, 4]
-    for flag in ("--batch_size 32 (", "--learning_rate 0.001 (adamw with ", "--epochs 4 ("):
+    assert flags(tmp_path) == [32, 8e-3, 8e-4, 4]
+    for flag in ("--batch_size 32 (", "--learning_rate 0.008 (muon with ", "--epochs 4 ("):
         assert f"chosen: {flag}" in said
 
 
@@ -73,12 +73,12 @@ def test_what_is_not_given_is_chosen_and_said(run, texts, tmp_path):
     ("words", "wanted"),
     [
         (["--batch_size", 3, "--learning_rate", 0.004, "--epochs", 2], [3, 0.004, 0.0004, 2]),
-        (["--batch_size", 3], [3, 1e-3, 1e-4, 4]),
-        (["--optimizer", "muon", "--epochs", 1], [32, 1e-2, 1e-3, 1]),
-        (["--accumulation_steps", 8], [4, 1e-3, 1e-4, 4]),
-        (["--accumulation_steps", 64], [1, 1e-3, 1e-4, 4]),
-        (["--max_steps", 2], [32, 1e-3, 1e-4, None]),  # a budget replaces the epochs
-        (["--min_lr", 1e-5], [32, 1e-3, 1e-5, 4]),
+        (["--batch_size", 3], [3, 8e-3, 8e-4, 4]),
+        (["--optimizer", "adamw", "--epochs", 1], [32, 1e-3, 1e-4, 1]),
+        (["--accumulation_steps", 8], [4, 8e-3, 8e-4, 4]),
+        (["--accumulation_steps", 64], [1, 8e-3, 8e-4, 4]),
+        (["--max_steps", 2], [32, 8e-3, 8e-4, None]),  # a budget replaces the epochs
+        (["--min_lr", 1e-5], [32, 8e-3, 1e-5, 4]),
     ],
 )
 def test_what_is_given_counts(run, texts, tmp_path, words, wanted):
@@ -90,7 +90,7 @@ def test_what_is_given_counts(run, texts, tmp_path, words, wanted):
 
 def test_a_smallest_rate_above_the_chosen_one_is_an_error(run, texts, tmp_path):
     words = [*WORDS, "--data_path", texts, "--out_dir", tmp_path, "--min_lr", 0.1]
-    assert "--min_lr 0.1 is above --learning_rate 0.001" in run(*words, code=2).stderr
+    assert "--min_lr 0.1 is above --learning_rate 0.008" in run(*words, code=2).stderr
 
 
 def test_a_resumed_run_keeps_what_it_had(run, texts, tmp_path):

@@ -184,7 +184,8 @@ def test_the_starting_weights_are_scored_first(tune, pretrained, data, tokenizer
 def test_without_pretrained_weights_it_says_which_are_missing(tune, data, tmp_path):
     done = tune("--data_path", data, "--out_dir", tmp_path, code=2)
     missing = tmp_path / "pretrain_32.pth"
-    assert done.stderr == f"train_full_sft.py: error: --from_weight pretrain: no file {missing}\n"
+    error = f"--from_weight pretrain: no file {missing}; {tmp_path} holds no weights"
+    assert done.stderr == f"train_full_sft.py: error: {error}\n"
     assert not any(tmp_path.glob("*.pth"))
 
 
