@@ -13,7 +13,7 @@ from sample_world.conversations import SKILLS, Examiner, Exercise, examiners, te
 from sample_world.world import ASKED, Dice, World, build_world
 
 CHOICES = 4
-SPACING = 50  # of training's questions, so many apart, serve as examples
+SPACING = 40  # of training's questions, so many apart, serve as examples
 
 
 def exercises(world: World, testing: bool) -> Iterator[tuple[Examiner, Exercise]]:
