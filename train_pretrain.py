@@ -43,6 +43,7 @@ def parse_args() -> argparse.Namespace:
         grad_clip=1.0,
         max_seq_len=512,
     )
+    common.add_text_columns(parser.add_argument_group("texts"))
     return training.parse_stage_arguments(parser)
 
 

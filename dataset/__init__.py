@@ -5,8 +5,17 @@ from .fields import RecordError
 from .lm_dataset import PretrainDataset, RLAIFDataset, SFTDataset, dataset_kind
 from .packing import PackedRows, PaddedRows, RowBatches, collate, make_loader
 from .preference import DPODataset, PairRows, collate_pairs
-from .reader import check_file, read_records
-from .records import BadLines, parse_chat, parse_preference, parse_question, parse_text, record_text
+from .reader import Place, check_source, locate, read_records
+from .records import (
+    BadLines,
+    RecordOptions,
+    parse_chat,
+    parse_preference,
+    parse_question,
+    parse_text,
+    record_kind,
+    record_text,
+)
 from .teacher import TeacherTopK, collate_with_teacher
 from .text import LANGUAGES, language
 from .turns import fit_prompt

@@ -9,6 +9,7 @@ from common import (
     BooleanFlag,
     StageParser,
     UserError,
+    add_parse_think,
     add_skip_bad_lines,
     add_tokenizer_path,
     half_open_unit_interval,
@@ -184,10 +185,12 @@ CHAT_IDENTITY = ("max_turns", "loss_weighting")  # flags below that a resumed ru
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that stages which learn from conversations share besides."""
-    add = parser.add_argument_group("conversations").add_argument
+    group = parser.add_argument_group("conversations")
+    add = group.add_argument
     add("--max_turns", type=positive_int, help="use only this many last turns of each")
     means = "token: mean over the tokens of all answers; sample: each answer counts the same"
     add("--loss_weighting", choices=("token", "sample"), default="token", help=means)
+    add_parse_think(group)
 
 
 def parse_stage_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from common import UserError, report_os_errors, write_atomically
-from dataset import PackedRows, PaddedRows, PairRows, SFTDataset, TeacherTopK, collate
+from dataset import (
+    PackedRows,
+    PaddedRows,
+    PairRows,
+    RecordOptions,
+    SFTDataset,
+    TeacherTopK,
+    collate,
+)
 from dataset.stored import StoredDataset
 from diagnosis.plan import LearningRates
 from model import (
@@ -222,7 +230,7 @@ def open_splits(
 
     def open_file(path: Path, make: Callable[..., StoredDataset]) -> StoredDataset:
         options = {"cache_dir": args.cache_dir, "skip_bad_lines": args.skip_bad_lines}
-        return make(find_file(path), **options)
+        return make(find_file(path), records=RecordOptions.of(args), **options)
 
     scored = scored or dataset
     test = make_rows(open_file(args.test_data_path, scored)) if args.test_data_path else None
