@@ -1,4 +1,4 @@
-"""What goes into the model: JSONL lines, token ids and loss masks, packed batches."""
+"""What goes into the model: records, token ids and loss masks, packed batches."""
 
 from .chat import ChatEncoder, render_chat
 from .fields import RecordError
@@ -9,6 +9,7 @@ from .reader import Place, check_source, locate, read_records
 from .records import (
     BadLines,
     RecordOptions,
+    pair_judged,
     parse_chat,
     parse_preference,
     parse_question,
