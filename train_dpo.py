@@ -250,11 +250,7 @@ def train(setup: training.Setup, data: training.Splits, stop: training.StopSigna
     def is_unscored(rows: PairRows) -> bool:  # on any process: all score together
         return bool(world.all_reduce_max(int(not rows.use_reference(key))))
 
-    unscored = [
-        rows
-        for rows in (data.train, *data.val.values(), data.test)
-        if rows is not None and is_unscored(rows)
-    ]
+    unscored = [rows for rows in data.sources() if is_unscored(rows)]
     reference = None
     if unscored:
         # Before a resume file takes its place, and for no longer than there is something to score.

@@ -26,6 +26,7 @@ from .arguments import (
     seed,
     unit_interval,
     user_path,
+    weighted_path,
 )
 from .errors import LESS_MEMORY, UserError, report_os_errors, report_user_errors
 from .files import SaveError, report_save_errors, write_atomically

@@ -187,6 +187,21 @@ def named_path(text: str) -> tuple[str, Path]:
     return whole.stem, whole
 
 
+def weighted_path(text: str) -> tuple[Path, float | None]:
+    """An argparse type: `path=weight`, or a path alone, also one whose name has a `=`."""
+    path, equals, weight = text.rpartition("=")
+    whole = user_path(text)
+    if not (equals and path) or whole.exists():
+        return whole, None
+    try:
+        value = float(weight)
+    except ValueError:
+        return whole, None
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: a weight is at least 0")
+    return user_path(path), value
+
+
 def is_run_name(text: str) -> bool:
     """Whether `text` can end the names of a run's files and be told from all other such ends."""
     other = r"\d+|moe|best|resume|step\d+"  # as in full_sft_512_moe_best.pth

@@ -3,7 +3,8 @@
 from .chat import ChatEncoder, render_chat
 from .fields import RecordError
 from .lm_dataset import PretrainDataset, RLAIFDataset, SFTDataset, dataset_kind
-from .packing import PackedRows, PaddedRows, RowBatches, collate, make_loader
+from .mixture import Mixture
+from .packing import PackedRows, PaddedRows, RowBatches, collate, make_loader, shorten_rows
 from .preference import DPODataset, PairRows, collate_pairs
 from .reader import Place, check_source, locate, read_records
 from .records import (

@@ -141,6 +141,11 @@ class StoredDataset(Dataset, ABC):
         return f"{self._options}_{self._part}"
 
     @property
+    def content(self) -> str:
+        """Identifies all of the source's documents, whatever is used of them."""
+        return self.store.content
+
+    @property
     def fingerprint(self) -> str:
         """Identifies the items, wherever the file lies."""
         return f"{self.store.content} {self._part} {self._options}"

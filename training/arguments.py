@@ -26,6 +26,7 @@ from common import (
     run_name,
     seed,
     user_path,
+    weighted_path,
 )
 from model import SIZES, shape_of_depth
 
@@ -88,12 +89,18 @@ def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any
 
     data = parser.add_argument_group("data")
     add = data.add_argument
-    add("--data_path", type=user_path, help="JSONL file")
+    sources: dict[str, Any] = {"type": weighted_path, "nargs": "+", "metavar": "PATH[=WEIGHT]"}
+    shares = "files, folders or hf://NAME; of several, with each one's share of the tokens"
+    add("--data_path", **sources, help=shares)
+    final = "shares at the end of the run, approached linearly; sources not named keep theirs"
+    add("--mix_schedule", **sources, default=[], help=final)
+    ends = "begin a source that runs out anew, or go on with the others until the epoch ends"
+    add("--source_end", choices=("repeat", "stop"), default="repeat", help=ends)
     files = {"nargs": "+", "action": "extend", "default": [], "metavar": "[NAME=]PATH"}
-    add("--val_data_path", type=named_path, **files, help="JSONL files to evaluate on")
+    add("--val_data_path", type=named_path, **files, help="data to evaluate on")
     held_out = "share of the documents that is held out for evaluation"
     add("--val_ratio", type=open_unit_interval, help=held_out)
-    scored = "JSONL file to score the best weights on at the end"
+    scored = "data to score the best weights on at the end"
     add("--test_data_path", type=user_path, help=scored)
     add("--max_seq_len", type=number(int, 2), help="positions of a row")
     if packing:
@@ -193,6 +200,28 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     add_parse_think(group)
 
 
+def set_sources(args: argparse.Namespace) -> None:
+    """Make `data_path` a path, or of several sources (path, weight); or UserError."""
+    if isinstance(args.data_path, Path):  # the default
+        args.data_path = [(args.data_path, None)]
+    paths, weights = zip(*args.data_path, strict=True)
+    given = [weight for weight in weights if weight is not None]
+    if len(paths) > 1 and given and (len(given) < len(paths) or not all(given)):
+        raise UserError("--data_path: each source needs a weight above 0, or none has one")
+    if len(set(paths)) < len(paths):
+        raise UserError("--data_path: a source is named twice")
+    final = dict(args.mix_schedule)
+    has_all = len(given) == len(paths) and None not in final.values()
+    if final and not (has_all and final.keys() <= {*paths}):
+        raise UserError("--mix_schedule: PATH=WEIGHT of sources that --data_path gives a weight")
+    if final and args.source_end == "stop":
+        raise UserError("--mix_schedule needs --source_end repeat")
+    if final and not any(final.get(path, weight) for path, weight in args.data_path):
+        raise UserError("--mix_schedule: all weights are 0")
+    if len(paths) == 1:
+        args.data_path = paths[0]
+
+
 def parse_stage_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse, and fill in defaults that depend on other flags; UserError for a contradiction."""
     # Flags that are not given are None, whatever their defaults.
@@ -217,6 +246,7 @@ def parse_stage_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace
         raise UserError(f"--min_lr {args.min_lr:g} is above --learning_rate {args.learning_rate:g}")
     if args.warmup_iters is not None and args.warmup_ratio is not None:
         raise UserError("--warmup_ratio and --warmup_iters: give one of them")
+    set_sources(args)
     if args.val_ratio is not None and args.val_data_path:
         raise UserError("--val_ratio and --val_data_path: give one of them")
     names = [name for name, _ in args.val_data_path]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common import UserError, report_os_errors, write_atomically
 from dataset import (
+    Mixture,
     PackedRows,
     PaddedRows,
     PairRows,
@@ -44,7 +45,7 @@ from .run_files import beside, log_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Rows = PackedRows | PaddedRows | PairRows | TeacherTopK
+Rows = PackedRows | PaddedRows | PairRows | TeacherTopK | Mixture
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Setup:
         values = json_arguments(self.args)
         return {f"--{name}": values[name] for name in flags if name in values} | {
             "--tokenizer_path": self.tokenizer_hash,
-            "--data_path": rows.dataset.store.content,  # what is used of it follows from the flags
+            "--data_path": rows.dataset.content,  # what is used of it follows from the flags
             **self.frozen,
         }
 
@@ -206,6 +207,17 @@ class Splits:
     val: dict[str, Rows]
     test: Rows | None
 
+    def sources(self) -> list[Rows]:
+        """The rows of every source, those to train on first."""
+        train = self.train.parts.values() if isinstance(self.train, Mixture) else [self.train]
+        test = [] if self.test is None else [self.test]
+        return [*train, *self.val.values(), *test]
+
+
+def map_sources(rows: Rows, make: Callable[[Rows], Rows]) -> Rows:
+    """What `make` makes of rows, of a mixture those of each source."""
+    return rows.map(make) if isinstance(rows, Mixture) else make(rows)
+
 
 def open_splits(
     setup: Setup,
@@ -235,16 +247,38 @@ def open_splits(
     scored = scored or dataset
     test = make_rows(open_file(args.test_data_path, scored)) if args.test_data_path else None
     val = {name: make_rows(open_file(path, scored)) for name, path in args.val_data_path}
-    train = open_file(args.data_path, dataset)
-    if args.val_ratio is not None:
-        _, held_out = open_file(args.data_path, scored).split(args.val_ratio)
-        train, _ = train.split(args.val_ratio)
-        val = {"held out": make_rows(held_out)}
-    rows = make_rows(train)
+    sources = [(args.data_path, None)] if isinstance(args.data_path, Path) else args.data_path
+    names = source_names([path for path, _ in sources])
+    parts = {}
+    for name, (path, _) in zip(names, sources, strict=True):
+        train = open_file(path, dataset)
+        if args.val_ratio is not None:
+            _, held_out = open_file(path, scored).split(args.val_ratio)
+            train, _ = train.split(args.val_ratio)
+            val[name if len(sources) > 1 else "held out"] = make_rows(held_out)
+        parts[name] = make_rows(train)
+    rows = parts[names[0]]
+    if len(sources) > 1:
+        weights = [
+            part.dataset.n_tokens if w is None else w
+            for part, (_, w) in zip(parts.values(), sources, strict=True)
+        ]
+        final = dict(args.mix_schedule)
+        changed = [final.get(path, weight) for path, weight in sources] if final else None
+        rows = Mixture(parts, weights, args.seed, args.source_end, changed)
     if setup.resume is not None:
         check_identity(setup.path, setup.resume, setup.identity(rows))
         check_output(setup.path, setup.raw_model)
     return Splits(rows, val, test)
+
+
+def source_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each source: that of its file where no other has it, else its path."""
+    stems = [path.stem for path in paths]
+    return [
+        stem if stems.count(stem) == 1 else path.as_posix()
+        for stem, path in zip(stems, paths, strict=True)
+    ]
 
 
 def open_chat_splits(setup: Setup, find_file: Callable[[Path], Path]) -> Splits:
