@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +62,20 @@ def saved_files(folder: Path) -> list[Path] | None:
 
 
 def is_on_hub(path: Path) -> bool:
-    """Whether a path is that of a data set on a hub, `hf://NAME[/CONFIG][:SPLIT]` or `ms://…`."""
-    return path.parts[:1] != () and path.parts[0] in SCHEMES and len(path.parts) > 1
+    """Whether a path is that of a data set on a hub, which `read_hub` takes."""
+    return len(path.parts) > 1 and path.parts[0] in SCHEMES
 
 
 def read_hub(path: Path) -> Iterator[Row]:
     """The records of a data set on the Hugging Face hub or ModelScope, as they are downloaded.
 
-    The split is train unless the path names another. UserError if there is no such data set, it
-    cannot be reached, or the hub's library is not installed.
+    The path is `hf://NAME[/CONFIG][:SPLIT]`, or `ms://…`; the split is train unless it names
+    another, and `:SPLIT[:1000]` are its first thousand records. UserError if there is no such data
+    set, it cannot be reached, or the hub's library is not installed.
     """
     scheme, *parts = path.parts
     parts[-1], _, split = parts[-1].partition(":")
+    split, _, first = split.removesuffix("]").partition("[:")
     name, config = "/".join(parts[:2]), "/".join(parts[2:]) or None
     try:
         if scheme == "hf:":
@@ -82,7 +84,7 @@ def read_hub(path: Path) -> Iterator[Row]:
         else:
             hub = need("modelscope.msdatasets", path).MsDataset
             records = hub.load(name, subset_name=config, split=split or "train", use_streaming=True)
-        yield from zip(count(1), records)
+        yield from zip(count(1), islice(records, int(first) if first else None))
     except (OSError, ValueError) as error:
         raise UserError(f"{hub_name(path)}: {_first_line(error)}") from None
 

@@ -12,6 +12,8 @@ import lzma
 import sys
 import tracemalloc
 import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -413,3 +415,36 @@ def test_a_table_takes_the_memory_of_a_few_chunks(tmp_path, monkeypatch):
         finally:
             tracemalloc.stop()
         assert peak < 2 << 20
+
+
+def test_data_sets_of_a_hub(tmp_path, monkeypatch):
+    """A folder stands for the hub, as the library takes it; ModelScope's library is a stand-in."""
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "mine").mkdir()
+    write(tmp_path / "mine" / "train.jsonl", LINES)
+    write(tmp_path / "mine" / "test.jsonl", LINES.splitlines()[0] + "\n")
+    for source, records in [
+        ("hf://mine", RECORDS),
+        ("hf://mine:test", RECORDS[:1]),
+        ("hf://mine:train[:2]", RECORDS[:2]),
+    ]:
+        check_source(Path(source))
+        assert fields_of(Path(source)) == (records, list(range(1, len(records) + 1)))
+    assert locate(Path("hf://mine:test"), Place("", 1)) == "hf://mine:test:1"
+    for source in ("hf://mine:none", "hf://nowhere/at-all"):
+        with pytest.raises(UserError, match=f"^{source}: ") as error:
+            fields_of(Path(source))
+        assert "\n" not in str(error.value)
+
+    class MsDataset:
+        @staticmethod
+        def load(name, *, subset_name, split, use_streaming):
+            assert (name, subset_name, split, use_streaming) == ("a/b", "c", "train", True)
+            return iter(RECORDS)
+
+    monkeypatch.setitem(sys.modules, "modelscope", SimpleNamespace())
+    stand_in = SimpleNamespace(MsDataset=MsDataset)
+    monkeypatch.setitem(sys.modules, "modelscope.msdatasets", stand_in)
+    assert fields_of(Path("ms://a/b/c"))[0] == RECORDS
