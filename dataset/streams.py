@@ -49,9 +49,13 @@ def _unpack(path: Path) -> io.BufferedReader:
     if start.startswith(b"\x28\xb5\x2f\xfd"):
         zstandard = need("zstandard", path)
         return _as_stream(_unpack_zstd(path, zstandard))
-    for magic, opener in ((b"\x1f\x8b", gzip), (b"BZh", bz2), (b"\xfd7zXZ\0", lzma)):
+    for magic, unpacked in (
+        (b"\x1f\x8b", gzip.GzipFile),
+        (b"BZh", bz2.BZ2File),
+        (b"\xfd7zXZ\0", lzma.LZMAFile),
+    ):
         if start.startswith(magic):
-            return io.BufferedReader(opener.open(path, "rb"), CHUNK_BYTES)
+            return io.BufferedReader(unpacked(path), CHUNK_BYTES)
     return path.open("rb", buffering=CHUNK_BYTES)
 
 
