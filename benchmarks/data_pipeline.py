@@ -257,7 +257,8 @@ def compare_mixing(path: Path, folder: Path, args: argparse.Namespace) -> None:
     in_own_process(measure_mixing, *options)  # builds the stores
     figures = in_own_process(measure_mixing, *options)
     print(
-        f"{SOURCES} sources, warm stores: {figures['start_ms']:.1f} ms of CPU time to the first epoch's order\n"
+        f"{SOURCES} sources, warm stores: {figures['start_ms']:.1f} ms of CPU time until there is "
+        "an order of the first epoch\n"
         f"a batch of {args.batch_size} rows: {figures['mixed_ms']:.2f} ms mixed, "
         f"{figures['alone_ms']:.2f} ms of one source (medians of {BATCHES}, in turns)"
     )
