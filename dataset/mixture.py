@@ -1,5 +1,6 @@
 """Rows of several sources, drawn in shares that weights give."""
 
+import bisect
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -43,9 +44,9 @@ class Mixture(Dataset):
         self.seed, self.source_end = seed, source_end
         final = weights if final_weights is None else final_weights
         self.weights, self.final_weights = (np.array(w) / np.sum(w) for w in (weights, final))
-        rows = list(self.parts.values())
+        rows = self._rows = list(self.parts.values())
         self._sizes = np.array([len(part) for part in rows])
-        self._rows_before = np.append(0, np.cumsum(self._sizes))
+        self._first_rows = np.append(0, np.cumsum(self._sizes)).tolist()
         self._items_before = np.append(0, np.cumsum([len(part.dataset) for part in rows]))
         self._tokens = np.array([part.dataset.n_tokens for part in rows])
         self._total: float | None = None  # tokens of the run, where weights change
@@ -62,8 +63,8 @@ class Mixture(Dataset):
         return int(self._sizes.sum())
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        source = int(np.searchsorted(self._rows_before, index, side="right")) - 1
-        row = list(self.parts.values())[source][index - int(self._rows_before[source])]
+        source = bisect.bisect_right(self._first_rows, index) - 1
+        row = self._rows[source][index - self._first_rows[source]]
         return _move_sample(row, int(self._items_before[source]))
 
     @property
@@ -95,8 +96,7 @@ class Mixture(Dataset):
     def place(self, sample: int) -> str:
         """`file:line` of what an item comes from."""
         source = int(self.sources(np.array([sample]))[0])
-        part = list(self.parts.values())[source]
-        return part.dataset.place(sample - int(self._items_before[source]))
+        return self._rows[source].dataset.place(sample - int(self._items_before[source]))
 
     def sources(self, samples: np.ndarray) -> np.ndarray:
         """The source of each of some items, as an index of `parts`."""
@@ -146,7 +146,7 @@ class Mixture(Dataset):
                 state = np.random.SeedSequence((self.seed, k, int(number)))
                 order = np.random.default_rng(state).permutation(length)
                 own[passes == number] = order[within[passes == number]]
-            rows[chosen] = self._rows_before[k] + own
+            rows[chosen] = self._first_rows[k] + own
         return rows
 
     def _jittered(self, source: int, draws: int) -> np.ndarray:

@@ -41,6 +41,8 @@ class StoredDataset(Dataset, ABC):
         path, cache_dir, skip_bad_lines: see `TokenStore.open_or_build`, also for errors; that there
             are no items is one, too.
         records: what flags say about records.
+        encoder: what `make_encoder` makes of `tokenizer` and `records`, to open several sources
+            without making it for each.
     """
 
     _ENCODER: type[TextTokenizer]
@@ -62,14 +64,22 @@ class StoredDataset(Dataset, ABC):
         cache_dir: str | Path | None = None,
         skip_bad_lines: float = 0.0,
         records: RecordOptions = DEFAULT,
+        encoder: TextTokenizer | None = None,
     ) -> None:
-        encoder = self._ENCODER(tokenizer, records)
+        encoder = self.make_encoder(tokenizer, records) if encoder is None else encoder
         self.max_length = max_length
         self.store = TokenStore.open_or_build(
             path, encoder, cache_dir=cache_dir, skip_bad_lines=skip_bad_lines
         )
         self._n_records = len(self.store.lines) // self._DOCUMENTS
         self._use("all", partial(self._write_items, encoder))
+
+    @classmethod
+    def make_encoder(
+        cls, tokenizer: "PreTrainedTokenizerBase", records: RecordOptions = DEFAULT
+    ) -> TextTokenizer:
+        """What makes token ids of the records of sources."""
+        return cls._ENCODER(tokenizer, records)
 
     @property
     @abstractmethod

@@ -222,8 +222,8 @@ def map_sources(rows: Rows, make: Callable[[Rows], Rows]) -> Rows:
 def open_splits(
     setup: Setup,
     find_file: Callable[[Path], Path],
-    dataset: Callable[..., StoredDataset],
-    scored: Callable[..., StoredDataset] | None = None,
+    dataset: "partial[StoredDataset]",
+    scored: "partial[StoredDataset] | None" = None,
     make_rows: Callable[[StoredDataset], Rows] | None = None,
 ) -> Splits:
     """Open the data that the flags name, the smaller files first: their errors show sooner.
@@ -231,7 +231,7 @@ def open_splits(
     Args:
         setup: what has the flags; UserError if it resumes a run of other rows or flags.
         find_file: gives the file of a path (`ensure_sample`).
-        dataset: makes a data set of a file, given the arguments that all of them have.
+        dataset: makes a data set of a source, given the arguments that all of them have.
         scored: makes those that are scored, not learnt from; None: as `dataset`.
         make_rows: makes rows of a data set; None: packed or padded, as --packing is.
     """
@@ -240,9 +240,11 @@ def open_splits(
         packed = partial(PackedRows, row_length=args.max_seq_len)
         make_rows = packed if args.packing else PaddedRows
 
+    encoder = dataset.func.make_encoder(setup.tokenizer, RecordOptions.of(args))
+
     def open_file(path: Path, make: Callable[..., StoredDataset]) -> StoredDataset:
         options = {"cache_dir": args.cache_dir, "skip_bad_lines": args.skip_bad_lines}
-        return make(find_file(path), records=RecordOptions.of(args), **options)
+        return make(find_file(path), encoder=encoder, **options)
 
     scored = scored or dataset
     test = make_rows(open_file(args.test_data_path, scored)) if args.test_data_path else None
