@@ -13,15 +13,18 @@ import argparse
 import contextlib
 import secrets
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from common import (
+    Translate,
     UserError,
+    add_lang,
     add_skip_bad_lines,
     make_parser,
     non_negative_float,
@@ -32,6 +35,7 @@ from common import (
     report_os_errors,
     report_user_errors,
     seed,
+    translator,
     unit_interval,
     user_path,
 )
@@ -39,11 +43,14 @@ from dataset import Place, RecordError, locate, parse_chat, read_records
 from inference import (
     ChatModel,
     add_compute_arguments,
+    add_history_cnt,
     add_weight_arguments,
     chosen_engine,
+    describe_weights,
     load_chat_model,
     named_weights,
 )
+from inference import chat_texts as texts
 from inference.answers import answer_file, read_questions
 from inference.conversations import Conversation
 from inference.scoring import score
@@ -62,17 +69,7 @@ SETTINGS: dict[str, tuple[Callable[[str], Any], float, str]] = {
     "min_p": (unit_interval, 0.0, "drop tokens below this share of the highest probability"),
     "repetition_penalty": (positive_float, 1.0, "above 1: lowers tokens that occurred before"),
 }
-HELP = '''\
-/help                    this text
-/reset                   begin a new conversation
-/system TEXT             set the system message; without TEXT there is none
-/undo                    remove the last question and its answer
-/save FILE, /load FILE   the conversation, as one line of training data
-/set                     show the settings
-/set temperature 0.7     change one
-/quit                    leave; so does Ctrl-D
-"""                      begins a text of several lines, and ends it
-Ctrl-C                   stops an answer'''
+LEAVING = ("exit", "quit", "/exit", "/quit")
 
 
 def parse_args() -> argparse.Namespace:
@@ -81,16 +78,15 @@ def parse_args() -> argparse.Namespace:
     models = parser.add_argument_group("model")
     add_weight_arguments(models)
     add_compute_arguments(models)
-    add = parser.add_argument_group("writing").add_argument
+    writing = parser.add_argument_group("writing")
+    add = writing.add_argument
     for name, (kind, default, help_) in SETTINGS.items():
         add(f"--{name}", type=kind, default=default, help=help_)
     add("--seed", type=seed, help="default: a new one each time")
     add("--system", type=without_stray_bytes, help="system message")
-    add(
-        "--history_cnt",
-        type=non_negative_int,
-        help="exchanges that stay in the prompt; default: as many as fit",
-    )
+    add_history_cnt(writing)
+    add("--verbose", action="store_true", help="show tokens per second after each answer")
+    add_lang(writing)
     instead = parser.add_argument_group("instead of a conversation")
     add = instead.add_mutually_exclusive_group().add_argument
     add("--prompt", type=without_stray_bytes, help="answer or continue this text and end")
@@ -130,60 +126,106 @@ class Chat:
     settings: dict[str, Any]  # those of SETTINGS and others
     generator: torch.Generator
     conversation: Conversation
-    history_cnt: int | None = None  # exchanges that stay in the prompt; None for as many as fit
+    say: Translate
+    verbose: bool = False
 
     def respond(self, text: str) -> None:
         """Print the model's answer to a text as it is generated; Ctrl-C ends it.
 
-        Raises UserError if the text is too long, or the tokenizer lacks a control token it needs.
+        What is to say about the answer goes to stderr. Raises UserError if the text is too long, or
+        the tokenizer lacks a control token it needs.
         """
-        question, past = {"role": "user", "content": text}, self.conversation.messages
-        if self.history_cnt is not None:
-            past = past[self.conversation.last_exchanges(self.history_cnt) :]
-        messages = replace(self.conversation, messages=[*past, question]).prompt()
-        if not self.chat_model.chats:
-            print(text, end="", flush=True)
-        answer, options = "", generation_options(self.settings)
+        question = {"role": "user", "content": text}
+        messages = self.chat_model.recent(
+            [*self.conversation.prompt(), question],
+            lambda kept: self.note(texts.LEFT_OUT, count=kept),
+        )
         try:
             room = self.settings["max_new_tokens"]
             ids = self.chat_model.chat_ids(messages, self.conversation.tools, room)
-            for piece in self.chat_model.stream(ids, self.generator, **options):
-                answer += piece
-                print(piece, end="", flush=True)
         except RecordError as error:  # of a conversation that was loaded
-            raise UserError(f"the conversation is not usable: {error}") from None
-        except ValueError as error:
-            raise UserError(f"the text is not usable: {error}") from None
-        except KeyboardInterrupt:
-            print(" …", end="")
-        print()
+            raise UserError(self.say(texts.BAD_CONVERSATION, reason=error)) from None
+        if len(ids) >= self.chat_model.context:
+            values = {"count": len(ids), "context": self.chat_model.context}
+            raise UserError(self.say(texts.TOO_LONG, **values))
+        answer = self.write("" if self.chat_model.chats else text, ids)
         if self.chat_model.chats:
             self.conversation.messages += [question, {"role": "assistant", "content": answer}]
+
+    def write(self, beginning: str, ids: list[int]) -> str:
+        """Print `beginning` and what follows the prompt `ids`, which is returned."""
+        print(beginning, end="", flush=True)
+        answer, tokens, stopped = "", [], False
+        start, first = time.perf_counter(), None
+        try:
+            options = generation_options(self.settings)
+            for piece in self.chat_model.stream(ids, self.generator, tokens, **options):
+                first = first or time.perf_counter()
+                answer += piece
+                print(piece, end="", flush=True)
+        except ValueError as error:
+            raise UserError(self.say(texts.BAD_TEXT, reason=error)) from None
+        except KeyboardInterrupt:
+            print(" …", end="")
+            stopped = True
+        print(flush=True)
+        end = time.perf_counter()
+        is_cut = not stopped and tokens[-1] != self.chat_model.tokenizer.eos_token_id
+        if is_cut and self.chat_model.chats:
+            self.note_cut(len(ids), len(tokens))
+        if self.verbose and tokens:
+            seconds, first = end - start, (first or end) - start
+            values = {"count": len(tokens), "rate": len(tokens) / seconds}
+            self.note(texts.SPEED, seconds=seconds, first=first, **values)
+        return answer
+
+    def note_cut(self, prompt: int, new: int) -> None:
+        """Tell why an answer of `new` tokens was cut, after a prompt of so many."""
+        if prompt + new >= self.chat_model.context:
+            self.note(texts.CONTEXT_FULL, context=self.chat_model.context)
+        else:
+            self.note(texts.CUT, count=new, more=2 * new)
+
+    def note(self, text: str, /, **values: object) -> None:
+        """Print a notice, which is no part of the conversation, to stderr."""
+        print(self.say(text, **values), file=sys.stderr, flush=True)
 
     def run_command(self, line: str) -> None:
         """Run a line that begins with a slash. Raises UserError if that is not possible."""
         name, _, rest = line[1:].partition(" ")
         rest = rest.strip()
-        if name == "help":
-            print(HELP)
+        if name in ("help", "?"):
+            print(self.say(texts.HELP))
         elif name == "reset":
             self.conversation = Conversation(self.conversation.system)
-            print("a new conversation")
+            print(self.say(texts.RESET))
         elif name == "system":
             self.conversation.system = rest
-            print(f"system message: {rest or 'none'}")
-        elif name == "undo":
+            print(self.say(texts.SYSTEM, text=rest) if rest else self.say(texts.NO_SYSTEM))
+        elif name in ("again", "undo"):
             if not self.conversation.messages:
-                raise UserError("/undo: the conversation is empty")
-            print(f"removed: {self.conversation.undo()}")
+                raise UserError(self.say(texts.EMPTY, name=name))
+            if name == "again":
+                self.respond_again()
+            else:
+                print(self.say(texts.REMOVED, text=self.conversation.undo()))
         elif name in ("save", "load"):
             if not rest:
-                raise UserError(f"/{name}: needs the name of a file")
+                raise UserError(self.say(texts.NO_FILE_NAME, name=name))
             (self.save if name == "save" else self.load)(user_path(rest))
         elif name == "set":
             self.set(*rest.split(maxsplit=1))
         else:
-            raise UserError(f"/{name}: no such command; /help lists them")
+            raise UserError(self.say(texts.NO_COMMAND, name=name))
+
+    def respond_again(self) -> None:
+        """Replace the last answer by another one. If that is a UserError, the old one stays."""
+        before = list(self.conversation.messages)
+        try:
+            self.respond(self.conversation.undo())
+        except UserError:
+            self.conversation.messages = before
+            raise
 
     def set(self, name: str = "", value: str = "") -> None:
         """Change a setting, or show all."""
@@ -191,17 +233,17 @@ class Chat:
             print("\n".join(f"{name} {self.settings[name]}" for name in SETTINGS))
             return
         if name not in SETTINGS:
-            raise UserError(f"/set takes a value for one of {', '.join(SETTINGS)}")
+            raise UserError(self.say(texts.NO_SUCH_SETTING, names=", ".join(SETTINGS)))
         try:
             self.settings[name] = SETTINGS[name][0](value)
         except argparse.ArgumentTypeError as error:
-            raise UserError(f"/set {name}: {error}") from None
+            raise UserError(self.say(texts.BAD_SETTING, name=name, reason=error)) from None
 
     def save(self, path: Path) -> None:
         """Write the conversation as a line of training data; an older file is kept."""
         with report_os_errors(f"/save {path}"), path.open("x", encoding="utf-8") as file:
             file.write(self.conversation.training_line())
-        print(f"saved {path}")
+        print(self.say(texts.SAVED, path=path))
 
     def load(self, path: Path) -> None:
         """Continue the first conversation in a file."""
@@ -209,33 +251,33 @@ class Chat:
             place, record = next(read_records(path), (Place("", 1), b""))
             messages, tools = parse_chat(record)
             if messages[-1]["role"] != "assistant":
-                raise RecordError("it does not end with an answer")
+                raise RecordError(self.say(texts.NO_ANSWER_AT_END))
         except UserError as error:
             raise UserError(f"/load {error}") from None
         except RecordError as error:
             raise UserError(f"/load {locate(path, place)}: {error}") from None
         system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
         self.conversation = Conversation(system, messages=messages, tools=tools)
-        print(f"{len(messages)} messages")
+        print(self.say(texts.LOADED, count=len(messages)))
 
 
-def typed_texts() -> Iterator[str]:
-    """The texts that the user types, until the input ends; empty ones left out."""
+def typed_texts(say: Translate) -> Iterator[str]:
+    """The texts that the user types or pastes, until the input ends; empty ones left out."""
     while True:
         try:
-            text = input("> ")
+            text = input("> ").rstrip("\n")  # of a paste, all lines
             if text.startswith('"""'):
                 text = text[3:]
                 while not text.endswith('"""'):
                     text += "\n" + input("… ")
                 text = text[:-3].strip("\n")
         except KeyboardInterrupt:
-            print("\n(Ctrl-D or /quit leaves)")
+            print("\n" + say(texts.HOW_TO_LEAVE))
             continue
         except EOFError:
             print()
             return
-        if text.strip() == "/quit":
+        if text.strip().lower() in LEAVING:
             return
         if text.strip():
             yield text
@@ -245,15 +287,18 @@ def converse(chat: Chat) -> None:
     """Answer what is typed until the user leaves."""
     sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to end
     with contextlib.suppress(ImportError):  # Windows' own terminal edits lines by itself
-        import readline  # noqa: F401  it gives `input` its editing and history
+        import readline  # it gives `input` its editing and history
+
+        # The terminal marks where a paste begins and ends, so that its line ends send nothing off.
+        # Python turns this off; libedit, in readline's place on a Mac, ignores the line.
+        readline.parse_and_bind("set enable-bracketed-paste on")
     chats = chat.chat_model.chats
-    beginning = "a message and press Enter; /help lists commands."
-    if not chats:
-        beginning = "a beginning and press Enter; Ctrl-D leaves."
-    print(f"{chat.chat_model.name}: type {beginning}")
-    for text in typed_texts():
+    print(chat.say(texts.CHATS if chats else texts.CONTINUES, name=chat.chat_model.name))
+    if chats and chat.chat_model.examples:
+        print(chat.say(texts.EXAMPLES), *chat.chat_model.examples, sep="\n  ")
+    for text in typed_texts(chat.say):
         try:
-            if text.startswith("/") and chats:
+            if chats and text.startswith("/") and "\n" not in text:
                 chat.run_command(text)
             else:
                 chat.respond(text)
@@ -267,6 +312,10 @@ def main() -> None:
     device = choose_device(args.device)
     reads_file = args.input_file is not None or args.score is not None
     rows = args.batch_size if reads_file else 1
+    say = translator(args.lang, texts.CHINESE)
+    if args.weight is None and args.lora_name is None:
+        for line in describe_weights(args.out_dir, say):
+            print(line, file=sys.stderr)  # where it is no part of an answer
     chat_model = load_chat_model(named_weights(args), device, chosen_engine(args), rows)
     random_seed = secrets.randbits(63) if args.seed is None else args.seed
     generator = torch.Generator(device).manual_seed(random_seed)
@@ -279,7 +328,9 @@ def main() -> None:
         answer_file(chat_model, questions, args.output_file, options)
         return
     conversation = Conversation(system=args.system or "")
-    chat = Chat(chat_model, vars(args), generator, conversation, args.history_cnt)
+    if args.history_cnt is not None:
+        chat_model.history_cnt = args.history_cnt
+    chat = Chat(chat_model, vars(args), generator, conversation, say, args.verbose)
     if args.prompt is not None:
         chat.respond(args.prompt)
     else:

@@ -38,8 +38,10 @@ from model import (
 )
 from sample_world import SAMPLE, ensure_sample
 
-# (parameters up to, lowest, highest): learning rates outside make a warning.
-LEARNING_RATES = ((1e7, 1e-5, 3e-3), (6e7, 1e-5, 5e-4), (math.inf, 5e-6, 1e-4))
+# By optimizer (parameters up to, lowest, usual, highest): the usual learning rate is taken without
+# --learning_rate, one outside makes a warning.
+RATES = ((1e7, 1e-5, 4e-4, 3e-3), (6e7, 1e-5, 2e-4, 5e-4), (math.inf, 5e-6, 5e-5, 1e-4))
+LEARNING_RATES = dict.fromkeys(("adamw", "muon"), RATES)
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,7 +51,6 @@ def parse_args() -> argparse.Namespace:
         data_path=SAMPLE / "sft.jsonl",
         from_weight="pretrain",
         optimizer="adamw",
-        learning_rate=5e-5,
         weight_decay=0.01,
         epochs=1,
         batch_size=32,
@@ -202,6 +203,7 @@ def train(
 ) -> int:
     """Go through the epochs, test, save and report; the exit status."""
     args, world = setup.args, setup.world
+    training.choose_settings(setup, data)
     raw_model = setup.raw_model.to(world.device)
     if teacher is not None:
         teacher.to(world.device)

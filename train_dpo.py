@@ -30,8 +30,10 @@ from dataset import DPODataset, PairRows, collate_pairs
 from model import find_targets, target_logits, weights_hash
 from sample_world import SAMPLE, ensure_sample
 
-# (parameters up to, lowest, highest): learning rates outside make a warning.
-LEARNING_RATES = ((1e7, 1e-6, 5e-4), (6e7, 5e-7, 1e-4), (math.inf, 1e-7, 2e-5))
+# By optimizer (parameters up to, lowest, usual, highest): the usual learning rate is taken without
+# --learning_rate, one outside makes a warning.
+RATES = ((1e7, 1e-6, 5e-5, 5e-4), (6e7, 5e-7, 5e-6, 1e-4), (math.inf, 1e-7, 5e-6, 2e-5))
+LEARNING_RATES = dict.fromkeys(("adamw", "muon"), RATES)
 TIE = 1e-6  # of the log-probabilities: what fp32 makes of the same reply in another batch
 BETA = {"sigmoid_norm": 0.5, "sigmoid": 0.1, "ipo": 0.1}  # by --loss_type
 
@@ -43,7 +45,6 @@ def parse_args() -> argparse.Namespace:
         data_path=SAMPLE / "dpo.jsonl",
         from_weight="full_sft",
         optimizer="adamw",
-        learning_rate=5e-6,
         weight_decay=0.0,
         epochs=1,
         batch_size=8,
@@ -244,6 +245,7 @@ def score_reference(run: training.Run, reference: nn.Module, key: str, rows: Pai
 def train(setup: training.Setup, data: training.Splits, stop: training.StopSignal) -> int:
     """Go through the epochs, test, save and report; the exit status."""
     args, world = setup.args, setup.world
+    training.choose_settings(setup, data)
     setup.frozen = world.broadcast(setup.frozen)
     key = f"{setup.frozen['--from_weight'][:16]}_{setup.dtype}".replace("torch.", "")
 

@@ -23,8 +23,12 @@ import training
 from model import token_losses
 from sample_world import SAMPLE, ensure_sample
 
-# (parameters up to, lowest, highest): learning rates outside make a warning.
-LEARNING_RATES = ((1e7, 1e-5, 3e-3), (6e7, 1e-5, 5e-4), (math.inf, 5e-6, 1e-4))
+# By optimizer (parameters up to, lowest, usual, highest): the usual learning rate is taken without
+# --learning_rate, one outside makes a warning.
+LEARNING_RATES = {
+    "adamw": ((1e7, 1e-5, 1e-3, 3e-3), (6e7, 1e-5, 2e-4, 1e-3), (math.inf, 5e-6, 5e-5, 2e-4)),
+    "muon": ((1e7, 1e-4, 1e-3, 5e-3), (6e7, 5e-5, 5e-4, 2e-3), (math.inf, 2e-5, 2e-4, 1e-3)),
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,11 +37,8 @@ def parse_args() -> argparse.Namespace:
         "Tune all weights of MiniMind on a JSONL file of conversations.",
         data_path=SAMPLE / "sft.jsonl",
         from_weight="pretrain",
-        optimizer="adamw",
-        learning_rate=5e-5,
+        optimizer="muon",
         weight_decay=0.01,
-        epochs=1,
-        batch_size=32,
         grad_clip=1.0,
         max_seq_len=512,
     )
@@ -89,6 +90,7 @@ def train_epoch(
 def train(setup: training.Setup, data: training.Splits, stop: training.StopSignal) -> int:
     """Go through the epochs, test, save and report; the exit status."""
     args, world = setup.args, setup.world
+    training.choose_settings(setup, data)
     raw_model = setup.raw_model.to(world.device)
     optimizer = training.make_optimizer(raw_model, args, setup.dtype)
     scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)

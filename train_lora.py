@@ -26,8 +26,10 @@ from model import apply_lora, token_losses, weights_hash
 from model.model_lora import TARGETS
 from sample_world import SAMPLE, ensure_sample
 
-# (parameters up to, lowest, highest): learning rates outside make a warning.
-LEARNING_RATES = ((1e7, 1e-4, 3e-2), (6e7, 1e-4, 5e-3), (math.inf, 5e-5, 1e-3))
+# By optimizer (parameters up to, lowest, usual, highest): the usual learning rate is taken without
+# --learning_rate, one outside makes a warning.
+RATES = ((1e7, 1e-4, 1e-3, 3e-2), (6e7, 1e-4, 5e-4, 5e-3), (math.inf, 5e-5, 1e-4, 1e-3))
+LEARNING_RATES = dict.fromkeys(("adamw", "muon"), RATES)
 
 
 def adapter_name(text: str) -> str:
@@ -44,10 +46,8 @@ def parse_args() -> argparse.Namespace:
         data_path=SAMPLE / "lora.jsonl",
         from_weight="full_sft",
         optimizer="adamw",
-        learning_rate=1e-4,
         weight_decay=0.0,
         epochs=5,
-        batch_size=32,
         grad_clip=1.0,
         max_seq_len=512,
     )
@@ -112,6 +112,7 @@ def train_epoch(
 def train(setup: training.Setup, data: training.Splits, stop: training.StopSignal) -> int:
     """Go through the epochs, test, save and report; the exit status."""
     args, world = setup.args, setup.world
+    training.choose_settings(setup, data)
     raw_model = setup.raw_model.to(world.device)
     optimizer = training.make_optimizer(raw_model, args, setup.dtype)
     scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)

@@ -25,8 +25,14 @@ from dataset import PretrainDataset, shorten_rows
 from model import token_losses
 from sample_world import SAMPLE, ensure_sample
 
-# (parameters up to, lowest, highest): learning rates outside make a warning.
-LEARNING_RATES = ((1e7, 1e-4, 5e-3), (6e7, 1e-4, 2e-3), (math.inf, 5e-5, 1e-3))
+# By optimizer (parameters up to, lowest, usual, highest): the usual learning rate is taken without
+# --learning_rate, one outside makes a warning.
+LEARNING_RATES = {
+    "adamw": ((1e7, 1e-4, 1e-3, 5e-3), (6e7, 1e-4, 1e-3, 2e-3), (math.inf, 5e-5, 3e-4, 1e-3)),
+    "muon": ((1e7, 1e-3, 8e-3, 3e-2), (6e7, 5e-4, 4e-3, 2e-2), (math.inf, 3e-4, 2e-3, 1e-2)),
+}
+# Of the embedding's learning rate over that of Muon's matrices (docs/results.md#optimizers).
+EMBEDDING_SCALE = 3.0
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,11 +41,8 @@ def parse_args() -> argparse.Namespace:
         "Pretrain MiniMind on a JSONL file of {'text'} lines.",
         data_path=SAMPLE / "pretrain.jsonl",
         from_weight="none",
-        optimizer="adamw",
-        learning_rate=5e-4,
+        optimizer="muon",
         weight_decay=0.1,
-        epochs=1,
-        batch_size=32,
         grad_clip=1.0,
         max_seq_len=512,
     )
@@ -94,8 +97,9 @@ def train_epoch(
 def train(setup: training.Setup, data: training.Splits, stop: training.StopSignal) -> int:
     """Go through the epochs, test, save and report; the exit status."""
     args, world = setup.args, setup.world
+    training.choose_settings(setup, data)
     raw_model = setup.raw_model.to(world.device)
-    optimizer = training.make_optimizer(raw_model, args, setup.dtype)
+    optimizer = training.make_optimizer(raw_model, args, setup.dtype, EMBEDDING_SCALE)
     scaler = torch.amp.GradScaler(world.device.type, enabled=setup.dtype == torch.float16)
     run = training.start_run(setup, data, stop, optimizer, scaler, training.score_tokens)
     if run is None:

@@ -2,6 +2,7 @@
 
 from .arguments import (
     ROOT,
+    TOKENIZER,
     BooleanFlag,
     StageParser,
     add_parse_think,
@@ -30,4 +31,5 @@ from .arguments import (
 )
 from .errors import LESS_MEMORY, UserError, report_os_errors, report_user_errors
 from .files import SaveError, report_save_errors, write_atomically
+from .language import Translate, add_lang, translator
 from .units import format_duration, format_number

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from .errors import exit_with
 
 ROOT = Path(__file__).resolve().parent.parent
+TOKENIZER = ROOT / "model" / "minimind_tokenizer"  # the one that ships with the project
 FEW_BAD_LINES = 0.1  # the share that --skip_bad_lines allows without a number
 
 
@@ -134,10 +135,14 @@ def add_parse_think(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--parse_think", action=BooleanFlag, default=False, help=thought)
 
 
-def add_tokenizer_path(parser: argparse._ActionsContainer) -> None:
-    """Add `--tokenizer_path FOLDER`."""
-    folder, meaning = ROOT / "model" / "minimind_tokenizer", "folder of the tokenizer"
-    parser.add_argument("--tokenizer_path", type=user_path, default=folder, help=meaning)
+def add_tokenizer_path(
+    parser: argparse._ActionsContainer, default: Path | None = TOKENIZER
+) -> None:
+    """Add `--tokenizer_path FOLDER`; its default may be None, for that of the weights."""
+    meaning = "folder of the tokenizer"
+    if default is None:
+        meaning += "; default: that of the weights, if it is near them, else the shipped one"
+    parser.add_argument("--tokenizer_path", type=user_path, default=default, help=meaning)
 
 
 # An argparse type: a name, or a path with `~` expanded; `~NAME` of no user stays as it is.

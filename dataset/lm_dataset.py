@@ -13,10 +13,12 @@ from .records import record_kind
 from .stored import ChatDataset, StoredDataset
 from .text import TextEncoder
 from .token_store import ROLES, Encoded
-from .turns import Spans, Turns, equal_answers, find_turns, keep_answers, keep_prompts
+from .turns import USER, Spans, Turns, equal_answers, find_turns, keep_answers, keep_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+SHORT, TRIES = 100, 10  # of an example question: characters at most, conversations looked at
 
 
 class PretrainDataset(StoredDataset):
@@ -79,7 +81,11 @@ class SFTDataset(ChatDataset):
             sets it); "sample" divides that among the targets of an answer.
     """
 
-    _COLUMNS = {**ChatDataset._COLUMNS, "targets": LENGTH_DTYPE, "text_bytes": np.dtype("<f8")}
+    _COLUMNS = {
+        **ChatDataset._COLUMNS,
+        **dict.fromkeys(("exchanges", "targets"), LENGTH_DTYPE),
+        "text_bytes": np.dtype("<f8"),
+    }
     _REASONS = {**ChatDataset._REASONS, "empty_answers": "empty answers not learnt"}
 
     def __init__(
@@ -108,6 +114,29 @@ class SFTDataset(ChatDataset):
         messages = np.searchsorted(self.store.arrays["messages"], positions, side="right") - 1
         return [ROLES[role] for role in self.store.arrays["roles"][messages]]
 
+    @property
+    def longest_conversation(self) -> dict[str, int]:
+        """The most exchanges, and the most tokens, that an item takes of a conversation."""
+        table = self._items.arrays
+        return {"exchanges": int(table["exchanges"].max()), "tokens": int(table["lengths"].max())}
+
+    def questions(self, tokenizer: "PreTrainedTokenizerBase", number: int) -> list[str]:
+        """First questions of up to `number` conversations, of one short line each."""
+        found: dict[str, None] = {}
+        for index in np.random.default_rng(0).integers(len(self), size=TRIES * number):
+            document = self._document(self._rows(int(index))[0])
+            chat = self.store.read(document, document + 1)
+            begins = np.append(chat.messages, len(chat.ids))
+            first = int(np.flatnonzero(chat.roles == USER)[0])
+            ids = chat.ids[begins[first] : begins[first + 1]].tolist()
+            text = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
+            text = text.removeprefix(f"{ROLES[USER]}\n").strip()
+            if 0 < len(text) <= SHORT and len(text.splitlines()) == 1:
+                found[text] = None
+            if len(found) == number:
+                break
+        return list(found)
+
     def _weights(self, positions: np.ndarray) -> np.ndarray:
         return self._weigh(super()._weights(positions))
 
@@ -125,7 +154,9 @@ class SFTDataset(ChatDataset):
         weights = np.where((begins <= position) & (position < ends), chats.weights, 0)
         text_bytes = self._weigh(weights).astype(np.float64) * encoder.byte_counts[chats.ids]
         starts = chats.offsets[:-1]
+        first, end = (np.searchsorted(turns.users, border) for border in (spans.begins, spans.ends))
         return spans, {
+            "exchanges": end - first,
             "targets": np.add.reduceat(weights > 0, starts, dtype=np.int64),
             "text_bytes": np.add.reduceat(text_bytes, starts),
         }

@@ -17,8 +17,10 @@ from .fields import MAX_LINE_BYTES, RecordError, explain_encoding
 from .streams import CHUNK_BYTES, DAMAGED, SUFFIXES, open_stream
 
 HEAD_BYTES = 1 << 16  # that the format of a file is detected from
+LONG_TEXT = 1 << 14  # bytes of a .txt or .md file from which on it is split into documents
+DOCUMENT_BYTES = 1 << 11  # at least, of each: about a row of 512 tokens
 LONGEST_TOKEN = 12  # characters of an escaped surrogate pair, the longest that JSON has
-DOCUMENT_CHARS = 1 << 20  # of plain text; a longer one is cut
+DOCUMENT_CHARS = 1 << 20  # of any other text; a longer one is cut
 BLANK = "blank"  # the separator that stands for blank lines
 
 
@@ -47,8 +49,9 @@ def read_records(source: Path, separator: str | None = None) -> Iterator[tuple[P
     A source is a file, a folder or a pattern of files, a folder that `Dataset.save_to_disk` wrote,
     or a data set on a hub (`hf://NAME`). Files are, compressed or not, JSON Lines, a JSON array,
     Parquet, Arrow, CSV or TSV, or else text, whose records have a "text". `separator` stands
-    between documents of text, `BLANK` for blank lines; without one, a file is one document, or
-    several of DOCUMENT_CHARS if it is longer.
+    between documents of text, `BLANK` for blank lines; without one, a .txt or .md file is split as
+    `_read_paragraphs` does it, and any other is one document, or several of DOCUMENT_CHARS if it is
+    longer.
 
     Memory does not grow with a file: of a line beyond MAX_LINE_BYTES comes only as much as shows
     that it is too long. Raises UserError as `check_source`; also if a file is cut off or broken,
@@ -245,6 +248,55 @@ def _checked(record: dict[str, str]) -> Record:
     return record
 
 
+def _read_prose(path: Path, separator: str | None) -> Iterator[tuple[int, Record]]:
+    """The documents of a .txt or .md file."""
+    return _read_text(path, separator) if separator else _read_paragraphs(path)
+
+
+def _read_paragraphs(path: Path) -> Iterator[tuple[int, Record]]:
+    """The documents of a text that is split by its length.
+
+    A file of up to LONG_TEXT bytes is one. A longer one is split at the first blank line after
+    DOCUMENT_BYTES; where there is none for LONG_TEXT, at the end of a line.
+    """
+    is_long = _is_long(path)
+    document, size, first, number = [], 0, 1, 0
+
+    def record() -> tuple[int, Record]:
+        return first, _checked({"text": "".join(document).strip("\n")})
+
+    with _open_text(path, None) as file:
+        while line := file.readline(LONG_TEXT):
+            ends = size >= LONG_TEXT or (size >= DOCUMENT_BYTES and not line.strip())
+            if is_long and ends:
+                yield record()
+                document, size = [], 0
+            if line.strip() and not document:
+                first = number + 1
+            if line.strip() or document:
+                document.append(line)
+                size += len(line.encode("utf-8", "surrogateescape"))
+            number += line.endswith("\n")
+    if document:
+        yield record()
+
+
+def _is_long(path: Path) -> bool:
+    with open_stream(path) as file:
+        return len(file.read(LONG_TEXT + 1)) > LONG_TEXT
+
+
+def text_note(source: Path, separator: str | None = None) -> str | None:
+    """What a .txt or .md file was taken as, for the user; None for another source."""
+    if not source.is_file() or _find_reader(source) is not _read_prose:
+        return None
+    if separator:
+        return "plain text, split at --separator"
+    if not _is_long(source):
+        return "plain text, taken as one document"
+    return f"plain text, split at blank lines into documents of {DOCUMENT_BYTES:,} bytes or more"
+
+
 def _read_text(path: Path, separator: str | None) -> Iterator[tuple[int, Record]]:
     """The documents of a file of text, without the blank lines around each."""
     pattern = re.compile(r"\n(?:[^\S\n]*\n)+" if separator == BLANK else re.escape(separator or ""))
@@ -320,10 +372,15 @@ _JSON = (
     (rb"", "plain text, not JSON", "name it .txt"),
 )
 _TABLE = (_BINARY, (rb"", "a table", _read_table))
-_NAMED = {".json": _JSON, ".jsonl": _JSON, ".ndjson": _JSON, ".csv": _TABLE, ".tsv": _TABLE}
-_OTHERS = (
+_RECORDS = (
     (rb'\[\s*{\s*"', "a JSON array", _read_array),
     (rb'{\s*"[^\n]*}[^\S\n]*(\n|$)', "JSON Lines", _read_lines),
     _BINARY,
-    (rb"", "text", _read_text),
 )
+_OTHERS = (*_RECORDS, (rb"", "text", _read_text))
+_PROSE = (*_RECORDS, (rb"", "text", _read_prose))
+_NAMED = {
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), _JSON),
+    **dict.fromkeys((".csv", ".tsv"), _TABLE),
+    **dict.fromkeys((".txt", ".md"), _PROSE),
+}

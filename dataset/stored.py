@@ -15,6 +15,7 @@ from common import UserError
 
 from .arrays import INDEX_DTYPE, LENGTH_DTYPE, Append, build_once
 from .chat import ChatEncoder
+from .reader import text_note
 from .records import DEFAULT, RecordOptions
 from .text import TextTokenizer
 from .token_store import Encoded, TokenStore
@@ -68,6 +69,7 @@ class StoredDataset(Dataset, ABC):
     ) -> None:
         encoder = self.make_encoder(tokenizer, records) if encoder is None else encoder
         self.max_length = max_length
+        self._separator = encoder.options.separator
         self.store = TokenStore.open_or_build(
             path, encoder, cache_dir=cache_dir, skip_bad_lines=skip_bad_lines
         )
@@ -195,12 +197,13 @@ class StoredDataset(Dataset, ABC):
 
     @property
     def notes(self) -> list[str]:
-        """What is to be known of the source, a line for each."""
+        """What is to be known of the source, a line for each. UserError if it is gone."""
         counts = {"bad_lines": self.n_bad_lines, **self.counts}
         reasons = {"bad_lines": "bad lines of the file left out", **self._REASONS}
         notes = {reasons[name]: count for name, count in counts.items()}
         notes |= self.store.bad_lines.left_out
-        return [f"{count:,} {reason}" for reason, count in notes.items() if count]
+        missing = [f"{count:,} {reason}" for reason, count in notes.items() if count]
+        return [*filter(None, [text_note(self.store.path, self._separator)]), *missing]
 
     def __len__(self) -> int:
         return len(self._items.arrays["documents"]) // self._DOCUMENTS

@@ -22,12 +22,16 @@ PEAK = 1.5
 LR_POINTS = 2000
 
 
-def draw_curves(runs: Mapping[str, Metrics], path: Path) -> None:
+def draw_curves(
+    runs: Mapping[str, Metrics], path: Path, *, tokenizers_differ: bool = False
+) -> None:
     """Draw loss, validation loss, learning rate and gradient norm over tokens into one PNG.
 
-    The legend shows the names of the runs. The validation panel is in nats per token; where the
-    runs differ in tokenizer or validation text, in bits per byte. A single run's validation sets
-    are drawn one by one as well. ImportError without matplotlib; OSError if it cannot be written.
+    The legend shows the names of the runs. Losses are in nats per token; where the runs differ in
+    tokenizer or validation text, the validation loss is in bits per byte. With `tokenizers_differ`
+    so is the training loss, by the bytes per token of the run's validation text, if all have one.
+    A single run's validation sets are drawn one by one as well. ImportError without matplotlib;
+    OSError if it cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -41,10 +45,19 @@ def draw_curves(runs: Mapping[str, Metrics], path: Path) -> None:
     loss, validation, lr, grad_norm = panels.flat
 
     unit = "per pair" if having(every, "margin") else "nats per token"
-    _draw(loss, curves, "loss", scale)
-    loss.set_title(f"training loss ({unit})")
-    _cut_peaks(loss, curves)
-    _draw_validation(validation, curves, scale, unit)
+    ratios = {name: _bits_per_nat(metrics) for name, metrics in curves.items()}
+    known = [ratio for ratio in ratios.values() if ratio is not None]
+    losses, loss_unit = curves, unit
+    if tokenizers_differ and len(known) == len(curves):
+        losses = {name: _scaled(metrics, ratios[name]) for name, metrics in curves.items()}
+        loss_unit = "bits per byte, estimated"
+    elif tokenizers_differ:
+        loss_unit += " of different tokenizers"
+    _draw(loss, losses, "loss", scale)
+    loss.set_title(f"training loss ({loss_unit})")
+    _cut_peaks(loss, losses)
+    in_bits = bool(known) and max(known) - min(known) > SAME_RATIO * max(known)
+    _draw_validation(validation, curves, scale, unit, in_bits)
     _draw(lr, curves, "lr", scale)
     lr.set_title("learning rate")
     _fit_rates(lr)
@@ -119,12 +132,24 @@ def _cut_peaks(axes: "Axes", curves: Mapping[str, Metrics]) -> None:
         axes.set_title(f"{axes.get_title()}, peaks up to {highest:.4g}")
 
 
-def _draw_validation(axes: "Axes", curves: Mapping[str, Metrics], scale: float, unit: str) -> None:
+def _bits_per_nat(metrics: Metrics) -> float | None:
+    """Bits per byte over nats per token of a run's validation text; None where it has none."""
+    evaluations = having(having(metrics, "val_loss"), "val_bits_per_byte")
+    ratios = (m["val_bits_per_byte"] / m["val_loss"] for m in evaluations if m["val_loss"] > 0)
+    return next((ratio for ratio in ratios if ratio > 0), None)
+
+
+def _scaled(metrics: Metrics, factor: float) -> Metrics:
+    """The training lines with their losses times a factor."""
+    return [line | {"loss": line["loss"] * factor} for line in having(metrics, "loss")]
+
+
+def _draw_validation(
+    axes: "Axes", curves: Mapping[str, Metrics], scale: float, unit: str, in_bits: bool
+) -> None:
     evaluations = [line for metrics in curves.values() for line in having(metrics, "val_loss")]
-    with_bits = [m for m in having(evaluations, "val_bits_per_byte") if m["val_bits_per_byte"] > 0]
-    ratios = [m["val_bits_per_byte"] / m["val_loss"] for m in with_bits]
     name, title = "val_loss", f"validation loss ({unit})"
-    if ratios and max(ratios) - min(ratios) > SAME_RATIO * max(ratios):
+    if in_bits:
         name, title = "val_bits_per_byte", "validation loss (bits per byte)"
     axes.set_title(title)
     _draw(axes, curves, name, scale, label=_label("all together"))

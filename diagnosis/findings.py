@@ -14,6 +14,7 @@ from .metrics import (
     training_loss_at,
 )
 
+FEW_STEPS = 200  # optimizer steps, in which little can be learnt
 VALIDATION_RISE = 0.01  # the set is the same each time, so the loss scatters less than in training
 LARGE_RISE = 0.1  # halves of one shuffled text differ by 1 to 2 %
 ACCURACY_GAP = 0.1  # between validation and test data of one kind, that may be an accident

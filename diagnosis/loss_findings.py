@@ -4,7 +4,7 @@ import math
 import statistics
 from itertools import pairwise
 
-from .findings import LARGE_RISE, Finding, fine
+from .findings import FEW_STEPS, LARGE_RISE, Finding, fine
 from .metrics import (
     Metrics,
     column,
@@ -57,7 +57,7 @@ def loss_findings(metrics: Metrics, vocab_size: int | None) -> list[Finding | No
     first = little = None
     if vocab_size is not None:
         first = _first_loss(data[0], vocab_size) if data else None
-        little = _little_learnt(whole, losses, evaluations, vocab_size)
+        little = _little_learnt(data, whole, evaluations, vocab_size)
     return [
         first,
         _divergence(whole, losses) or little or _course(whole, losses),
@@ -110,24 +110,36 @@ def _divergence(lines: Metrics, losses: list[float]) -> Finding | None:
 
 
 def _little_learnt(
-    lines: Metrics, losses: list[float], evaluations: Metrics, vocab_size: int
+    lines: Metrics, whole: Metrics, evaluations: Metrics, vocab_size: int
 ) -> Finding | None:
-    """Whether a model that was untrained ends near where it started."""
-    if len(lines) >= 2:  # the first line holds the start
-        end, step = statistics.fmean(last_third(losses)), lines[-1]["step"]
+    """Whether a model that was untrained ends near where it started; `whole` are whole intervals.
+
+    Few steps are no excuse: what a run has not learnt, its user should know.
+    """
+    if len(whole) >= 2:
+        end, step = statistics.fmean(last_third(column(whole, "loss"))), whole[-1]["step"]
     elif evaluations:
         end, step = evaluations[-1]["val_loss"], evaluations[-1]["step"]
+    elif lines:  # the last one, however few steps it averages: the first one holds the start
+        end, step = lines[-1]["loss"], lines[-1]["step"]
     else:
         return None
     uniform = math.log(vocab_size)
-    if step <= FIRST_LINE_STEPS or end <= (1 - HARDLY_LEARNT) * uniform:
+    if end <= (1 - HARDLY_LEARNT) * uniform:
         return None
-    nothing = len(lines) >= MIN_LINES and end > (1 - PLATEAU) * uniform
+    nothing = len(whole) >= MIN_LINES and end > (1 - PLATEAU) * uniform
+    advice = (
+        f"Try a larger --learning_rate where the gradient norm is below {NORM_USUAL[0]:g}, a "
+        "smaller one where it is not, and inspect a few samples."
+    )
+    if step < FEW_STEPS:
+        advice = (
+            f"{step:,} optimizer steps are few: a smaller --batch_size, more --epochs or more data "
+            "give more."
+        )
     return Finding(
         f"{'Nothing' if nothing else 'Hardly anything'} was learnt: the loss ends at {end:.2f}; "
-        f"uniform guessing gives {uniform:.2f}. If {step:,} steps are few, train longer; otherwise "
-        f"try a larger --learning_rate where the gradient norm is below {NORM_USUAL[0]:g}, a "
-        "smaller one where it is not, and inspect a few samples.",
+        f"uniform guessing gives {uniform:.2f}. {advice}",
         harmful=True,
     )
 

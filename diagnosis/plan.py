@@ -13,14 +13,19 @@ from model import MiniMindLM
 
 from .compute import count_parameters, flops_per_token, peak_flops
 from .curves import draw_lr_curve
+from .findings import FEW_STEPS
 from .memory import device_memory, estimate_memory
 
-FEW_STEPS = 200
 SMALL_HEAD = 32  # docs/quickstart.md, run 6: 4 heads of 32 learnt what 8 of 16 did not
 
-# Learning rates that suit models of up to so many parameters: (parameters, lowest, highest),
+# Learning rates that suit models of up to so many parameters: (parameters, lowest, usual, highest),
 # smallest models first, the last for any size (inf).
-LearningRates = Sequence[tuple[float, float, float]]
+LearningRates = Sequence[tuple[float, float, float, float]]
+
+
+def usual_rate(rates: LearningRates, n_parameters: int) -> float:
+    """The usual learning rate for a model of that size."""
+    return next(usual for most, _, usual, _ in rates if n_parameters <= most)
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ class Plan:
         """A line for each setting that is known to hurt: which one, why, what to do."""
         args, steps, warmup = self.args, self.total_steps, self.warmup
         size = count_parameters(self.model).total
-        low, high = next((low, high) for most, low, high in self.learning_rates if size <= most)
+        low, high = next((low, high) for most, low, _, high in self.learning_rates if size <= most)
         if not low <= args.learning_rate <= high:
             what = "high" if args.learning_rate > high else "low"
             yield (

@@ -4,6 +4,7 @@ from .chat_model import ChatModel
 from .command_line import (
     add_compute_arguments,
     add_engine,
+    add_history_cnt,
     add_model_arguments,
     add_weight_arguments,
     chosen_engine,
@@ -11,4 +12,4 @@ from .command_line import (
     named_weights,
     open_pool,
 )
-from .loading import TrainedModel, WeightSpec, load_chat_model, load_trained
+from .loading import TrainedModel, WeightSpec, describe_weights, load_chat_model, load_trained

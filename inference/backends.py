@@ -2,11 +2,14 @@
 
 import queue
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
+from typing import Any
 
 from model import Sampling
 
 from .batcher import Event, GenerationRequest, Token
+from .chat_model import earlier_exchanges
 from .loading import PRETRAINED
 from .pool import ModelPool
 from .text import TextStream
@@ -23,25 +26,60 @@ class Settings:
     seed: int | None = None
 
 
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a page knows of a model."""
+
+    chats: bool  # answers conversations; else it continues texts
+    history: int | None = None  # earlier exchanges in the longest conversation it was trained on
+    examples: tuple[str, ...] = ()  # questions to try
+
+    @classmethod
+    def of(cls, chats: bool, about: Mapping[str, Any]) -> "ModelInfo":
+        """Of a model's entry, which may have `longest_conversation` and `examples`."""
+        history = earlier_exchanges(about.get("longest_conversation"))
+        return cls(chats, history, tuple(about.get("examples") or ()))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an answer, and the tokens of the answer so far if the source counts them."""
+
+    text: str
+    tokens: int | None = None
+
+
 class LocalModels:
-    """The models of a pool."""
+    """The models of a pool; `address` is where they are."""
 
     def __init__(self, pool: ModelPool):
         self.pool = pool
+        self.address = str(pool.spec.weight or pool.spec.out_dir)
 
-    def models(self) -> dict[str, bool]:
-        """The models, the default first, each with whether it answers conversations."""
-        return {name: card.chats for name, card in self.pool.cards().items()}
+    def models(self) -> dict[str, ModelInfo]:
+        """The models, the default first."""
+        cards = self.pool.cards()
+        return {name: ModelInfo.of(card.chats, vars(card)) for name, card in cards.items()}
+
+    def is_loaded(self, model: str) -> bool:
+        """Whether a model answers without being loaded first."""
+        return model in self.pool.models
 
     def stream(
         self, model: str, messages: Sequence[Mapping[str, str]], settings: Settings
-    ) -> Iterator[str]:
+    ) -> Iterator[Piece]:
         """Generate an answer, piece by piece. Closing the iterator ends the generation.
+
+        While the model is being loaded, the pieces are empty.
 
         A conversation that is too long for the model loses its oldest exchanges; a model that does
         not chat continues the last message. Raises many kinds of error, each with a text for users.
         """
-        batcher = self.pool.get(model)
+        load = self.pool.load(model)
+        while not load.done():
+            yield Piece("")
+            wait([load], timeout=0.2)
+        batcher = load.result()
         chat_model = batcher.chat_model
         ids = chat_model.chat_ids(messages, room=settings.max_tokens)
         if len(ids) >= chat_model.context:
@@ -60,15 +98,20 @@ class LocalModels:
             emit=events.put,
         )
 
+        n_tokens = 0
+
         def tokens() -> Iterator[int]:
+            nonlocal n_tokens
             while isinstance(event := events.get(), Token):
+                n_tokens += 1
                 yield event.token
             if isinstance(event, Exception):
                 raise event
 
         batcher.submit([request])
         try:
-            yield from TextStream(chat_model.tokenizer).decode(tokens())
+            for text in TextStream(chat_model.tokenizer).decode(tokens()):
+                yield Piece(text, n_tokens)
         finally:
             request.cancelled = True
 
@@ -79,22 +122,30 @@ class Endpoint:
     def __init__(self, url: str, api_key: str | None):
         import openai  # local weights do not need it
 
+        self.address = url
         self.client = openai.OpenAI(base_url=url, api_key=api_key or "none", max_retries=0)
 
-    def models(self) -> dict[str, bool]:
+    def models(self) -> dict[str, ModelInfo]:
         """As in LocalModels; a model answers conversations unless its name is of pretraining."""
-        names = [model.id for model in self.client.models.list()]
-        return {name: not name.startswith(PRETRAINED) for name in names}
+        return {
+            model.id: ModelInfo.of(answers_conversations(model.id), model.model_extra or {})
+            for model in self.client.models.list()
+        }
+
+    def is_loaded(self, model: str) -> bool:
+        """True: servers do not tell."""
+        return True
 
     def stream(
         self, model: str, messages: Sequence[Mapping[str, str]], settings: Settings
-    ) -> Iterator[str]:
+    ) -> Iterator[Piece]:
         """Generate an answer, piece by piece. Closing the iterator ends the generation."""
         options = {name: value for name, value in vars(settings).items() if value is not None}
+        options["stream_options"] = {"include_usage": True}
         penalty = options.pop("repetition_penalty")
         if penalty != 1:  # not every server knows it
             options["extra_body"] = {"repetition_penalty": penalty}
-        chats = not model.startswith(PRETRAINED)
+        chats = answers_conversations(model)
         if chats:
             create, prompt = self.client.chat.completions.create, {"messages": list(messages)}
         else:
@@ -102,8 +153,15 @@ class Endpoint:
         with create(model=model, **prompt, stream=True, **options) as chunks:
             for chunk in chunks:
                 for choice in chunk.choices:
-                    if piece := choice.delta.content if chats else choice.text:
-                        yield piece
+                    if text := choice.delta.content if chats else choice.text:
+                        yield Piece(text)
+                if chunk.usage:
+                    yield Piece("", chunk.usage.completion_tokens)
+
+
+def answers_conversations(name: str) -> bool:
+    """Whether a server's model answers conversations, by its name; a folder may stand before it."""
+    return not name.rpartition("/")[2].startswith(PRETRAINED)
 
 
 Backend = LocalModels | Endpoint

@@ -1,7 +1,7 @@
 """A model to talk to: weights, tokenizer, decoder, and the way from messages to ids to text."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,8 +29,13 @@ class ChatModel:
     chats: bool
     engine: str | None = None
     rows: int = 1
+    longest_conversation: Mapping[str, int] | None = None  # that it was trained on; `read_about`
+    examples: Sequence[str] = ()  # questions to offer
+    history_cnt: int | None = field(init=False, default=None)  # see `recent`
+    _has_told: bool = field(init=False, default=False)  # that something was left out
 
     def __post_init__(self) -> None:
+        self.history_cnt = earlier_exchanges(self.longest_conversation)
         self.encoder = ChatEncoder(self.tokenizer) if self.chats else None
         self.decoder = make_decoder(self.model, self.engine, self.rows)
 
@@ -65,10 +70,34 @@ class ChatModel:
             return prompt.ids.tolist()
         return fit_prompt(prompt, self.context - min(room, self.context // 2)).tolist()
 
+    def recent(
+        self, messages: Sequence[Mapping[str, Any]], tell: Callable[[int], object]
+    ) -> Sequence[Mapping[str, Any]]:
+        """The messages without the exchanges before the last `history_cnt` and the question.
+
+        Models answer worse after more exchanges than they were trained on, so it is by default
+        `earlier_exchanges` of their longest conversation; None keeps all. A system message stays.
+        The first time that something is left out, `tell` gets how many exchanges stay.
+        """
+        users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        if self.history_cnt is None or len(users) <= self.history_cnt + 1:
+            return messages
+        if not self._has_told:
+            self._has_told = True
+            tell(self.history_cnt)
+        return [*messages[: users[0]], *messages[users[-1 - self.history_cnt] :]]
+
     def stream(
-        self, ids: Sequence[int], generator: torch.Generator, **options: Any
+        self,
+        ids: Sequence[int],
+        generator: torch.Generator,
+        new_tokens: list[int],
+        **options: Any,
     ) -> Iterator[str]:
-        """Generate text after a prompt, piece by piece; options and errors as of `generate`."""
+        """Generate text after a prompt, piece by piece; options and errors as of `generate`.
+
+        `new_tokens` gets the tokens; the last one is the end token unless the text was cut.
+        """
         tokens = self.model.generate(
             torch.tensor([ids], device=self.decoder.device),
             eos_token_id=self.tokenizer.eos_token_id,
@@ -77,7 +106,21 @@ class ChatModel:
             decoder=self.decoder,
             **options,
         )
-        yield from TextStream(self.tokenizer).decode(token.item() for token in tokens)
+
+        def noted() -> Iterator[int]:
+            for token in tokens:
+                new_tokens.append(token.item())
+                yield new_tokens[-1]
+
+        yield from TextStream(self.tokenizer).decode(noted())
+
+
+def earlier_exchanges(longest: Mapping[str, int] | None) -> int | None:
+    """The exchanges before the last question of a longest conversation; None if there is none.
+
+    `longest` is a model's `longest_conversation`, see `read_about`.
+    """
+    return max(longest["exchanges"] - 1, 0) if longest else None
 
 
 def make_decoder(model: MiniMindLM, engine: str | None, rows: int) -> Decoder:

@@ -10,6 +10,7 @@ from common import (
     UserError,
     add_tokenizer_path,
     name_or_path,
+    non_negative_int,
     positive_int,
     report_os_errors,
     user_path,
@@ -28,7 +29,7 @@ def add_weight_arguments(parser: argparse._ActionsContainer) -> None:
         "--weight",
         type=name_or_path,
         help="a stage's or a run's name, a .pth file, or a folder of an old version; default: the "
-        "newest chat weights in --out_dir, else the newest pretrained ones",
+        "newest chat weights in --out_dir and the folders in it, else the newest pretrained ones",
     )
     add(
         "--lora_name", type=name_or_path, help="an adapter's name, or its .pth file: use it as well"
@@ -36,7 +37,7 @@ def add_weight_arguments(parser: argparse._ActionsContainer) -> None:
     add("--dim", type=positive_int, help="width of the weights; 512 for those without a .json")
     add("--n_layers", type=positive_int, help="blocks of the weights; likewise 8")
     add("--use_moe", action=BooleanFlag, help="whether they are a mixture of experts")
-    add_tokenizer_path(parser)
+    add_tokenizer_path(parser, default=None)
 
 
 def named_weights(args: argparse.Namespace) -> WeightSpec:
@@ -53,8 +54,19 @@ def add_model_arguments(parser: argparse._ActionsContainer) -> None:
         type=name_or_path,
         help="offer this model alone: a name, a .pth file or a folder",
     )
-    add_tokenizer_path(parser)
+    add_tokenizer_path(parser, default=None)
     add_compute_arguments(parser)
+
+
+def add_history_cnt(parser: argparse._ActionsContainer) -> None:
+    """Add `--history_cnt`: how much of a conversation a model gets with a question."""
+    parser.add_argument(
+        "--history_cnt",
+        type=non_negative_int,
+        help="exchanges before a question that stay in the prompt, as far as they fit; default: "
+        "one fewer than the weights' longest training conversation has, where their .json says it, "
+        "else all",
+    )
 
 
 def add_compute_arguments(parser: argparse._ActionsContainer) -> None:
@@ -82,10 +94,13 @@ def chosen_engine(args: argparse.Namespace) -> str | None:
     return args.quantize or args.engine
 
 
-def open_pool(args: argparse.Namespace, rows: int, queue: int, loaded: int) -> ModelPool:
+def open_pool(
+    args: argparse.Namespace, rows: int, queue: int, loaded: int, history_cnt: int | None = None
+) -> ModelPool:
     """The models that the flags of `add_model_arguments` name; for the others see ModelPool."""
     spec = WeightSpec(args.out_dir, args.tokenizer_path, weight=args.weight)
-    return ModelPool(spec, choose_device(args.device), chosen_engine(args), rows, queue, loaded)
+    device, engine = choose_device(args.device), chosen_engine(args)
+    return ModelPool(spec, device, engine, rows, queue, loaded, history_cnt)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -15,7 +15,10 @@ TITLE = 28  # characters
 
 @dataclass
 class Conversation:
-    """A conversation; messages as in training data."""
+    """A conversation; messages as in training data.
+
+    An answer may have `made` besides: by which model, in how many tokens and seconds.
+    """
 
     system: str = ""  # the system message, which `messages` leaves out
     model: str = ""  # name of the one that answers
@@ -46,7 +49,8 @@ class Conversation:
     def prompt(self) -> list[dict[str, Any]]:
         """All messages, the system message first."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, *self.messages]
+        kept = [{k: v for k, v in m.items() if k != "made"} for m in self.messages]
+        return [*system, *kept]
 
     def training_line(self) -> str:
         """The conversation as a line of training data."""
@@ -78,10 +82,12 @@ class ConversationStore:
             found = Conversation(**{**json.loads(text), "id": name})
             parts = [part for m in found.messages for part in (m["role"], m["content"])]
             found.changed = float(found.changed)
+            made = [m.get("made", {}) for m in found.messages]
         except (OSError, ValueError, TypeError, KeyError):
             return None
         are_texts = all(isinstance(text, str) for text in (found.system, found.model, *parts))
-        return found if are_texts and isinstance(found.tools, list) else None
+        are_facts = isinstance(found.tools, list) and all(isinstance(m, dict) for m in made)
+        return found if are_texts and are_facts else None
 
     def save(self, conversation: Conversation) -> None:
         """Write a conversation; one without messages has no file.

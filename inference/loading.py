@@ -3,34 +3,39 @@
 import json
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from common import UserError
+from common import TOKENIZER, Translate, UserError, format_number
 from model import (
     LMConfig,
     MiniMindLM,
     Tokenizer,
+    list_weights,
     load_lora,
     load_model,
     load_tokenizer,
     read_about,
     resolve_weights,
+    tokenizer_folder,
     tokenizer_hash,
     weights_hash,
     weights_path,
 )
-from model.weights import read_pickle
+from model.tokenizer import find_tokenizer
+from model.weights import name_patterns, read_pickle
 
+from . import chat_texts as texts
 from .chat_model import ChatModel
 
+MOST_LISTED = 10  # weights
 PRETRAINED = "pretrain"  # the stage whose weights continue texts; those of all others answer
 
 
@@ -42,12 +47,13 @@ class WeightSpec:
     the whole name of a file in `out_dir`; a .pth file; or a folder of an old version. None:
     the weights that the adapter was trained on; without an adapter the newest chat weights, or the
     newest pretrained ones if there are no others. `lora_name` is an adapter's name, its run's, or
-    the whole name of its file; or its .pth file. `dim`, `n_layers` and `use_moe` are the shape to
-    look for, if given, and that of weights without a .json file.
+    the whole name of its file; or its .pth file. Names are looked up in `out_dir` and the folders
+    in it. `tokenizer_path` None: see `tokenizer_folder`. `dim`, `n_layers` and `use_moe` are the
+    shape to look for, if given, and that of weights without a .json file.
     """
 
     out_dir: Path
-    tokenizer_path: Path
+    tokenizer_path: Path | None = None
     weight: str | None = None
     lora_name: str | None = None
     dim: int | None = None
@@ -61,21 +67,10 @@ class WeightSpec:
         return {name: value for name, value in given.items() if value is not None}
 
 
-def list_weights(out_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The .pth files in a folder that a .json file describes, newest first, with its content."""
-    found = []
-    for path in out_dir.glob("*.pth"):
-        with suppress(UserError, OSError):  # of no use, or gone meanwhile
-            if about := read_about(path):
-                found.append((path.stat().st_mtime, path, about))
-    for _, path, about in sorted(found, key=lambda entry: entry[0], reverse=True):
-        yield path, about
-
-
 def list_adapters(out_dir: Path) -> list[Path]:
-    """The adapters in a folder's lora/, by name."""
+    """The adapters in a folder's lora/, by name, and then those of the folders in it."""
     found = []
-    for path in sorted((out_dir / "lora").glob("*.pth")):
+    for path in (*sorted(out_dir.glob("lora/*.pth")), *sorted(out_dir.glob("*/lora/*.pth"))):
         with suppress(UserError):
             if "_resume" not in path.stem and adapted_base(path) is not None:
                 found.append(path)
@@ -95,17 +90,11 @@ def is_pretrained(path: Path) -> bool:
     return stage == PRETRAINED
 
 
-def name_patterns(name: str, dim: str = r"\d+") -> tuple[re.Pattern[str], ...]:
-    """Patterns of the file names that a stage, an adapter or a run may have, the likelier first."""
-    name = re.escape(name)
-    return re.compile(rf"{name}_{dim}(_moe)?|{name}"), re.compile(rf".+_{dim}(_moe)?_{name}")
-
-
 def find_weights(spec: WeightSpec, shape: LMConfig) -> Path:
     """The newest file that `spec` names; without a .json it has `shape`. Raises UserError."""
     matching = [
         (path, about)
-        for path, about in list_weights(spec.out_dir)
+        for path, about in list_weights(spec.out_dir, below=True)
         if spec.shape.items() <= vars(about["config"]).items()
     ]
     if spec.weight is None:
@@ -124,38 +113,72 @@ def find_weights(spec: WeightSpec, shape: LMConfig) -> Path:
     return resolve_weights("--weight", spec.weight, spec.out_dir, shape)
 
 
+def describe_weights(out_dir: Path, say: Translate = str.format) -> list[str]:
+    """A table of the weights in a folder and those in it, newest first; none if they are one."""
+    found = list(list_weights(out_dir, below=True))
+    if len(found) < 2:
+        return []
+    rows = []
+    for path, about in found[:MOST_LISTED]:
+        with torch.device("meta"):
+            size = sum(p.numel() for p in MiniMindLM(about["config"]).parameters())
+        when = datetime.fromtimestamp(path.stat().st_mtime).astimezone()
+        rows.append((str(path), format_number(size), about["stage"], f"{when:%Y-%m-%d %H:%M}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    if len(found) > MOST_LISTED:
+        lines.append(say(texts.MORE_WEIGHTS, count=len(found) - MOST_LISTED))
+    return [say(texts.WEIGHTS), *(f"  {line}" for line in lines)]
+
+
 def find_adapter(spec: WeightSpec, shape: LMConfig) -> Path:
     """The newest file that `spec.lora_name` names. Raises UserError, which names `shape`'s file."""
     folder = spec.out_dir / "lora"
-    if spec.lora_name.endswith(".pth"):
-        return resolve_weights("--lora_name", spec.lora_name, folder, shape)
+    if spec.lora_name.endswith(".pth") and Path(spec.lora_name).is_file():
+        return Path(spec.lora_name)
     for pattern in name_patterns(spec.lora_name, r"\d+" if spec.dim is None else f"{spec.dim}"):
-        if paths := [path for path in folder.glob("*.pth") if pattern.fullmatch(path.stem)]:
+        near = (*folder.glob("*.pth"), *spec.out_dir.glob("*/lora/*.pth"))
+        if paths := [path for path in near if pattern.fullmatch(path.stem)]:
             return max(paths, key=lambda path: path.stat().st_mtime)
-    wanted = weights_path(folder, spec.lora_name, shape)
+    wanted = spec.lora_name
+    if not wanted.endswith(".pth"):
+        wanted = weights_path(folder, wanted, shape)
     names = {re.sub(r"_\d+(_moe)?$", "", path.stem) for path in list_adapters(spec.out_dir)}
     there = ", ".join(sorted(names)) or "no adapter"
     raise UserError(f"--lora_name {spec.lora_name}: no file {wanted}; there is {there}")
 
 
-def load_base(base: str, out_dir: Path, tokenizer: str, adapter: Path) -> tuple[Path, MiniMindLM]:
+def load_base(
+    base: str, out_dir: Path, tokenizer: str | None, adapter: Path
+) -> tuple[Path, MiniMindLM]:
     """Find and load the weights that an adapter was trained on: file and model.
 
     Args:
         base: hash of the weights.
-        out_dir: folder of weights.
-        tokenizer: hash of the tokenizer in use.
+        out_dir: folder of weights, in which and below which they are.
+        tokenizer: hash of the tokenizer in use; None: any that is found near the weights.
         adapter: file or folder of the adapter, for errors.
 
     Raises UserError if they are not there or belong to another tokenizer.
     """
-    for path, about in list_weights(out_dir):
+    near = (
+        adapter.parent.parent
+    )  # where a stage leaves the weights: tried first, as hashing is slow
+    found = list_weights(out_dir, below=True)
+    for path, about in sorted(found, key=lambda entry: entry[0].parent != near):
         try:
             model = load_model(path, about["config"], about["tokenizer"])
         except UserError:  # a damaged file is not what is looked for
             continue
         if weights_hash(model) == base:
-            if about["tokenizer"] != tokenizer:
+            if tokenizer is None:
+                belongs = find_tokenizer(path.parent, about["tokenizer"]) is not None
+            else:
+                belongs = tokenizer == about["tokenizer"]
+            if not belongs:
                 raise UserError(
                     f"{path}: trained with another tokenizer; --tokenizer_path names it"
                 )
@@ -176,6 +199,7 @@ class TrainedModel:
         model: the model; its adapter is active and not merged.
         tokenizer: tokenizer of its ids.
         chats: whether it answers conversations; else it continues texts.
+        longest_conversation, examples: as `read_about` gives them, of the base of an adapter.
     """
 
     name: str
@@ -184,6 +208,8 @@ class TrainedModel:
     model: MiniMindLM
     tokenizer: Tokenizer
     chats: bool
+    longest_conversation: dict[str, int] | None = None
+    examples: Sequence[str] = ()
 
 
 def load_chat_model(
@@ -191,8 +217,16 @@ def load_chat_model(
 ) -> ChatModel:
     """Load a model to answer with; for `engine` and `rows` see ChatModel, for errors below."""
     trained = load_trained(spec)
-    model = trained.model.to(device)
-    return ChatModel(trained.name, model, trained.tokenizer, trained.chats, engine, rows)
+    return ChatModel(
+        trained.name,
+        trained.model.to(device),
+        trained.tokenizer,
+        trained.chats,
+        engine,
+        rows,
+        trained.longest_conversation,
+        trained.examples,
+    )
 
 
 def load_trained(spec: WeightSpec) -> TrainedModel:
@@ -204,26 +238,33 @@ def load_trained(spec: WeightSpec) -> TrainedModel:
         folder = Path(spec.weight)
         model, tokenizer = load_folder(spec)
         return TrainedModel(folder.name, folder, None, model.eval(), tokenizer, chats=True)
-    tokenizer = load_tokenizer(spec.tokenizer_path)
-    hash_ = tokenizer_hash(tokenizer)
+    given = None  # the hash of the tokenizer, if a flag names one
+    if spec.tokenizer_path is not None:
+        given = tokenizer_hash(load_tokenizer(spec.tokenizer_path))
     try:
-        shape = LMConfig(vocab_size=len(tokenizer), **spec.shape)
+        shape = LMConfig(**spec.shape)
     except ValueError as error:
         raise UserError(f"--dim {spec.dim}: {error}") from None
     adapter = None if spec.lora_name is None else find_adapter(spec, shape)
+    model = None
     if spec.weight is None and adapter is not None:
         base = adapted_base(adapter)
         if base is None:
             raise UserError(f"{adapter}: not an adapter")
-        path, model = load_base(base, spec.out_dir, hash_, adapter)
+        path, model = load_base(base, spec.out_dir, given, adapter)
     else:
         path = find_weights(spec, shape)
-        model = load_model(path, shape, hash_)
+    tokenizer = load_tokenizer(tokenizer_folder(spec.tokenizer_path, path))
+    if model is None:
+        shape = replace(shape, vocab_size=len(tokenizer))
+        model = load_model(path, shape, tokenizer_hash(tokenizer))
     name, chats = path.stem, not is_pretrained(path)
     if adapter is not None:
         load_lora(model, adapter)
         name, chats = f"{name}+{adapter.stem}", True  # adapters are trained on conversations
-    return TrainedModel(name, path, adapter, model.eval(), tokenizer, chats)
+    about = read_about(path) or {"longest_conversation": None, "examples": ()}
+    longest, examples = about["longest_conversation"], about["examples"]
+    return TrainedModel(name, path, adapter, model.eval(), tokenizer, chats, longest, examples)
 
 
 def load_folder(spec: WeightSpec) -> tuple[MiniMindLM, Tokenizer]:
@@ -235,7 +276,7 @@ def load_folder(spec: WeightSpec) -> tuple[MiniMindLM, Tokenizer]:
     if spec.lora_name is not None:
         raise UserError("--lora_name: needs the .pth file that the adapter was trained on")
     own = (folder / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(folder if own else spec.tokenizer_path)
+    tokenizer = load_tokenizer(folder if own else spec.tokenizer_path or TOKENIZER)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config.get("model_type") != LMConfig.model_type:

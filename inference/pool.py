@@ -2,23 +2,27 @@
 
 import logging
 import threading
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from common import UserError
-from model import load_tokenizer, tokenizer_hash
+from model import LMConfig, list_weights, load_tokenizer, read_about, tokenizer_hash
+from model.tokenizer import find_tokenizer
+from model.weights import CONVERSATIONS
 
 from .batcher import Batcher, QueueFull
 from .loading import (
     PRETRAINED,
     WeightSpec,
+    find_weights,
     is_pretrained,
     list_adapters,
-    list_weights,
     load_chat_model,
 )
 
@@ -39,6 +43,9 @@ class ModelCard:
     modified: float  # when `path` was changed, in seconds since 1970
     is_adapter: bool = False
     chats: bool = True  # answers conversations; else it continues texts
+    # As `read_about` gives them; of an adapter, whose base has them, only once it is loaded.
+    longest_conversation: dict[str, int] | None = None
+    examples: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -68,19 +75,20 @@ class ModelPool:
     rows: int  # see Batcher
     queue: int
     loaded: int  # how many models stay in memory
+    history_cnt: int | None = None  # in place of each model's own; see `ChatModel.recent`
     models: dict[str, LoadedModel] = field(default_factory=dict)  # the last one was used last
 
     def __post_init__(self) -> None:
         weight = self.spec.weight
         if weight is not None and not Path(weight).exists():
-            named = self.spec.out_dir / f"{weight}.pth"
-            if not named.is_file():
-                raise UserError(f"--weight {weight}: no such file")
-            self.spec = replace(self.spec, weight=str(named))
+            self.spec = replace(self.spec, weight=str(find_weights(self.spec, LMConfig())))
         self._loads: dict[str, Future[Batcher]] = {}  # that have begun or wait for others
         self._loader = ThreadPoolExecutor(1, "loader")
         self._lock = threading.Lock()  # held to read or change the two dicts
-        self._tokenizer = tokenizer_hash(load_tokenizer(self.spec.tokenizer_path))
+        self._tokenizer: str | None = None  # the hash of the one that a flag names
+        if self.spec.tokenizer_path is not None:
+            self._tokenizer = tokenizer_hash(load_tokenizer(self.spec.tokenizer_path))
+        self._found: set[str] = set()  # hashes of tokenizers that were found near weights
 
     def cards(self) -> dict[str, ModelCard]:
         """The models that can be asked for, the default first; those in memory as at loading."""
@@ -92,25 +100,44 @@ class ModelPool:
     def _cards_on_disk(self) -> dict[str, ModelCard]:
         cards: dict[str, ModelCard] = {}
 
-        def add(path: Path, **about: bool) -> None:
+        def add(
+            path: Path,
+            folder: Path = self.spec.out_dir,
+            about: Mapping[str, Any] | None = None,
+            **kind: bool,
+        ) -> None:
+            below = folder != self.spec.out_dir and self.spec.weight is None
+            name = f"{folder.name}/{path.stem}" if below else path.stem
+            known = {key: about[key] for key in CONVERSATIONS} if about else {}
             with suppress(OSError):  # it is gone
-                cards.setdefault(path.stem, ModelCard(path, path.stat().st_mtime, **about))
+                card = ModelCard(path, path.stat().st_mtime, **kind, **known)
+                cards.setdefault(name, card)
 
         if self.spec.weight is not None:
             path = Path(self.spec.weight)
-            add(path, chats=path.is_dir() or not is_pretrained(path))
+            about = None if path.is_dir() else read_about(path)
+            add(path, about=about, chats=path.is_dir() or not is_pretrained(path))
             return cards
-        try:
-            self._tokenizer = tokenizer_hash(load_tokenizer(self.spec.tokenizer_path))
-        except UserError as error:
-            LOG.warning("%s", error)
-        found = list_weights(self.spec.out_dir)
+        if self.spec.tokenizer_path is not None:
+            try:
+                self._tokenizer = tokenizer_hash(load_tokenizer(self.spec.tokenizer_path))
+            except UserError as error:
+                LOG.warning("%s", error)
+        found = list_weights(self.spec.out_dir, below=True)
         for path, about in sorted(found, key=lambda entry: entry[1]["stage"] == PRETRAINED):
-            if about["tokenizer"] == self._tokenizer:
-                add(path, chats=about["stage"] != PRETRAINED)
+            if self._has_tokenizer(path, about["tokenizer"]):
+                add(path, path.parent, about, chats=about["stage"] != PRETRAINED)
         for path in list_adapters(self.spec.out_dir) if cards else ():
-            add(path, is_adapter=True)
+            add(path, path.parent.parent, is_adapter=True)
         return cards
+
+    def _has_tokenizer(self, path: Path, hash_: str) -> bool:
+        """Whether the tokenizer of weights is the one that a flag names, or else is near them."""
+        if self._tokenizer is not None:
+            return hash_ == self._tokenizer
+        if hash_ not in self._found and find_tokenizer(path.parent, hash_) is not None:
+            self._found.add(hash_)
+        return hash_ in self._found
 
     def get(self, name: str) -> Batcher:
         """The batcher of a model; waits for what `load` gives, and raises its errors."""
@@ -173,6 +200,9 @@ class ModelPool:
         flag = "lora_name" if card.is_adapter else "weight"
         spec = replace(self.spec, **{flag: str(card.path)})
         chat_model = load_chat_model(spec, self.device, self.engine, self.rows + 1)
+        card = replace(card, **{key: getattr(chat_model, key) for key in CONVERSATIONS})
+        if self.history_cnt is not None:
+            chat_model.history_cnt = self.history_cnt
         return LoadedModel(Batcher(chat_model, self.rows, self.queue), card, versions)
 
     def _make_room(self) -> None:

@@ -17,8 +17,10 @@ from .model_lora import (
     weights_hash,
 )
 from .sampling import Sampling
-from .tokenizer import Tokenizer, load_tokenizer, tokenizer_hash
+from .tokenizer import Tokenizer, keep_tokenizer, load_tokenizer, tokenizer_hash
 from .weights import (
+    first_weights,
+    list_weights,
     load_lora,
     load_model,
     load_trained_state,
@@ -27,6 +29,7 @@ from .weights import (
     resolve_weights,
     save_lora,
     save_weights,
+    tokenizer_folder,
     trained_state,
     weights_path,
 )

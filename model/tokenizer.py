@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from common import UserError
+from common import TOKENIZER, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,3 +45,40 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
     for name in ("padding", "truncation", "post_processor"):
         parts.pop(name)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def kept_tokenizer(out_dir: Path, hash_: str) -> Path:
+    """The folder in which runs keep the tokenizer of their weights."""
+    return out_dir / "tokenizers" / hash_
+
+
+def keep_tokenizer(tokenizer: Tokenizer, out_dir: Path, hash_: str) -> None:
+    """Write a tokenizer to its `kept_tokenizer`, unless it is there. Raises OSError."""
+    folder = kept_tokenizer(out_dir, hash_)
+    if (folder / "tokenizer.json").is_file():
+        return
+    temporary = folder.with_name(f".{hash_}.{os.getpid()}.tmp")
+    try:
+        tokenizer.save_pretrained(temporary)
+        with suppress(FileExistsError, PermissionError):  # another run was faster
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def find_tokenizer(folder: Path, hash_: str) -> Path | None:
+    """The folder of the tokenizer of that hash, for weights in `folder`; None if it is not found.
+
+    It may be `kept_tokenizer`, the folder itself or its `tokenizer`, or one of the folders above,
+    as of out/lora and out/replaced/NAME; or the one that ships with the project.
+    """
+    places = (folder, folder.parent, folder.parent.parent)
+    near = [
+        path for place in places for path in (kept_tokenizer(place, hash_), place / "tokenizer")
+    ]
+    for candidate in (*near, folder, TOKENIZER):
+        if (candidate / "tokenizer.json").is_file():
+            with suppress(UserError):
+                if tokenizer_hash(load_tokenizer(candidate)) == hash_:
+                    return candidate
+    return None

@@ -2,7 +2,10 @@
 
 import json
 import pickle
+import re
 import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import UserError, is_run_name, report_save_errors, write_atomically
+from common import TOKENIZER, UserError, is_run_name, report_save_errors, write_atomically
 
 from .LMConfig import LMConfig
 from .model import MiniMindLM
@@ -22,6 +25,11 @@ from .model_lora import (
     state_difference,
     weights_hash,
 )
+from .tokenizer import find_tokenizer
+
+MOST_NAMED = 8  # files, in an error
+# What `read_about` gives of the conversations that weights were trained on.
+CONVERSATIONS = ("longest_conversation", "examples")
 
 
 def weights_path(out_dir: Path, stage: str, config: LMConfig, run_name: str | None = None) -> Path:
@@ -42,10 +50,75 @@ def resolve_weights(flag: str, name: str, out_dir: Path, config: LMConfig) -> Pa
     found = (path for path in (usual, out_dir / f"{name}.pth", *runs) if path.is_file())
     path = next(found, None)
     if path is None:
-        raise UserError(f"{flag} {name}: no file {usual}")
+        raise UserError(f"{flag} {name}: no file {usual}; {_what_is_there(usual.parent)}")
     if path in runs and len(runs) > 1:
         raise UserError(f"{flag} {name}: name one of {', '.join(run.stem for run in runs)}")
     return path
+
+
+def _what_is_there(folder: Path) -> str:
+    """The names of the weights in a folder, the newest first, as the end of an error."""
+    names = [path.name for path, _ in list_weights(folder)]
+    if not names:
+        return f"{folder} holds no weights"
+    more = len(names) - MOST_NAMED
+    return f"{folder} has {', '.join(names[:MOST_NAMED])}" + (
+        f" and {more} more" if more > 0 else ""
+    )
+
+
+def list_weights(out_dir: Path, below: bool = False) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The .pth files in a folder that a .json file describes, newest first, with its content.
+
+    With `below` also those in the folders in it.
+    """
+    found = []
+    for path in (*out_dir.glob("*.pth"), *(out_dir.glob("*/*.pth") if below else ())):
+        with suppress(UserError, OSError):  # of no use, or gone meanwhile
+            if about := read_about(path):
+                found.append((path.stat().st_mtime, path, about))
+    for _, path, about in sorted(found, key=lambda entry: entry[0], reverse=True):
+        yield path, about
+
+
+def name_patterns(name: str, dim: str = r"\d+") -> tuple[re.Pattern[str], ...]:
+    """Patterns of the file names that a stage, an adapter or a run may have, the likelier first."""
+    name = re.escape(name)
+    return re.compile(rf"{name}_{dim}(_moe)?|{name}"), re.compile(rf".+_{dim}(_moe)?_{name}")
+
+
+def first_weights(flag: str, name: str, out_dir: Path, shape: Mapping[str, Any]) -> Path | None:
+    """The file of weights that a training flag names, of any shape that has the fields of `shape`.
+
+    `name` is as of `resolve_weights`; of a stage's weights the newest are taken. None if there is
+    no such file; UserError if several have this --run_name.
+    """
+    if name.endswith(".pth"):
+        return Path(name) if Path(name).is_file() else None
+    of_stage, of_run = name_patterns(name)
+    matching = [
+        path
+        for path, about in list_weights(out_dir)
+        if shape.items() <= vars(about["config"]).items()
+    ]
+    for path in matching:
+        if of_stage.fullmatch(path.stem):
+            return path
+    runs = [path for path in matching if is_run_name(name) and of_run.fullmatch(path.stem)]
+    if len(runs) > 1:
+        raise UserError(f"{flag} {name}: name one of {', '.join(run.stem for run in runs)}")
+    return runs[0] if runs else None
+
+
+def tokenizer_folder(given: Path | None, weights: Path) -> Path:
+    """The folder of the tokenizer of weights: `given`, else near them, else the shipped one.
+
+    Raises UserError if the JSON file beside the weights is damaged.
+    """
+    if given is not None:
+        return given
+    about = read_about(weights)
+    return (about and find_tokenizer(weights.parent, about["tokenizer"])) or TOKENIZER
 
 
 def save_weights(
@@ -55,9 +128,11 @@ def save_weights(
     stage: str,
     tokenizer_hash: str,
     dtype: torch.dtype = torch.float32,
+    conversations: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the raw model's state_dict to `path`, and to its .json what rebuilds the model.
 
+    `conversations` is what the .json says of those that the model was trained on, see `read_about`.
     Raises SaveError if the disk is full or cannot be written; an older file is kept.
     """
     shared: dict[int, torch.Tensor] = {}  # the tied embedding stays one tensor in the file
@@ -65,7 +140,8 @@ def save_weights(
         name: shared.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", dtype))
         for name, tensor in model.state_dict().items()
     }
-    about = {"stage": stage, "tokenizer": tokenizer_hash, "config": asdict(config)}
+    about = {"stage": stage, "tokenizer": tokenizer_hash, **(conversations or {})}
+    about["config"] = asdict(config)
     text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
     with report_save_errors(path):
         write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode()))
@@ -123,7 +199,11 @@ def load_lora(model: MiniMindLM, path: Path, name: str = "default") -> None:
 
 
 def read_about(path: Path) -> dict[str, Any] | None:
-    """Read the JSON file beside the weights: stage, tokenizer (a hash) and config (an LMConfig).
+    """Read the JSON file beside the weights.
+
+    It has the stage, the tokenizer (a hash) and the config (an LMConfig). Of the conversations that
+    the weights were trained on it has `longest_conversation`, {"exchanges", "tokens"} or None where
+    that is not known, and `examples`, a few questions or none.
 
     None if there is no such file. Raises UserError if it is damaged.
     """
@@ -132,12 +212,17 @@ def read_about(path: Path) -> dict[str, Any] | None:
         return None
     try:
         about = json.loads(about_path.read_text(encoding="utf-8"))
+        longest = about.get("longest_conversation")
+        if longest is not None:
+            longest = {name: int(longest[name]) for name in ("exchanges", "tokens")}
         return {
+            "longest_conversation": longest,
+            "examples": list(map(str, about.get("examples", []))),
             "stage": about["stage"],
             "tokenizer": about["tokenizer"],
             "config": LMConfig.from_dict(about["config"]),
         }
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{about_path}: does not describe a model ({error})") from None
 
 

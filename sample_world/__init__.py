@@ -1,5 +1,6 @@
 """The small world that the project teaches itself when it has no data."""
 
+from .conversations import EXCHANGES, history_questions
 from .files import FILES, SAMPLE, SEED, ensure_sample, write_sample
 from .scoring import (
     Score,
@@ -10,3 +11,4 @@ from .scoring import (
     read_test,
     score_answers,
 )
+from .world import build_world

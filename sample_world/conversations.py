@@ -5,6 +5,7 @@ entities and combinations that no training question has, in wordings of its own.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import factorial
@@ -26,18 +27,25 @@ from .world import (
 
 # How many questions of each skill, for each language: (in training, in the test).
 SKILLS = {
-    "facts": (600, 40),
-    "recall": (0, 50),
-    "sums": (1500, 40),
-    "sorting": (600, 30),
-    "counting": (800, 30),
-    "comparing": (600, 30),
-    "dictionary": (200, 24),
+    "facts": (500, 150),
+    "recall": (0, 150),
+    "sums": (1300, 150),
+    "sorting": (600, 150),
+    "counting": (800, 150),
+    "comparing": (500, 150),
+    "dictionary": (200, 72),
     "identity": (100, 10),
-    "declining": (150, 30),
+    "declining": (150, 150),
+    "small_talk": (150, 150),
+    "typing": (500, 150),
     "listing": (420, 0),
     "words": (450, 0),
 }
+EXCHANGES = 10  # of the longest conversations in training
+LONGEST = 0.4  # of the conversations have as many; the others have any number, all equally often
+SMALL_TALK = ("hello", "thanks", "goodbye", "maker", "examples", "chatter")
+# What can be amiss with a name in a question, and with the rest of it; the former more often.
+NAME_SLIPS = [("misspelled", ""), ("misspelled", ""), ("foreign", "")]
 MANNERS = 0.15  # of tuning's answers end kindly or curtly: what is never said cannot be preferred
 PREFERENCES = (240, 60)  # pairs for each language: (in training, in the test)
 ADAPTER = (60, 240)  # of an adapter's file, for each language: (who it is, all else)
@@ -85,6 +93,8 @@ class Examiner:
         # All that may be told: an answer that tells more than what was asked is not one.
         values = [v for kind, names in ASKED.items() for a in names for v in world.values(kind, a)]
         self.told = list(dict.fromkeys(map(word, values)))
+        alone = [*NAME_SLIPS, *(("", slip) for slip in language.slips)]
+        self.slips = [*alone, *((name, "bare") for name, _ in NAME_SLIPS)] if testing else alone
 
     def wording(self, question: str, owner: object = None) -> str:
         """The next wording of a question, in an order of the owner's own."""
@@ -123,13 +133,15 @@ class Examiner:
             if held_out or not getattr(entity.facts[attribute], "held_out", False)
         ]
 
-    def about(self, skill: str, entity: Entity, attribute: str) -> Exercise:
-        """Ask for one fact."""
+    def about(
+        self, skill: str, entity: Entity, attribute: str, called: str | None = None
+    ) -> Exercise:
+        """Ask for one fact of an entity, by its name or as it is `called`."""
         wording = self.wording(f"{entity.kind} {attribute}", entity)
         slots = self.language.slots(entity)
         return Exercise(
             skill,
-            wording.format(**slots),
+            wording.format(**{**slots, "name": called or slots["name"]}),
             self.language.line(f"brief {entity.kind} {attribute}").format(**slots),
             [slots[attribute]],
             self.told,
@@ -264,9 +276,51 @@ class Examiner:
         names = self.language.lines("names")
         return Exercise("identity", self.wording("identity"), answer, [names[another]], names)
 
+    # As people type
+
+    def small_talk(self) -> Exercise:
+        """Greet, thank, leave, ask who made the model or what it can be asked, or just chat.
+
+        What just chats must be declined.
+        """
+        topic = self.dice.turn(SMALL_TALK, "topic")
+        slip = self.dice.turn(["", *self.language.slips], ("slip", topic))
+        question = self.language.slip(self.wording(topic), slip)
+        answers = self.language.lines(f"answer {topic}")
+        expect = [] if topic == "chatter" else answers
+        answer, chance = self.dice.turn(answers, topic), 1 / len(SMALL_TALK)
+        return Exercise("small_talk", question, answer, expect, chance=chance)
+
+    def typing(self) -> Exercise:
+        """Ask with a name misspelled or in the other language, in lower case, or with other marks.
+
+        The test has misspellings of its own, and also questions with two slips.
+        """
+        name, slip = self.dice.turn(self.slips, "slips")
+        if name:
+            entity, attribute = self.dice.turn(self.asked_facts, name)
+            while (
+                name == "misspelled" and entity.kind == "thing"
+            ):  # whose names may be several words
+                entity, attribute = self.dice.turn(self.asked_facts, name)
+            called = entity.name.zh if self.language.code == "en" else entity.name.en
+            if name == "misspelled":
+                forms = self.language.misspellings(self.language.word(entity))
+                held_out = forms[::4]
+                forms = held_out if self.testing else [f for f in forms if f not in held_out]
+                called = self.dice.turn(forms, (name, entity))
+            exercise = self.about("typing", entity, attribute, called)
+        else:
+            skills = ["facts", "sums", "sorting", "comparing", "dictionary"]
+            exercise = getattr(self, self.dice.turn(skills, slip))()
+            if exercise.skill == "sums":  # elsewhere all numbers of an answer count
+                exercise = replace(exercise, expect=re.findall(r"\d+", exercise.answer))
+        question = self.language.slip(exercise.question, slip)
+        return replace(exercise, skill="typing", question=question)
+
     def put(self, exercise: Exercise) -> Exercise:
         """The exercise as it is asked: in training something may stand around the question."""
-        if self.testing:
+        if self.testing or exercise.skill == "small_talk":
             return exercise
         around = self.dice.turn(self.language.lines("around"), "around")
         return replace(exercise, question=around.format(q=exercise.question))
@@ -295,21 +349,34 @@ def chat(*exercises: Exercise) -> list[dict[str, str]]:
 
 
 def tuning_records(world: World, seed: int) -> list[dict[str, Any]]:
-    """The conversations of sft.jsonl; one in five has several turns."""
+    """The conversations of sft.jsonl, in which skills and languages change from turn to turn."""
     dice, manners = Dice(seed, "sft"), Dice(seed, "manners")
-    conversations = []
+    exercises = []
     for examiner in examiners(world, seed, "sft", testing=False):
-        exercises = [
-            replace(exercise, answer=exercise.answer + manners.pick(examiner.manners()))
-            if manners.chance(MANNERS)
-            else exercise
-            for exercise in dice.shuffled(list(examiner.exercises()))
-        ]
-        while exercises:
-            turns = dice.between(2, 3) if dice.chance(0.2) else 1
-            conversations.append(chat(*exercises[:turns]))
-            exercises = exercises[turns:]
-    return [{"conversations": messages} for messages in dice.shuffled(conversations)]
+        for exercise in examiner.exercises():
+            answer = exercise.answer
+            if exercise.skill != "small_talk" and manners.chance(MANNERS):
+                answer += manners.pick(examiner.manners())
+            exercises.append(replace(exercise, answer=answer))
+    exercises = dice.shuffled(exercises)
+    conversations = []
+    while exercises:
+        turns = EXCHANGES if dice.chance(LONGEST) else dice.between(1, EXCHANGES)
+        conversations.append({"conversations": chat(*exercises[:turns])})
+        del exercises[:turns]
+    return conversations
+
+
+def history_questions(world: World, seed: int, conversations: int) -> list[list[str]]:
+    """Questions to ask before one of the test's: a list of EXCHANGES - 1 for each conversation.
+
+    They are of training's kinds and wordings, drawn anew, in both languages; none is of a test.
+    """
+    pools = [list(e.exercises()) for e in examiners(world, seed, "history", testing=False)]
+    exercises = Dice(seed, "history").shuffled([one for pool in pools for one in pool])
+    questions = [exercise.question for exercise in exercises]
+    size = EXCHANGES - 1
+    return [questions[i * size : (i + 1) * size] for i in range(conversations)]
 
 
 def test_record(language: Language, exercise: Exercise) -> dict[str, Any]:
@@ -326,12 +393,18 @@ def test_record(language: Language, exercise: Exercise) -> dict[str, Any]:
 
 
 def test_records(world: World, seed: int) -> list[dict[str, Any]]:
-    """The questions of test.jsonl."""
-    return [
-        test_record(examiner.language, exercise)
-        for examiner in examiners(world, seed, "test", testing=True)
-        for exercise in examiner.exercises()
-    ]
+    """The questions of test.jsonl: the first of each skill and language, then the second, and on.
+
+    So the beginning of the file is a test of everything, too.
+    """
+    asked: Counter[tuple[str, str]] = Counter()
+    numbered = []
+    for examiner in examiners(world, seed, "test", testing=True):
+        for exercise in examiner.exercises():
+            kind = (exercise.skill, examiner.language.code)
+            numbered.append((asked[kind], test_record(examiner.language, exercise)))
+            asked[kind] += 1
+    return [record for _, record in sorted(numbered, key=lambda entry: entry[0])]
 
 
 def preference_records(world: World, seed: int, testing: bool) -> list[dict[str, Any]]:
@@ -339,6 +412,7 @@ def preference_records(world: World, seed: int, testing: bool) -> list[dict[str,
     records = []
     for examiner in examiners(world, seed, f"dpo {testing}", testing):
         exercises = examiner.dice.shuffled(list(examiner.exercises()))
+        exercises = [exercise for exercise in exercises if exercise.skill != "small_talk"]
         for exercise in exercises[: PREFERENCES[testing]]:
             kind, curt = examiner.manners()
             end = examiner.dice.turn([curt, ""], "rejected")

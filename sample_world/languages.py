@@ -1,6 +1,7 @@
 """English and Chinese: templates for texts and questions, and the grammar that fills them.
 
-The templates are in templates/*.txt, under the same headings for both languages.
+The templates are in templates/*.txt, under the same headings for both languages. What is amiss in
+questions as people type them is here too.
 """
 
 from .world import TEMPLATES, Entity, Word, read_sections
@@ -15,6 +16,8 @@ class Language:
         space: stands between two sentences.
         mark: stands between the entries of a list.
         conjunction: stands between two entries, as "and".
+        slips: what people do to a question as they type it; see `slip`.
+        widths: marks, each with the one of the other language's width that may take its place.
     """
 
     code: str
@@ -22,6 +25,8 @@ class Language:
     space: str
     mark: str
     conjunction: str
+    slips: tuple[str, ...]
+    widths: dict[str, str]
 
     def __init__(self) -> None:
         self._sections = read_sections(TEMPLATES / f"{self.name}.txt")
@@ -72,6 +77,24 @@ class Language:
         """Quote a word of the language `code` within a sentence of this one."""
         raise NotImplementedError
 
+    def slip(self, text: str, kind: str) -> str:
+        """A question as people type it.
+
+        Args:
+            text: the question.
+            kind: "lower" for lower case, "bare" without the last mark, "width" with marks of the
+                other language's width; any other leaves the text as it is.
+        """
+        if kind == "lower":
+            return text.lower()
+        if kind == "bare":
+            return text.rstrip(".?!。？！")
+        return text.translate(str.maketrans(self.widths)) if kind == "width" else text
+
+    def misspellings(self, name: str) -> list[str]:
+        """Ways to write a name with one mistake, none of them the name itself."""
+        raise NotImplementedError
+
     def slots(self, entity: Entity, pronoun: bool = False) -> dict[str, str]:
         """What a template may say about an entity.
 
@@ -87,6 +110,8 @@ class English(Language):
 
     code, name = "en", "english"
     space, mark, conjunction = " ", ", ", " and "
+    slips = ("lower", "bare", "width")
+    widths = dict(zip("?!.,:", "？！。，：", strict=True))
 
     ONES = (
         *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
@@ -109,6 +134,13 @@ class English(Language):
     def quoted(self, entry: Word, code: str) -> str:
         """Quote a word of the language `code`: English leaves it as it is."""
         return getattr(entry, code)
+
+    def misspellings(self, name: str) -> list[str]:
+        """A letter is missing, doubled, or has changed places with the next; the first stays."""
+        forms = {swapped(name, i) for i in range(1, len(name) - 1)}
+        for i in range(1, len(name)):
+            forms |= {name[:i] + name[i + 1 :], name[: i + 1] + name[i:]}
+        return sorted(forms - {name})
 
     def slots(self, entity: Entity, pronoun: bool = False) -> dict[str, str]:
         """What a template may say about an entity; see templates/english.txt."""
@@ -136,8 +168,20 @@ class Chinese(Language):
 
     code, name = "zh", "chinese"
     space, mark, conjunction = "", "、", "和"
+    slips = ("bare", "width")
+    widths = dict(zip("？！。，：、", "?!.,:,", strict=True))
 
     DIGITS = "零一二三四五六七八九"
+    # Characters of the names, each with one that sounds alike.
+    HOMOPHONES = dict(
+        zip(
+            "米拉塞尔伊卡诺丝薇娅布琳娜奥黛尤妮凯莉里恩托文万洛达沃埃姆克加兰登坦"
+            "灰石镇柳湾九桥狐狸谷盐泽琥渡高磨云关红崖灯笼港深井松岭鹭湖门风原老野枫林银溪荆棘",
+            "迷啦赛耳依咔糯思微亚部林那澳代由尼恺丽理摁拖闻腕络答握挨母刻家蓝灯毯"
+            "恢时阵留弯久乔胡离古言择虎度糕魔匀官洪牙登龙岗身景嵩领路壶们丰园姥也封淋吟西京急",
+            strict=True,
+        )
+    )
 
     def number(self, value: int) -> str:
         """Spell a number from 0 to 99."""
@@ -158,6 +202,15 @@ class Chinese(Language):
         """Quote a word: a Chinese one in quotation marks, an English one between spaces."""
         return f" {entry.en} " if code == "en" else f"“{entry.zh}”"
 
+    def misspellings(self, name: str) -> list[str]:
+        """A character is one that sounds alike, is missing, or has changed places with the next."""
+        forms = {swapped(name, i) for i in range(len(name) - 1)}
+        for i, character in enumerate(name):
+            forms.add(name[:i] + self.HOMOPHONES.get(character, character) + name[i + 1 :])
+            if i > 0 and len(name) > 2:
+                forms.add(name[:i] + name[i + 1 :])
+        return sorted(forms - {name})
+
     def slots(self, entity: Entity, pronoun: bool = False) -> dict[str, str]:
         """What a template may say about an entity; see templates/chinese.txt."""
         he = {"person": "她" if entity.female else "他", "town": "这里", "thing": "它"}[entity.kind]
@@ -173,6 +226,11 @@ class Chinese(Language):
                 filled[f"{attribute}_measure"] = value.measure
                 filled[f"a_{attribute}"] = f"一{value.measure}{value.zh}"
         return filled
+
+
+def swapped(name: str, i: int) -> str:
+    """A name in which the characters `i` and `i + 1` have changed places."""
+    return name[:i] + name[i + 1] + name[i] + name[i + 2 :]
 
 
 def load_languages() -> list[Language]:

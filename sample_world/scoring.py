@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from dataset.fields import parse_object
 
 QUESTION = {"conversations", "skill", "language", "expect", "choices", "chance", "declined"}
 LANGUAGES = {"en": "English", "zh": "Chinese"}
+Z = 1.96  # standard deviations on either side that hold 95 % of a normal distribution
 WHERE_DUE, WHERE_NOT_DUE = "declined where it must be", "answered where it can be"
 
 
@@ -25,6 +27,18 @@ class Score(NamedTuple):
     def share(self) -> float:
         """Right answers, from 0 to 1."""
         return self.right / self.asked
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the share (Wilson's), if the questions are drawn by chance."""
+        weight = Z**2 / self.asked
+        center = (self.share + weight / 2) / (1 + weight)
+        spread = sqrt(self.share * (1 - self.share) * weight + weight**2 / 4) / (1 + weight)
+        return center - spread, center + spread
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.share:.0f} % ({100 * low:.0f}–{100 * high:.0f})"
 
 
 Scores = Mapping[tuple[str, str], Score]  # by skill and language, as `score_answers` gives them
@@ -55,11 +69,14 @@ def is_right(record: Mapping[str, Any], answer: str) -> bool:
     declining answer; any other question, never. Where there are choices, the answer must name the
     expected one and none besides, except what the question names. Where numbers are asked for,
     it must have them and no others; for a sum, which an answer may work out, as its last one. Where
-    a style is wanted, whatever the answer says, it must end with one of the expected sentences.
+    a style is wanted, whatever the answer says, it must end with one of the expected sentences; to
+    small talk it must begin with one.
     """
     expect = record["expect"]
     if record["skill"] == "style":
         return answer.rstrip().endswith(tuple(expect))
+    if record["skill"] == "small_talk" and expect:
+        return answer.lstrip().startswith(tuple(expect))
     if record["declined"] in answer or not expect:
         return record["declined"] in answer and not expect
     if record["choices"]:
@@ -97,7 +114,10 @@ def score_answers(records: Sequence[Mapping[str, Any]], answers: Sequence[str]) 
 
 
 def format_scorecard(scores: Mapping[str, Scores]) -> str:
-    """A Markdown table of models' scores: skills and languages down, chance and models across."""
+    """A Markdown table of scores: skills and languages down; chance, and a column of each name.
+
+    A score is followed by its 95 % interval.
+    """
     first = next(iter(scores.values()))
     # Single languages first, then both, then all skills together.
     order = sorted(first, key=lambda key: (key == ("overall", ""), not key[1]))
@@ -105,9 +125,9 @@ def format_scorecard(scores: Mapping[str, Scores]) -> str:
     rows += [["---"] * 2 + ["---:"] * (len(scores) + 2)]
     for skill, language in order:
         score = first[skill, language]
-        columns = [given[skill, language].share for given in scores.values()]
-        shares = [f"{100 * share:.0f} %" for share in (score.chance, *columns)]
-        rows.append([skill, LANGUAGES.get(language, "both"), str(score.asked), *shares])
+        columns = [f"{100 * score.chance:.0f} %"]
+        columns += [str(given[skill, language]) for given in scores.values()]
+        rows.append([skill, LANGUAGES.get(language, "both"), str(score.asked), *columns])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

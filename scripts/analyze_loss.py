@@ -2,15 +2,16 @@
 
     python scripts/analyze_loss.py out/full_sft_512.pth my_val.jsonl --out_dir loss
 
-Prints mean, percentiles, a table for each grouping and the ten worst samples, and writes
-`loss.json` and `loss.png` into `--out_dir`. Tokens that training does not learn are scored too,
-in lines of their own.
+Prints mean, percentiles, a table for each grouping and the ten worst samples, in 80 columns, and
+writes `loss.json` and `loss.png` into `--out_dir`. Tokens that training does not learn are scored
+too, in lines of their own.
 """
 
 import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
 
 import importlib.util
 import json
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -36,12 +37,21 @@ from model import (
     load_model,
     load_tokenizer,
     token_losses,
+    tokenizer_folder,
     tokenizer_hash,
 )
 from training import check_context
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
+NAMES = tuple(f"p{p}" for p in PERCENTILES)
 WORST = 10
+COLUMNS = 80
+EXPLANATION = """\
+Losses are in nats per token; ppl is e^mean; p95: 95 % of the tokens are below.
+learnt: the targets of training. only read: the rest, such as questions.
+by role: tokens of the messages of a role, all of them and the learnt ones.
+by position: learnt tokens by their place in the sample, from 0 on.
+by language: learnt tokens by the language of the sample."""
 
 Losses = dict[str, dict[str, np.ndarray]]  # by grouping and group
 
@@ -119,20 +129,30 @@ def figures(losses: np.ndarray) -> dict[str, float]:
     """Number, mean, perplexity and percentiles of some tokens' losses, in nats."""
     values = np.percentile(losses, PERCENTILES)
     mean = float(losses.mean(dtype=np.float64))
-    named = {f"p{p}": float(v) for p, v in zip(PERCENTILES, values, strict=True)}
+    named = dict(zip(NAMES, values.tolist(), strict=True))
     return {"tokens": len(losses), "mean": mean, "perplexity": np.exp(min(mean, 700)), **named}
 
 
 def table_text(tables: dict[str, dict[str, dict[str, float]]]) -> str:
-    """The figures of every group as a plain table."""
-    names = ["tokens", "mean", "perplexity", *(f"p{p}" for p in PERCENTILES)]
-    lines = [f"{'':<24}" + "".join(f"{name:>12}" for name in names)]
+    """The figures of every group as a plain table of at most 80 columns, usual names assumed."""
+    lines = [f"{'':19}{'tokens':>10}{'mean':>7}{'ppl':>8}" + "".join(f"{p:>6}" for p in NAMES)]
     for grouping, table in tables.items():
         lines.append(f"by {grouping}" if grouping != "all" else grouping)
         for group, row in table.items():
-            cells = [f"{row['tokens']:>12,}", *(f"{row[name]:>12.4f}" for name in names[1:])]
-            lines.append(f"  {group:<22}" + "".join(cells))
+            perplexity = row["perplexity"]
+            ppl = f"{perplexity:,.1f}" if perplexity < 1e4 else f"{perplexity:.0e}"
+            cells = f"{row['tokens']:>10,}{row['mean']:>7.3f}{ppl:>8}"
+            lines.append(f" {group:18}{cells}" + "".join(f"{row[p]:>6.2f}" for p in NAMES))
     return "\n".join(lines)
+
+
+def cut(text: str, columns: int) -> str:
+    """The beginning of a text that fits into so many columns of a terminal."""
+    for end, char in enumerate(text):
+        columns -= 2 if unicodedata.east_asian_width(char) in "WF" else 1
+        if columns < 0:
+            return text[:end]
+    return text
 
 
 def draw(tables: Losses, path: Path) -> None:
@@ -159,7 +179,7 @@ def main() -> None:
     parser.add_argument("--out_dir", type=user_path, help="where loss.json and loss.png go")
     parser.add_argument("--max_samples", type=positive_int, help="score the first ones only")
     parser.add_argument("--batch_size", type=positive_int, default=8)
-    add_data_flags(parser)
+    add_data_flags(parser, tokenizer=None)
     parser.add_argument("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
     args = parser.parse_args()
     if args.out_dir:
@@ -168,7 +188,7 @@ def main() -> None:
         with report_os_errors(f"--out_dir {args.out_dir}"):
             args.out_dir.mkdir(parents=True, exist_ok=True)
     device = choose_device(args.device)
-    tokenizer = load_tokenizer(args.tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_folder(args.tokenizer_path, args.weights))
     shape = LMConfig(vocab_size=len(tokenizer))
     model = load_model(args.weights, shape, tokenizer_hash(tokenizer)).to(device).eval()
     check_context(args.max_seq_len, model.config)
@@ -180,12 +200,14 @@ def main() -> None:
         for grouping, table in losses.items()
     }
     print(table_text(shown))
+    print(EXPLANATION)
     means = [s.losses[s.learnt].mean(dtype=np.float64) for s in samples]
     worst = [
         f"{mean:.4f}  {dataset.place(s.index)}  {' '.join(s.text.split())[:100]}"
         for mean, s in sorted(zip(means, samples, strict=True), key=lambda pair: -pair[0])[:WORST]
     ]
-    print("the worst samples, by mean loss of learnt tokens\n" + "\n".join(worst))
+    print("the worst samples, by mean loss of learnt tokens")
+    print("\n".join(cut(line, COLUMNS) for line in worst))
     if args.out_dir:
         with report_os_errors(f"--out_dir {args.out_dir}"):
             text = json.dumps({**shown, "worst": worst}, ensure_ascii=False, indent=2)

@@ -184,9 +184,12 @@ def export(args: argparse.Namespace) -> str:
         raise UserError(f"--out {args.out}: is what it would be made from")
     if args.to == "pth":
         plain = merged(model)
-        save_weights(
-            args.out, plain, config, "lora", tokenizer_hash(tokenizer), getattr(torch, dtype)
-        )
+        conversations = {
+            "longest_conversation": trained.longest_conversation,
+            "examples": list(trained.examples),
+        }
+        hash_, precision = tokenizer_hash(tokenizer), getattr(torch, dtype)
+        save_weights(args.out, plain, config, "lora", hash_, precision, conversations)
         return name
     with new_output(args.out) as path:
         if args.to == "gguf":
@@ -236,7 +239,7 @@ def import_adapter(args: argparse.Namespace) -> str:
     """Write PEFT's adapter as one of ours, for the weights of its base; the folder's name."""
     folder = Path(args.weight)
     settings = read_peft_config(folder)
-    tokenizer = tokenizer_hash(load_tokenizer(args.tokenizer_path))
+    tokenizer = args.tokenizer_path and tokenizer_hash(load_tokenizer(args.tokenizer_path))
     base = exported_base(folder, settings)
     _, model = load_base(base, args.out_dir, tokenizer, folder)
     arguments, matrices = read_peft(folder, settings, model.config)

@@ -22,7 +22,7 @@ STUDENT = ["--dim", "128", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", 
 SMOKE_STUDENT = ["--dim", "32", "--n_layers", "1", "--n_heads", "2", "--n_kv_heads", "2"]
 STUDENT_TEXTS = ["--batch_size", "4", "--learning_rate", "3e-3", "--epochs", "1"]
 STUDENT_CHATS = ["--batch_size", "4", "--learning_rate", "1e-3", "--epochs", "8"]
-STUDENT_LINES = 2000  # of the conversations: with all of them a teacher has little to add
+STUDENT_LINES = 350  # of the conversations: with all of them a teacher has little to add
 SETTINGS = [PREFERENCE, ADAPTER, STUDENT, STUDENT_TEXTS, STUDENT_CHATS, STUDENT_LINES]
 
 # What the stages must reach, as shares.
@@ -61,10 +61,13 @@ class Quickstart:
         *words: str | Path,
         figures: str = "scores_of_stage.json",
     ) -> Scores:
-        """Shares of right answers to a test of the sample, by model and skill."""
+        """Shares of right answers to a test of the sample, by model and skill.
+
+        Questions are asked alone unless `words` has --history.
+        """
         named = [f"{name}={short(path)}" for name, path in models.items()]
         data = ["--data_path", self.sample / test, "--tokenizer_path", self.tokenizer]
-        words = [*named, *data, *words, "--json", self.out_dir / figures]
+        words = [*named, *data, "--history", "0", *words, "--json", self.out_dir / figures]
         step(title, self.python, "scripts/score_world.py", *words)
         return json.loads((self.out_dir / figures).read_text(encoding="utf-8"))
 

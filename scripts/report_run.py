@@ -4,7 +4,9 @@ python scripts/report_run.py out/logs/pretrain_512
 python scripts/report_run.py out/logs/pretrain_512 [another run …] --out curves.png
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 from common import UserError, make_parser, report_os_errors, report_user_errors, user_path
 from diagnosis.curves import draw_curves
@@ -35,6 +37,15 @@ def main() -> None:
         raise UserError(f"{error.filename}: {error.strerror}") from None
 
 
+def tokenizer_of(folder: Path) -> tuple[Any, Any] | None:
+    """What tells a run's tokenizer from another's; None in a folder without config.json."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return config.get("vocab_size"), config.get("arguments", {}).get("tokenizer_path")
+
+
 def draw_together(folders: list[Path], out: Path) -> None:
     """Draw the curves of runs, one over the other; raises as `read_metrics`, and UserError."""
     if out.suffix.lower() != ".png":
@@ -47,9 +58,11 @@ def draw_together(folders: list[Path], out: Path) -> None:
     for path, metrics in zip(paths, runs.values(), strict=True):
         if not having(metrics, "loss"):
             raise UserError(f"{path}: holds no training line yet")
+    first, *others = map(tokenizer_of, folders)
+    differ = any(None not in (first, other) and other != first for other in others)
     try:
         with report_os_errors(f"--out {out}"):
-            draw_curves(runs, out)
+            draw_curves(runs, out, tokenizers_differ=differ)
     except ImportError:
         raise UserError("needs matplotlib: pip install -r scripts/requirements.txt") from None
     print(out)

@@ -2,8 +2,16 @@
 
     python scripts/score_world.py pretrain=out/pretrain_256.pth full_sft=out/full_sft_256.pth
     python scripts/score_world.py adapted=out/full_sft_256.pth+out/lora/identity_256.pth
+    python scripts/score_world.py out/full_sft_256.pth --history 0 1 2 4 7 9
 
-The answers are greedy. The scorecard also has the chance level and an untrained model.
+Each score has its 95 % interval, and the scorecard also has the chance level
+and an untrained model.
+
+With --history N, a question comes after N exchanges of the same conversation. Their questions are
+of training's kinds and wordings, in both languages, drawn for this purpose; none is in a test.
+Their answers are the model's own, right or wrong. There are 32 such beginnings, which the questions
+of the test share in turn: so they are generated and read once. All models are asked after the first
+number of exchanges, the last one named after the others too.
 """
 
 import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
@@ -21,6 +29,8 @@ from common import (
     add_tokenizer_path,
     make_parser,
     named_path,
+    non_negative_float,
+    non_negative_int,
     report_os_errors,
     report_user_errors,
     user_path,
@@ -35,20 +45,29 @@ from model import (
     load_lora,
     load_model,
     load_tokenizer,
+    tokenizer_folder,
     tokenizer_hash,
 )
 from sample_world import (
+    EXCHANGES,
     SAMPLE,
+    SEED,
+    build_world,
     ensure_sample,
     format_examples,
     format_scorecard,
+    history_questions,
     read_test,
     score_answers,
 )
 
 UNTRAINED = "untrained"
 LONGEST_ANSWER = 48  # tokens
+TOP_P = 0.9  # as in a chat
 ROWS = 64  # answers at a time
+HISTORIES = 32  # different beginnings of conversations
+
+Messages = list[dict[str, str]]
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,16 +82,27 @@ def parse_args() -> argparse.Namespace:
         help=".pth files to score, as they are or with an adapter's .pth file",
     )
     add("--data_path", type=user_path, default=SAMPLE / "test.jsonl")
+    add(
+        "--history",
+        nargs="+",
+        type=non_negative_int,
+        default=[0, 5],
+        metavar="N",
+        help="exchanges before each question",
+    )
+    add("--temperature", type=non_negative_float, default=0.0, help="0: greedy; 0.8: as in a chat")
     add("--out", type=user_path, help="write the scorecard here too, as Markdown")
     add("--json", type=user_path, help="write each model's share per skill here too")
     add_engine(parser)
     add("--device", help="cuda, cuda:N, mps or cpu; default: the first there")
-    add_tokenizer_path(parser)
+    add_tokenizer_path(parser, default=None)
     args = parser.parse_args()
     names = [UNTRAINED, *(name for name, _ in args.weights)]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two models are named {name}; name them: name=path")
+    if max(args.history) >= EXCHANGES:
+        raise UserError(f"--history {max(args.history)}: at most {EXCHANGES - 1} exchanges")
     for flag, path in {"--out": args.out, "--json": args.json}.items():
         if path and not path.parent.is_dir():
             raise UserError(f"{flag} {path}: there is no such folder")
@@ -81,12 +111,17 @@ def parse_args() -> argparse.Namespace:
 
 def load(path: Path, shape: LMConfig, tokenizer_hash: str) -> MiniMindLM:
     """Load a .pth file, or `base.pth+adapter.pth`; the other arguments are `load_model`'s."""
-    base, plus, adapter = str(path).partition(".pth+")
-    if not plus or path.is_file():
-        return load_model(path, shape, tokenizer_hash)
-    model = load_model(Path(f"{base}.pth"), shape, tokenizer_hash)
-    load_lora(model, user_path(adapter))
+    base = base_path(path)
+    model = load_model(base, shape, tokenizer_hash)
+    if base != path:
+        load_lora(model, user_path(str(path).removeprefix(f"{base}+")))
     return model
+
+
+def base_path(path: Path) -> Path:
+    """The file of the weights of `base.pth+adapter.pth`, or of weights alone."""
+    base, plus, _ = str(path).partition(".pth+")
+    return Path(f"{base}.pth") if plus and not path.is_file() else path
 
 
 def answer(
@@ -94,11 +129,37 @@ def answer(
     records: Sequence[Mapping[str, Any]],
     tokenizer: Tokenizer,
     engine: str | None = None,
-) -> list[str]:
-    """The model's greedy answers to the questions of a test; for `engine` see ChatModel."""
+    exchanges: Sequence[int] = (0,),
+    temperature: float = 0.0,
+) -> list[list[str]]:
+    """The model's answers to the questions of a test, after each number of `exchanges`.
+
+    For `engine` see ChatModel. A temperature of 0 is greedy; others sample with TOP_P.
+    """
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": TOP_P, "seed": 0}
+    options = {"max_new_tokens": LONGEST_ANSWER, **(sampling if temperature else {})}
     chat_model = ChatModel("", model, tokenizer, chats=True, engine=engine, rows=ROWS)
-    prompts = [chat_model.chat_ids(record["conversations"][:1]) for record in records]
-    return generate_answers(chat_model, prompts, max_new_tokens=LONGEST_ANSWER)
+
+    def ask(conversations: Sequence[Messages]) -> list[str]:
+        prompts = [chat_model.chat_ids(messages) for messages in conversations]
+        return generate_answers(chat_model, prompts, **options)
+
+    asked = history_questions(build_world(SEED), SEED, HISTORIES) if max(exchanges) else [[]]
+    histories: list[Messages] = [[] for _ in asked]
+    for questions in list(zip(*asked, strict=True))[: max(exchanges)]:
+        for history, question in zip(histories, questions, strict=True):
+            history.append({"role": "user", "content": question})
+        for history, text in zip(histories, ask(histories), strict=True):
+            history.append({"role": "assistant", "content": text})
+    return [
+        ask(
+            [
+                [*histories[i % len(histories)][: 2 * number], *record["conversations"][:1]]
+                for i, record in enumerate(records)
+            ]
+        )
+        for number in exchanges
+    ]
 
 
 def main() -> None:
@@ -106,18 +167,24 @@ def main() -> None:
     args = parse_args()
     records = read_test(ensure_sample(args.data_path))
     device = choose_device(args.device)
-    tokenizer = load_tokenizer(args.tokenizer_path)
+    _, first = args.weights[0]
+    tokenizer = load_tokenizer(tokenizer_folder(args.tokenizer_path, base_path(first)))
     shape, digest = LMConfig(vocab_size=len(tokenizer)), tokenizer_hash(tokenizer)
     models = {name: load(path, shape, digest) for name, path in args.weights}
     *_, last = models
     torch.manual_seed(0)
     models = {UNTRAINED: MiniMindLM(models[last].config), **models}
-    answers = {
-        name: answer(model.to(device).eval(), records, tokenizer, args.engine)
-        for name, model in models.items()
-    }
+    answers = {}
+    for name, model in models.items():
+        exchanges = args.history if name == last else args.history[:1]
+        model = model.to(device).eval()
+        given = answer(model, records, tokenizer, args.engine, exchanges, args.temperature)
+        columns = [name, *(f"{name}, after {number}" for number in exchanges[1:])]
+        answers |= zip(columns, given, strict=True)
     scores = {name: score_answers(records, given) for name, given in answers.items()}
     table = format_scorecard(scores)
+    if args.history[0]:
+        table = f"After {args.history[0]} exchanges:\n\n{table}"
     examples = format_examples(records, answers[last])
     print(f"{table}\nAnswers of {last} (+ right, - wrong):\n{examples}")
     skills = {

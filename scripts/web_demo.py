@@ -1,6 +1,6 @@
 """Chat with models in a browser.
 
-    python scripts/web_demo.py                                   (the weights in out/)
+    python scripts/web_demo.py                                   (the weights in out/ and below)
     python scripts/web_demo.py --endpoint http://127.0.0.1:8000/v1   (any OpenAI server)
 
 The page is for the person at this machine. Its conversations are in out/chats/.
@@ -13,7 +13,7 @@ import os
 import sys
 
 from common import UserError, make_parser, port, report_user_errors, user_path
-from inference import add_model_arguments, listen, open_pool
+from inference import add_model_arguments, describe_weights, listen, open_pool
 from inference.backends import Backend, Endpoint, LocalModels
 
 
@@ -49,11 +49,16 @@ def main() -> None:
         make_backend(args)  # what is wrong with the flags shows here
     except ImportError as error:
         raise UserError(f"needs {error.name}: pip install -r scripts/requirements.txt") from None
+    if args.weight is None and args.endpoint is None:
+        for line in describe_weights(args.out_dir):
+            print(line, file=sys.stderr)
     with listen(args.host, args.port) as socket:  # Streamlit opens its own, and says less
         args.port = socket.getsockname()[1]
     options = [f"--server.address={args.host}", f"--server.port={args.port}"]
     options += ["--server.headless=true", "--browser.gatherUsageStats=false"]
     options.append("--client.toolbarMode=minimal")
+    # It would warn, with a stack, that the address gives a widget another value than its default.
+    options.append("--global.disableWidgetStateDuplicationWarning=true")
     print(f"http://{args.host}:{args.port}", flush=True)
     streamlit(["run", __file__, *options, "--", *sys.argv[1:]])
 

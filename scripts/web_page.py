@@ -1,45 +1,36 @@
 """The page of web_demo.py: Streamlit runs it from top to bottom at every click."""
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
+from web_parts import COPY, DRAWER, STYLE
+from web_state import Asked, ask, keep_answer, recall, remember, settle, show
+from web_texts import (
+    CONTINUES,
+    EMPTY,
+    FORGOTTEN,
+    HISTORY,
+    NO_MODELS,
+    SEED,
+    STOPPED,
+    WELCOME,
+    answer_markdown,
+    plain,
+    tr,
+)
 
-from inference.backends import Backend, Settings
+from inference.backends import Backend, ModelInfo, Piece, Settings
 from inference.conversations import Conversation, ConversationStore
 
-NO_MODELS = "There are no models yet: train one, or start with --out_dir or --endpoint."
-SEED = "Seed (empty: a new one each time)"
-CONTINUES = "This model is not trained on conversations: it continues what you type."
-CHINESE = {
-    "New conversation": "新对话",
-    "(empty)": "(空)",
-    "Model": "模型",
-    "Look for models again": "重新查找模型",
-    NO_MODELS: "还没有模型:先训练一个,或用 --out_dir、--endpoint 启动。",
-    "System prompt": "系统提示词",
-    "Sampling": "采样",
-    "Temperature (0: greedy)": "温度(0:取最可能的词元)",
-    "Top p": "Top p",
-    "New tokens at most": "最多生成的词元数",
-    "Repetition penalty": "重复惩罚",
-    SEED: "随机种子(留空:每次不同)",
-    "Conversations": "对话",
-    "Delete this conversation": "删除此对话",
-    "Undo the last exchange": "撤回上一轮",
-    "Answer again": "重新回答",
-    "Export as training data": "导出为训练数据",
-    "Export as Markdown": "导出为 Markdown",
-    "Type a message": "说点什么",
-    "Stop": "停止",
-    "No answer": "没有回答",
-    CONTINUES: "该模型未经对话训练:它会续写你输入的文字。",
-}
-
-
-def tr(english: str) -> str:
-    """A text of the page in the chosen language."""
-    return CHINESE[english] if st.session_state.language == "中文" else english
+LANGUAGES = ["English", "中文"]
+EXAMPLES = 6
+LISTED = 10  # conversations, before their list scrolls
 
 
 @st.cache_resource
@@ -49,179 +40,310 @@ def open_backend(_make: Callable[[], Backend]) -> Backend:
 
 
 @st.cache_data(ttl=30, show_spinner=False)
-def list_models(_backend: Backend) -> dict[str, bool]:
-    """The models, each with whether it answers conversations; asked for at most twice a minute."""
+def list_models(_backend: Backend) -> dict[str, ModelInfo]:
+    """The models; asked for at most twice a minute."""
     return _backend.models()
 
 
-def show(chat: Conversation) -> None:
-    """Turn to a conversation."""
-    st.session_state.chat = chat
-    st.session_state.pop("partial", None)
-    st.session_state.pop("failed", None)
-    st.query_params["chat"] = chat.id
-
-
-def save_partial(store: ConversationStore) -> None:
-    """Save what was generated of an answer before it was stopped.
-
-    If there is nothing, the question is removed: a conversation consists of whole exchanges.
-    """
-    chat: Conversation = st.session_state.chat
-    partial = st.session_state.pop("partial", None)
-    if partial:
-        chat.messages.append({"role": "assistant", "content": partial})
-        store.save(chat)
-    elif partial is not None:
-        shorten(store, chat.messages.pop)
-
-
-def shorten(store: ConversationStore, remove: Callable[[], object]) -> None:
-    """Call what removes the end of the conversation, and save what is left."""
-    remove()
-    store.save(st.session_state.chat)
-
-
 def choose_language() -> None:
-    """Choose the page's language, at first the browser's."""
-    if not st.session_state.get("language"):
-        is_chinese = (st.context.locale or "").startswith("zh")
-        st.session_state.language = "中文" if is_chinese else "English"
-    names = ["English", "中文"]
-    st.segmented_control("Language", names, key="language", label_visibility="collapsed")
+    """Choose the page's language, by default the browser's."""
+    is_chinese = (st.context.locale or "").startswith("zh")
+    st.segmented_control(
+        "Language",
+        LANGUAGES,
+        default=LANGUAGES[is_chinese],
+        required=True,
+        key="language",
+        bind="query-params",
+        label_visibility="collapsed",
+    )
 
 
-def choose_model(backend: Backend, chat: Conversation) -> bool:
-    """Choose the model of a conversation; returns whether it answers conversations."""
-    models: dict[str, bool] = {}
-    try:
-        models = list_models(backend)
-        if not models:
-            st.info(tr(NO_MODELS))
-    except Exception as error:  # of any kind, such as a server that does not answer
-        st.error(f"{tr('No answer')}: {error}")
-    if models:
-        index = list(models).index(chat.model) if chat.model in models else 0
-        chat.model = st.selectbox(tr("Model"), models, index=index)
-    if st.button(tr("Look for models again"), type="tertiary", icon=":material/refresh:"):
-        list_models.clear()
-        st.rerun()
-    return models.get(chat.model, True)
+def choose_model(backend: Backend, chat: Conversation) -> dict[str, ModelInfo]:
+    """Choose the model of a conversation; returns all models."""
+    models: dict[str, ModelInfo] = {}
+    error = ""
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        try:
+            models = list_models(backend)
+        except Exception as failure:  # of any kind, such as a server that does not answer
+            error = f"{tr('No answer')}: {backend.address}: {failure}"
+        if models:
+            index = list(models).index(chat.model) if chat.model in models else 0
+            chat.model = st.selectbox(
+                tr("Model"), models, index, key=f"model{chat.id}", label_visibility="collapsed"
+            )
+        elif error:
+            st.error(plain(error))
+        else:
+            st.info(plain(tr(NO_MODELS)))
+        name, icon = (tr("Retry") if error else ""), ":material/refresh:"
+        if st.button(name, icon=icon, help=tr("Look for models again"), key="models"):
+            list_models.clear()
+            st.rerun()
+    return models
 
 
 def slider(key: str, label: str, *numbers: float) -> float:
     """A slider from the first number to the second, at the third, in steps of the fourth."""
-    return st.slider(tr(label), *numbers, key=key)
+    return st.slider(tr(label), *numbers, key=key, bind="query-params")
 
 
-def choose_settings() -> Settings:
-    """Choose how answers are generated; the widgets' keys keep this when the language changes."""
-    with st.expander(tr("Sampling")):
-        return Settings(
+def number(key: str, label: str, default: str | None = None) -> int | None:
+    """A field for a whole number, which may be empty; it shows then what the default is."""
+    return st.number_input(
+        tr(label), 0, value=None, step=1, placeholder=default, key=key, bind="query-params"
+    )
+
+
+def choose_settings(chat: Conversation, info: ModelInfo) -> tuple[Settings, int | None]:
+    """Choose how answers are generated, and how many earlier exchanges the model sees."""
+    with st.expander(tr("Settings"), icon=":material/tune:"):
+        chat.system = st.text_area(tr("System prompt"), chat.system, height=80, key=f"s{chat.id}")
+        fits = info.history is None
+        default = tr("as many as fit") if fits else f"{info.history} ({tr('as trained')})"
+        history = number("history", HISTORY, default)
+        settings = Settings(
             temperature=slider("temperature", "Temperature (0: greedy)", 0.0, 2.0, 0.8, 0.05),
             top_p=slider("top_p", "Top p", 0.05, 1.0, 0.9, 0.05),
             max_tokens=slider("max_tokens", "New tokens at most", 16, 2048, 512, 16),
             repetition_penalty=slider("penalty", "Repetition penalty", 1.0, 2.0, 1.0, 0.05),
-            seed=st.number_input(tr(SEED), 0, value=None, step=1, key="seed"),
+            seed=number("seed", SEED),
         )
+    return settings, info.history if history is None else history
 
 
-def sidebar(
-    backend: Backend, store: ConversationStore, chat: Conversation
-) -> tuple[bool, Settings]:
-    """Draw all that is beside the conversation; returns whether the model chats, and how."""
-    with st.sidebar:
-        choose_language()
-        if st.button(tr("New conversation"), icon=":material/add:", use_container_width=True):
-            save_partial(store)
-            show(Conversation(system=chat.system, model=chat.model))
+def confirm_deletion(store: ConversationStore) -> None:
+    """Ask whether the conversation is to be deleted."""
+    chat: Conversation = st.session_state.chat
+
+    def delete() -> None:
+        store.delete(chat)
+        show(Conversation(chat.system, chat.model))
+
+    @st.dialog(tr("Delete this conversation?"))
+    def dialog() -> None:
+        st.text(chat.title)
+        if st.button(tr("Delete"), type="primary", key="really", on_click=delete):
             st.rerun()
-        chats = choose_model(backend, chat)
-        chat.system = st.text_area(tr("System prompt"), chat.system, height=80, key=f"s{chat.id}")
-        settings = choose_settings()
-        if chat.messages:
-            for name, text, kind in (
-                ("Export as training data", chat.training_line(), "jsonl"),
-                ("Export as Markdown", chat.markdown(), "md"),
-            ):
-                st.download_button(tr(name), text, f"{chat.id}.{kind}", use_container_width=True)
-            if st.button(tr("Delete this conversation"), use_container_width=True):
-                store.delete(chat)
-                show(Conversation(model=chat.model))
-                st.rerun()
+        if st.button(tr("Cancel")):
+            st.rerun()
+
+    dialog()
+
+
+def list_conversations(store: ConversationStore, chat: Conversation) -> None:
+    """Draw the conversations, the button for a new one, and what can be done with this one."""
+    new = Conversation(chat.system, chat.model)
+    icon = ":material/add:"
+    st.button(tr("New conversation"), icon=icon, width="stretch", on_click=show, args=(new,))
+    others = store.list()
+    if others:
         st.subheader(tr("Conversations"))
-        for other in store.list():
+    with st.container(height=400 if len(others) > LISTED else "content", gap="xsmall"):
+        for other in others:
             kind = "primary" if other.id == chat.id else "tertiary"
-            if st.button(other.title or tr("(empty)"), key=other.id, type=kind):
-                save_partial(store)
-                show(other)
-                st.rerun()
-    return chats, settings
+            title = plain(other.title or tr("(empty)"))
+            st.button(title, key=other.id, type=kind, on_click=show, args=(other,))
+    if chat.messages:
+        for name, text, kind in (
+            ("Export as training data", chat.training_line(), "jsonl"),
+            ("Export as Markdown", chat.markdown(), "md"),
+        ):
+            st.download_button(
+                tr(name), text, f"{chat.id}.{kind}", on_click="ignore", width="stretch"
+            )
+        if st.button(tr("Delete this conversation"), width="stretch", key="delete"):
+            confirm_deletion(store)
+
+
+def draw_question(text: str, index: int) -> None:
+    """Draw a message of the user as it was typed, or a field to change it."""
+    with st.chat_message("user"):
+        if st.session_state.editing != index:
+            st.text(text)
+            return
+        st.text_area(tr("Edit"), text, key=f"edited{index}", label_visibility="collapsed")
+        with st.container(horizontal=True):
+            send = {"on_click": ask_edited, "args": (index,)}
+            st.button(tr("Send"), key="send", type="primary", **send)
+            st.button(tr("Cancel"), key="cancel", on_click=edit, args=(None,))
+
+
+def ask_typed() -> None:
+    """Ask what was typed below the conversation."""
+    ask(st.session_state.typed)
+
+
+def ask_edited(index: int) -> None:
+    """Ask the changed question, unless it is blank, in place of message `index`."""
+    if st.session_state[f"edited{index}"].strip():
+        ask(st.session_state[f"edited{index}"], index)
+
+
+def edit(index: int | None) -> None:
+    """Open the field to change the question that is message `index`, or close it."""
+    st.session_state.editing = index
+
+
+def draw_text(place: DeltaGenerator, text: str, chats: bool) -> None:
+    """Draw an answer: Markdown from a model that chats, the text as it is from others."""
+    if chats:
+        place.markdown(answer_markdown(text))
+    else:
+        place.text(text)
+
+
+def describe(made: dict[str, Any]) -> str:
+    """By which model an answer was made, how fast and in what time."""
+    facts = [plain(f"{made['model']}")] if "model" in made else []
+    if "tokens_per_second" in made:
+        facts.append(f"{made['tokens_per_second']} {tr('tokens/s')}")
+    if "seconds" in made:
+        facts.append(f"{made['seconds']} s")
+    return " · ".join(facts)
+
+
+def draw_answer(chat: Conversation, index: int, chats: bool) -> None:
+    """Draw an answer, and under it what can be done with it."""
+    message, start = chat.messages[index], index - 1
+    question = chat.messages[start]["content"]
+    with st.chat_message("assistant"):
+        draw_text(st.empty(), message["content"], chats)
+        with under(index):
+            label = {"text": message["content"], "label": tr("Copy")}
+            COPY(data=label, key=f"copy{index}", width="content")
+            for name, icon, call, arguments in (
+                ("Answer again", ":material/refresh:", ask, (question, start)),
+                ("Edit", ":material/edit:", edit, (start,)),
+            ):
+                key = f"{name}{index}"
+                options = {"icon": icon, "type": "tertiary", "key": key}
+                st.button(tr(name), on_click=call, args=arguments, **options)
+            st.caption(describe(message.get("made", {})), width="content")
+
+
+def draw_messages(chat: Conversation, models: dict[str, ModelInfo], history: int | None) -> None:
+    """Draw the conversation, and where the part begins that the model sees of it."""
+    seen = 0 if history is None else chat.last_exchanges(history)
+    for index, message in enumerate(chat.messages):
+        if message["role"] == "user":
+            draw_question(message["content"], index)
+        else:
+            model = message.get("made", {}).get("model", chat.model)
+            draw_answer(chat, index, models.get(model, ModelInfo(chats=True)).chats)
+        if index + 1 == seen:
+            st.caption(tr(FORGOTTEN))
+
+
+def under(index: int) -> DeltaGenerator:
+    """The row under the answer that is message `index`, of one height before and after its end."""
+    return st.container(horizontal=True, vertical_alignment="center", key=f"under{index}")
+
+
+def draw_failure(asked: Asked, is_last: bool) -> None:
+    """Draw a question that got no answer, unless it is in the conversation, and the reason."""
+    if is_last:
+        draw_question(asked.question, asked.start)
+    st.error(plain(f"{tr('No answer')}: {asked.error}"))
+    with st.container(horizontal=True):
+        again = {"on_click": ask, "args": (asked.question, asked.start)}
+        st.button(tr("Retry"), icon=":material/refresh:", key="retry", **again)
+        if is_last:
+            icon = ":material/edit:"
+            st.button(tr("Edit"), icon=icon, key="edit", on_click=edit, args=(asked.start,))
 
 
 def answer(
-    backend: Backend, store: ConversationStore, chat: Conversation, settings: Settings
+    backend: Backend,
+    store: ConversationStore,
+    settings: Settings,
+    history: int | None,
+    chats: bool,
 ) -> None:
-    """Show the answer to the last question as it is generated, beside a button that stops it.
+    """Generate the answer to the question that was asked, and show it on the way.
 
-    The button makes Streamlit run the page anew: the answer so far is in `partial`.
+    A click makes Streamlit end this here and run the page anew: what there is then is saved.
     """
-    st.session_state.partial = ""
-    st.button(tr("Stop"), icon=":material/stop_circle:", on_click=save_partial, args=(store,))
-    pieces = backend.stream(chat.model, chat.prompt(), settings)
-
-    def noted() -> Iterator[str]:
-        for piece in pieces:
-            st.session_state.partial += piece
-            yield piece
-
+    chat: Conversation = st.session_state.chat
+    asked: Asked = st.session_state.asked
+    past = chat.messages if history is None else chat.messages[chat.last_exchanges(history) :]
+    question = {"role": "user", "content": asked.question}
+    prompt = replace(chat, messages=[*past, question]).prompt()
+    begun, if_empty, asked.is_begun = time.perf_counter(), tr(STOPPED), True
+    pieces = backend.stream(chat.model, prompt, settings)
     try:
+        with st.chat_message("user"):
+            st.text(asked.question)
         with st.chat_message("assistant"):
-            st.write_stream(noted())
+            place, status = st.empty(), under(asked.start + 1).empty()
+        for piece in chain([Piece("")], pieces):
+            asked.seconds = time.perf_counter() - begun
+            asked.tokens = asked.tokens if piece.tokens is None else piece.tokens
+            if piece.text and not asked.text:
+                asked.first, asked.first_tokens = asked.seconds, piece.tokens or 1
+            asked.text += piece.text
+            if piece.text:
+                draw_text(place, asked.text, chats)
+            elif not asked.text:
+                state = "Answering" if backend.is_loaded(chat.model) else "Loading the model"
+                status.caption(plain(f"{chat.model} · {tr(state)} …"))
+        if_empty = tr(EMPTY)
     except Exception as error:  # of any kind, from a model here or from a client library
-        st.session_state.failed = (f"{error}", chat.messages[-1]["content"])
+        asked.error = f"{backend.address}: {error}"
     finally:
         pieces.close()
-    save_partial(store)
+        keep_answer(store, chat, asked, if_empty)
     st.rerun()
+
+
+def welcome(backend: Backend, model: str, info: ModelInfo) -> None:
+    """Draw what a page without messages has: what this is, which model answers, what to ask."""
+    st.title("MiniMind")
+    st.markdown(tr(WELCOME))
+    st.caption(plain(f"{tr('Answers come from')} {model} ({backend.address})"))
+    if info.examples:
+        st.caption(tr("For example:"))
+    for i, example in enumerate(info.examples[:EXAMPLES]):
+        st.button(plain(example), key=f"example{i}", on_click=ask, args=(example,))
 
 
 def draw(make_backend: Callable[[], Backend], chats_dir: Path) -> None:
     """Draw the page; `make_backend` opens the source of answers when it is first drawn."""
     st.set_page_config("MiniMind", layout="centered")  # other icons would be fetched from elsewhere
-    backend = open_backend(make_backend)
+    st.html(STYLE)
+    backend, state = open_backend(make_backend), st.session_state
     store = ConversationStore(chats_dir)
-    if "chat" not in st.session_state:
-        st.session_state.chat = store.get(st.query_params.get("chat", "")) or Conversation()
-    chat: Conversation = st.session_state.chat
-    save_partial(store)  # of an answer that a reload or another widget stopped
-    chats, settings = sidebar(backend, store, chat)
-    st.title("MiniMind")
+    if "chat" not in state:
+        state.store, state.asked, state.chosen = store, None, -1
+        show(recall(store))
+    settle()
+    chat: Conversation = state.chat
+    conversations = st.sidebar.container()
+    with st.sidebar:
+        choose_language()
+    models = choose_model(backend, chat)
+    info = models.get(chat.model, ModelInfo(chats=True))
+    with conversations:
+        list_conversations(store, chat)
+    with st.sidebar:
+        settings, history = choose_settings(chat, info)
+        DRAWER(data={"chosen": state.chosen}, key="drawer")
     if not chat.model:
         return
-    if not chats:
+    asked: Asked | None = state.asked
+    if not chat.messages and asked is None:
+        welcome(backend, chat.model, info)
+    if not info.chats:
         st.caption(tr(CONTINUES))
-    for message in chat.messages:
-        with st.chat_message(message["role"]):
-            st.markdown(message["content"])
-    if chat.messages and chat.messages[-1]["role"] == "assistant":
-        left, right = st.columns(2)
-        for column, name, remove in (
-            (left, "Answer again", chat.messages.pop),
-            (right, "Undo the last exchange", chat.undo),
-        ):
-            column.button(tr(name), on_click=shorten, args=(store, remove), type="tertiary")
-    if "failed" in st.session_state:
-        error, question = st.session_state.failed
-        st.error(f"{tr('No answer')}: {error}")
-        st.code(question, language=None)  # to copy and correct
-    if text := st.chat_input(tr("Type a message")):
-        st.session_state.pop("failed", None)
-        chat.messages.append({"role": "user", "content": text})
-        store.save(chat)
-        with st.chat_message("user"):
-            st.markdown(text)
-    if chat.messages:
-        st.query_params["chat"] = chat.id  # another one after a conflict of two windows
-    if chat.messages and chat.messages[-1]["role"] == "user":
-        answer(backend, store, chat, settings)
+    thread = st.container()
+    with thread:
+        draw_messages(chat, models, history if info.chats else None)
+        if asked is not None and asked.error:
+            draw_failure(asked, asked.start == len(chat.messages))
+    st.chat_input(tr("Type a message"), key="typed", on_submit=ask_typed)
+    remember(chat)
+    if asked is not None and asked.is_running:
+        st.bottom.button(tr("Stop"), icon=":material/stop_circle:", key="stop")
+        with thread:
+            answer(backend, store, settings, history, info.chats)

@@ -6,7 +6,10 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from draw_model import draw_model, draw_stages
 from flag_tables import fill_tables, parser_of
+
+from model import LMConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -144,3 +147,26 @@ def test_both_languages_have_the_same_parts(name):
 
     folder = ROOT / "docs"
     assert outline(folder / f"{name}.md") == outline(folder / f"{name}_zh.md")
+
+
+def test_the_pictures_are_what_the_script_draws():
+    """`python scripts/draw_model.py` writes them."""
+    assert text_of(ROOT / "docs" / "model.svg") == draw_model(LMConfig())
+    assert text_of(ROOT / "docs" / "stages.svg") == draw_stages()
+
+
+def test_the_network_is_drawn_with_the_shapes_of_its_configuration():
+    small = LMConfig(dim=96, n_layers=3, n_heads=4, n_kv_heads=1, hidden_dim=200, vocab_size=300)
+    shapes = re.findall(r"([\d,]+) × ([\d,]+): ([\d,]+)<", draw_model(small))
+    numbers = [[int(number.replace(",", "")) for number in shape] for shape in shapes]
+    head = 96 // 4
+    block = [(96, 96), (96, 200), (96, 200), (96, head), (96, head), (96, 96), (200, 96)]
+    assert sorted((a, b) for a, b, _ in numbers) == sorted([(300, 96), *block])
+    assert all(a * b == count for a, b, count in numbers)
+    total = 300 * 96 + 3 * (sum(a * b for a, b in block) + 2 * 96) + 96
+    assert f"MiniMindLM: {total:,} parameters" in draw_model(small)
+
+
+def test_the_picture_of_the_stages_names_files_that_exist():
+    named = re.findall(r">([\w/]+\.py)<", draw_stages())
+    assert len(named) == 9 and all((ROOT / name).is_file() for name in named)

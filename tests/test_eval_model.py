@@ -1,10 +1,13 @@
 """eval_model.py as users start it, on a tiny untrained model."""
 
+import contextlib
 import csv
+import itertools
 import json
 import math
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -21,11 +24,11 @@ from test_train_full_sft import chat, write_chats
 from tiny_models import greedy_answer, llama_with_weights_of, random_model, save_tuned
 from transformers import AutoTokenizer
 
-from inference import ChatModel
+from inference import ChatModel, chat_texts
 from inference.answers import Question, new_file
 from inference.scoring import compare_answers, rouge_scorer
 from inference.text import TextStream
-from model import MiniMindLM, apply_lora, save_lora
+from model import MiniMindLM, apply_lora, save_lora, save_weights, tokenizer_hash
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,11 @@ def out_dir(tmp_path_factory, tokenizer):
     save_tuned(random_model(max_seq_len=64), folder, tokenizer, "pretrain_32", "pretrain")
     (folder / "broken.pth").write_bytes(b"<html>404</html>")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def english(monkeypatch):
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
 
 
 @pytest.fixture
@@ -338,6 +346,32 @@ def test_a_conversation_with_tools_keeps_them(talk, tmp_path):
     assert told[1] == talk(f"/load {path}", "Hi")[1]
 
 
+def test_weights_know_how_long_a_conversation_they_can_hold(run, tmp_path, tokenizer):
+    """What is older is left out, which is said once; and questions to ask are offered."""
+    model, known = random_model(), {"longest_conversation": {"exchanges": 2, "tokens": 50}}
+    known["examples"] = ["Where does Mira live?", "你是谁？"]
+    digest = tokenizer_hash(tokenizer)
+    save_weights(tmp_path / "dpo_32.pth", model, model.config, "dpo", digest, conversations=known)
+    words = ["--out_dir", tmp_path, "--temperature", 0, "--max_new_tokens", 4]
+
+    def said(*lines, more=()):
+        typed = "".join(f"{line}\n" for line in lines).encode()
+        return run(*words, *more, script="eval_model.py", typed=typed)
+
+    done = said("/system Be kind.", "a", "b", "c", "d", more=["--lang", "en"])
+    offer, *answers = done.stdout.split("> ")
+    assert offer.endswith("for example:\n  Where does Mira live?\n  你是谁？\n")
+    (notice,) = (line for line in done.stderr.splitlines() if "left out" in line)
+    assert notice.endswith("the last 1 stay (--history_cnt)")
+    told = [part.strip() for part in answers]
+    messages = [*chat("b", told[2], system="Be kind."), {"role": "user", "content": "c"}]
+    assert told[3] == greedy_answer(tmp_path / "dpo_32.pth", tokenizer, messages, 4).strip()
+    more = ["--history_cnt", 3, "--lang", "en"]
+    assert "left out" not in said("a", "b", "c", "d", more=more).stderr
+    done = said("a", "b", "c", more=["--lang", "zh"])
+    assert "例如：\n  Where" in done.stdout and done.stderr.count("问题之前的 1 轮") == 1
+
+
 @pytest.mark.parametrize("start", [0, 1])
 def test_tools_are_told_as_the_chat_template_does(tokenizer, start):
     """With a system message and without; what does not fit is left out, but never the tools."""
@@ -380,7 +414,172 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(root, tmp_path, tokenizer):
     _, mark, after = said.partition(" …\n> ".encode())
     assert mark  # it was stopped, and went on: the setting, the second answer, the end
     assert after.startswith(b"> ") and after.endswith(b"\n> \n")
-    assert error == b""
+    assert (
+        error.decode() == "(cut after 3 tokens; /set max_new_tokens 6 allows more, then /again)\n"
+    )
+
+
+def test_the_last_question_is_answered_again(talk):
+    """With the prompt of the first time; the new answer takes the old one's place."""
+    one, two, *_ = talk("Hi", "你好")
+    assert talk("Hi", "你好", "/again")[2] == two
+    assert talk("Hi", "/again", "你好")[2] == two
+    assert talk("Hi", "/set max_new_tokens 1", "/again", "/set max_new_tokens 5", "你好")[4] != two
+    assert "/again: " in talk("/again")[0]
+    assert one != two
+
+
+def test_an_answer_that_cannot_be_given_again_stays(run, tmp_path, tokenizer):
+    save_tuned(random_model(max_seq_len=24), tmp_path, tokenizer)
+    path, saved = tmp_path / "talk.jsonl", tmp_path / "saved.jsonl"
+    messages = chat("one", "two", "long words " * 30, "three")
+    path.write_text(json.dumps({"conversations": messages}), encoding="utf-8")
+    typed = f"/load {path}\n/again\n/save {saved}\n".encode()
+    words = ["--out_dir", tmp_path, "--max_new_tokens", 4]
+    said = run(*words, script="eval_model.py", typed=typed).stdout
+    assert "max_seq_len 24" in said
+    assert json.loads(saved.read_text(encoding="utf-8"))["conversations"] == messages
+
+
+@pytest.mark.parametrize("word", ["exit", "quit", "/exit", "/quit", " Exit "])
+def test_words_that_leave(talk, word):
+    assert talk(word, "Hi") == [""]
+
+
+def test_help_has_two_names(talk):
+    assert talk("/?") == talk("/help") != [""]
+
+
+def ending_model(tokenizer, **shape) -> MiniMindLM:
+    """A model that ends its answer at once: its layers add nothing to the last token's state."""
+    model = random_model(**shape)
+    newline = tokenizer.encode("\n")[-1]
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("wo.weight", "w2.weight")):
+                weight.zero_()
+        weight = model.tok_embeddings.weight
+        model.norm.weight.fill_(1)
+        weight[tokenizer.eos_token_id] = 10 * weight[newline]
+    return model
+
+
+def test_an_answer_that_is_cut_is_noted(run, tmp_path, tokenizer):
+    words = ["--out_dir", tmp_path, "--temperature", 0, "--prompt", "Hi"]
+    ids = tokenizer.apply_chat_template(ask("Hi"), add_generation_prompt=True, return_dict=False)
+    room = 40 - len(ids)
+
+    def notes(*more):
+        return run(*words, *more, script="eval_model.py").stderr
+
+    save_tuned(random_model(max_seq_len=40), tmp_path, tokenizer)
+    for most in (7, room - 1):
+        said = (
+            f"(cut after {most} tokens; /set max_new_tokens {2 * most} allows more, then /again)\n"
+        )
+        assert notes("--max_new_tokens", most) == said
+    full = "(cut: the model's context of 40 tokens is full; /reset begins anew)\n"
+    assert notes("--max_new_tokens", room) == notes("--max_new_tokens", room + 1) == full
+    assert "40 个 token" in notes("--max_new_tokens", room + 1, "--lang", "zh")
+    save_tuned(ending_model(tokenizer, max_seq_len=40), tmp_path, tokenizer)
+    assert notes("--max_new_tokens", 7) == ""
+    save_tuned(random_model(), tmp_path, tokenizer, "pretrain_32", "pretrain")
+    assert notes("--weight", "pretrain", "--max_new_tokens", 7) == ""  # it ends where it may
+
+
+def test_speed_is_shown_on_request(run, chat_dir, monkeypatch):
+    """On a clock that moves on by half a second whenever it is read."""
+    words = ["--out_dir", chat_dir, "--weight", "full_sft", "--dim", 32, "--max_new_tokens", 5]
+    words += ["--temperature", 0, "--prompt", "Hi"]
+    plain = run(*words, script="eval_model.py")
+    monkeypatch.setattr("time.perf_counter", itertools.count(0, 0.5).__next__)
+    timed = run(*words, "--verbose", script="eval_model.py")
+    assert plain.stdout == timed.stdout
+    shown = timed.stderr.removeprefix(plain.stderr)
+    form = r"\(5 tokens in ([\d.]+) s: ([\d.]+) tokens/s, the first after 0.50 s\)\n"
+    seconds, rate = map(float, re.fullmatch(form, shown).groups())
+    assert 1 <= seconds <= 3 and rate == pytest.approx(5 / seconds, abs=0.06)
+
+
+def test_every_text_has_a_chinese_one_with_the_same_values():
+    from string import Formatter
+
+    names = {name for name in vars(chat_texts) if name.isupper()} - {"HELP_ZH", "CHINESE"}
+    assert chat_texts.CHINESE.keys() == {getattr(chat_texts, name) for name in names}
+
+    def values(text):
+        return sorted((field, how) for _, field, how, _ in Formatter().parse(text) if field)
+
+    for english, chinese in chat_texts.CHINESE.items():
+        assert values(english) == values(chinese)
+        assert re.search("[\u4e00-\u9fff]", chinese) and not re.search("[\u4e00-\u9fff]", english)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words", "is_chinese"),
+    [
+        ({"LANG": "zh_CN.UTF-8"}, [], True),
+        ({"LANG": "en_GB.UTF-8", "LC_MESSAGES": "zh_TW"}, [], True),
+        ({"LANG": "zh_CN.UTF-8", "LC_ALL": "C.UTF-8"}, [], False),
+        ({"LANG": "de_DE.UTF-8"}, [], False),
+        ({"LANG": "zh_CN.UTF-8"}, ["--lang", "en"], False),
+        ({"LANG": "de_DE.UTF-8"}, ["--lang", "zh"], True),
+    ],
+)
+def test_the_language_is_the_locale_s_or_the_flag_s(
+    talk, monkeypatch, variables, words, is_chinese
+):
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    said = talk("/help", "/bogus", "/system 好", "/set top_p 7", more=words)
+    assert ["退出" in said[0], "没有这个命令" in said[1]] == [is_chinese] * 2
+    assert ("系统提示词：好" if is_chinese else "system message: 好") == said[2]
+    assert said[3].startswith("/set top_p：" if is_chinese else "/set top_p: ")
+
+
+def test_a_pasted_text_of_several_lines_is_one_message(root, chat_dir, tokenizer):
+    pty, readline = pytest.importorskip("pty"), pytest.importorskip("readline")
+    if "libedit" in readline.__doc__:
+        pytest.skip("libedit does not know where a paste ends")
+    command = [root / "eval_model.py", "--out_dir", chat_dir, "--weight", "full_sft", "--dim", 32]
+    command += ["--device", "cpu", "--temperature", 0, "--max_new_tokens", 5, "--lang", "en"]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ |= {
+            "TERM": "xterm",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUTF8": "1",
+            "LANG": "C.UTF-8",
+        }
+        os.execv(sys.executable, [sys.executable, *map(str, command)])
+    said = b""
+
+    def read_until(text):
+        nonlocal said
+        while text not in said:
+            assert select.select([terminal], [], [], 240)[0], said
+            said += os.read(terminal, 4096)
+        before, _, said = said.partition(text)
+        return before.decode()
+
+    read_until(b"\x1b[?2004h")  # which asks the terminal to mark a paste
+    read_until(b"> ")
+    os.write(terminal, b"\x1b[200~one\n/two\n\nthree\n\x1b[201~")
+    read_until(b"three")
+    os.write(terminal, b"\r")
+    read_until(b"\x1b[?2004l")
+    answer = read_until(b"(cut after").replace("\r", "").strip("\n")
+    read_until(b"> ")
+    os.write(terminal, b"exit\r")
+    with contextlib.suppress(OSError):  # of a terminal that is closed
+        while os.read(terminal, 4096):
+            pass
+    os.close(terminal)
+    assert os.waitpid(child, 0)[1] == 0
+    path = chat_dir / "full_sft_32.pth"
+    assert answer == greedy_answer(path, tokenizer, ask("one\n/two\n\nthree"), 5).strip()
 
 
 # Files

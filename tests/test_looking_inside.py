@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rounding import LOSS
+from tiny_models import randomised
 from transformers import AutoTokenizer
 
 from model import LMConfig, MiniMindLM, save_weights, tokenizer_hash
+from sample_world import build_world, history_questions
 
 CHATS = [
     [("user", "Hi"), ("assistant", "Hello 你好"), ("user", "Bye</s>"), ("assistant", "Ciao")],
@@ -41,12 +43,25 @@ def show(run, path, *words):
 
 def test_what_is_learnt_stands_in_brackets(run, folder):
     shown = show(run, folder / "chats.jsonl")
-    assert "chats.jsonl:1: " in shown
-    text = shown.split("\n", 1)[1]
-    assert text == (
+    legend, title, text = shown.split("\n", 2)
+    assert "⟦learnt⟧" in legend and "│ between tokens" in legend
+    assert "chats.jsonl:1: " in title
+    assert text.replace("│", "") == (
         "<s>user\nHi</s>\n<s>assistant\n⟦Hello 你好</s>⟧\n"
         "<s>user\nBye</s></s>\n<s>assistant\n⟦Ciao</s>⟧\n"
     )
+
+
+def test_borders_stand_between_tokens(run, folder, tmp_path, tokenizer):
+    """Except between those that are parts of one character, as of 鳧 here."""
+    tokens = tokenizer("a 鳧b 你好", add_special_tokens=False)["input_ids"]
+    alone = [tokenizer.decode([token]) for token in tokens]
+    assert "�" in alone and "鳧" not in alone
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "a 鳧b 你好"}\n', encoding="utf-8")
+    halves = [i for i, text in enumerate(alone) if "�" in text]
+    expected = [*alone[: halves[0]], "鳧", *alone[halves[-1] + 1 :]]
+    assert f"<s>⟦{'│'.join(expected)}│</s>⟧" in show(run, path)
 
 
 def test_a_packed_row_shows_its_documents_and_padding(run, folder):
@@ -58,7 +73,7 @@ def test_a_packed_row_shows_its_documents_and_padding(run, folder):
 
 
 def test_all_but_the_start_of_a_text_is_learnt(run, folder):
-    assert "<s>⟦春天来了</s>⟧" in show(run, folder / "texts.jsonl")
+    assert "<s>⟦春天来了</s>⟧" in show(run, folder / "texts.jsonl").replace("│", "")
 
 
 def test_an_index_that_is_not_there_is_told(run, folder):
@@ -124,6 +139,18 @@ def test_losses_by_role_are_those_worked_out_by_hand(run, folder, tokenizer_dir)
     assert len(shown["worst"]) == 2 and "chats.jsonl:2" in printed
 
 
+def test_what_is_printed_fits_eighty_columns(run, folder, tmp_path):
+    """Chinese characters take two; the worst samples end where the terminal does."""
+    path = tmp_path / "long.jsonl"
+    chat = [{"role": "user", "content": "你好" * 40}, {"role": "assistant", "content": "我在" * 40}]
+    path.write_text(json.dumps({"messages": chat}, ensure_ascii=False), encoding="utf-8")
+    printed = run(folder / "full_sft_32.pth", path, script="scripts/analyze_loss.py").stdout
+    wide = [len(line) + len(re.findall("[\u4e00-\u9fff]", line)) for line in printed.splitlines()]
+    assert wide[-1] in (79, 80) and max(wide) == 80
+    for row in ("only read", "by position", "ppl", "p95"):
+        assert re.search(rf"^{row}: |{row} is |{row}: ", printed, flags=re.MULTILINE), row
+
+
 def test_a_picture_is_drawn_of_texts_too(run, folder):
     pytest.importorskip("matplotlib")
     shown, _, out = analyse(run, folder, "texts.jsonl", "--max_samples", 1)
@@ -132,12 +159,53 @@ def test_a_picture_is_drawn_of_texts_too(run, folder):
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_question_of_the_world_comes_after_the_models_own_answers(root, tokenizer):
+    """Worked out one conversation at a time; the beginnings are shared in turn."""
+    world = runpy.run_path(str(root / "scripts" / "score_world.py"))
+    model = randomised(MiniMindLM(LMConfig(dim=32, n_layers=1, max_seq_len=600))).eval()
+    questions = [f"What is {i}?" for i in range(world["HISTORIES"] + 1)]
+    records = [{"conversations": [{"role": "user", "content": q}]} for q in questions]
+    alone, later = world["answer"](model, records, tokenizer, "torch", (0, 2))
+
+    def answer(messages):
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        out = model.generate(
+            torch.tensor([ids]), max_new_tokens=48, eos_token_id=tokenizer.eos_token_id
+        )
+        return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+
+    first = history_questions(build_world(2024), 2024, 2)
+    for i, earlier in (0, first[0]), (1, first[1]), (world["HISTORIES"], first[0]):
+        messages = []
+        for question in [*earlier[:2], questions[i]]:
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": answer(messages)})
+        assert later[i] == messages[-1]["content"]
+        assert alone[i] == answer(records[i]["conversations"])
+
+
+def test_scores_after_more_exchanges_are_columns_of_the_last_model(
+    run, folder, tmp_path, sample_dir
+):
+    lines = (sample_dir / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
+    words = [f"a={folder / 'full_sft_32.pth'}", f"b={folder / 'full_sft_32.pth'}"]
+    words += ["--data_path", tmp_path / "few.jsonl", "--json", tmp_path / "s.json"]
+    done = run(*words, "--history", 0, 1, script="scripts/score_world.py")
+    columns = ["untrained", "a", "b", "b, after 1"]
+    assert list(json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))) == columns
+    assert done.stdout.startswith(
+        f"| skill | language | questions | chance | {' | '.join(columns)} |\n"
+    )
+    assert "| overall | both | 4 | " in done.stdout and "0 % (0–49)" in done.stdout
+
+
 @pytest.mark.parametrize("first", ["", "  \t", "\r"])
 def test_a_blank_first_line_does_not_make_texts_conversations(run, tmp_path, first):
     path = tmp_path / "texts.jsonl"
     path.write_text(first + '\n\n{"text": "Hello"}\n', encoding="utf-8", newline="")
     shown = show(run, path)
-    assert f"{path}:3: " in shown and "<s>⟦Hello</s>⟧" in shown
+    assert f"{path}:3: " in shown and "<s>⟦Hello</s>⟧" in shown.replace("│", "")
 
 
 def test_losses_without_bad_lines(run, folder, tmp_path):
@@ -201,4 +269,6 @@ def test_colours_mark_what_is_learnt(root, tokenizer_dir):
     ids = torch.tensor([1, *tokenizer("Hi", add_special_tokens=False)["input_ids"], 2])
     learnt = torch.tensor([False, *[True] * (len(ids) - 1)])
     painted = "".join(script["painted"](ids, learnt, tokenizer, True))
-    assert painted == "\033[90m\033[7m<s>\033[0m\033[32mHi\033[0m\033[32m\033[7m</s>\033[0m"
+    border = "\033[36m│\033[0m"
+    shown = ["\033[90m\033[7m<s>\033[0m", "\033[32mH\033[0m", "\033[32mi\033[0m"]
+    assert painted == border.join([*shown, "\033[32m\033[7m</s>\033[0m"])

@@ -136,7 +136,8 @@ def weights_of_another_size(place: Place) -> list:
 
 
 def weights_of_another_tokenizer(place: Place) -> list:
-    save_weights(place.folder / "my.pth", MiniMindLM(SMALL), SMALL, "pretrain", "?")
+    shape = LMConfig(dim=32, n_layers=1)
+    save_weights(place.folder / "my.pth", MiniMindLM(shape), shape, "pretrain", "?")
     return ["--from_weight", place.folder / "my.pth"]
 
 

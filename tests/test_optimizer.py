@@ -68,3 +68,15 @@ def test_rates_and_decays_by_name(kind):
 def test_a_pattern_without_a_parameter_is_refused(flag):
     with pytest.raises(UserError, match=f"--{flag} atention"):
         make_optimizer(tiny(), optimizer_flags(0.1, 0.1, **{flag: [("atention", 1.0)]}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "patterns", "rate"),
+    [("muon", [], 3e-2), ("adamw", [], 1e-2), ("muon", [("tok_embeddings", 0.5)], 5e-3)],
+)
+def test_the_embedding_s_rate_beside_muon(kind, patterns, rate):
+    model = tiny()
+    flags = optimizer_flags(1e-2, 0.1, optimizer=kind, lr_scale=patterns)
+    for group in make_optimizer(model, flags, embedding_scale=3.0).param_groups:
+        is_embedding = any(p is model.tok_embeddings.weight for p in group["params"])
+        assert group["initial_lr"] == pytest.approx(rate if is_embedding else 1e-2)

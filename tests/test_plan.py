@@ -359,7 +359,7 @@ def test_the_plan_of_a_mixture_of_experts_on_several_gpus(monkeypatch):
 
 # Warnings
 
-RATES = ((1e7, 1e-4, 5e-3), (6e7, 1e-4, 2e-3), (math.inf, 5e-5, 1e-3))
+RATES = ((1e7, 1e-4, 1e-3, 5e-3), (6e7, 1e-4, 5e-4, 2e-3), (math.inf, 5e-5, 3e-4, 1e-3))
 
 
 def warnings(parameters: float = 26e6, total_steps: int = 479, warmup: int = 14, **changed):

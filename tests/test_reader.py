@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from common import UserError
 from dataset import columns, reader, streams
 from dataset.fields import RecordError, parse_object
-from dataset.reader import Place, check_source, locate, read_records
+from dataset.reader import BLANK, Place, check_source, locate, read_records, text_note
 
 
 def records_of(path):
@@ -350,11 +350,71 @@ def test_text_is_one_document_a_file(tmp_path):
     assert fields_of(write(tmp_path / "lines.txt", LINES))[0] == RECORDS
 
 
+def prose_of(path, separator=None):
+    records, lines = fields_of(path, separator)
+    return [(line, record["text"]) for line, record in zip(lines, records, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "A.TXT", "notes.md"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Once upon a time, it was.\n\nThe end, then.",
+        "[[a link]]\n{x}",
+        "[00:01] la\n[00:02] la",
+        "one,two\n",
+        "code:\n\n{\n}",
+        "从前",
+    ],
+)
+def test_a_short_text_is_one_document(tmp_path, name, text):
+    path = write(tmp_path / name, "\ufeff\n \n" + text.replace("\n", "\r\n"))
+    assert prose_of(path) == [(3, text.strip("\n"))]
+    assert text_note(path) == "plain text, taken as one document"
+
+
+@pytest.mark.parametrize("text", [GOOD, json.dumps([{"text": "a"}])])
+def test_records_are_records_whatever_the_file_s_name(tmp_path, text):
+    path = write(tmp_path / "data.txt", text)
+    assert prose_of(path) == [(1, "a")] and text_note(path) is None
+    assert text_note(write(tmp_path / "data.jsonl", text)) is None
+
+
+def test_a_long_text_is_split_at_blank_lines(tmp_path):
+    """Paragraphs of 1,000 bytes: three of them are the first 2,048 bytes or more."""
+    paragraphs = [f"{i:03} " + "x" * 995 for i in range(20)]
+    path = write(tmp_path / "book.txt", "\n \n".join(paragraphs))
+    found = prose_of(path)
+    assert [number for number, _ in found] == [1 + 6 * i for i in range(7)]
+    assert [text.split("\n \n") for _, text in found] == [
+        paragraphs[i : i + 3] for i in range(0, 20, 3)
+    ]
+    assert "split at blank lines" in text_note(path)
+    packed = write(tmp_path / "book.txt.gz", gzip.compress(path.read_bytes()))
+    assert prose_of(packed) == found and text_note(packed) == text_note(path)
+    assert [text for _, text in prose_of(path, BLANK)] == paragraphs
+    assert text_note(path, BLANK) == "plain text, split at --separator"
+    code = write(tmp_path / "book.py", path.read_bytes())
+    assert [text for _, text in prose_of(code)] == ["\n \n".join(paragraphs)]
+    assert text_note(code) is None and text_note(tmp_path) is None
+
+
+def test_a_text_without_blank_lines_is_split_at_others(tmp_path):
+    """Nothing of it is lost; of one that is a single line neither."""
+    lines = [f"{i} " + "天" * 1000 for i in range(40)]  # 3 kB each: six are 16,384 bytes or more
+    found = prose_of(write(tmp_path / "book.txt", "\n".join(lines)))
+    assert [text.count("\n") + 1 for _, text in found] == [6] * 6 + [4]
+    assert "\n".join(text for _, text in found) == "\n".join(lines)
+    found = prose_of(write(tmp_path / "line.txt", "天" * 50_000))
+    assert "".join(text for _, text in found) == "天" * 50_000
+    assert {number for number, _ in found} == {1} and len(found) > 3
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
 def test_text_is_cut_at_separators(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(reader, "CHUNK_BYTES", chunk)
     path = write(tmp_path / "a.txt", "one\ntwo\n \n\n  three\n\n\n")
-    texts, lines = fields_of(path, reader.BLANK)
+    texts, lines = fields_of(path, BLANK)
     assert ([r["text"] for r in texts], lines) == (["one\ntwo", "  three"], [1, 5])
     path = write(tmp_path / "a.txt", "<|end|>one\n\ntwo\n<|end|>\nthree<|end|>\n")
     texts, lines = fields_of(path, "<|end|>")
@@ -364,7 +424,7 @@ def test_text_is_cut_at_separators(tmp_path, monkeypatch, chunk):
 @given(st.text("ab\n ", min_size=1, max_size=60), st.integers(1, 9), st.integers(1, 9))
 def test_long_text_is_cut_into_documents(tmp_path_factory, text, longest, chunk):
     """They hold all of it, blank lines aside, and are not longer than they may be."""
-    path = write(tmp_path_factory.getbasetemp() / "long.txt", text)
+    path = write(tmp_path_factory.getbasetemp() / "long.py", text)
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(reader, "DOCUMENT_CHARS", longest)
         patches.setattr(reader, "CHUNK_BYTES", chunk)

@@ -135,7 +135,12 @@ CASES = {
     "hardly anything learnt, of few lines": (
         "Hardly anything was learnt",
         training_lines([8.76, 8.6, 8.49]),
-        training_lines([8.6, 8.49]),  # 20 steps
+        training_lines([8.76, 8.6, 7.8]),
+    ),
+    "hardly anything learnt in twelve steps": (
+        "Hardly anything was learnt: the loss ends at 8.49; uniform guessing gives 8.76. 12 optimi",
+        [*training_lines([8.7]), training_lines([8.49])[0] | {"step": 12, "tokens": 1200}],
+        [*training_lines([8.7]), training_lines([7.8])[0] | {"step": 12, "tokens": 1200}],
     ),
     "hardly anything learnt, of one line": (
         "Hardly anything was learnt",
@@ -546,7 +551,7 @@ def test_the_report_of_a_run_that_went_wrong(tmp_path, no_picture):
 
 @pytest.mark.parametrize("n", [0, 1, 2, 11])
 def test_the_report_of_a_short_run(tmp_path, n, no_picture):
-    folder = write_metrics(tmp_path / "run", training_lines([8.6 - 0.1 * i for i in range(n)]))
+    folder = write_metrics(tmp_path / "run", training_lines([7.6 - 0.1 * i for i in range(n)]))
     line, text = report(folder, "stopped by Ctrl-C")
     assert line.endswith("nothing stands out")
     assert f"from 12 training lines on; this run has {n}." in section(text, "What stands out")
@@ -653,6 +658,33 @@ def test_runs_are_drawn_together(tmp_path, run, figures):
         [text.get_text().strip() for text in figure.legends[0].get_texts()] for figure in figures
     ]
     assert shown == [[folder.as_posix() for folder in folders], ["pretrain_512", "pretrain_64"]]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "scores", "losses", "unit"),
+    [
+        ("other", {"val_bits_per_byte": 3.0}, [4.0, 3.5], "bits per byte"),
+        ("other", {"val_bits_per_byte": 1.5}, [2.0, 1.75], "bits per byte"),
+        ("other", {"val_bits_per_byte": None}, [8, 7], "nats per token of different tokenizers"),
+        ("own", {"val_bits_per_byte": 1.5}, [8, 7], "(nats per token)"),
+    ],
+)
+def test_runs_with_other_tokenizers_train_in_bits_per_byte(
+    tmp_path, run, figures, tokenizer, scores, losses, unit
+):
+    """By the ratio of bits per byte and nats per token in the run's validation: half, here."""
+    folders = []
+    for name, more in (("own", {}), (tokenizer, scores)):
+        folder = tmp_path / str(len(folders)) / "pretrain_512"
+        folders.append(
+            write_metrics(folder, [*training_lines([8, 7]), evaluation(20, 6.0, **more)])
+        )
+        config = {"vocab_size": VOCAB, "arguments": {"tokenizer_path": name}}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    run(*folders, "--out", tmp_path / "curves.png", script="scripts/report_run.py")
+    panel = figures[0].axes[0]
+    assert [[y for _, y in points(line)] for line in panel.lines[1:2]] == [losses]
+    assert unit in panel.get_title()
 
 
 def test_a_folder_of_an_older_release_has_a_report(tmp_path, no_picture):

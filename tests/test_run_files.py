@@ -67,8 +67,9 @@ def out(finished, tmp_path):
 
 
 def kept(folder):
-    """The contents of all files, by where they are in a folder."""
-    return {path.relative_to(folder): content for path, (content, _) in snapshot(folder).items()}
+    """The contents of all files of runs, by where they are in a folder; tokenizers are shared."""
+    contents = {path.relative_to(folder): value for path, (value, _) in snapshot(folder).items()}
+    return {path: value for path, value in contents.items() if path.parts[0] != "tokenizers"}
 
 
 # One at a time

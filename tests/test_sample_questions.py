@@ -6,11 +6,13 @@ the entities and the words of the dictionary are taken from it.
 
 import json
 import re
+from collections import Counter
 from itertools import pairwise
 
 import pytest
 
-from sample_world import FILES, is_right, score_answers
+from sample_world import FILES, Score, is_right, score_answers
+from sample_world.languages import load_languages
 from sample_world.world import VOCABULARY, build_world
 
 TRAINING = ("pretrain.jsonl", "sft.jsonl", "dpo.jsonl", "lora.jsonl")
@@ -47,7 +49,11 @@ def training_turns(records):
     return {pair for name in TRAINING[1:] for record in records[name] for pair in turns(record)}
 
 
-NAMES = [word for e in build_world(2024).entities for word in (e.name.en, e.name.zh)]
+WORLD = build_world(2024)
+NAMES = [word for e in WORLD.entities for word in (e.name.en, e.name.zh)]
+HELD_OUT = [word for e in WORLD.entities if e.held_out for word in (e.name.en, e.name.zh)]
+# Names of people and towns, which may be misspelled.
+PROPER = {c: [getattr(e.name, c) for e in WORLD.people + WORLD.towns] for c in ("en", "zh")}
 
 
 def whole(word):
@@ -66,14 +72,24 @@ def skeleton(question, words=()):
     return text
 
 
+def plain_form(question):
+    """A question without case, spaces and marks."""
+    return re.sub(r"[\W_]", "", question.casefold())
+
+
 def test_every_test_question_is_new(records, training_turns):
     seen = {question for question, _ in training_turns}
+    seen_plain = {plain_form(question) for question in seen}
     plain = "\n".join(record["text"] for record in records["pretrain.jsonl"])
     for name in TESTS:
         for record in records[name]:
             for question, answer in turns(record):
                 assert (question, answer) not in training_turns
-                assert question not in seen and question not in plain
+                assert question not in seen
+                if record["skill"] == "small_talk":  # "Bye" is in many a text
+                    assert plain_form(question) not in seen_plain, question
+                    continue
+                assert question not in plain
                 # nor inside another one, which only has something around it
                 assert not any(question in asked for asked in seen), question
 
@@ -82,10 +98,14 @@ def test_every_wording_of_the_test_is_new(records, training_turns):
     words = [word for entry in VOCABULARY for word in (entry.en, entry.zh)]
     for about in ((), words):
         trained = {skeleton(question, about) for question, _ in training_turns}
+        trained_plain = set(map(plain_form, trained))
         tested = [r for r in records["test.jsonl"] if (r["skill"] == "dictionary") == bool(about)]
         assert len(tested) >= 48
         for record in tested:
             asked = skeleton(record["conversations"][0]["content"], about)
+            if record["skill"] in ("small_talk", "typing"):  # with and without marks
+                assert plain_form(asked) not in trained_plain, asked
+                continue
             assert record["skill"] == "identity" or re.search("[X0W]", asked), asked
             assert not any(asked in wording for wording in trained), asked
 
@@ -156,6 +176,107 @@ def test_facts_that_recall_asks_for_are_only_in_plain_text(records, training_tur
                 assert all(value in question for value in mentioned), (name, question, answer)
 
 
+def test_tests_are_large_enough_to_tell_models_apart(records):
+    """300 questions of each skill, for an error of 5 points, but where the world has fewer."""
+    asked = Counter(record["skill"] for record in records["test.jsonl"])
+    few = {"identity": 20, "dictionary": 144}
+    assert asked == {skill: few.get(skill, 300) for skill in asked} and len(asked) == 11
+    beginning = {(r["skill"], r["language"]) for r in records["test.jsonl"][:100]}
+    assert len(beginning) == 22  # what the quick start's --smoke takes has all of them
+
+
+def language_of(text):
+    """The language of most of a text; a word of Latin letters counts as much as two characters."""
+    latin, chinese = re.findall(r"[A-Za-z]+", text), re.findall(r"[\u4e00-\u9fff]", text)
+    return "zh" if len(chinese) > 2 * len(latin) else "en"
+
+
+def test_conversations_have_up_to_ten_exchanges_and_change_language(records):
+    talks = [list(turns(record)) for record in records["sft.jsonl"]]
+    lengths = Counter(map(len, talks))
+    assert set(lengths) == set(range(1, 11))
+    assert 0.35 < lengths[10] / len(talks) < 0.55 and min(lengths.values()) > 0.04 * len(talks)
+    long = [talk for talk in talks if len(talk) >= 5]
+    mixed = [talk for talk in long if len({language_of(answer) for _, answer in talk}) == 2]
+    assert len(mixed) > 0.9 * len(long)
+
+
+def test_languages_do_not_mix_within_an_answer(records, training_turns):
+    """But for what was asked for: a word of the other language; and the model's name."""
+    answers = {answer for _, answer in training_turns}
+    answers |= {r["conversations"][1]["content"] for r in records["test.jsonl"]}
+    for answer in answers:
+        rest = re.sub(
+            r"The Chinese word is [\u4e00-\u9fff]+\.|英文是 [a-z]+。|MiniMind", "", answer
+        )
+        assert not (re.search("[A-Za-z]", rest) and re.search(r"[\u4e00-\u9fff]", rest)), answer
+    for record in typed(records):  # whose names may be of the other language
+        assert (
+            record["conversations"][1]["content"][-1] == {"en": ".", "zh": "。"}[record["language"]]
+        )
+
+
+def test_questions_as_people_type_them(records, training_turns):
+    """Every slip is in training and in the test, and some questions of the test have two."""
+    names = {code: [getattr(e.name, code) for e in WORLD.entities] for code in ("en", "zh")}
+
+    def slips(question, code):
+        other = names["zh" if code == "en" else "en"]
+        return {
+            "foreign": any(name in question for name in other),
+            "lower": code == "en"
+            and question == question.lower()
+            and bool(re.search("[a-z]", question)),
+            "bare": question[-1] not in ".?!。？！",
+            "width": bool(re.search("[？！。，：]" if code == "en" else "[?!,:]", question))
+            and not re.search(r"\d [+-] \d", question),
+        }
+
+    found = [slips(r["conversations"][0]["content"], r["language"]) for r in typed(records)]
+    trained = [slips(q, language_of(a)) for q, a in training_turns]
+    for kind in "foreign", "lower", "bare", "width":
+        assert sum(s[kind] for s in found) > 15 and sum(s[kind] for s in trained) > 50, kind
+    assert sum(s["foreign"] and s["bare"] for s in found) > 10
+    # A question for a word of the other language may be of a name that is a word, too.
+    assert sum(s["foreign"] and s["bare"] for s in trained) < 5
+
+
+def typed(records):
+    return [record for record in records["test.jsonl"] if record["skill"] == "typing"]
+
+
+def test_misspelled_names_of_the_test_are_in_no_training_file(records, training_turns):
+    texts = [r["text"] for r in records["pretrain.jsonl"]] + [q for q, _ in training_turns]
+    for language in load_languages():
+        every = {form for name in PROPER[language.code] for form in language.misspellings(name)}
+        assert every.isdisjoint(NAMES)
+
+        words = "|".join(sorted(every.union(NAMES), key=len, reverse=True))
+        edge = r"(?<![A-Za-z]){}(?![A-Za-z])" if language.code == "en" else "{}"
+        pattern = re.compile(edge.format(f"(?:{words})"))
+
+        def misspelled(texts, pattern=pattern):
+            return {form for text in texts for form in pattern.findall(text)}.difference(NAMES)
+
+        tested = misspelled(
+            r["conversations"][0]["content"]
+            for r in typed(records)
+            if r["language"] == language.code
+        )
+        trained = misspelled(texts)
+        assert len(tested) > 20 and len(trained) > 60
+        assert tested.isdisjoint(trained)
+
+
+def test_what_can_be_asked_is_told_by_three_examples(records, training_turns):
+    told = [a for _, a in training_turns if a.startswith(("You can ask me", "你可以这样问我"))]
+    assert len(told) > 20
+    for answer in set(told):
+        examples = re.findall(r"[^?？：]+[?？]", answer.split("example: ")[-1].split("问我：")[-1])
+        assert len(examples) >= 3 and answer[-1] in "?？"
+        assert not any(name in answer for name in HELD_OUT)
+
+
 def test_guessing_does_not_pay(records):
     for record in records["test.jsonl"]:
         if record["skill"] in ("facts", "recall"):
@@ -168,7 +289,7 @@ def test_each_reference_answer_is_right_and_another_is_wrong(records):
         for record in records[name]:
             assert is_right(record, record["conversations"][1]["content"]), record
             assert not is_right(record, "")
-            assert not is_right(record, "Mira. 0.")
+            assert not is_right(record, "Mira, Ivo. 0.")
 
 
 RECORD = {
@@ -216,6 +337,30 @@ def test_a_fact_is_judged_by_what_the_answer_names(answer, right):
 def test_numbers_and_declining_are_judged(skill, expect, answer, right):
     record = {**RECORD, "skill": skill, "expect": expect, "choices": []}
     assert is_right(record, answer) == right
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("Goodbye! Come back soon.", True),
+        ("Goodbye! Come back soon. I hope that this helps you!", True),
+        ("Hello! Goodbye! Come back soon.", False),
+        ("Goodbye!", False),
+        ("I do not know about that.", False),
+    ],
+)
+def test_small_talk_is_judged_by_how_the_answer_begins(answer, right):
+    told = {"skill": "small_talk", "expect": ["Goodbye! Come back soon."], "choices": []}
+    assert is_right({**RECORD, **told}, answer) == right
+    chatter = {**RECORD, **told, "expect": []}
+    assert is_right(chatter, answer) == ("not know" in answer)
+
+
+def test_a_score_has_the_interval_of_wilson():
+    """Values of R's prop.test(8, 10, correct = FALSE) and prop.test(0, 20, correct = FALSE)."""
+    assert Score(8, 10, 0).interval == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert Score(0, 20, 0).interval == pytest.approx((0.0, 0.1611), abs=1e-4)
+    assert str(Score(8, 10, 0)) == "80 % (49–94)"
 
 
 def test_scores_count_by_skill_and_language():

@@ -1,9 +1,8 @@
 """--sample_prompts: what the model writes at each validation; the run is the same without."""
 
 import ast
+import json
 import re
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,22 +99,39 @@ def test_an_adapter_answers_with_its_matrices(run, talks, tokenizer, tmp_path):
     assert text == repr(tokenizer.decode(new, skip_special_tokens=True))
 
 
-def test_wandb_gets_a_table(run, texts, tmp_path, monkeypatch):
-    logged = []
-    fake = SimpleNamespace(
-        id="abc",
-        errors=SimpleNamespace(Error=OSError),
-        Table=lambda columns, data: [dict(zip(columns, row, strict=True)) for row in data],
-        log=lambda figures, step: logged.append((step, figures)),
-        finish=lambda: None,
-    )
-    fake.init = lambda **about: fake
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    run(
-        *WORDS, "--data_path", texts, "--out_dir", tmp_path, "--sample_prompts", *PROMPTS,
-        "--use_wandb",
-    )  # fmt: skip
-    tables = [(step, figures["samples"]) for step, figures in logged if "samples" in figures]
-    assert [
-        (str(step), repr(row["prompt"]), repr(row["text"])) for step, rows in tables for row in rows
-    ] == samples(tmp_path)
+def last_samples(out, name):
+    """Prompt and text of each sample at the end."""
+    log = (out / "logs" / name / "training_log.txt").read_text(encoding="utf-8")
+    return re.findall(r"  sample ('.*?'|\".*?\") → (.*)", re.sub(r"step \d+  sample.*", "", log))
+
+
+def test_a_run_ends_with_three_samples_and_the_next_command(run, talks, tokenizer, tmp_path):
+    """Answers to questions that were held out, by the last weights."""
+    save_tuned(random_model(), tmp_path, tokenizer, "pretrain_32", "pretrain")
+    words = [*WORDS, "--data_path", talks, "--out_dir", tmp_path]
+    done = run(*words, script="train_full_sft.py")
+    found = last_samples(tmp_path, "full_sft_32")
+    assert len(found) == 3
+    questions = {
+        message["content"]
+        for line in talks.read_text(encoding="utf-8").splitlines()
+        for message in json.loads(line)["messages"]
+        if message["role"] == "user"
+    }
+    for question, _ in found:
+        asked = ast.literal_eval(question)
+        assert any(text.strip().endswith(asked) for text in questions)
+    next_command = f"next: python eval_model.py --weight {tmp_path / 'full_sft_32.pth'}\n"
+    assert done.stdout.endswith(next_command)
+
+
+def test_a_text_s_beginning_is_continued_at_the_end(run, texts, tokenizer, tmp_path):
+    """Each prompt is the beginning of a text, and the weights that were saved continue it so."""
+    done = run(*WORDS, "--data_path", texts, "--out_dir", tmp_path)
+    found = last_samples(tmp_path, "pretrain_32")
+    assert len(found) == 3
+    documents = [json.loads(line)["text"] for line in texts.read_text("utf-8").splitlines()]
+    for prompt, _ in found:
+        assert any(text.startswith(ast.literal_eval(prompt)) for text in documents)
+    assert f"next: python eval_model.py --weight {tmp_path / 'pretrain_32.pth'}\n" in done.stdout
+    assert "next: python train_full_sft.py --from_weight " in done.stdout

@@ -27,13 +27,17 @@ from tiny_models import greedy_answer, random_model, save_tuned
 
 from common import UserError
 from inference import WeightSpec
-from inference.api import Limits, create_app
+from inference.api import Limits, create_app, formats
 from inference.batcher import Batcher, GenerationRequest, QueueFull
 from inference.pool import ModelPool
 from model import Sampling, SamplingLoop, TorchDecoder, apply_lora, save_lora
 from model.decoder import CHUNK
 
 HI = [{"role": "user", "content": "Hi"}]
+KNOWN = {  # of the weights that answer
+    "longest_conversation": {"exchanges": 4, "tokens": 90},
+    "examples": ["Who are you?", "你是谁？"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,10 @@ def folder(tmp_path_factory, tokenizer):
     model = random_model(dim=64)
     for stage in ("full_sft", "pretrain"):
         save_tuned(model, out, tokenizer, f"{stage}_64", stage)
+    about = out / "full_sft_64.json"
+    about.write_text(
+        json.dumps({**json.loads(about.read_text(encoding="utf-8")), **KNOWN}), encoding="utf-8"
+    )
     (out / "lora").mkdir()
     apply_lora(model, rank=2)
     with torch.no_grad():
@@ -102,6 +110,47 @@ def client(server):
 def answer(folder, tokenizer):
     """What the model itself answers greedily to a conversation."""
     return functools.partial(greedy_answer, folder / "full_sft_64.pth", tokenizer, dim=64)
+
+
+def test_a_model_tells_its_longest_conversation_and_what_to_ask(folder, tokenizer_dir, tmp_path):
+    """An adapter tells those of its base, once that is found."""
+
+    def told(url):
+        models = httpx.get(f"{url}/v1/models").json()["data"]
+        return {model["id"]: {field: model[field] for field in KNOWN} for model in models}
+
+    nothing = {"longest_conversation": None, "examples": []}
+    with serving(folder, tokenizer_dir) as (url, _):
+        assert told(url) == {"full_sft_64": KNOWN, "pretrain_64": nothing, "other_64": nothing}
+    out = shutil.copytree(folder, tmp_path / "out")
+    (out / "pretrain_64.json").unlink()  # the same weights: they could be the base as well
+    with serving(out, tokenizer_dir) as (url, pool):
+        pool.get("other_64")
+        assert told(url) == {"full_sft_64": KNOWN, "other_64": KNOWN}
+
+
+def test_older_exchanges_are_left_out_which_the_log_says_once(
+    folder, tokenizer_dir, answer, monkeypatch
+):
+    notices = []
+    monkeypatch.setattr(formats.LOG, "warning", notices.append)
+
+    def said(text):
+        return [{"role": "user", "content": text}, {"role": "assistant", "content": text.upper()}]
+
+    system = [{"role": "system", "content": "Be kind."}]
+    past = [message for text in "abcdef" for message in said(text)]
+    with serving(folder, tokenizer_dir) as (url, pool):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        for kept in 3, 3, 1:
+            pool.get("full_sft_64").chat_model.history_cnt = kept
+            done = ask(client, [*system, *past, *HI])
+            wanted = answer([*system, *past[-2 * kept :], *HI], 12)
+            assert done.choices[0].message.content == wanted
+            assert done.choices[0].message.content != answer([*system, *past, *HI], 12)
+    (notice,) = notices
+    assert "older exchanges are left out" in notice
+    assert "the last 3 stay (--history_cnt)" in notice
 
 
 def ask(client, messages=HI, **more):
@@ -993,9 +1042,16 @@ def test_metrics_count(server, client):
 
 
 def test_requests_that_nobody_thought_of(server):
-    """schemathesis makes them from the server's own description: no answer is a bug's."""
+    """schemathesis makes them from the server's own description.
+
+    No answer is a bug's, and each status is in the description.
+    """
     import schemathesis
     from hypothesis import HealthCheck, given, settings
+    from schemathesis.specs.openapi.checks import (
+        content_type_conformance,
+        status_code_conformance,
+    )
 
     schema = schemathesis.openapi.from_url(f"{server}/openapi.json")
     statuses = set()
@@ -1019,6 +1075,7 @@ def test_requests_that_nobody_thought_of(server):
             done = case.call()
             statuses.add(done.status_code)
             assert done.status_code < 500, done.text
+            case.validate_response(done, checks=[status_code_conformance, content_type_conformance])
 
         fuzz()
     assert {200, 400} <= statuses

@@ -236,6 +236,32 @@ def test_the_last_turns_only(tmp_path):
         assert rows[0]["attention_mask"].sum() == len(kept_ids(kept)) + EXCHANGE - 2
 
 
+def test_the_longest_conversation_is_of_what_is_used(tmp_path):
+    """In exchanges and in tokens, after what is too long or too old is left out."""
+    path = write(tmp_path / "data.jsonl", [THREE, {"messages": exchange("4", 99)}])
+    for options, exchanges, ids in (
+        ({}, 3, max(len(kept_ids("123")), len(exchange_ids("4", 99)))),
+        ({"max_turns": 2}, 2, max(len(kept_ids("23")), len(exchange_ids("4", 99)))),
+        ({"max_length": SYSTEM + 2 * EXCHANGE}, 2, SYSTEM + 2 * EXCHANGE),
+    ):
+        dataset = SFTDataset(path, tokenizer, **{"max_length": 1000, **options})
+        assert dataset.longest_conversation == {"exchanges": exchanges, "tokens": ids}
+
+
+def test_questions_are_first_ones_of_one_short_line(tmp_path):
+    records = [
+        THREE,
+        {"messages": exchange("4")},
+        {"messages": exchange("4")},
+        {"messages": [{"role": "user", "content": "two\nlines"}, *exchange("5")[1:]]},
+        {"messages": [{"role": "user", "content": "long " * 21}, *exchange("6")[1:]]},
+        {"messages": [{"role": "user", "content": " 你是谁？ "}, *exchange("7")[1:]]},
+    ]
+    dataset = SFTDataset(write(tmp_path / "data.jsonl", records), tokenizer, 1000)
+    assert sorted(dataset.questions(tokenizer, 6)) == ["111", "444", "你是谁？"]
+    assert len(dataset.questions(tokenizer, 2)) == 2
+
+
 def test_nobody_answers_the_last_turn(tmp_path):
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
     question = {"role": "user", "content": "And?"}

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -60,6 +61,34 @@ def chats(count):
         return " ".join(WORDS[i * k % 7] for k in range(1, 2 + (5 * i + j) % 13))
 
     return [chat(*(text(i, j) for j in range(2 + 2 * (i % 3)))) for i in range(count)]
+
+
+def known_of(weights):
+    """What a weight file's .json says of the conversations that it was trained on."""
+    about = json.loads(weights.with_suffix(".json").read_text(encoding="utf-8"))
+    return about["longest_conversation"], about["examples"]
+
+
+def test_weights_remember_conversations_and_pass_that_on(tune, run, pretrained, data, tmp_path):
+    """The longest of all that they were trained on, and questions of the newest validation data."""
+    words = ["--out_dir", tmp_path, "--epochs", 1]
+    short = write_chats(tmp_path / "short.jsonl", [chat("one", "two"), chat("three", "four")])
+    tune("--data_path", data, "--from_weight", pretrained, *words)
+    longest, examples = known_of(tmp_path / "full_sft_32.pth")
+    firsts = [messages[0]["content"] for messages in chats(21)]
+    assert longest["exchanges"] == 3 and len(examples) == 6 and set(examples) <= set(firsts)
+    more = ["--from_weight", "full_sft", "--run_name", "more", "--val_data_path", short]
+    tune("--data_path", short, *more, *words)
+    assert known_of(tmp_path / "full_sft_32_more.pth") == (longest, ANY)
+    assert sorted(known_of(tmp_path / "full_sft_32_more.pth")[1]) == ["one", "three"]
+    tune("--data_path", short, *more, *words[:2], "--epochs", 2, "--resume")
+    assert known_of(tmp_path / "full_sft_32_more.pth") == (longest, ANY)
+    pair = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(f"{json.dumps(pair)}\n" * 2, encoding="utf-8")
+    base = tmp_path / "full_sft_32_more.pth"
+    run("--data_path", pairs, *SHAPE, "--from_weight", base, *words, script="train_dpo.py")
+    assert known_of(tmp_path / "dpo_32.pth") == known_of(tmp_path / "full_sft_32_more.pth")
 
 
 def write_chats(path, conversations):
@@ -155,7 +184,8 @@ def test_the_starting_weights_are_scored_first(tune, pretrained, data, tokenizer
 def test_without_pretrained_weights_it_says_which_are_missing(tune, data, tmp_path):
     done = tune("--data_path", data, "--out_dir", tmp_path, code=2)
     missing = tmp_path / "pretrain_32.pth"
-    assert done.stderr == f"train_full_sft.py: error: --from_weight pretrain: no file {missing}\n"
+    error = f"--from_weight pretrain: no file {missing}; {tmp_path} holds no weights"
+    assert done.stderr == f"train_full_sft.py: error: {error}\n"
     assert not any(tmp_path.glob("*.pth"))
 
 

@@ -286,7 +286,8 @@ def test_an_adapter_is_scored_on_its_base(adapt, run, data, tokenizer, tmp_path,
     scores = tmp_path / "scores.json"
     run(
         f"base={base}", f"adapted={base}+{tmp_path / 'lora' / NAME}.pth",
-        "--data_path", tmp_path / "test.jsonl", "--json", scores, script="scripts/score_world.py",
+        "--data_path", tmp_path / "test.jsonl", "--json", scores, "--history", 0,
+        script="scripts/score_world.py",
     )  # fmt: skip
     found = json.loads(scores.read_text(encoding="utf-8"))
     assert found["base"]["identity"] == 0

@@ -105,7 +105,8 @@ def test_the_first_step_by_hand(run, tmp_path, tokenizer_dir):
     data = write_lines(tmp_path / "one.jsonl", [text])
     run(
         *SHAPE, "--data_path", data, "--out_dir", tmp_path, "--warmup_iters", 0, "--seed", 7,
-        "--grad_clip", 0.25, "--learning_rate", 1e-3, "--max_seq_len", 64,
+        "--grad_clip", 0.25, "--learning_rate", 1e-3, "--max_seq_len", 64, "--epochs", 1,
+        "--optimizer", "adamw",
     )  # fmt: skip
     ids = torch.tensor([1, *AutoTokenizer.from_pretrained(tokenizer_dir)(text)["input_ids"], 2])
     torch.manual_seed(7)

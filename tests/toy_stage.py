@@ -64,7 +64,7 @@ def main() -> int:
         max_seq_len=32,
     )
     args = training.parse_stage_arguments(parser)
-    setup = training.prepare(args, training.Stage("toy", ((math.inf, 0, 1),)))
+    setup = training.prepare(args, training.Stage("toy", {"muon": ((math.inf, 0, 3e-3, 1),)}))
     with training.lock_run(setup.path, setup.world, args.dry_run):
         training.find_resume(setup)
         data = training.open_splits(

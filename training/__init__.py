@@ -7,6 +7,7 @@ from .optimizer import make_optimizer
 from .run import Run
 from .run_files import lock_run
 from .schedule import get_lr
+from .settings import choose_settings
 from .setup import (
     Rows,
     Setup,

@@ -2,10 +2,12 @@
 
 import argparse
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from common import (
+    TOKENIZER,
     BooleanFlag,
     StageParser,
     UserError,
@@ -28,7 +30,13 @@ from common import (
     user_path,
     weighted_path,
 )
-from model import SIZES, shape_of_depth
+from model import (
+    SIZES,
+    first_weights,
+    read_about,
+    shape_of_depth,
+    tokenizer_folder,
+)
 
 from .schedule import DECAYS
 
@@ -39,6 +47,7 @@ MOE_DEFAULTS = {
     "num_experts_per_tok": 2,
     "aux_loss_alpha": 0.1,
 }
+EXPERTS = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok")
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe")  # what --size and --depth set
 BUDGETS = ("max_steps", "max_tokens", "max_minutes", "tokens_per_parameter")
 
@@ -58,8 +67,9 @@ def pattern_and_number(text: str) -> tuple[str, float]:
 def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any) -> StageParser:
     """A parser with the flags that every training stage has, and its own defaults, by flag name.
 
-    At least data_path, from_weight, optimizer, learning_rate, weight_decay, epochs, batch_size,
-    grad_clip and max_seq_len need one. `packing` is False where rows cannot hold several documents.
+    At least data_path, from_weight, optimizer, weight_decay, grad_clip and max_seq_len need one.
+    Without one, learning_rate, epochs and batch_size are left to `choose_settings`. `packing` is
+    False where rows cannot hold several documents.
     """
     parser = make_parser(description)
     switch: dict[str, Any] = {"action": BooleanFlag, "default": False}
@@ -85,7 +95,7 @@ def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any
     add("--flash_attn", action=BooleanFlag, default=True, help="PyTorch's fused attention kernels")
     weights = "weights to start from: a .pth file, a stage's or a run's name, or none"
     add("--from_weight", type=name_or_path, help=weights)
-    add_tokenizer_path(model)
+    add_tokenizer_path(model, default=None)
 
     data = parser.add_argument_group("data")
     add = data.add_argument
@@ -115,6 +125,9 @@ def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any
     passes = (
         "passes over the data, fractions too; without a number of its own, a budget replaces it"
     )
+    by_data = "default: by the size of the data"
+    if "epochs" not in defaults:
+        passes += f"; {by_data}"
     add("--epochs", type=positive_float, help=passes)
     add("--max_steps", type=positive_int, help="budget: optimizer steps")
     add("--max_tokens", type=positive_float, help="budget: target tokens, such as 2e7")
@@ -122,11 +135,14 @@ def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any
     add("--max_minutes", type=positive_float, help=minutes)
     chinchilla = "budget: target tokens for each (active) parameter; compute-optimal is about 20"
     add("--tokens_per_parameter", type=positive_float, help=chinchilla)
-    add("--batch_size", type=positive_int, help="rows per process")
+    of_process = "rows per process"
+    if "batch_size" not in defaults:
+        of_process += f"; {by_data}"
+    add("--batch_size", type=positive_int, help=of_process)
     add("--accumulation_steps", type=positive_int, default=1, help="batches per optimizer step")
     chosen = "muon: Muon for the blocks' matrices, AdamW for the rest"
     add("--optimizer", choices=("adamw", "muon"), help=chosen)
-    add("--learning_rate", type=positive_float)
+    add("--learning_rate", type=positive_float, help="default: by optimizer and size of the model")
     add("--min_lr", type=non_negative_float, help="default: learning_rate / 10")
     warmup = "optimizer steps; default: 3 %% of the run"
     add("--warmup_iters", type=non_negative_int, help=warmup)
@@ -181,8 +197,10 @@ def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any
     add("--save_total_limit", type=positive_int, nargs="?", const=3, help=last)
     every = "keep …_step{N}.pth for good every this many steps"
     add("--keep_every", type=positive_int, help=every)
-    add("--use_wandb", **switch)
-    add("--wandb_project", default="MiniMind")
+    shown = "also send the figures there; its package must be installed"
+    add("--tracker", choices=("wandb", "swanlab", "tensorboard"), help=shown)
+    add("--use_wandb", **switch, help="the same as --tracker wandb")
+    add("--wandb_project", default="MiniMind", help="project in wandb or SwanLab")
     parser.set_defaults(**defaults)
     return parser
 
@@ -227,23 +245,25 @@ def parse_stage_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace
     # Flags that are not given are None, whatever their defaults.
     args = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys((*SHAPE, "epochs"))))
     args.sample_prompts = [prompt for some in args.sample_prompts for prompt in some]
+    if args.use_wandb:
+        if args.tracker not in (None, "wandb"):
+            raise UserError("--use_wandb and --tracker: give one of them")
+        args.tracker = "wandb"
     if args.size and args.depth:
         raise UserError("--size and --depth: give one of them")
     shape = SIZES[args.size] if args.size else shape_of_depth(args.depth) if args.depth else {}
-    for name in SHAPE:
-        if getattr(args, name) is None:
-            setattr(args, name, shape.get(name, parser.get_default(name)))
+    _fill(args, shape)
+    _follow_weights(args)
+    _fill(args, {name: parser.get_default(name) for name in SHAPE})
     if args.epochs is None and not any(getattr(args, name) for name in BUDGETS):
         args.epochs = parser.get_default("epochs")
-    for name, default in MOE_DEFAULTS.items():
+    for name in MOE_DEFAULTS:
         if not args.use_moe and getattr(args, name) is not None:
             raise UserError(f"--{name} needs --use_moe")
-        if args.use_moe and getattr(args, name) is None:
-            setattr(args, name, default)
-    if args.min_lr is None:
-        args.min_lr = args.learning_rate / 10
-    if args.min_lr > args.learning_rate:
-        raise UserError(f"--min_lr {args.min_lr:g} is above --learning_rate {args.learning_rate:g}")
+    if args.use_moe:
+        _fill(args, MOE_DEFAULTS)
+    if args.learning_rate is not None:
+        set_min_lr(args)
     if args.warmup_iters is not None and args.warmup_ratio is not None:
         raise UserError("--warmup_ratio and --warmup_iters: give one of them")
     set_sources(args)
@@ -260,3 +280,42 @@ def parse_stage_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace
     if args.eval_interval is None:
         args.eval_interval = args.save_interval
     return args
+
+
+def _fill(args: argparse.Namespace, values: Mapping[str, Any]) -> None:
+    """Set the flags that were not given."""
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def _follow_weights(args: argparse.Namespace) -> None:
+    """Take shape and tokenizer from the weights of --from_weight, where no flag gives them.
+
+    Weights that are missing, or have no .json file, give nothing. UserError for a flag that
+    contradicts them.
+    """
+    given = {n: getattr(args, n) for n in SHAPE + EXPERTS if getattr(args, n) is not None}
+    path = None
+    if args.from_weight != "none":
+        path = first_weights("--from_weight", args.from_weight, args.out_dir, given)
+    about = path and read_about(path)
+    if not about:
+        args.tokenizer_path = args.tokenizer_path or TOKENIZER
+        return
+    there = about["config"].shape
+    for name, value in given.items():
+        if there.get(name, value) != value:
+            raise UserError(
+                f"--{name} {value}: {path} has {there[name]}; without the flag it gives the shape"
+            )
+    _fill(args, there)
+    args.tokenizer_path = tokenizer_folder(args.tokenizer_path, path)
+
+
+def set_min_lr(args: argparse.Namespace) -> None:
+    """Set --min_lr, if it was not given, to a tenth of --learning_rate; UserError if above it."""
+    if args.min_lr is None:
+        args.min_lr = args.learning_rate / 10
+    if args.min_lr > args.learning_rate:
+        raise UserError(f"--min_lr {args.min_lr:g} is above --learning_rate {args.learning_rate:g}")

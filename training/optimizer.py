@@ -13,14 +13,18 @@ from .muon import Muon
 
 
 def make_optimizer(
-    model: MiniMindLM, args: argparse.Namespace, dtype: torch.dtype = torch.float32
+    model: MiniMindLM,
+    args: argparse.Namespace,
+    dtype: torch.dtype = torch.float32,
+    embedding_scale: float = 1.0,
 ) -> torch.optim.Optimizer:
     """AdamW (https://arxiv.org/abs/1711.05101), or with --optimizer muon Muon and AdamW as one.
 
     Muon takes the model's hidden matrices, AdamW all else. Norm scales and the embedding, which is
     also the output layer, are not decayed; parameters that do not require gradients are left out.
-    Each group's `initial_lr` is the peak of its learning rate. Of the patterns of --lr_scale and
-    --weight_decay_for that match a name the first counts; one that no parameter's name matches is a
+    Each group's `initial_lr` is the peak of its learning rate; beside Muon, the embedding's is
+    `embedding_scale` times --learning_rate. Of the patterns of --lr_scale and --weight_decay_for
+    that match a name the first counts; one that no parameter's name matches is a
     UserError, and so is Muon without a matrix. `dtype` is that of the run's matrix products.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -39,7 +43,8 @@ def make_optimizer(
     for name, parameter in sorted(trained.items(), key=lambda item: not is_matrix(item[1])):
         matrix = is_matrix(parameter)
         decay = _matching(args.weight_decay_for, name, args.weight_decay if matrix else 0.0)
-        scale = _matching(args.lr_scale, name, 1.0)
+        beside_muon = args.optimizer == "muon" and id(parameter) in embeddings
+        scale = _matching(args.lr_scale, name, embedding_scale if beside_muon else 1.0)
         groups.setdefault((id(parameter) in hidden, matrix, scale, decay), []).append(parameter)
     by_muon, by_adamw = [], []
     for (muon, _, scale, decay), params in groups.items():

@@ -1,4 +1,4 @@
-"""The output of a run: a progress bar, a log, a metrics file and, on request, wandb."""
+"""The output of a run: a progress bar, a log, a metrics file and, on request, a tracker."""
 
 import argparse
 import json
@@ -16,27 +16,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common import ROOT, UserError, format_duration, write_atomically
+from common import ROOT, format_duration, write_atomically
 
 from .distributed import Distributed
 from .resume import TrainState, json_arguments
+from .tracking import Tracker
 
 STEPS_BEFORE_ESTIMATE = 5
 BAR_FORMAT = "{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
-
-
-def start_wandb(args: argparse.Namespace, name: str, run_id: str | None) -> Any:
-    """Begin a run of wandb, or continue the run `run_id`; UserError if it cannot be had."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--use_wandb: wandb is not installed; pip install wandb") from None
-    try:
-        config = json_arguments(args)
-        project = args.wandb_project
-        return wandb.init(project=project, name=name, config=config, id=run_id, resume="allow")
-    except wandb.errors.Error as error:
-        raise UserError(f"--use_wandb: {error}; WANDB_MODE=offline needs no account") from None
 
 
 def write_config(path: Path, args: argparse.Namespace, run_id: str, vocab_size: int) -> None:
@@ -148,12 +135,12 @@ class Record:
         folder: Path,
         total_steps: int | None,
         state: TrainState,
-        wandb_run: Any,
+        tracker: Tracker | None,
     ):
         self.world = world
         self.folder = folder
         self.total_steps = total_steps
-        self.wandb_run = wandb_run
+        self.tracker = tracker
         self.first_step = state.step
         self.started = time.perf_counter()
         self.metrics: LineFile | None = None
@@ -182,7 +169,7 @@ class Record:
             self.print(cost_line(seconds, left, gpu_price, self.world.world_size) + note)
 
     def log(self, state: TrainState, figures: dict[str, float]) -> None:
-        """Report training steps: to screen, files and wandb."""
+        """Report training steps: to screen, files and tracker."""
         shown = _line({name: value for name, value in figures.items() if value}, "  ")
         line = f"step {state.step}/{self.total_steps}  {shown}"
         if self.bar.disable:
@@ -202,14 +189,11 @@ class Record:
         self._write(state, scores)
 
     def log_samples(self, state: TrainState, samples: list[tuple[str, str]]) -> None:
-        """Report what the model makes of prompts: to screen, log and wandb, not to the figures."""
+        """Report what the model makes of prompts: to screen, log and tracker, not as figures."""
         for prompt, text in samples:
             self.print(f"step {state.step}  sample {prompt!r} → {text!r}")
-        if self.wandb_run is not None:
-            from wandb import Table
-
-            table = Table(columns=["prompt", "text"], data=[list(sample) for sample in samples])
-            self.wandb_run.log({"samples": table}, step=state.step)
+        if self.tracker is not None:
+            self.tracker.log_samples(samples, state.step)
 
     def seconds_per_step(self, step: int) -> float:
         """Wall-clock seconds of a step since this process began, evaluations and saves included."""
@@ -228,12 +212,12 @@ class Record:
         return 0 if self.metrics is None else self.metrics.sync()
 
     def close(self) -> None:
-        """Finish the bar, the files and wandb."""
+        """Finish the bar, the files and the tracker."""
         for part in (self.bar, self.metrics, self.log_file):
             if part is not None:
                 part.close()
-        if self.wandb_run is not None:
-            self.wandb_run.finish()
+        if self.tracker is not None:
+            self.tracker.finish()
 
     def _write(self, state: TrainState, figures: dict[str, float]) -> None:
         about = {"epoch": max(0, state.epoch - (state.row == 0)), "tokens": state.tokens}
@@ -241,8 +225,8 @@ class Record:
         if self.metrics is not None:
             line = {"step": state.step, **about, "seconds": round(state.seconds, 3), **finite}
             self.metrics.add(json.dumps(line, allow_nan=False) + "\n")
-        if self.wandb_run is not None:
-            self.wandb_run.log(about | finite, step=state.step)
+        if self.tracker is not None:
+            self.tracker.log(about | finite, state.step)
 
     def _write_log(self, message: str) -> None:
         if self.log_file is not None:

@@ -110,7 +110,7 @@ class TrainState:
     tested: bool = False  # whether the test data have been scored
     numbered: list[int] = field(default_factory=list)  # that --save_total_limit may remove
     metrics_bytes: int = 0  # length of the metrics file
-    wandb_id: str | None = None
+    tracker_ids: dict[str, str] = field(default_factory=dict)  # of the run in each tracker
 
     def use_validation(self, fingerprint: str) -> None:
         """Start best score and early stopping anew if the data to validate on are others."""
@@ -121,7 +121,9 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainState":
-        """The inverse of `dataclasses.asdict`."""
+        """The inverse of `dataclasses.asdict`, whose values it may change."""
+        if wandb_id := values.pop("wandb_id", None):  # in older files
+            values["tracker_ids"] = {"wandb": wandb_id}
         tally, watch = Tally(**values["tally"]), SpikeWatch(**values["spike_watch"])
         return cls(**{**values, "tally": tally, "spike_watch": watch})
 

@@ -4,6 +4,7 @@ import argparse
 import copy
 import math
 import platform
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -26,12 +27,14 @@ from .distributed import Distributed
 from .guards import find_sample
 from .record import Record, add_ending
 from .resume import Tally, TrainState
-from .samples import write_samples
+from .samples import last_prompts, write_samples
 from .saving import Saver
 from .schedule import warmup_steps
 from .setup import Rows, Setup, Splits
 from .signals import StopSignal
 from .step import Batch, Score, StepTotals
+
+SHOWN = 80  # characters of a prompt, its last ones
 
 
 @dataclass
@@ -307,7 +310,8 @@ class Run:
         args = self.args
         self.record.log_scores(state, scores)
         if args.sample_prompts and self.world.is_main:
-            self.record.log_samples(state, write_samples(self.setup, self.prompts))
+            texts = write_samples(self.setup, self.prompts)
+            self.record.log_samples(state, list(zip(args.sample_prompts, texts, strict=True)))
         state.evaluated_at = state.step
         min_delta = args.early_stopping_min_delta if args.early_stopping_patience else 0.0
         if scores["val_loss"] < state.best_loss - min_delta:
@@ -359,6 +363,8 @@ class Run:
         if drawn := self.state.drawn:
             parts = (f"{name} {n / sum(drawn.values()):.2%}" for name, n in drawn.items())
             self.record.print(f"target tokens by source: {', '.join(parts)}")
+        if self.exit_status == 0 and self.world.is_main:
+            self._show_samples()
         if self.world.is_main:
             try:
                 add_ending(self.record.folder / "config.json", self.ending or "finished")
@@ -372,7 +378,20 @@ class Run:
         if self.exit_status == 2:
             raise UserError(self.ending)
         self.world.log(f"saved {self.setup.path}")
+        if self.exit_status == 0:
+            for command in next_commands(self.setup):
+                self.world.log(f"next: {command}")
         return self.exit_status
+
+    def _show_samples(self) -> None:
+        """Print what the model now makes of three texts or questions."""
+        prompts = last_prompts(self.setup, self.data)
+        texts = write_samples(self.setup, prompts) if prompts else []
+        for ids, text in zip(prompts, texts, strict=True):
+            prompt = self.setup.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+            if self.setup.stage.chats:  # the last message, without the header of the answer
+                prompt = prompt.removesuffix("assistant\n").rpartition("user\n")[2]
+            self.record.print(f"sample {prompt.strip()[-SHOWN:]!r} → {text!r}")
 
     def _test(self, rows: Rows) -> None:
         """Score the best weights, or where nothing was validated the last ones."""
@@ -384,6 +403,19 @@ class Run:
         if scores is not None:
             self.record.log_scores(self.state, scores)
             self.state.tested = True
+
+
+def next_commands(setup: Setup) -> list[str]:
+    """The commands that use what a run has made, as they are typed into a shell."""
+    weights = setup.path.as_posix()
+    if setup.path.parent.name == "lora":
+        flags = ["--out_dir", setup.args.out_dir.as_posix(), "--lora_name", weights]
+        return [shlex.join(["python", "eval_model.py", *flags])]
+    commands = [shlex.join(["python", "eval_model.py", "--weight", weights])]
+    if not setup.stage.chats:
+        tune = ["python", "train_full_sft.py", "--from_weight", weights]
+        commands.append(f"{shlex.join(tune)} --data_path chats.jsonl (your conversations)")
+    return commands
 
 
 def peak_memory(device: torch.device) -> float | None:

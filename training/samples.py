@@ -1,4 +1,8 @@
-"""What the model writes after the prompts of --sample_prompts, while it is trained."""
+"""What the model writes: after the prompts of --sample_prompts, and at the end of its run."""
+
+import math
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -7,9 +11,10 @@ from common import UserError
 from dataset import ChatEncoder, render_chat
 from dataset.text import TextEncoder
 
-from .setup import Setup
+from .setup import Setup, Splits
 
 NEW_TOKENS = 64  # at most
+LAST_SAMPLES, FIRST_TOKENS = 3, 16  # at the end of a run; tokens of the beginning of a text
 
 
 def encode_prompts(setup: Setup) -> list[Tensor]:
@@ -38,8 +43,35 @@ def encode_prompts(setup: Setup) -> list[Tensor]:
     return encoded
 
 
-def write_samples(setup: Setup, prompts: list[Tensor]) -> list[tuple[str, str]]:
-    """Each prompt, and what the model most probably continues or answers to its ids.
+def last_prompts(setup: Setup, data: Splits) -> list[Tensor]:
+    """The ids of three prompts from the validation data, or without any from the training data.
+
+    They are beginnings of texts, or conversations up to an answer that is learnt; of several
+    sources, some of each.
+    """
+    room = setup.raw_model.config.max_seq_len - NEW_TOKENS
+    shown, prompts = data.shown(), []
+    each = math.ceil(LAST_SAMPLES / len(shown))
+    for dataset in shown:
+        spread = range(0, len(dataset), max(1, len(dataset) // each))
+        found = (_first_ids(setup, dataset[index]) for index in spread)
+        prompts += islice((ids for ids in found if len(ids) <= room), each)
+    return prompts[:LAST_SAMPLES]
+
+
+def _first_ids(setup: Setup, item: Any) -> Tensor:
+    """The beginning of a text, or a conversation up to an answer that is learnt."""
+    if isinstance(item, dict):  # a pair
+        item = item["x_chosen"], item["y_chosen"], item["mask_chosen"]
+    ids, _, mask = item
+    length = min(FIRST_TOKENS, len(ids) // 2)
+    if setup.stage.chats:
+        length = int(mask.nonzero()[0]) + 1  # Y[i] follows X[i]
+    return ids[: max(1, length)]
+
+
+def write_samples(setup: Setup, prompts: list[Tensor]) -> list[str]:
+    """What the model most probably continues or answers to the ids of each prompt.
 
     Nothing is drawn, so that a run is the same with and without samples.
     """
@@ -48,5 +80,4 @@ def write_samples(setup: Setup, prompts: list[Tensor]) -> list[tuple[str, str]]:
     model.eval()
     answers = model.batch_generate(prompts, max_new_tokens=NEW_TOKENS)
     model.train(was_training)
-    texts = [setup.tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in answers]
-    return list(zip(setup.args.sample_prompts, texts, strict=True))
+    return [setup.tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in answers]

@@ -75,7 +75,8 @@ class Saver:
             save_lora(setup.raw_model, path, dtype, setup.frozen["--from_weight"])
         else:
             model, stage = setup.raw_model, setup.stage.name
-            save_weights(path, model, model.config, stage, setup.tokenizer_hash, dtype)
+            hash_, conversations = setup.tokenizer_hash, setup.conversations
+            save_weights(path, model, model.config, stage, hash_, dtype, conversations)
 
     def _save_numbered(self, state: TrainState, for_good: bool) -> None:
         self._save_weights(beside(self.setup.path, f"step{state.step}"))

@@ -1,9 +1,10 @@
 """What a stage begins with: processes, tokenizer, model, data, and the run to resume."""
 
 import argparse
+import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,16 +29,18 @@ from diagnosis.plan import LearningRates
 from model import (
     LMConfig,
     MiniMindLM,
+    first_weights,
     load_tokenizer,
     load_weights,
     lora_state,
+    read_about,
     resolve_weights,
     tokenizer_hash,
     weights_path,
 )
-from model.weights import first_difference, read_state
+from model.weights import CONVERSATIONS, first_difference, read_state
 
-from .arguments import MOE_DEFAULTS
+from .arguments import EXPERTS, MOE_DEFAULTS, SHAPE
 from .distributed import Distributed, autocast_dtype, find_processes
 from .resume import Resume, check_identity, json_arguments, read_resume, seed_everything
 from .run_files import beside, log_folder
@@ -45,6 +48,11 @@ from .run_files import beside, log_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# What weights to start from keep of their configuration, besides the shape that flags can give.
+KEPT = ("hidden_dim", "multiple_of", "norm_eps", "max_seq_len", "rope_theta")
+KEPT += ("scoring_func", "seq_aux", "norm_topk_prob")
+
+EXAMPLES = 6  # questions that weights keep, to offer them to whoever talks to the model
 Rows = PackedRows | PaddedRows | PairRows | TeacherTopK | Mixture
 
 
@@ -53,7 +61,9 @@ class Stage:
     """What the shared code needs to know of a stage."""
 
     name: str  # begins the names of its files
-    learning_rates: LearningRates  # rates outside make a warning in the plan
+    # By --optimizer. The usual rate is taken without --learning_rate; one outside the limits makes
+    # a warning in the plan.
+    learning_rates: Mapping[str, LearningRates]
     identity: tuple[str, ...] = ()  # its own flags that may not change when a run is resumed
     collate: Callable[[Sequence[Any]], dict[str, Tensor]] = collate  # makes a batch of rows
     sequences_per_row: int = 1  # 2 for pairs
@@ -75,6 +85,8 @@ class Setup:
     frozen: dict[str, str] = field(default_factory=dict)  # hashes of untrained weights, by flag
     resume: Resume | None = None  # None for a new run
     notes: list[str] = field(default_factory=list)  # lines that the run reports first
+    # What the weights' .json says of the conversations that they were trained on; see `read_about`.
+    conversations: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)  # when --max_minutes begin
 
     @cached_property
@@ -112,8 +124,12 @@ def prepare(args: argparse.Namespace, stage: Stage) -> Setup:
     seed_everything(args.seed)
     names = ("dim", "n_layers", "n_heads", "n_kv_heads", *(MOE_DEFAULTS if args.use_moe else ()))
     shape = {name: getattr(args, name) for name in names}
+    start = _find_first_weights(args)
+    about = start and read_about(start)
+    kept = {name: getattr(about["config"], name) for name in KEPT} if about else {}
     try:
         config = LMConfig(
+            **kept,
             **shape,
             use_moe=args.use_moe,
             vocab_size=len(tokenizer),
@@ -142,11 +158,32 @@ def check_context(max_seq_len: int, config: LMConfig) -> None:
 
 
 def load_first_weights(setup: Setup) -> None:
-    """Load what --from_weight names, if anything, on the main process, unless a run is resumed."""
-    args, model = setup.args, setup.raw_model
-    if args.from_weight != "none" and setup.world.is_main and setup.resume is None:
-        path = resolve_weights("--from_weight", args.from_weight, args.out_dir, model.config)
+    """Load what --from_weight names, if anything, on the main process, unless a run is resumed.
+
+    What is known of the conversations that the weights were trained on is passed on.
+    """
+    args, model, path = setup.args, setup.raw_model, setup.path
+    if not setup.world.is_main:
+        return
+    if setup.resume is None:
+        if args.from_weight == "none":
+            return
+        path = _find_first_weights(args)
+        if path is None:
+            path = resolve_weights("--from_weight", args.from_weight, args.out_dir, model.config)
         load_weights(path, model, setup.tokenizer_hash)
+        setup.notes.append(f"--from_weight: {path}")
+    about = read_about(path) or {}
+    setup.conversations = {name: about[name] for name in CONVERSATIONS if about.get(name)}
+
+
+def _find_first_weights(args: argparse.Namespace) -> Path | None:
+    """The file of --from_weight that has the shape of the flags; None if there is none."""
+    if args.from_weight == "none":
+        return None
+    names = SHAPE + EXPERTS if args.use_moe else SHAPE
+    shape = {name: getattr(args, name) for name in names}
+    return first_weights("--from_weight", args.from_weight, args.out_dir, shape)
 
 
 def find_resume(setup: Setup) -> None:
@@ -209,9 +246,19 @@ class Splits:
 
     def sources(self) -> list[Rows]:
         """The rows of every source, those to train on first."""
-        train = self.train.parts.values() if isinstance(self.train, Mixture) else [self.train]
         test = [] if self.test is None else [self.test]
-        return [*train, *self.val.values(), *test]
+        return [*self._train_sources(), *self.val.values(), *test]
+
+    def learnt(self) -> list[StoredDataset]:
+        """What is trained on, by source."""
+        return [rows.dataset for rows in self._train_sources()]
+
+    def shown(self) -> list[StoredDataset]:
+        """What samples and questions are taken from: the validation data, else the training's."""
+        return [rows.dataset for rows in self.val.values()] or self.learnt()
+
+    def _train_sources(self) -> list[Rows]:
+        return [*self.train.parts.values()] if isinstance(self.train, Mixture) else [self.train]
 
 
 def map_sources(rows: Rows, make: Callable[[Rows], Rows]) -> Rows:
@@ -284,13 +331,26 @@ def source_names(paths: Sequence[Path]) -> list[str]:
 
 
 def open_chat_splits(setup: Setup, find_file: Callable[[Path], Path]) -> Splits:
-    """Open conversations, as `open_splits`.
+    """Open conversations, as `open_splits`, and note what the weights' .json says of them.
 
-    Scores are means over tokens, whatever --loss_weighting is, so that they can be compared.
+    The examples are questions of the validation data, or without it of the training data. Scores
+    are means over tokens, whatever --loss_weighting is, so that they can be compared.
     """
     args = setup.args
     length = args.max_seq_len + 1  # so that X, one id shorter, can fill a row
     chats = partial(
         SFTDataset, tokenizer=setup.tokenizer, max_length=length, max_turns=args.max_turns
     )
-    return open_splits(setup, find_file, partial(chats, loss_weighting=args.loss_weighting), chats)
+    learnt = partial(chats, loss_weighting=args.loss_weighting)
+    splits = open_splits(setup, find_file, learnt, chats)
+    longest = [dataset.longest_conversation for dataset in splits.learnt()]
+    if before := setup.conversations.get("longest_conversation"):
+        longest.append(before)
+    shown = splits.shown()
+    each = math.ceil(EXAMPLES / len(shown))
+    asked = [text for dataset in shown for text in dataset.questions(setup.tokenizer, each)]
+    setup.conversations = {
+        "longest_conversation": {name: max(n[name] for n in longest) for name in longest[0]},
+        "examples": list(dict.fromkeys(asked))[:EXAMPLES],
+    }
+    return splits

@@ -10,10 +10,11 @@ import torch
 from common import UserError, report_os_errors
 from dataset import Mixture
 from diagnosis.plan import Plan
+from model import keep_tokenizer
 
 from .arguments import BUDGETS
 from .budget import Budget, make_budget
-from .record import Record, start_wandb, write_config
+from .record import Record, write_config
 from .resume import (
     TrainState,
     changed_arguments,
@@ -29,6 +30,7 @@ from .schedule import get_lr, warmup_steps
 from .setup import Rows, Setup, Splits
 from .signals import StopSignal
 from .step import Score
+from .tracking import start_tracker
 
 
 def start_run(
@@ -73,15 +75,13 @@ def start_run(
     if resume is None:
         check_budget(setup, budget, total_steps, warmup)
 
-    wandb_run = None
-    if args.use_wandb and world.is_main and not args.dry_run:
-        wandb_run = start_wandb(args, path.stem, state.wandb_id)
-        state.wandb_id = wandb_run.id
+    folder, tracker = log_folder(path), None
+    if args.tracker and world.is_main and not args.dry_run:
+        tracker = start_tracker(args, path.stem, folder, state)
     if world.is_main and not args.dry_run:
         check_lock(path)
         if resume is None:
             notes = notes + move_earlier_run(path, args.out_dir, args.overwrite)
-    folder = log_folder(path)
     plan = Plan(
         args,
         raw_model,
@@ -92,7 +92,7 @@ def start_run(
         epochs=total_steps and budget.epochs_after(state, total_steps - state.step),
         total_steps=total_steps,
         warmup=warmup,
-        learning_rates=setup.stage.learning_rates,
+        learning_rates=setup.stage.learning_rates[args.optimizer],
         sequences=setup.stage.sequences_per_row,
     )
 
@@ -112,8 +112,9 @@ def start_run(
         world.log("\n".join(notes))
         return None
     with report_os_errors(f"--out_dir {folder}"):
-        record = Record(world, folder, total_steps, state, wandb_run)
+        record = Record(world, folder, total_steps, state, tracker)
         if world.is_main:
+            keep_tokenizer(setup.tokenizer, args.out_dir, setup.tokenizer_hash)
             vocab_size = raw_model.config.vocab_size
             write_config(folder / "config.json", args, state.run_id, vocab_size)
     for note in notes:

@@ -3,20 +3,23 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, Body, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.staticfiles import StaticFiles
 from prometheus_client import generate_latest
 
 from common import UserError
 
 from ..batcher import Batcher, QueueFull
-from ..pool import ModelPool, UnknownModel
+from ..pool import ModelCard, ModelPool, UnknownModel
 from .choices import Choices
+from .description import CHAT_REQUESTS, TEXT_REQUESTS, describe, errors, start_page, swagger_files
 from .errors import HANDLED, ApiError, handle_error, to_api_error
 from .formats import ChatFormat, CompletionFormat, Format
 from .middleware import Limits, Metrics, RequestMiddleware
@@ -24,6 +27,7 @@ from .schema import ChatRequest, CompletionRequest
 
 LOG = logging.getLogger("uvicorn.error")
 router = APIRouter()
+COMPLETION_ERRORS = errors(400, 404, 429, 503)
 
 
 def create_app(
@@ -45,11 +49,13 @@ def create_app(
         pool.close()
 
     handlers = dict.fromkeys(HANDLED, handle_error)
-    app = FastAPI(title="MiniMind", lifespan=lifespan, exception_handlers=handlers)
+    app = FastAPI(lifespan=lifespan, exception_handlers=handlers, docs_url=None, redoc_url=None)
     app.state.pool, app.state.limits, app.state.metrics = pool, limits, Metrics(pool)
     # Requests that wait for a model to be loaded: as many as could be generated for and wait.
     app.state.loading = asyncio.Semaphore(pool.rows + pool.queue)
+    app.state.has_key = api_key is not None
     app.include_router(router)
+    add_docs(app)
     app.add_middleware(RequestMiddleware, api_key, limits, app.state.metrics, request_log)
     if cors_origins:
         allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
@@ -57,28 +63,65 @@ def create_app(
     return app
 
 
-@router.post("/v1/chat/completions")
-async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+def add_docs(app: FastAPI) -> None:
+    """Add /docs, whose own files come from here if their package is installed."""
+    app.openapi = lambda: describe(app, public_cards(app) or {}, app.state.has_key)
+    urls = {"swagger_favicon_url": "data:,"}
+    if (folder := swagger_files()) is not None:
+        app.mount("/docs/files", StaticFiles(directory=folder))
+        urls["swagger_js_url"] = "docs/files/swagger-ui-bundle.js"
+        urls["swagger_css_url"] = "docs/files/swagger-ui.css"
+
+    @app.get("/docs", include_in_schema=False)
+    async def get_docs() -> HTMLResponse:
+        return get_swagger_ui_html(openapi_url="openapi.json", title="MiniMind", **urls)
+
+
+def public_cards(app: FastAPI) -> Mapping[str, ModelCard] | None:
+    """The models, or None where only those who have the key may know them."""
+    return None if app.state.has_key else app.state.pool.cards()
+
+
+@router.get("/", include_in_schema=False)
+def get_start_page(request: Request) -> HTMLResponse:
+    """Show what this is, the models, and where to go on."""
+    return HTMLResponse(start_page(str(request.base_url), public_cards(request.app)))
+
+
+@router.post("/v1/chat/completions", responses=COMPLETION_ERRORS)
+async def create_chat_completion(
+    body: Annotated[ChatRequest, Body(openapi_examples=CHAT_REQUESTS)], request: Request
+) -> Response:
     """Answer a conversation."""
     return await unless_disconnected(request, complete(request, body, ChatFormat))
 
 
-@router.post("/v1/completions")
-async def create_completion(body: CompletionRequest, request: Request) -> Response:
+@router.post("/v1/completions", responses=COMPLETION_ERRORS)
+async def create_completion(
+    body: Annotated[CompletionRequest, Body(openapi_examples=TEXT_REQUESTS)], request: Request
+) -> Response:
     """Continue a text."""
     return await unless_disconnected(request, complete(request, body, CompletionFormat))
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=errors())
 def list_models(request: Request) -> dict[str, Any]:
-    """List the models."""
-    about = {"object": "model", "owned_by": "minimind"}
-    cards = request.app.state.pool.cards().items()
-    models = [{"id": name, "created": int(card.modified), **about} for name, card in cards]
+    """List the models, each with its longest training conversation and questions to ask it."""
+    models = [
+        {
+            "id": name,
+            "created": int(card.modified),
+            "object": "model",
+            "owned_by": "minimind",
+            "longest_conversation": card.longest_conversation,
+            "examples": card.examples,
+        }
+        for name, card in request.app.state.pool.cards().items()
+    ]
     return {"object": "list", "data": models}
 
 
-@router.get("/v1/models/{name}")
+@router.get("/v1/models/{name:path}", responses=errors(404))
 def retrieve_model(name: str, request: Request) -> dict[str, Any]:
     """Describe a model."""
     for model in list_models(request)["data"]:
@@ -87,13 +130,13 @@ def retrieve_model(name: str, request: Request) -> dict[str, Any]:
     raise UnknownModel(name)
 
 
-@router.get("/health")
+@router.get("/health", responses=errors())
 async def get_health() -> dict[str, str]:
     """Report that the server runs."""
     return {"status": "ok"}
 
 
-@router.get("/metrics")
+@router.get("/metrics", responses=errors(), response_class=PlainTextResponse)
 async def get_metrics(request: Request) -> PlainTextResponse:
     """Figures for Prometheus."""
     text = generate_latest(request.app.state.metrics.registry)

@@ -1,5 +1,6 @@
 """The two kinds of completion: how their prompts become ids, and their choices JSON."""
 
+import logging
 import time
 import uuid
 from collections import defaultdict
@@ -8,12 +9,14 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from .. import chat_texts as texts
 from ..batcher import Token
 from ..chat_model import ChatModel
 from .choices import Chunk, Prompt
 from .errors import ApiError
 from .schema import BaseRequest, ChatRequest, CompletionRequest
 
+LOG = logging.getLogger("uvicorn.error")
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
@@ -74,7 +77,11 @@ class ChatFormat(Format):
     def prompts(self) -> list[Prompt]:
         """The conversation; a stream of the answer begins with an event of its role alone."""
         messages = [message.record() for message in self.request.messages]
+        messages = self.chat_model.recent(messages, self._note_left_out)
         return [Prompt(self.chat_model.chat_ids(messages), echo="")]
+
+    def _note_left_out(self, kept: int) -> None:
+        LOG.warning(f"{self.chat_model.name}: {texts.LEFT_OUT.format(count=kept)}")
 
     def _content(self, chunk: Chunk) -> dict[str, Any]:
         if not self.request.stream:

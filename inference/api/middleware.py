@@ -16,6 +16,7 @@ from .errors import ApiError
 
 LOGGED = 100  # characters of a path or a model's name
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+PUBLIC = ("/", "/health", "/docs", "/openapi.json")  # without a key
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
 
 
@@ -91,7 +92,8 @@ class RequestMiddleware:
 
     def check_key(self, scope: Scope) -> None:
         """Raise ApiError unless the request has the key, if one is needed."""
-        if self.api_key is None or scope["path"] == "/health":
+        path = scope["path"]
+        if self.api_key is None or path in PUBLIC or path.startswith("/docs/files/"):
             return
         header = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, key = header.partition(b" ")
