@@ -36,8 +36,8 @@ SKILLS = {
     "dictionary": (200, 72),
     "identity": (100, 10),
     "declining": (150, 150),
-    "small_talk": (150, 150),
-    "typing": (500, 150),
+    "small_talk": (220, 150),
+    "typing": (1400, 150),
     "listing": (420, 0),
     "words": (450, 0),
 }

@@ -20,8 +20,11 @@ PREFERENCE = [
 ADAPTER = ["--learning_rate", "1e-3", "--epochs", "10", "--batch_size", "4"]
 STUDENT = ["--dim", "128", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "4"]
 SMOKE_STUDENT = ["--dim", "32", "--n_layers", "1", "--n_heads", "2", "--n_kv_heads", "2"]
-STUDENT_TEXTS = ["--batch_size", "4", "--learning_rate", "3e-3", "--epochs", "1"]
-STUDENT_CHATS = ["--batch_size", "4", "--learning_rate", "1e-3", "--epochs", "8"]
+STUDENT_TEXTS = ["--batch_size", "4", "--learning_rate", "8e-3", "--epochs", "1"]
+# With the same optimizer, so that only the teacher differs.
+STUDENT_CHATS = [
+    *("--batch_size", "4", "--optimizer", "adamw", "--learning_rate", "1e-3", "--epochs", "8"),
+]
 STUDENT_LINES = 350  # of the conversations: with all of them a teacher has little to add
 SETTINGS = [PREFERENCE, ADAPTER, STUDENT, STUDENT_TEXTS, STUDENT_CHATS, STUDENT_LINES]
 

@@ -37,16 +37,13 @@ SMOKE_LINES, SMOKE_QUESTIONS = 150, 100  # of each file and each test, with --sm
 
 VOCABULARY, SMOKE_VOCABULARY = 3200, 600  # a small world needs few words, and learns them faster
 MODEL = ["--dim", "256", "--n_layers", "2", "--n_heads", "8", "--n_kv_heads", "8"]
-PRETRAINING = ["--batch_size", "4", "--learning_rate", "2e-3"]
-TUNING = ["--batch_size", "4", "--learning_rate", "4e-4"]
-EPOCHS = "4"  # of either
 ROWS = ["--max_seq_len", "384", "--log_interval", "100", "--save_interval", "500"]
 RECIPE = {  # what an entry of speedrun.py may have otherwise
     "vocabulary": VOCABULARY,
     "model": MODEL,
     "rows": ROWS,
-    "pretraining": [*PRETRAINING, "--epochs", EPOCHS],
-    "tuning": [*TUNING, "--epochs", EPOCHS],
+    "pretraining": ["--batch_size", "4", "--learning_rate", "4e-3", "--epochs", "3"],
+    "tuning": ["--batch_size", "4", "--learning_rate", "1e-3", "--epochs", "4"],
 }
 SMOKE_MODEL = ["--dim", "64", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "4"]
 
@@ -137,7 +134,7 @@ def closing_lines(start: Quickstart, weights: Path) -> list[str]:
 def check_recipe(out_dir: Path, smoke: bool) -> None:
     """Record the settings and data of the folder's models; exit with status 2 if they differ."""
     versions = [(SAMPLE / f"{name}.version").read_text(encoding="utf-8") for name in FILES]
-    settings = [VOCABULARY, MODEL, PRETRAINING, TUNING, EPOCHS, ROWS, *SETTINGS]
+    settings = [*RECIPE.values(), *SETTINGS]
     if smoke:
         settings = [SMOKE_VOCABULARY, SMOKE_MODEL, SMOKE_LINES, SMOKE_QUESTIONS, *settings]
     recipe = json.dumps([*settings, *versions])

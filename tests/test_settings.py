@@ -2,11 +2,12 @@
 
 import json
 import math
+import re
 
 import pytest
 from interruptions import SHAPE, killed, write_texts
 
-from training import Run
+from training import Run, settings
 from training.settings import fitting_settings
 
 RATES = ((1e6, 0.1, 0.3, 1.0), (5e6, 0.1, 0.2, 1.0), (math.inf, 0.01, 0.05, 0.1))
@@ -86,6 +87,18 @@ def test_what_is_given_counts(run, texts, tmp_path, words, wanted):
     assert flags(tmp_path) == wanted
     for word in words:
         assert f"chosen: {word} " not in said
+
+
+def test_a_size_stops_at_twenty_tokens_per_parameter(run, texts, tmp_path, monkeypatch):
+    """As if the data were long: then the run ends within an epoch of theirs."""
+    monkeypatch.setattr(settings, "TOKENS_PER_PARAMETER", 0.001)
+    words = ["--data_path", texts, "--out_dir", tmp_path, "--max_seq_len", 64, "--device", "cpu"]
+    run(*words, "--depth", 1)
+    log = (tmp_path / "logs/pretrain_64/training_log.txt").read_text(encoding="utf-8")
+    parameters = 64 * 6400 + 64 * (2 * 64 + 2 * 64 + 3 * 192 + 3)  # kv heads are all heads here
+    tokens = int(re.search(r"([\d,]+) target tokens", log)[1].replace(",", ""))
+    epochs = json.loads((tmp_path / "logs/pretrain_64/config.json").read_text("utf-8"))
+    assert epochs["arguments"]["epochs"] == pytest.approx(0.001 * parameters / tokens)
 
 
 def test_a_smallest_rate_above_the_chosen_one_is_an_error(run, texts, tmp_path):

@@ -18,6 +18,8 @@ FEWEST_ROWS, MOST_ROWS, ROW_LENGTH = 4, 32, 512  # of a step, counted in rows of
 # (positions of the data up to, passes over them). Reading a text up to four times is nearly as good
 # as new text (https://arxiv.org/abs/2305.16264).
 EPOCHS = ((2e6, 4), (6e6, 2), (math.inf, 1))
+# What --size and --depth stop at, if the data last longer (https://arxiv.org/abs/2203.15556).
+TOKENS_PER_PARAMETER = 20
 
 
 class Settings(NamedTuple):
@@ -76,6 +78,9 @@ def choose_settings(setup: Setup, data: Splits) -> None:
             setup.stage.learning_rates[args.optimizer],
             _known_passes(setup, data),
         )
+        enough = TOKENS_PER_PARAMETER * count_parameters(setup.raw_model).active
+        if (args.size or args.depth) and found.epochs * data.train.dataset.n_tokens > enough:
+            found = found._replace(epochs=enough / data.train.dataset.n_tokens)
         share = args.accumulation_steps * setup.world.world_size
         values = {**found._asdict(), "batch_size": max(1, found.rows_per_step // share)}
         for name in chosen:
