@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from interruptions import SHAPE, assert_same, killed, read_metrics, result, write_texts
+from test_train_full_sft import chat, known_of, write_chats
 
 from dataset import shorten_rows
 from training import Run
@@ -118,3 +119,18 @@ def test_pairs_of_two_sources(run, tmp_path):
     done = run(*words, script="train_dpo.py")
     assert done.stdout.count("pairs in ") == 2
     assert "target tokens by source: a 66.67%, b 33.33%" in done.stdout
+
+
+def test_a_mixture_of_conversations_chooses_its_settings(run, tmp_path):
+    """Samples and examples come from both sources; the longest conversation is that of all."""
+    long = write_chats(tmp_path / "long.jsonl", [chat("red", "blue", "green", "red")] * 9)
+    short = write_chats(tmp_path / "short.jsonl", [chat("number 1", "number 2")] * 400)
+    words = [*SHAPE, "--max_seq_len", 64, "--from_weight", "none", "--out_dir", tmp_path]
+    words += ["--learning_rate", 1e-3, "--max_tokens", 200]
+    paths = ["--data_path", f"{long}=0.5", f"{short}=0.5"]
+    done = run(*words, *paths, script="train_full_sft.py").stdout
+    config = json.loads((tmp_path / "logs/full_sft_32/config.json").read_text(encoding="utf-8"))
+    assert f"chosen: --batch_size {config['arguments']['batch_size']} (" in done
+    longest, examples = known_of(tmp_path / "full_sft_32.pth")
+    assert longest["exchanges"] == 2 and examples == ["red", "number 1"]
+    assert "sample 'red' → " in done and "sample 'number 1' → " in done
