@@ -39,7 +39,7 @@ from common import (
     unit_interval,
     user_path,
 )
-from dataset import RecordError, parse_chat, read_records
+from dataset import Place, RecordError, locate, parse_chat, read_records
 from inference import (
     ChatModel,
     add_compute_arguments,
@@ -248,14 +248,14 @@ class Chat:
     def load(self, path: Path) -> None:
         """Continue the first conversation in a file."""
         try:
-            number, line = next(read_records(path), (1, b""))
-            messages, tools = parse_chat(line)
+            place, record = next(read_records(path), (Place("", 1), b""))
+            messages, tools = parse_chat(record)
             if messages[-1]["role"] != "assistant":
                 raise RecordError(self.say(texts.NO_ANSWER_AT_END))
         except UserError as error:
             raise UserError(f"/load {error}") from None
         except RecordError as error:
-            raise UserError(f"/load {path}:{number}: {error}") from None
+            raise UserError(f"/load {locate(path, place)}: {error}") from None
         system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
         self.conversation = Conversation(system, messages=messages, tools=tools)
         print(self.say(texts.LOADED, count=len(messages)))

@@ -248,9 +248,13 @@ def main() -> int:
         if args.cache_teacher and not args.dry_run:
             # Before the processes connect: the others wait for a file, which no time-out ends.
             key = f"{setup.frozen['--teacher_weight'][:16]}_{args.temperature:g}_{setup.dtype}"
-            score = partial(score_rows, teacher, data.train, args, setup.world, setup.dtype)
-            rows = TeacherTopK(data.train, key.replace("torch.", ""), args.cache_teacher, score)
-            data, teacher, score = replace(data, train=rows), None, None
+            key = key.replace("torch.", "")
+
+            def add_teacher(rows: training.Rows) -> TeacherTopK:
+                score = partial(score_rows, teacher, rows, args, setup.world, setup.dtype)
+                return TeacherTopK(rows, key, args.cache_teacher, score)
+
+            data, teacher = replace(data, train=training.map_sources(data.train, add_teacher)), None
         with training.open_process_group(setup.world), training.StopSignal() as stop:
             return train(setup, teacher, data, stop)
 

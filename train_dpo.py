@@ -53,7 +53,8 @@ def parse_args() -> argparse.Namespace:
         packing=False,  # a pair is compared as a whole; batches are of like length instead
         log_interval=1,  # runs are short, and the report reads the course of the margin
     )
-    add = parser.add_argument_group("preference").add_argument
+    group = parser.add_argument_group("preference")
+    add = group.add_argument
     compared = "sigmoid compares sums of log-probabilities, the others means per token"
     add("--loss_type", choices=tuple(BETA), default="sigmoid_norm", help=compared)
     betas = ", ".join(f"{beta:g} for {name}" for name, beta in BETA.items())
@@ -65,6 +66,9 @@ def parse_args() -> argparse.Namespace:
     add("--max_prompt_length", type=common.positive_int, help=prompt)
     reply = "most tokens of a reply; default: the rest of the row"
     add("--max_completion_length", type=common.positive_int, help=reply)
+    apart = "leave out pairs whose scores differ by less, chosen minus rejected"
+    add("--min_margin", type=float, help=apart)
+    common.add_parse_think(group)
     args = training.parse_stage_arguments(parser)
     if args.from_weight == "none":
         raise common.UserError("--from_weight none: a preference needs a model to compare with")
@@ -248,11 +252,7 @@ def train(setup: training.Setup, data: training.Splits, stop: training.StopSigna
     def is_unscored(rows: PairRows) -> bool:  # on any process: all score together
         return bool(world.all_reduce_max(int(not rows.use_reference(key))))
 
-    unscored = [
-        rows
-        for rows in (data.train, *data.val.values(), data.test)
-        if rows is not None and is_unscored(rows)
-    ]
+    unscored = [rows for rows in data.sources() if is_unscored(rows)]
     reference = None
     if unscored:
         # Before a resume file takes its place, and for no longer than there is something to score.

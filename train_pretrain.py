@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import training
-from dataset import PretrainDataset
+from dataset import PretrainDataset, shorten_rows
 from model import token_losses
 from sample_world import SAMPLE, ensure_sample
 
@@ -46,6 +46,9 @@ def parse_args() -> argparse.Namespace:
         grad_clip=1.0,
         max_seq_len=512,
     )
+    shorter = "begin with rows of so many positions, doubled up to --max_seq_len in half the run"
+    parser.add_argument("--length_schedule", type=common.number(int, 2), help=shorter)
+    common.add_text_columns(parser.add_argument_group("texts"))
     return training.parse_stage_arguments(parser)
 
 
@@ -63,6 +66,7 @@ def train_epoch(
     world = run.world
     model.train()
     for batches in run.accumulations(model):
+        batches = [shorten_rows(batch, run.row_length) for batch in batches]
         weights, tokens, rows = training.count_targets(batches, world)
         lr = training.get_lr(*run.schedule)
         for group in optimizer.param_groups:

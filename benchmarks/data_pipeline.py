@@ -3,35 +3,57 @@
     python benchmarks/data_pipeline.py                      64 MB of generated text
     python benchmarks/data_pipeline.py --size 2000          2 GB
     python benchmarks/data_pipeline.py --data my.jsonl      a file of yours
+    python benchmarks/data_pipeline.py --containers read    reading every container, and mixing
 
 The peer is what many training scripts do: `tokenizer(text)` line by line, ids written as JSON. Both
 tokenise the beginning of the file in turns. Each measurement has a process of its own. Memory is
 the peak of RssAnon, resident memory that is not backed by a file, sampled every 10 ms (Linux only).
 Whatever is written is deleted.
+
+With --containers the same texts are written as JSON Lines, an array, CSV, text, gzip, zstd and
+Parquet, and each is read; `tokenise` makes a token store of each besides. Then 20 sources are
+mixed: what starting with warm stores takes, and what a batch takes of them and of one source alone,
+in turns. Times of these are of the CPU, on one core. This needs dataset/requirements.txt.
 """
 
+import argparse
+import csv
+import gzip
 import json
 import re
+import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from statistics import median
 
 import numpy as np
+import pyarrow
+import zstandard
 from harness import in_own_process
+from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from common import add_tokenizer_path, make_parser, positive_int, user_path
-from dataset import PackedRows, PretrainDataset, RowBatches, collate
+from dataset import (
+    Mixture,
+    PackedRows,
+    PretrainDataset,
+    RowBatches,
+    collate,
+    parse_text,
+    read_records,
+)
 from sample_world.documents import pretraining_texts
 from sample_world.world import build_world
 
 SAMPLE_BYTES = 8_000_000  # what both sides tokenise in turn
 ROUNDS = 3
+SOURCES, BATCHES = 20, 200
 STATUS = Path("/proc/self/status")
 Figures = dict[str, float]
 
@@ -41,6 +63,8 @@ def main() -> None:
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--data", type=user_path, help='JSONL file of {"text"}; default: made up')
     parser.add_argument("--size", type=positive_int, default=64, help="MB of text to make up")
+    measured = "measure containers and mixing instead: read them, or tokenise them too"
+    parser.add_argument("--containers", choices=("read", "tokenise"), help=measured)
     parser.add_argument("--max_seq_len", type=positive_int, default=512, help="positions in a row")
     parser.add_argument("--batch_size", type=positive_int, default=32, help="rows in a batch")
     add_tokenizer_path(parser)
@@ -48,6 +72,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="data_pipeline_") as name:
         folder = Path(name)
         path = args.data or generate(folder / "generated.jsonl", args.size * 1_000_000)
+        if args.containers:
+            compare_containers(path, folder, args)
+            compare_mixing(path, folder, args)
+            return
         sample = folder / "sample.jsonl"
         with path.open("rb") as source:
             sample.write_bytes(b"".join(source.readlines(SAMPLE_BYTES)))
@@ -127,6 +155,143 @@ def measure_epoch(
         "padded_fill": kept / (len(positions) * row_length),
         "padded_used": kept / dataset.n_tokens,
     }
+
+
+def compare_containers(path: Path, folder: Path, args: argparse.Namespace) -> None:
+    """Print the speed and the memory of reading the same texts in every container."""
+    for name, write in CONTAINERS.items():
+        file = folder / f"container{name}"
+        write(path, file)
+        read = in_own_process(measure_read, file)
+        line = f"{name:<12} {file.stat().st_size / 1e6:7,.0f} MB on disk, "
+        line += f"{read['mb']:,.0f} MB of text: "
+        line += f"{read['mb'] / read['s']:6.1f} MB/s of CPU time, RssAnon {read['peak_mb']:,.0f} MB"
+        if args.containers == "tokenise":
+            options = (file, args.tokenizer_path, folder, args.max_seq_len)
+            opened = in_own_process(measure_open, *options)
+            line += f"; tokenised in {opened['s']:.1f} s, RssAnon {opened['peak_mb']:,.0f} MB"
+        print(line, flush=True)
+        file.unlink()
+
+
+def write_array(path: Path, out: Path) -> None:
+    """The records of a JSONL file as one JSON array."""
+    with path.open("rb") as source, out.open("wb") as target:
+        for number, line in enumerate(source):
+            target.write((b"," if number else b"[") + line)
+        target.write(b"]")
+
+
+def write_table(path: Path, out: Path) -> None:
+    """The texts of a JSONL file as CSV."""
+    with out.open("w", encoding="utf-8", newline="") as target:
+        rows = csv.writer(target)
+        rows.writerow(["text"])
+        rows.writerows([text] for text in texts_of(path))
+
+
+def write_text(path: Path, out: Path) -> None:
+    """The texts of a JSONL file, with blank lines between."""
+    with out.open("w", encoding="utf-8") as target:
+        target.writelines(f"{text}\n\n" for text in texts_of(path))
+
+
+def write_gzip(path: Path, out: Path) -> None:
+    """A file in gzip."""
+    with path.open("rb") as source, gzip.open(out, "wb", 6) as target:
+        shutil.copyfileobj(source, target)
+
+
+def write_zstd(path: Path, out: Path) -> None:
+    """A file in zstd."""
+    with path.open("rb") as source, out.open("wb") as target:
+        zstandard.ZstdCompressor().copy_stream(source, target)
+
+
+def write_parquet(path: Path, out: Path) -> None:
+    """The texts of a JSONL file as Parquet."""
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    texts = texts_of(path)
+    with parquet.ParquetWriter(out, schema) as target:
+        while rows := list(islice(texts, 20_000)):
+            target.write_table(pyarrow.table({"text": rows}, schema))
+
+
+def texts_of(path: Path) -> Iterator[str]:
+    """The texts of a JSONL file."""
+    with path.open("rb") as source:
+        for line in source:
+            yield json.loads(line)["text"]
+
+
+CONTAINERS = {
+    ".jsonl": shutil.copyfile,
+    ".json": write_array,
+    ".csv": write_table,
+    ".txt": write_text,
+    ".jsonl.gz": write_gzip,
+    ".jsonl.zst": write_zstd,
+    ".parquet": write_parquet,
+}
+
+
+def measure_read(path: Path) -> Figures:
+    """Read and parse all records of a file."""
+    size = 0
+    with peak_memory() as memory:
+        start = time.process_time()
+        for _, record in read_records(path):
+            size += len(parse_text(record).encode("utf-8"))
+        seconds = time.process_time() - start
+    return {"s": seconds, "mb": size / 1e6, **memory}
+
+
+def compare_mixing(path: Path, folder: Path, args: argparse.Namespace) -> None:
+    """Print what 20 sources cost at the start, and with each batch."""
+    with path.open("rb") as source:
+        lines = source.readlines(SAMPLE_BYTES)
+    for number in range(SOURCES):
+        (folder / f"part{number}.jsonl").write_bytes(b"".join(lines[number::SOURCES]))
+    (folder / "whole.jsonl").write_bytes(b"".join(lines))
+    options = (folder, args.tokenizer_path, args.max_seq_len, args.batch_size)
+    in_own_process(measure_mixing, *options)  # builds the stores
+    figures = in_own_process(measure_mixing, *options)
+    print(
+        f"{SOURCES} sources, warm stores: {figures['start_ms']:.1f} ms of CPU time until there is "
+        "an order of the first epoch\n"
+        f"a batch of {args.batch_size} rows: {figures['mixed_ms']:.2f} ms mixed, "
+        f"{figures['alone_ms']:.2f} ms of one source (medians of {BATCHES}, in turns)"
+    )
+
+
+def measure_mixing(folder: Path, tokenizer_path: Path, row_length: int, batch_size: int) -> Figures:
+    """Open 20 sources and one, and make batches of both in turns."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+
+    def open_rows(name: str) -> PackedRows:
+        options = {"cache_dir": folder, "encoder": encoder}
+        dataset = PretrainDataset(folder / name, tokenizer, row_length + 1, **options)
+        return PackedRows(dataset, row_length)
+
+    encoder = PretrainDataset.make_encoder(tokenizer)  # which a run with one source makes, too
+    start = time.process_time()
+    parts = {f"part{n}": open_rows(f"part{n}.jsonl") for n in range(SOURCES)}
+    mixture = Mixture(parts, [1 + n % 3 for n in range(SOURCES)], seed=1)
+    order = mixture.order(0)
+    seconds = time.process_time() - start
+    alone = open_rows("whole.jsonl")
+    loaders = {}
+    for name, rows, how in (("mixed", mixture, order), ("alone", alone, None)):
+        batches = RowBatches(len(rows), batch_size, seed=1, order=how)
+        loaders[name] = rows, islice(chain.from_iterable(repeat(list(batches))), BATCHES)
+    times: dict[str, list[float]] = {name: [] for name in loaders}
+    for _ in range(BATCHES):
+        for name, (rows, batches) in loaders.items():
+            begun = time.process_time()
+            collate([rows[index] for index in next(batches)])
+            times[name].append(time.process_time() - begun)
+    each = {f"{name}_ms": 1e3 * median(values) for name, values in times.items()}
+    return {"start_ms": 1e3 * seconds, **each}
 
 
 @contextmanager

@@ -5,7 +5,9 @@ from .arguments import (
     TOKENIZER,
     BooleanFlag,
     StageParser,
+    add_parse_think,
     add_skip_bad_lines,
+    add_text_columns,
     add_tokenizer_path,
     half_open_unit_interval,
     is_run_name,
@@ -25,6 +27,7 @@ from .arguments import (
     seed,
     unit_interval,
     user_path,
+    weighted_path,
 )
 from .errors import LESS_MEMORY, UserError, report_os_errors, report_user_errors
 from .files import SaveError, report_save_errors, write_atomically

@@ -116,6 +116,25 @@ def add_skip_bad_lines(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_text_columns(parser: argparse._ActionsContainer) -> None:
+    """Add the flags that say what the texts of records are."""
+    add = parser.add_argument
+    add("--text_column", help='field of the text; default: "text", or "content"')
+    template = r"text made of fields in braces, such as '{title}\n\n{text}'"
+    add("--text_template", type=escaped, help=template)
+    between = (
+        "what stands between documents of plain text, or blank for blank lines; default: a file "
+        "is one document, or several if it is long"
+    )
+    add("--separator", type=escaped, help=between)
+
+
+def add_parse_think(parser: argparse._ActionsContainer) -> None:
+    """Add `--parse_think`: whether a thought in an answer's text is reasoning."""
+    thought = "read <think>…</think> at the beginning of an answer as reasoning"
+    parser.add_argument("--parse_think", action=BooleanFlag, default=False, help=thought)
+
+
 def add_tokenizer_path(
     parser: argparse._ActionsContainer, default: Path | None = TOKENIZER
 ) -> None:
@@ -157,6 +176,13 @@ def prompts(text: str) -> list[str]:
     return found
 
 
+def escaped(text: str) -> str:
+    """An argparse type: a text that is not empty, in which `\\n` and `\\t` are as in JSON."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text.replace(r"\n", "\n").replace(r"\t", "\t")
+
+
 def named_path(text: str) -> tuple[str, Path]:
     """An argparse type: `name=path`, or a path alone, whose name is that of its file."""
     name, equals, path = text.partition("=")
@@ -164,6 +190,21 @@ def named_path(text: str) -> tuple[str, Path]:
     if equals and name and path and not {"/", "\\"} & set(name) and not whole.exists():
         return name, user_path(path)
     return whole.stem, whole
+
+
+def weighted_path(text: str) -> tuple[Path, float | None]:
+    """An argparse type: `path=weight`, or a path alone, also one whose name has a `=`."""
+    path, equals, weight = text.rpartition("=")
+    whole = user_path(text)
+    if not (equals and path) or whole.exists():
+        return whole, None
+    try:
+        value = float(weight)
+    except ValueError:
+        return whole, None
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: a weight is at least 0")
+    return user_path(path), value
 
 
 def is_run_name(text: str) -> bool:

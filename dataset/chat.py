@@ -6,6 +6,7 @@ control tokens come from the structure alone, and all else is encoded as ordinar
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +18,8 @@ from common import UserError
 
 from .fields import RecordError
 from .messages import is_empty_answer
-from .records import parse_chat
+from .reader import Record
+from .records import DEFAULT, RecordOptions, parse_chat
 from .text import TextTokenizer
 from .token_store import ROLES, Encoded, Parsed
 
@@ -123,10 +125,16 @@ class ChatEncoder(TextTokenizer):
     """
 
     is_chat = True
-    counted: tuple[str, ...] = ("empty_answers", "unanswered_turns")
+    counted: tuple[str, ...] = (
+        *("empty_answers", "unanswered_turns"),
+        *("joined_messages", "leading_answers", "inline_thoughts"),
+    )
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", options: RecordOptions = DEFAULT
+    ) -> None:
         super().__init__(tokenizer)
+        self.options = options
         for token in ("<s>", "</s>"):
             if token not in self.special:
                 raise UserError(
@@ -137,21 +145,23 @@ class ChatEncoder(TextTokenizer):
         header, newline = self.encode_batch(["assistant\n", "\n"])
         # Ids of an assistant message before its content, and after the `</s>` of any message.
         self.header_length, self.newline_length = 1 + len(header), len(newline)
-        self.key = f"chat {FORMAT_VERSION} {self.hash}"
+        self.key = f"chat {FORMAT_VERSION} {self.hash}{options.key}"
 
-    def parse(self, line: bytes) -> Parsed:
-        """The pieces of the conversation on a line, and counts. Raises RecordError.
+    def parse(self, record: Record) -> Parsed:
+        """The pieces of the conversation of a record, and counts. Raises RecordError.
 
-        Counted are empty answers, which are not learnt, and a last turn without an answer.
+        Counted are empty answers, which are not learnt, a last turn without an answer, and what
+        `parse_messages` counts.
         """
-        messages, tools = parse_chat(line)
-        n_empty = 0
+        counts: Counter[str] = Counter()
+        messages, tools = parse_chat(record, self.options, counts)
         for message in messages:
             if is_empty_answer(message) and message.get("weight", 1) > 0:
                 message["weight"] = 0.0
-                n_empty += 1
+                counts["empty_answers"] += 1
         pieces = self.check_control(render_chat(messages, tools))
-        return pieces, (n_empty, int(messages[-1]["role"] != "assistant"))
+        counts["unanswered_turns"] = int(messages[-1]["role"] != "assistant")
+        return pieces, tuple(counts[name] for name in self.counted)
 
     def check_control(self, pieces: list[Piece]) -> list[Piece]:
         """The same pieces. Raises RecordError if they need a token that the tokenizer lacks."""

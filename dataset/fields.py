@@ -12,8 +12,15 @@ class RecordError(ValueError):
     """Why one line cannot be used: a short reason, without file name and line number."""
 
 
-def parse_object(line: bytes) -> dict[str, Any]:
-    """The JSON object on a line; its line end, and a byte order mark before it, are left out."""
+def parse_object(line: bytes | dict[str, Any] | RecordError) -> dict[str, Any]:
+    """The fields of a record of `read_records`.
+
+    Of JSON, the line end and a byte order mark before it are left out. Raises RecordError.
+    """
+    if isinstance(line, RecordError):
+        raise line
+    if isinstance(line, dict):
+        return line
     if len(line) > MAX_LINE_BYTES:
         raise RecordError(f"longer than {MAX_LINE_BYTES:,} bytes")
     try:
@@ -28,10 +35,25 @@ def parse_object(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         if error.reason == "unexpected end of data":
             raise RecordError("cut off in the middle of a character; truncated?") from None
-        raise RecordError(f"invalid UTF-8 at byte {error.start + 1}") from None
+        raise RecordError(explain_encoding(line)) from None
     except (RecursionError, ValueError) as error:
         raise RecordError(f"broken JSON: {error}") from None
     return expect(record, dict, "the record")
+
+
+def explain_encoding(content: bytes) -> str:
+    """Why bytes are no UTF-8, and how a file of the encoding that they may have is converted."""
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        place = error.start + 1
+    encoding = "GB18030"
+    try:
+        content.decode(encoding)
+    except UnicodeDecodeError:
+        encoding = "LATIN1"
+    convert = f"iconv -f {encoding} -t UTF-8"
+    return f"invalid UTF-8 at byte {place}; if the file is {encoding}: {convert}"
 
 
 def _load(text: str) -> Any:

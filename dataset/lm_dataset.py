@@ -9,6 +9,7 @@ import torch
 from .arrays import INDEX_DTYPE, LENGTH_DTYPE
 from .chat import ChatEncoder
 from .reader import read_records
+from .records import record_kind
 from .stored import ChatDataset, StoredDataset
 from .text import TextEncoder
 from .token_store import ROLES, Encoded
@@ -218,8 +219,6 @@ class RLAIFDataset(ChatDataset):
 
 
 def dataset_kind(path: str | Path) -> type[PretrainDataset] | type[SFTDataset]:
-    """The data set for a file: of texts if its first record has a "text", else of conversations."""
-    _, first = next(read_records(Path(path)), (0, b""))
-    # A bad record of either kind must be named as what it is.
-    is_chat = any(name in first for name in (b'"conversations"', b'"messages"', b'"instruction"'))
-    return PretrainDataset if b'"text"' in first and not is_chat else SFTDataset
+    """The data set for a source: of texts if its first record is one, else of conversations."""
+    _, first = next(read_records(Path(path)), (None, b""))
+    return PretrainDataset if record_kind(first) == "text" else SFTDataset

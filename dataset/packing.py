@@ -157,6 +157,26 @@ def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     return default_collate([pad_row(row, length) for row in rows])
 
 
+def shorten_rows(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+    """The same positions in rows of `length`: (B, T) becomes (B · ceil(T / length), length).
+
+    Every target stays; what a cut separates is no longer seen. `sample` stays (B,).
+    """
+    width = batch["input_ids"].shape[1]
+    if width <= length:
+        return batch
+    padding = -width % length  # at position 0, each
+    rows = {
+        name: F.pad(values, (0, padding)).reshape(-1, length)
+        for name, values in batch.items()
+        if name != "sample"
+    }
+    positions = rows["position_ids"]
+    is_rest = (positions == 0).cumsum(1) == 0  # of an item that began before the cut
+    rows["position_ids"] = torch.where(is_rest, positions - positions[:, :1], positions)
+    return {**rows, "sample": batch["sample"]}
+
+
 @dataclass(eq=False)
 class RowBatches(Sampler[list[int]]):
     """The rows of each micro-batch of one epoch, for one process: a DataLoader's `batch_sampler`.
@@ -169,7 +189,8 @@ class RowBatches(Sampler[list[int]]):
 
     `start` is the number of rows that the epoch has already used. With `lengths`, those of the
     rows, batches need little padding: of every GROUPED rows of the permutation, runs of GROUP rows
-    of like length stay together, and the runs of the epoch are permuted once more.
+    of like length stay together, and the runs of the epoch are permuted once more. `order` gives
+    the rows of the epoch where they are no permutation, as those of a `Mixture`.
     """
 
     n_rows: int
@@ -182,6 +203,7 @@ class RowBatches(Sampler[list[int]]):
     start: int = 0
     shuffle: bool = True
     lengths: np.ndarray | None = None
+    order: np.ndarray | None = None
 
     def __len__(self) -> int:
         return -(-max(0, self.n_rows - self.start) // (self.batch_size * self.world_size))
@@ -203,7 +225,10 @@ class RowBatches(Sampler[list[int]]):
             return torch.from_numpy(np.argsort(self.lengths, kind="stable"))
         state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)
         generator = torch.Generator().manual_seed(int(state[0]))
-        order = torch.randperm(self.n_rows, generator=generator)
+        if self.order is None:
+            order = torch.randperm(self.n_rows, generator=generator)
+        else:
+            order = torch.from_numpy(self.order)
         if self.lengths is None:
             return order
         lengths = torch.from_numpy(self.lengths)

@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 from .arrays import LENGTH_DTYPE, ArrayFolder, build_once, find_arrays
 from .chat import ChatEncoder, Piece, render_chat
 from .packing import collate, make_row
-from .records import parse_preference
+from .reader import Record
+from .records import DEFAULT, RecordOptions, pair_judged, parse_preference
 from .stored import ChatDataset
 from .token_store import Encoded, Parsed
 from .turns import Spans, Turns, keep_prompts
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SIDES = ("chosen", "rejected")
-PAIR_VERSION = 2  # of what `parse_preference` makes of a line
+PAIR_VERSION = 3  # of what `parse_preference` makes of a line
 
 
 class PreferenceEncoder(ChatEncoder):
@@ -32,13 +33,17 @@ class PreferenceEncoder(ChatEncoder):
 
     counted = ("tied_scores", "inverted_scores")
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        super().__init__(tokenizer)
+    prepare = staticmethod(pair_judged)
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", options: RecordOptions = DEFAULT
+    ) -> None:
+        super().__init__(tokenizer, options)
         self.key = f"preference {PAIR_VERSION} {self.key}"
 
-    def parse(self, line: bytes) -> Parsed:
-        """The pieces of both conversations, and counts. Raises RecordError."""
-        pair = parse_preference(line)
+    def parse(self, record: Record) -> Parsed:
+        """The pieces of both conversations, and counts. Raises RecordError or LeftOut."""
+        pair = parse_preference(record, self.options)
         sides = []
         for messages in (pair.chosen, pair.rejected):
             scored = [{**m, "weight": float(i >= pair.shared)} for i, m in enumerate(messages)]

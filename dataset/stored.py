@@ -16,6 +16,7 @@ from common import UserError
 from .arrays import INDEX_DTYPE, LENGTH_DTYPE, Append, build_once
 from .chat import ChatEncoder
 from .reader import text_note
+from .records import DEFAULT, RecordOptions
 from .text import TextTokenizer
 from .token_store import Encoded, TokenStore
 from .turns import Spans, Turns, find_turns
@@ -40,6 +41,9 @@ class StoredDataset(Dataset, ABC):
         max_length: most ids of an item.
         path, cache_dir, skip_bad_lines: see `TokenStore.open_or_build`, also for errors; that there
             are no items is one, too.
+        records: what flags say about records.
+        encoder: what `make_encoder` makes of `tokenizer` and `records`, to open several sources
+            without making it for each.
     """
 
     _ENCODER: type[TextTokenizer]
@@ -60,14 +64,24 @@ class StoredDataset(Dataset, ABC):
         *,
         cache_dir: str | Path | None = None,
         skip_bad_lines: float = 0.0,
+        records: RecordOptions = DEFAULT,
+        encoder: TextTokenizer | None = None,
     ) -> None:
-        encoder = self._ENCODER(tokenizer)
+        encoder = self.make_encoder(tokenizer, records) if encoder is None else encoder
         self.max_length = max_length
+        self._separator = encoder.options.separator
         self.store = TokenStore.open_or_build(
             path, encoder, cache_dir=cache_dir, skip_bad_lines=skip_bad_lines
         )
         self._n_records = len(self.store.lines) // self._DOCUMENTS
         self._use("all", partial(self._write_items, encoder))
+
+    @classmethod
+    def make_encoder(
+        cls, tokenizer: "PreTrainedTokenizerBase", records: RecordOptions = DEFAULT
+    ) -> TextTokenizer:
+        """What makes token ids of the records of sources."""
+        return cls._ENCODER(tokenizer, records)
 
     @property
     @abstractmethod
@@ -139,6 +153,11 @@ class StoredDataset(Dataset, ABC):
         return f"{self._options}_{self._part}"
 
     @property
+    def content(self) -> str:
+        """Identifies all of the source's documents, whatever is used of them."""
+        return self.store.content
+
+    @property
     def fingerprint(self) -> str:
         """Identifies the items, wherever the file lies."""
         return f"{self.store.content} {self._part} {self._options}"
@@ -165,7 +184,7 @@ class StoredDataset(Dataset, ABC):
 
     @property
     def n_bad_lines(self) -> int:
-        """Lines of the file that are left out."""
+        """Records that are left out because they are bad."""
         return self.store.bad_lines.count
 
     @property
@@ -178,11 +197,13 @@ class StoredDataset(Dataset, ABC):
 
     @property
     def notes(self) -> list[str]:
-        """What is to be known of the file, a line for each. UserError if it is gone."""
+        """What is to be known of the source, a line for each. UserError if it is gone."""
         counts = {"bad_lines": self.n_bad_lines, **self.counts}
         reasons = {"bad_lines": "bad lines of the file left out", **self._REASONS}
-        missing = [f"{count:,} {reasons[name]}" for name, count in counts.items() if count]
-        return [*filter(None, [text_note(self.store.path)]), *missing]
+        notes = {reasons[name]: count for name, count in counts.items()}
+        notes |= self.store.bad_lines.left_out
+        missing = [f"{count:,} {reason}" for reason, count in notes.items() if count]
+        return [*filter(None, [text_note(self.store.path, self._separator)]), *missing]
 
     def __len__(self) -> int:
         return len(self._items.arrays["documents"]) // self._DOCUMENTS
@@ -194,8 +215,12 @@ class StoredDataset(Dataset, ABC):
         return ids.reshape(-1, self._DOCUMENTS).max(axis=1).astype(np.int64) - 1
 
     def line_number(self, index: int) -> int:
-        """The line of the file, from 1, that item `index` comes from."""
+        """The line of its file, from 1, that item `index` comes from."""
         return int(self.store.lines[self._document(self._rows(index)[0])])
+
+    def place(self, index: int) -> str:
+        """`file:line` of what item `index` comes from."""
+        return self.store.place(self._document(self._rows(index)[0]))
 
     def _rows(self, index: int) -> range:
         """The rows of an item. Raises IndexError."""
@@ -238,6 +263,9 @@ class ChatDataset(StoredDataset):
         ("dropped_turns", "cut_answers"), LENGTH_DTYPE
     )
     _REASONS = {
+        "joined_messages": "messages joined to the one before, of the same role",
+        "leading_answers": "answers before the first question left out",
+        "inline_thoughts": "answers begin with <think>, read as text; --parse_think reads thoughts",
         "unanswered_turns": "last turns left out: they have no answer",
         "dropped_turns": "turns left out: their conversations are longer than --max_seq_len",
         "cut_answers": "last answers cut: longer than --max_seq_len",

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from common import UserError
 from model import tokenizer_hash
 
-from .records import parse_text
+from .reader import Place, Record
+from .records import DEFAULT, BadLines, RecordOptions, parse_text
 from .token_store import Encoded, Parsed
 
 if TYPE_CHECKING:
@@ -33,6 +34,13 @@ class TextTokenizer:
 
     `special` has the ids that no text gives, by token; `dtype`, uint16 or uint32, holds all ids.
     """
+
+    @staticmethod
+    def prepare(
+        records: Iterable[tuple[Place, Record]], bad_lines: BadLines
+    ) -> Iterable[tuple[Place, Record]]:
+        """The records of a source as `parse` gets them: as they are."""
+        return records
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -98,21 +106,24 @@ def _cut(text: str) -> Iterator[str]:
 
 
 class TextEncoder(TextTokenizer):
-    """Encodes `{"text"}` lines as documents `<s>` text `</s>`, and counts their UTF-8 bytes."""
+    """Encodes texts as documents `<s>` text `</s>`, and counts their UTF-8 bytes."""
 
     is_chat = False
     counted = ("bytes",)
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", options: RecordOptions = DEFAULT
+    ) -> None:
         super().__init__(tokenizer)
+        self.options = options
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         if self._bos is None or self._eos is None:
             raise UserError("--tokenizer_path: this tokenizer lacks a bos_token or an eos_token")
-        self.key = f"pretrain {self._bos} {self._eos} {self.hash}"
+        self.key = f"pretrain {self._bos} {self._eos} {self.hash}{options.key}"
 
-    def parse(self, line: bytes) -> Parsed:
-        """The text of a line and its UTF-8 bytes. Raises RecordError."""
-        text = parse_text(line)
+    def parse(self, record: Record) -> Parsed:
+        """The text of a record and its UTF-8 bytes. Raises RecordError."""
+        text = parse_text(record, self.options)
         return text, (len(text.encode("utf-8")),)
 
     def encode(self, records: Sequence[str]) -> Encoded:

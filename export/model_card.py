@@ -99,7 +99,9 @@ def training_facts(weights: Path) -> dict[str, Any]:
         record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         metrics = read_metrics(folder / "metrics.jsonl")
         arguments = record["arguments"]
-        facts = {"Data": Path(arguments["data_path"]).name}
+        sources = arguments["data_path"]  # a path, or of several each with its weight
+        sources = [sources] if isinstance(sources, str) else [path for path, _ in sources]
+        facts = {"Data": ", ".join(Path(path).name for path in sources)}
         if arguments["epochs"] and not is_best:
             facts["Epochs"] = f"{arguments['epochs']:g}"
     except (OSError, ValueError, KeyError, TypeError):

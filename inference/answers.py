@@ -11,6 +11,8 @@ import torch
 
 from common import UserError, report_os_errors
 from dataset import BadLines, RecordError, parse_question, parse_text, read_records
+from dataset.fields import parse_object
+from dataset.reader import Record
 
 from .chat_model import ChatModel
 
@@ -33,12 +35,12 @@ def read_questions(
     that cannot be answered, if they are more than the share `skip_bad_lines` or all.
     """
     questions, bad = [], BadLines()
-    for number, line in read_records(path):
+    for place, record in read_records(path):
         bad.total += 1
         try:
-            questions.append(parse_line(chat_model, line, system))
+            questions.append(parse_line(chat_model, record, system))
         except RecordError as error:
-            bad.add(number, str(error))
+            bad.add(place, str(error))
     try:
         bad.check(path, skip_bad_lines if questions else 0.0)
     except UserError as error:
@@ -49,7 +51,7 @@ def read_questions(
     return questions
 
 
-def parse_line(chat_model: ChatModel, line: bytes, system: str | None) -> Question:
+def parse_line(chat_model: ChatModel, line: Record, system: str | None) -> Question:
     """The question on a line; for arguments see `read_questions`. Raises RecordError."""
     reference = None
     if chat_model.encoder is None:
@@ -62,7 +64,7 @@ def parse_line(chat_model: ChatModel, line: bytes, system: str | None) -> Questi
         ids, text = chat_model.chat_ids(messages, tools), messages[-1]["content"]
     if len(ids) >= chat_model.context:
         raise RecordError(f"{len(ids)} tokens leave no room in {chat_model.context}")
-    return Question(json.loads(line), ids, text, reference)
+    return Question(parse_object(line), ids, text, reference)
 
 
 def generate_answers(chat_model: ChatModel, prompts: list[list[int]], **options: Any) -> list[str]:
@@ -90,7 +92,7 @@ def answer_file(
     with new_file(out, "utf-8") as file:
         answers = generate_answers(chat_model, [q.ids for q in questions], **options)
         for question, answer in zip(questions, answers, strict=True):
-            line = json.dumps({**question.record, name: answer}, ensure_ascii=False)
+            line = json.dumps({**question.record, name: answer}, ensure_ascii=False, default=str)
             file.write(f"{line}\n")
     print(f'{len(answers):,} answers in {out}, as "{name}"')
 

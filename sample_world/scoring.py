@@ -1,6 +1,5 @@
 """Tests of the sample: read the questions, judge the answers, tabulate the scores."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from math import sqrt
@@ -8,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import UserError
-from dataset import read_records
+from dataset import RecordError, locate, read_records
+from dataset.fields import parse_object
 
 QUESTION = {"conversations", "skill", "language", "expect", "choices", "chance", "declined"}
 LANGUAGES = {"en": "English", "zh": "Chinese"}
@@ -51,13 +51,13 @@ def read_test(path: Path) -> list[dict[str, Any]]:
         UserError: if the file cannot be read, or a line is not a question of such a test.
     """
     records = []
-    for number, line in read_records(path):
+    for place, content in read_records(path):
         try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: broken JSON: {error}") from None
-        if not isinstance(record, dict) or not record.keys() >= QUESTION:
-            raise UserError(f"{path}:{number}: not a question of the sample world's test")
+            record = parse_object(content)
+        except RecordError as error:
+            raise UserError(f"{locate(path, place)}: {error}") from None
+        if not record.keys() >= QUESTION:
+            raise UserError(f"{locate(path, place)}: not a question of the sample world's test")
         records.append(record)
     return records
 

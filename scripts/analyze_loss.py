@@ -203,8 +203,7 @@ def main() -> None:
     print(EXPLANATION)
     means = [s.losses[s.learnt].mean(dtype=np.float64) for s in samples]
     worst = [
-        f"{mean:.4f}  {dataset.store.path.name}:{dataset.line_number(s.index)}  "
-        f"{' '.join(s.text.split())[:100]}"
+        f"{mean:.4f}  {dataset.place(s.index)}  {' '.join(s.text.split())[:100]}"
         for mean, s in sorted(zip(means, samples, strict=True), key=lambda pair: -pair[0])[:WORST]
     ]
     print("the worst samples, by mean loss of learnt tokens")

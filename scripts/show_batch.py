@@ -134,7 +134,7 @@ def main() -> None:
         learnt = torch.cat((torch.zeros(1, dtype=torch.bool), mask > 0))
         weights = sorted(set(mask[mask > 0].tolist()) - {1.0})
         note = f", weights {', '.join(f'{w:g}' for w in weights)}" if weights else ""
-        title = f"{args.data_path}:{dataset.line_number(item)}: {len(ids)} tokens, "
+        title = f"{dataset.place(item)}: {len(ids)} tokens, "
         title += f"{int(learnt.sum())} learnt{note} "
         if args.packed:
             title = f"document {number} of {len(items)}, {title}"

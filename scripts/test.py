@@ -16,7 +16,10 @@ import sys
 
 from environment import prepare, prepare_newest, require_python, run
 
-REQUIREMENTS = ["requirements.txt", "scripts/requirements.txt", "tests/requirements.txt"]
+REQUIREMENTS = [
+    *("requirements.txt", "dataset/requirements.txt"),
+    *("scripts/requirements.txt", "tests/requirements.txt"),
+]
 # Files are shared out among processes; each needs a gigabyte of memory.
 PYTEST = ["pytest", "--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile"]
 CORE = [

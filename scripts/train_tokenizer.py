@@ -49,7 +49,15 @@ from common import (
     user_path,
     write_atomically,
 )
-from dataset import LANGUAGES, RecordError, check_file, language, read_records, record_text
+from dataset import (
+    LANGUAGES,
+    RecordError,
+    check_source,
+    language,
+    locate,
+    read_records,
+    record_text,
+)
 from export.pre_tokenizer import crossing_merges, make_pre_tokenizer, merge_pairs
 
 CONTROL_TOKENS = [
@@ -81,11 +89,11 @@ TOKENIZER_CONFIG = {
 
 def read_texts(path: Path) -> Iterator[str]:
     """The text of each record of a file, in order. Raises UserError: `file:line: reason`."""
-    for line, record in read_records(path):
+    for place, record in read_records(path):
         try:
             yield record_text(record)
         except RecordError as error:
-            raise UserError(f"{path}:{line}: {error}") from None
+            raise UserError(f"{locate(path, place)}: {error}") from None
 
 
 def training_texts(files: list[tuple[Path, float]], keep_repeats: bool = False) -> Iterator[str]:
@@ -201,7 +209,7 @@ def parse_args() -> argparse.Namespace:
     files = [path for path, _ in args.files]
     args.eval = args.eval or files
     for path in files + args.eval:
-        check_file(path)
+        check_source(path)
     if args.out_dir.is_file():
         raise UserError(f"--out_dir {args.out_dir}: is not a folder")
     for name in FILES:

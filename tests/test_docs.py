@@ -70,8 +70,9 @@ def commands_of(markdown: str) -> list[list[str]]:
 
 
 def unknown_flags(script: str, words: list[str]) -> list[str]:
-    """The flags of a command that its script does not have."""
-    known = {name for action in parser_of(script)._actions for name in action.option_strings}
+    """The flags of a command that no script in it has: one may pass flags on to another."""
+    parsers = [parser_of(name) for name in [script, *words] if name.endswith(".py")]
+    known = {name for p in parsers for action in p._actions for name in action.option_strings}
     flags = [word.split("=")[0] for word in words if word.startswith("--")]
     return [flag for flag in flags if flag not in known]
 

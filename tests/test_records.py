@@ -1,4 +1,6 @@
 import json
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -6,12 +8,17 @@ from hypothesis import strategies as st
 
 from common import UserError
 from dataset.fields import RecordError
+from dataset.reader import Place, read_records
 from dataset.records import (
     BadLines,
+    LeftOut,
+    RecordOptions,
+    pair_judged,
     parse_chat,
     parse_preference,
     parse_question,
     parse_text,
+    record_kind,
 )
 
 # Bad lines, and a part of the reason to be named. test_token_store.py puts them into files.
@@ -24,7 +31,7 @@ BAD_LINES = {
     "array": (b'["text"]', "an array, not an object"),
     "string": (b'"text"', "a string, not an object"),
     "null": (b"null", "null, not an object"),
-    "missing": (b'{"content": "a"}', '"text" is missing'),
+    "missing": (b'{"body": "a"}', 'no text: its fields are "body"; nearest: text ("text")'),
     "text is null": (b'{"text": null}', '"text" is null, not a string'),
     "text is a number": (b'{"text": 1}', '"text" is a number, not a string'),
     "text is a boolean": (b'{"text": true}', '"text" is a boolean, not a string'),
@@ -81,13 +88,16 @@ def test_a_byte_order_mark_is_accepted():
 def bad_lines(count, total):
     bad = BadLines(total=total)
     for number in range(count):
-        bad.add(number + 3, f"reason {number + 3}")
+        bad.add(Place("", number + 3), f"reason {number + 3}")
     return bad
+
+
+CHECK = "; scripts/check_data.py shows what it holds"
 
 
 def refusal(bad, allowed):
     with pytest.raises(UserError) as error:
-        bad.check("data.jsonl", allowed)
+        bad.check(Path("data.jsonl"), allowed)
     return str(error.value).splitlines()
 
 
@@ -95,7 +105,8 @@ def test_the_report_names_ten_lines_and_the_total():
     report = refusal(bad_lines(1234, 100_000), 0)
     assert report[:10] == [f"data.jsonl:{n}: reason {n}" for n in range(3, 13)]
     assert report[10:] == [
-        "data.jsonl: 1,234 of 100,000 lines are bad; --skip_bad_lines 0.02 goes on without them"
+        "data.jsonl: 1,234 of 100,000 lines are bad; --skip_bad_lines 0.02 goes on without them; "
+        "scripts/check_data.py shows what it holds"
     ]
 
 
@@ -114,15 +125,15 @@ def test_the_report_names_ten_lines_and_the_total():
 def test_what_loses_most_of_a_file_is_not_advised(count, total, advice):
     """And what is advised is enough."""
     bad = bad_lines(count, total)
-    assert refusal(bad, 0)[-1] == f"data.jsonl: {count} of {total:,} lines are bad{advice}"
+    assert refusal(bad, 0)[-1] == f"data.jsonl: {count} of {total:,} lines are bad{advice}{CHECK}"
     words = advice.split()
     if "--skip_bad_lines" in words:
-        bad.check("data.jsonl", float(words[2]))
+        bad.check(Path("data.jsonl"), float(words[2].rstrip(";")))
     if count / total > 0.1:  # without a number it is not enough
         assert advice in refusal(bad, 0.1)[-1]
-    bad.check("data.jsonl", 1)
-    bad_lines(0, total).check("data.jsonl", 0)
-    bad_lines(0, 0).check("data.jsonl", 0)
+    bad.check(Path("data.jsonl"), 1)
+    bad_lines(0, total).check(Path("data.jsonl"), 0)
+    bad_lines(0, 0).check(Path("data.jsonl"), 0)
 
 
 def test_a_place_in_a_record_of_several_lines():
@@ -346,6 +357,63 @@ CHATS = {
         {"messages": [{**USER, "weight": 1}, {**ANSWER, "weight": None}]},
         [USER, ANSWER],
     ),
+    "parts": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "q"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": x} for x in "ab"]},
+            ]
+        },
+        [USER, {"role": "assistant", "content": "ab"}],
+    ),
+    "names of roles": (
+        {
+            "messages": [
+                {"role": "Developer", "content": "s"},
+                *[{"role": "Human", "content": "q"}, {"from": "bot", "value": "a"}],
+                *[{"role": "prompter", "content": "q"}, {"role": "AI", "content": "a"}],
+                *[{"role": "user", "content": "q"}, {"role": "model", "content": "a"}],
+            ]
+        },
+        [SYSTEM, USER, ANSWER, USER, ANSWER, USER, ANSWER],
+    ),
+    "function_response": (
+        sharegpt(("human", "q"), ("function_call", json.dumps(CALL)), ("function_response", "r")),
+        [USER, CALLS, RESULT],
+    ),
+    "two of a role": (
+        {"messages": [SYSTEM, {**SYSTEM, "content": "t"}, USER, USER, ANSWER, ANSWER]},
+        [
+            {"role": "system", "content": "s\nt"},
+            {"role": "user", "content": "q\nq"},
+            {"role": "assistant", "content": "a\na"},
+        ],
+    ),
+    "the assistant begins": (
+        {"messages": [SYSTEM, ANSWER, ANSWER, USER, ANSWER]},
+        [SYSTEM, USER, ANSWER],
+    ),
+    "thinking": (
+        {"messages": [USER, {**ANSWER, "thinking": "h"}]},
+        [USER, {**ANSWER, "reasoning_content": "h"}],
+    ),
+    "prompt and completion": ({"prompt": "q", "completion": "a"}, [USER, ANSWER]),
+    "only the completion is learnt": (
+        {"prompt": [SYSTEM, USER, ANSWER, USER], "completion": [ANSWER]},
+        [SYSTEM, *UNLEARNT],
+    ),
+    "prompt and answer": ({"prompt": "q", "answer": "a"}, [USER, ANSWER]),
+    "prompt and response": ({"prompt": "q", "response": "a"}, [USER, ANSWER]),
+    "question and answer": (
+        {"question": "q", "answer": "a", "system": "s"},
+        [SYSTEM, USER, ANSWER],
+    ),
+    "query and response": ({"query": "q", "response": "a"}, [USER, ANSWER]),
+    "Dolly": (
+        {"instruction": "q", "context": "i", "response": "a"},
+        [{"role": "user", "content": "q\ni"}, ANSWER],
+    ),
+    "JSON in a cell": ({"messages": json.dumps([USER, ANSWER])}, [USER, ANSWER]),
     "empty texts": (
         {"messages": [{**USER, "content": ""}, {**ANSWER, "content": ""}]},
         [{**USER, "content": ""}, {**ANSWER, "content": ""}],
@@ -366,30 +434,43 @@ def turn(**message):
 
 
 BAD_CHATS = {
-    "no shape": ({"text": "a"}, 'no "conversations", "messages" or "instruction"'),
-    "preference pair": ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, "no "),
+    "a text": ({"text": "a"}, 'no conversation, but of the shape text ("text")'),
+    "preference pair": (
+        {"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]},
+        "no conversation, but of the shape preference pair",
+    ),
+    "no shape": (
+        {"questions": "q", "answers": "a"},
+        'its fields are "questions", "answers"; nearest: question and answer',
+    ),
+    "no fields": ({}, "no conversation: it has no fields"),
+    "no answer": ({"question": "q"}, 'no conversation: its fields are "question"'),
+    "answer is a number": ({"question": "q", "answer": 7}, '"answer" is a number, not a string'),
     "not an array": ({"messages": 1}, '"messages" is a number, not an array'),
     "no messages": ({"conversations": []}, "no assistant message"),
     "no assistant": ({"messages": [SYSTEM, USER]}, "no assistant message"),
     "message is null": ({"messages": [USER, None]}, "message 2: it is null, not an object"),
-    "two users": (
-        {"messages": [USER, USER, ANSWER]},
-        "message 2: role user cannot come after user",
+    "two answers of which one is not learnt": (
+        {"messages": [USER, ANSWER, {**ANSWER, "train": False}]},
+        "message 3: its weight is not that of the message before",
     ),
-    "two answers": (
-        {"messages": [USER, ANSWER, ANSWER]},
-        "message 3: role assistant cannot come after as",
+    "an answer after calls": (
+        {"messages": [USER, CALLS, ANSWER]},
+        "message 3: an answer after calls that have no result yet",
     ),
-    "assistant first": ({"messages": [ANSWER]}, "message 1: role assistant cannot come first"),
+    "assistant alone": ({"messages": [ANSWER]}, "no assistant message after a user's"),
     "assistant after system": (
         {"messages": [SYSTEM, ANSWER]},
-        "message 2: role assistant cannot come after sys",
+        "no assistant message after a user's",
     ),
     "late system": (
         {"messages": [USER, SYSTEM, ANSWER]},
         "message 2: role system cannot come after user",
     ),
-    "two systems": ({"messages": [SYSTEM, SYSTEM, USER, ANSWER]}, "message 2: role system cannot"),
+    "tools of two systems": (
+        {"messages": [{**SYSTEM, "tools": [TOOL]}, {**SYSTEM, "tools": [CALL]}, USER, ANSWER]},
+        "message 2: its tools are not those of the message before",
+    ),
     "systems differ": ({"messages": [SYSTEM, USER, ANSWER], "system": "t"}, "differ"),
     "tool first": (
         {"messages": [RESULT, USER, ANSWER]},
@@ -409,8 +490,8 @@ BAD_CHATS = {
         "message 4: role user cannot come after tool",
     ),
     "unknown role": (
-        {"messages": [{"role": "bot\n", "content": "q"}]},
-        r'message 1: unknown role "bot\n"',
+        {"messages": [{"role": "critic\n", "content": "q"}]},
+        r'message 1: unknown role "critic\n"',
     ),
     "no role": ({"messages": [{"content": "q"}]}, "message 1: its role is null, not a string"),
     "role is an array": ({"messages": [{"role": []}]}, "message 1: its role is an array"),
@@ -418,10 +499,12 @@ BAD_CHATS = {
         {"messages": [{"role": "user"}]},
         "message 1: its content is null, not a string",
     ),
-    "content of parts": (
-        turn(content=[{"type": "text", "text": "a"}]),
-        "message 2: its content is an array, not a string",
+    "an image": (
+        turn(content=[{"type": "image_url", "image_url": {"url": "data:,"}}]),
+        'message 2: a part of kind "image_url": only text can be learnt',
     ),
+    "a part without text": (turn(content=[{"type": "text"}]), "the text of a part is null"),
+    "a part is null": (turn(content=[None]), "a part of its content is null"),
     "content is a number beside calls": (
         turn(content=0, tool_calls=[CALL]),
         "message 2: its content is a number",
@@ -463,8 +546,8 @@ BAD_CHATS = {
     ),
     "function_call holds none": (sharegpt(("human", "q"), ("function_call", "[]")), "message 2: "),
     "function_call first": (
-        sharegpt(("function_call", json.dumps(CALL))),
-        "role assistant cannot come first",
+        sharegpt(("function_call", json.dumps(CALL)), ("observation", "r")),
+        "message 2: a tool message without a call",
     ),
     "function_call weighs otherwise": (
         {
@@ -473,7 +556,7 @@ BAD_CHATS = {
                 {"from": "function_call", "value": json.dumps(CALL)},
             ]
         },
-        "message 3: role assistant cannot come after assistant",
+        "message 3: its weight is not that of the message before",
     ),
     **{
         f"{name} is {json.dumps(value)}": (
@@ -630,3 +713,139 @@ def test_pairs_have_the_tools_of_their_system_message():
 def test_scores_of_pairs(fields, scores):
     record = {"prompt": "q", "chosen": "a", "rejected": "b", **fields}
     assert parse_preference(json.dumps(record).encode()).scores == scores
+
+
+def count(record):
+    counts = Counter()
+    parse_chat(json.dumps(record).encode(), counts=counts)
+    return +counts
+
+
+def test_what_a_conversation_was_made_into_is_counted():
+    thought = {**ANSWER, "content": "<think>\nh\n</think>\n\na"}
+    assert count({"messages": [ANSWER, USER, USER, ANSWER, ANSWER, USER, thought]}) == {
+        "leading_answers": 1,
+        "joined_messages": 2,
+        "inline_thoughts": 1,
+    }
+    calls = [("function_call", json.dumps(CALL))] * 2
+    assert count(sharegpt(("human", "q"), ("gpt", "a"), *calls)) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "reasoning"),
+    [
+        ("<think>\nh\n</think>\n\na", "a", "h"),
+        (" <think>h</think>a</think>", "a</think>", "h"),
+        ("<think>\n\n</think>\n\na", "a", None),
+        ("a <think>h</think>", "a <think>h</think>", None),
+        ("<think>h", "<think>h", None),
+    ],
+)
+def test_thoughts_in_a_text_are_parsed_where_that_is_asked_for(text, content, reasoning):
+    record = json.dumps(turn(content=text)).encode()
+    assert parse_chat(record).messages[1] == {"role": "assistant", "content": text}
+    parsed = parse_chat(record, RecordOptions(parse_think=True)).messages[1]
+    assert (parsed["content"], parsed.get("reasoning_content")) == (content, reasoning)
+
+
+# ---- texts
+
+
+def text(record, **options):
+    return parse_text(json.dumps(record).encode(), RecordOptions(**options))
+
+
+def test_a_text_may_have_another_name_and_a_title():
+    record = {"title": "T", "body": "b", "content": "c", "none": None}
+    assert text(record) == "c"
+    assert text({**record, "text": "t"}) == "t"
+    assert text(record, text_column="body") == "b"
+    assert text(record, text_template="{title}{none}\n{body}") == "T\nb"
+    for options, reason in [
+        ({"text_column": "text"}, '"text", the --text_column, is missing'),
+        ({"text_template": "{titel} {body}"}, '"titel" is missing'),
+        ({"text_template": "{none}"}, "the text is empty"),
+    ]:
+        with pytest.raises(RecordError, match=reason):
+            text(record, **options)
+
+
+def test_a_conversation_is_no_text_and_is_named():
+    with pytest.raises(RecordError, match=r'no text, but of the shape conversation \("messages"\)'):
+        text({"messages": [USER, ANSWER]})
+
+
+# ---- pairs
+
+
+def pair(record, **options):
+    return parse_preference(json.dumps(record).encode(), RecordOptions(**options))
+
+
+def test_pairs_in_the_strings_of_hh():
+    start = "\n\nHuman: q\n\nAssistant: a\n\nHuman: q\n\nAssistant: "
+    parsed = pair({"chosen": start + "Human kind.\n\nYes.", "rejected": start + "b"})
+    assert parsed.chosen == [*LEARNT[:3], {"role": "assistant", "content": "Human kind.\n\nYes."}]
+    assert parsed.rejected[3]["content"] == "b" and parsed.shared == 3
+
+
+def test_pairs_of_nested_messages():
+    record = {"chosen": {"messages": [USER, ANSWER]}, "rejected": {"messages": [USER, CALLS]}}
+    assert pair(record).chosen == [USER, ANSWER]
+
+
+def test_pairs_below_the_margin_are_left_out():
+    record = {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 5}
+    assert pair({**record, "score_rejected": 4}, min_margin=1).scores == (5, 4)
+    with pytest.raises(LeftOut, match="min_margin"):
+        pair({**record, "score_rejected": 4.5}, min_margin=1)
+    with pytest.raises(RecordError, match="score_rejected"):
+        pair(record, min_margin=1)
+
+
+def judged(prompt, completion, label):
+    return {"prompt": prompt, "completion": completion, "label": label}
+
+
+def test_judged_completions_become_pairs():
+    whole = {"messages": [USER, ANSWER], "label": 0}
+    records = [
+        *[judged("q", "bad", False), judged("p", "good", True), judged("q", "good", True)],
+        *[judged("q", "worse", False), {"prompt": "x", "chosen": "a", "rejected": "b"}],
+        *[whole, judged([USER], [{**ANSWER, "content": "b"}], True), {"label": True}],
+    ]
+    places = [(Place("", n), json.dumps(r).encode()) for n, r in enumerate(records, 1)]
+    bad = BadLines()
+    paired = list(pair_judged(places, bad))
+    assert [place.line for place, _ in paired] == [1, 5, 4, 8]
+    first, other, last = (parse_preference(record) for _, record in paired[:3])
+    assert [first.chosen[1]["content"], first.rejected[1]["content"]] == ["good", "bad"]
+    assert other.chosen[1]["content"] == "a"
+    assert [last.chosen[1]["content"], last.rejected[1]["content"]] == ["b", "worse"]
+    assert list(bad.left_out.values()) == [2]  # "p", and one of three for "q"
+
+
+def test_questions_bring_their_answers():
+    for record, answer in [
+        ({"prompt": "q", "answer": "a"}, "a"),
+        ({"prompt": "q"}, None),
+        ({"messages": [USER, {**ANSWER, "content": ""}], "gt": ["1", "2"]}, "1, 2"),
+        ({"messages": [USER], "gt": "1"}, "1"),
+    ]:
+        (messages, _), reference = parse_question(json.dumps(record).encode())
+        assert (messages, reference) == ([{**USER, **messages[0]}], answer)
+
+
+def test_the_invented_files_are_read(shared_dir):
+    """All records of all shapes, but for the two that cannot be."""
+    folder, bad = shared_dir / "data" / "formats", []
+    for path in sorted(folder.iterdir()):
+        for place, record in pair_judged(read_records(path), BadLines()):
+            kind = record_kind(record)
+            parse = {"text": parse_text, "conversation": parse_chat, "pair": parse_preference}[kind]
+            try:
+                parse(record)
+            except RecordError:
+                bad.append((path.name, place.line))
+    assert bad == [("content_parts.jsonl", 2), ("odd_turns.jsonl", 4)]

@@ -326,7 +326,7 @@ def test_an_import_against_the_direction_is_found(path, source, allowed, tmp_pat
 
 @pytest.fixture
 def small_project(tmp_path) -> Path:
-    for folder in ("scripts", "tests"):
+    for folder in ("dataset", "scripts", "tests"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "requirements.txt").touch()
     (tmp_path / "requirements.txt").touch()

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common import UserError
 from dataset import fields, reader, token_store
-from dataset.records import parse_text
+from dataset.records import RecordOptions, parse_text
 from dataset.text import PIECE_CHARS, TextEncoder, TextTokenizer
 from dataset.token_store import Encoded, TokenStore
 
@@ -30,6 +30,8 @@ class ByteEncoder:
     dtype = np.dtype("<u4")
     is_chat = True
     counted = ("bytes", "spaces")
+    options = RecordOptions()
+    prepare = staticmethod(TextTokenizer.prepare)
 
     def parse(self, line):
         text = parse_text(line).encode("utf-8")
@@ -133,8 +135,8 @@ def test_a_line_without_end_is_left_out(tmp_path, monkeypatch):
     write_lines(path, ["a", "b" * 88, "c" * 87, "d" * 1000, "e"])  # and 13 bytes around each
     store = TokenStore.open_or_build(path, ByteEncoder(), skip_bad_lines=True)
     assert store.lines.tolist() == [1, 3, 5]
-    assert [line for line, _ in store.bad_lines.first] == [2, 4]
-    assert "longer than 100 bytes" in store.bad_lines.first[0][1]
+    assert [line for _, line, _ in store.bad_lines.first] == [2, 4]
+    assert "longer than 100 bytes" in store.bad_lines.first[0][2]
 
 
 # ---- tokens
@@ -213,7 +215,8 @@ def test_every_kind_of_bad_line_is_reported_with_its_number(tmp_path, batch_byte
         assert report[1].startswith(f"{path}:12: ")
         assert reason in report[1]
         assert report[2:] == [
-            f"{path}: 2 of 12 lines are bad; --skip_bad_lines 0.17 goes on without them"
+            f"{path}: 2 of 12 lines are bad; --skip_bad_lines 0.17 goes on without them; "
+            "scripts/check_data.py shows what it holds"
         ]
 
 
@@ -229,7 +232,9 @@ def test_bad_lines_are_remembered_and_can_be_skipped(tmp_path):
     assert snapshot(tmp_path) == before
     assert str(first.value) == str(second.value)
     assert str(first.value).count(f"{path}:") == 11
-    assert str(first.value).endswith("25 of 26 lines are bad, most of the file")
+    assert str(first.value).endswith(
+        "25 of 26 lines are bad, most of the file; scripts/check_data.py shows what it holds"
+    )
     assert store.bad_lines.count == 25
     assert len(store.lines) == 1
 
@@ -334,7 +339,8 @@ SCRIPT = """
 import os, sys, time
 from pathlib import Path
 import numpy as np
-from dataset.records import UserError, parse_text
+from dataset.records import RecordOptions, UserError, parse_text
+from dataset.text import TextTokenizer
 from dataset.token_store import Encoded, TokenStore
 
 path, events, go = map(Path, sys.argv[1:])
@@ -344,6 +350,8 @@ class Waiting:
     dtype = np.dtype("<u4")
     is_chat = False
     counted = ()
+    options = RecordOptions()
+    prepare = staticmethod(TextTokenizer.prepare)
 
     def parse(self, line):
         return parse_text(line), ()

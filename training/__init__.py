@@ -9,12 +9,14 @@ from .run_files import lock_run
 from .schedule import get_lr
 from .settings import choose_settings
 from .setup import (
+    Rows,
     Setup,
     Splits,
     Stage,
     check_context,
     find_resume,
     load_first_weights,
+    map_sources,
     open_chat_splits,
     open_splits,
     prepare,

@@ -11,6 +11,7 @@ from common import (
     BooleanFlag,
     StageParser,
     UserError,
+    add_parse_think,
     add_skip_bad_lines,
     add_tokenizer_path,
     half_open_unit_interval,
@@ -27,6 +28,7 @@ from common import (
     run_name,
     seed,
     user_path,
+    weighted_path,
 )
 from model import (
     SIZES,
@@ -97,12 +99,18 @@ def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any
 
     data = parser.add_argument_group("data")
     add = data.add_argument
-    add("--data_path", type=user_path, help="JSONL file")
+    sources: dict[str, Any] = {"type": weighted_path, "nargs": "+", "metavar": "PATH[=WEIGHT]"}
+    shares = "files, folders or hf://NAME; of several, with each one's share of the tokens"
+    add("--data_path", **sources, help=shares)
+    final = "shares at the end of the run, approached linearly; sources not named keep theirs"
+    add("--mix_schedule", **sources, default=[], help=final)
+    ends = "begin a source that runs out anew, or go on with the others until the epoch ends"
+    add("--source_end", choices=("repeat", "stop"), default="repeat", help=ends)
     files = {"nargs": "+", "action": "extend", "default": [], "metavar": "[NAME=]PATH"}
-    add("--val_data_path", type=named_path, **files, help="JSONL files to evaluate on")
+    add("--val_data_path", type=named_path, **files, help="data to evaluate on")
     held_out = "share of the documents that is held out for evaluation"
     add("--val_ratio", type=open_unit_interval, help=held_out)
-    scored = "JSONL file to score the best weights on at the end"
+    scored = "data to score the best weights on at the end"
     add("--test_data_path", type=user_path, help=scored)
     add("--max_seq_len", type=number(int, 2), help="positions of a row")
     if packing:
@@ -202,10 +210,34 @@ CHAT_IDENTITY = ("max_turns", "loss_weighting")  # flags below that a resumed ru
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that stages which learn from conversations share besides."""
-    add = parser.add_argument_group("conversations").add_argument
+    group = parser.add_argument_group("conversations")
+    add = group.add_argument
     add("--max_turns", type=positive_int, help="use only this many last turns of each")
     means = "token: mean over the tokens of all answers; sample: each answer counts the same"
     add("--loss_weighting", choices=("token", "sample"), default="token", help=means)
+    add_parse_think(group)
+
+
+def set_sources(args: argparse.Namespace) -> None:
+    """Make `data_path` a path, or of several sources (path, weight); or UserError."""
+    if isinstance(args.data_path, Path):  # the default
+        args.data_path = [(args.data_path, None)]
+    paths, weights = zip(*args.data_path, strict=True)
+    given = [weight for weight in weights if weight is not None]
+    if len(paths) > 1 and given and (len(given) < len(paths) or not all(given)):
+        raise UserError("--data_path: each source needs a weight above 0, or none has one")
+    if len(set(paths)) < len(paths):
+        raise UserError("--data_path: a source is named twice")
+    final = dict(args.mix_schedule)
+    has_all = len(given) == len(paths) and None not in final.values()
+    if final and not (has_all and final.keys() <= {*paths}):
+        raise UserError("--mix_schedule: PATH=WEIGHT of sources that --data_path gives a weight")
+    if final and args.source_end == "stop":
+        raise UserError("--mix_schedule needs --source_end repeat")
+    if final and not any(final.get(path, weight) for path, weight in args.data_path):
+        raise UserError("--mix_schedule: all weights are 0")
+    if len(paths) == 1:
+        args.data_path = paths[0]
 
 
 def parse_stage_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -234,6 +266,7 @@ def parse_stage_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace
         set_min_lr(args)
     if args.warmup_iters is not None and args.warmup_ratio is not None:
         raise UserError("--warmup_ratio and --warmup_iters: give one of them")
+    set_sources(args)
     if args.val_ratio is not None and args.val_data_path:
         raise UserError("--val_ratio and --val_data_path: give one of them")
     names = [name for name, _ in args.val_data_path]

@@ -70,6 +70,12 @@ class Budget:
         """Optimizer steps to the end; an estimate where tokens or time limit the run."""
         return max(0, math.ceil(min(b - a for a, b in self._places(state, self.rows_per_step))))
 
+    def total_tokens(self) -> float | None:
+        """Target tokens of the whole run; None if time alone limits it."""
+        per_step = self.rows_per_step * self.n_tokens / self.n_rows
+        limits = [(self.epochs, self.n_tokens), (self.max_steps, per_step), (self.max_tokens, 1)]
+        return min((n * tokens for n, tokens in limits if n is not None), default=None)
+
     def is_used_up(self, state: TrainState) -> bool:
         """Whether a limit has been reached."""
         places = self._places(state, state.rows_per_step)

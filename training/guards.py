@@ -64,4 +64,4 @@ def find_sample(
     own = bool(bad), int(batches[bad[0] if bad else 0]["sample"][0])
     samples = world.all_gather(own)
     sample = next((sample for is_bad, sample in samples if is_bad), samples[0][1])
-    return f"{dataset.store.path}:{dataset.line_number(sample)}"
+    return dataset.place(sample)

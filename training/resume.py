@@ -40,6 +40,7 @@ class Tally:
     figures: dict[str, float] = field(default_factory=dict)  # the stage's own, summed as the loss
     # (layers, experts): choices that each expert got; empty for dense models.
     expert_load: list[list[float]] = field(default_factory=list)
+    drawn: dict[str, float] = field(default_factory=dict)  # target tokens of each source
 
     def add(
         self,
@@ -68,6 +69,7 @@ class Tally:
         if self.good:
             figures["loss"] = self.loss / self.targets
             figures |= {name: value / self.targets for name, value in self.figures.items()}
+        figures |= {f"share/{name}": n / sum(self.drawn.values()) for name, n in self.drawn.items()}
         figures["lr"] = self.lr
         if self.good:
             figures["grad_norm"] = self.grad_norm / self.good
@@ -90,6 +92,7 @@ class TrainState:
     epoch: int = 0
     row: int = 0  # rows of the epoch that are done
     tokens: int = 0  # target tokens learnt from
+    drawn: dict[str, float] = field(default_factory=dict)  # those of each source of a mixture
     seconds: float = 0.0  # spent in steps
     elapsed: float = 0.0  # wall-clock seconds, of all that --max_minutes counts
     budget_used: bool = False  # whether the run reached the end of its budget

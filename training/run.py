@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from common import UserError
-from dataset import make_loader
+from dataset import Mixture, make_loader
 from diagnosis.report import write_report
 from model import load_trained_state, mean_scores
 
@@ -104,6 +105,8 @@ class Run:
 
     def loader(self, rows: Rows, **order: Any) -> DataLoader:
         """This process's micro-batches of rows; `order`: epoch, start, shuffle of `RowBatches`."""
+        if isinstance(rows, Mixture) and order.get("shuffle"):
+            order["order"] = rows.order(order["epoch"])
         return make_loader(
             rows,
             self.args.batch_size,
@@ -182,6 +185,7 @@ class Run:
         state.step += 1
         tally.steps += 1
         tally.lr = lr
+        drawn = self._drawn(batches)
         load = totals.expert_load
         if load is not None:
             load = self.world.all_reduce_sum(load).tolist()
@@ -197,6 +201,9 @@ class Run:
         state.tokens += round(tokens)
         state.tested = False
         tally.add(sums, targets, tokens, grad_norm, load or [])
+        for name, number in drawn.items():
+            tally.drawn[name] = tally.drawn.get(name, 0) + number
+            state.drawn[name] = state.drawn.get(name, 0) + number
         mean, loss = state.spike_watch.mean, sums["loss"] / targets
         if state.spike_watch.is_spike(loss):
             state.spikes += 1
@@ -204,6 +211,33 @@ class Run:
                 f"step {state.step}: loss spike: {loss:.3f}, running mean {mean:.3f}, first sample "
                 f"{sample()}"
             )
+
+    def _drawn(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Target tokens of a step from each source of a mixture, of all processes."""
+        rows = self.data.train
+        if not isinstance(rows, Mixture):
+            return {}
+        counts = np.zeros(len(rows.parts))
+        for batch in batches:
+            samples = batch["sample"].cpu().numpy()
+            targets = (batch["loss_mask"] > 0).view(len(samples), -1).sum(1).cpu().numpy()
+            sources = rows.sources(samples)
+            counts += np.bincount(sources[samples >= 0], targets[samples >= 0], len(counts))
+        counts = torch.from_numpy(counts).to(self.world.device, self.world.sum_dtype)
+        return dict(zip(rows.parts, self.world.all_reduce_sum(counts).tolist(), strict=True))
+
+    @property
+    def row_length(self) -> int:
+        """Positions of the rows of the next step, with --length_schedule.
+
+        They double in equal parts of the first half of the run, up to --max_seq_len.
+        """
+        shortest, longest = self.args.length_schedule, self.args.max_seq_len
+        if shortest is None or shortest >= longest:
+            return longest
+        step, total = self.budget.place(self.state)
+        doublings = math.ceil(math.log2(longest / shortest))
+        return min(longest, shortest << int(2 * doublings * step / total))
 
     def _skip(self, loss: float, grad_norm: float, where: str) -> None:
         state, scaler = self.state, self.saver.scaler
@@ -326,6 +360,9 @@ class Run:
         self.save()
         if self.ending is not None:
             self.record.print(self.ending)
+        if drawn := self.state.drawn:
+            parts = (f"{name} {n / sum(drawn.values()):.2%}" for name, n in drawn.items())
+            self.record.print(f"target tokens by source: {', '.join(parts)}")
         if self.exit_status == 0 and self.world.is_main:
             self._show_samples()
         if self.world.is_main:

@@ -1,5 +1,9 @@
 """What the model writes: after the prompts of --sample_prompts, and at the end of its run."""
 
+import math
+from itertools import islice
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,21 +46,28 @@ def encode_prompts(setup: Setup) -> list[Tensor]:
 def last_prompts(setup: Setup, data: Splits) -> list[Tensor]:
     """The ids of three prompts from the validation data, or without any from the training data.
 
-    They are beginnings of texts, or conversations up to an answer that is learnt.
+    They are beginnings of texts, or conversations up to an answer that is learnt; of several
+    sources, some of each.
     """
-    rows = next(iter(data.val.values()), data.train)
-    dataset, prompts = rows.dataset, []
-    for index in range(0, len(dataset), max(1, len(dataset) // LAST_SAMPLES)):
-        item = dataset[index]
-        if isinstance(item, dict):  # a pair
-            item = item["x_chosen"], item["y_chosen"], item["mask_chosen"]
-        ids, _, mask = item
-        length = min(FIRST_TOKENS, len(ids) // 2)
-        if setup.stage.chats:
-            length = int(mask.nonzero()[0]) + 1  # Y[i] follows X[i]
-        prompts.append(ids[: max(1, length)])
     room = setup.raw_model.config.max_seq_len - NEW_TOKENS
-    return [prompt for prompt in prompts if len(prompt) <= room][:LAST_SAMPLES]
+    shown, prompts = data.shown(), []
+    each = math.ceil(LAST_SAMPLES / len(shown))
+    for dataset in shown:
+        spread = range(0, len(dataset), max(1, len(dataset) // each))
+        found = (_first_ids(setup, dataset[index]) for index in spread)
+        prompts += islice((ids for ids in found if len(ids) <= room), each)
+    return prompts[:LAST_SAMPLES]
+
+
+def _first_ids(setup: Setup, item: Any) -> Tensor:
+    """The beginning of a text, or a conversation up to an answer that is learnt."""
+    if isinstance(item, dict):  # a pair
+        item = item["x_chosen"], item["y_chosen"], item["mask_chosen"]
+    ids, _, mask = item
+    length = min(FIRST_TOKENS, len(ids) // 2)
+    if setup.stage.chats:
+        length = int(mask.nonzero()[0]) + 1  # Y[i] follows X[i]
+    return ids[: max(1, length)]
 
 
 def write_samples(setup: Setup, prompts: list[Tensor]) -> list[str]:

@@ -1,6 +1,7 @@
 """What a stage begins with: processes, tokenizer, model, data, and the run to resume."""
 
 import argparse
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,16 @@ import torch
 from torch import Tensor
 
 from common import UserError, report_os_errors, write_atomically
-from dataset import PackedRows, PaddedRows, PairRows, SFTDataset, TeacherTopK, collate
+from dataset import (
+    Mixture,
+    PackedRows,
+    PaddedRows,
+    PairRows,
+    RecordOptions,
+    SFTDataset,
+    TeacherTopK,
+    collate,
+)
 from dataset.stored import StoredDataset
 from diagnosis.plan import LearningRates
 from model import (
@@ -43,7 +53,7 @@ KEPT = ("hidden_dim", "multiple_of", "norm_eps", "max_seq_len", "rope_theta")
 KEPT += ("scoring_func", "seq_aux", "norm_topk_prob")
 
 EXAMPLES = 6  # questions that weights keep, to offer them to whoever talks to the model
-Rows = PackedRows | PaddedRows | PairRows | TeacherTopK
+Rows = PackedRows | PaddedRows | PairRows | TeacherTopK | Mixture
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ class Setup:
         values = json_arguments(self.args)
         return {f"--{name}": values[name] for name in flags if name in values} | {
             "--tokenizer_path": self.tokenizer_hash,
-            "--data_path": rows.dataset.store.content,  # what is used of it follows from the flags
+            "--data_path": rows.dataset.content,  # what is used of it follows from the flags
             **self.frozen,
         }
 
@@ -234,12 +244,33 @@ class Splits:
     val: dict[str, Rows]
     test: Rows | None
 
+    def sources(self) -> list[Rows]:
+        """The rows of every source, those to train on first."""
+        test = [] if self.test is None else [self.test]
+        return [*self._train_sources(), *self.val.values(), *test]
+
+    def learnt(self) -> list[StoredDataset]:
+        """What is trained on, by source."""
+        return [rows.dataset for rows in self._train_sources()]
+
+    def shown(self) -> list[StoredDataset]:
+        """What samples and questions are taken from: the validation data, else the training's."""
+        return [rows.dataset for rows in self.val.values()] or self.learnt()
+
+    def _train_sources(self) -> list[Rows]:
+        return [*self.train.parts.values()] if isinstance(self.train, Mixture) else [self.train]
+
+
+def map_sources(rows: Rows, make: Callable[[Rows], Rows]) -> Rows:
+    """What `make` makes of rows, of a mixture those of each source."""
+    return rows.map(make) if isinstance(rows, Mixture) else make(rows)
+
 
 def open_splits(
     setup: Setup,
     find_file: Callable[[Path], Path],
-    dataset: Callable[..., StoredDataset],
-    scored: Callable[..., StoredDataset] | None = None,
+    dataset: "partial[StoredDataset]",
+    scored: "partial[StoredDataset] | None" = None,
     make_rows: Callable[[StoredDataset], Rows] | None = None,
 ) -> Splits:
     """Open the data that the flags name, the smaller files first: their errors show sooner.
@@ -247,7 +278,7 @@ def open_splits(
     Args:
         setup: what has the flags; UserError if it resumes a run of other rows or flags.
         find_file: gives the file of a path (`ensure_sample`).
-        dataset: makes a data set of a file, given the arguments that all of them have.
+        dataset: makes a data set of a source, given the arguments that all of them have.
         scored: makes those that are scored, not learnt from; None: as `dataset`.
         make_rows: makes rows of a data set; None: packed or padded, as --packing is.
     """
@@ -256,23 +287,47 @@ def open_splits(
         packed = partial(PackedRows, row_length=args.max_seq_len)
         make_rows = packed if args.packing else PaddedRows
 
+    encoder = dataset.func.make_encoder(setup.tokenizer, RecordOptions.of(args))
+
     def open_file(path: Path, make: Callable[..., StoredDataset]) -> StoredDataset:
         options = {"cache_dir": args.cache_dir, "skip_bad_lines": args.skip_bad_lines}
-        return make(find_file(path), **options)
+        return make(find_file(path), encoder=encoder, **options)
 
     scored = scored or dataset
     test = make_rows(open_file(args.test_data_path, scored)) if args.test_data_path else None
     val = {name: make_rows(open_file(path, scored)) for name, path in args.val_data_path}
-    train = open_file(args.data_path, dataset)
-    if args.val_ratio is not None:
-        _, held_out = open_file(args.data_path, scored).split(args.val_ratio)
-        train, _ = train.split(args.val_ratio)
-        val = {"held out": make_rows(held_out)}
-    rows = make_rows(train)
+    sources = [(args.data_path, None)] if isinstance(args.data_path, Path) else args.data_path
+    names = source_names([path for path, _ in sources])
+    parts = {}
+    for name, (path, _) in zip(names, sources, strict=True):
+        train = open_file(path, dataset)
+        if args.val_ratio is not None:
+            _, held_out = open_file(path, scored).split(args.val_ratio)
+            train, _ = train.split(args.val_ratio)
+            val[name if len(sources) > 1 else "held out"] = make_rows(held_out)
+        parts[name] = make_rows(train)
+    rows = parts[names[0]]
+    if len(sources) > 1:
+        weights = [
+            part.dataset.n_tokens if w is None else w
+            for part, (_, w) in zip(parts.values(), sources, strict=True)
+        ]
+        final = dict(args.mix_schedule)
+        changed = [final.get(path, weight) for path, weight in sources] if final else None
+        rows = Mixture(parts, weights, args.seed, args.source_end, changed)
     if setup.resume is not None:
         check_identity(setup.path, setup.resume, setup.identity(rows))
         check_output(setup.path, setup.raw_model)
     return Splits(rows, val, test)
+
+
+def source_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each source: that of its file where no other has it, else its path."""
+    stems = [path.stem for path in paths]
+    return [
+        stem if stems.count(stem) == 1 else path.as_posix()
+        for stem, path in zip(stems, paths, strict=True)
+    ]
 
 
 def open_chat_splits(setup: Setup, find_file: Callable[[Path], Path]) -> Splits:
@@ -288,11 +343,14 @@ def open_chat_splits(setup: Setup, find_file: Callable[[Path], Path]) -> Splits:
     )
     learnt = partial(chats, loss_weighting=args.loss_weighting)
     splits = open_splits(setup, find_file, learnt, chats)
-    longest = splits.train.dataset.longest_conversation
-    before = setup.conversations.get("longest_conversation", longest)
-    asked = next(iter(splits.val.values()), splits.train).dataset
+    longest = [dataset.longest_conversation for dataset in splits.learnt()]
+    if before := setup.conversations.get("longest_conversation"):
+        longest.append(before)
+    shown = splits.shown()
+    each = math.ceil(EXAMPLES / len(shown))
+    asked = [text for dataset in shown for text in dataset.questions(setup.tokenizer, each)]
     setup.conversations = {
-        "longest_conversation": {name: max(n, before[name]) for name, n in longest.items()},
-        "examples": asked.questions(setup.tokenizer, EXAMPLES),
+        "longest_conversation": {name: max(n[name] for n in longest) for name in longest[0]},
+        "examples": list(dict.fromkeys(asked))[:EXAMPLES],
     }
     return splits

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from common import UserError, report_os_errors
+from dataset import Mixture
 from diagnosis.plan import Plan
 from model import keep_tokenizer
 
@@ -60,6 +61,11 @@ def start_run(
         notes = notes + changed_arguments(resume.arguments, json_arguments(args))
     state.use_validation(" ".join(rows.dataset.fingerprint for rows in data.val.values()))
     budget = make_budget(setup, data)
+    if args.mix_schedule:
+        total_tokens = budget.total_tokens()
+        if total_tokens is None:
+            raise UserError("--mix_schedule: its end is not known; give --epochs or --max_tokens")
+        data.train.set_total(total_tokens)
     if resume is not None and is_finished(setup, state, data, budget):
         world.log(f"{path}: this run is finished, at step {state.step}; nothing to do")
         return None
@@ -121,6 +127,9 @@ def start_run(
 
 def describe_rows(use: str, rows: Rows) -> list[str]:
     """What there is to train on, to validate on or to test on, and what was left out: lines."""
+    if isinstance(rows, Mixture):
+        parts = [line for part in rows.parts.values() for line in describe_rows(use, part)]
+        return [*parts, *(f"{use} data: {line}" for line in rows.describe())]
     dataset = rows.dataset
     size = (
         f"{dataset.n_documents:,} documents, {dataset.n_tokens:,} target tokens in {len(rows):,} "
