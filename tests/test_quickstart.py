@@ -150,7 +150,8 @@ def test_scores_that_are_too_low_are_named(quickstart):
     both = quickstart["BOTH"]
     misses = quickstart["misses"]
     assert misses({both: good, later: {"overall": 0.7}, **dict.fromkeys(names, alone)}) == []
-    found = misses({both: poor, later: {"overall": 0.69}, names[0]: {"recall": 0.1}, names[1]: alone})
+    low = {names[0]: {"recall": 0.1}, names[1]: alone}
+    found = misses({both: poor, later: {"overall": 0.69}, **low})
     assert [line.split(":")[0] for line in found] == [
         "overall",
         "recall",
