@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from show_batch import painted, print_border
+from show_batch import legend, painted, print_border
 
 from common import (
     UserError,
@@ -177,6 +177,8 @@ def print_lengths(lengths: np.ndarray) -> None:
 def show_examples(dataset: Kinds, n_examples: int, tokenizer: Tokenizer) -> None:
     """Print items from all over the source; what is learnt is coloured or in brackets."""
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    if n_examples and not isinstance(dataset, RLAIFDataset):
+        print(legend(colours))
     for index in np.unique(np.linspace(0, len(dataset) - 1, n_examples, dtype=int)).tolist():
         if isinstance(dataset, RLAIFDataset):
             print_border(dataset.place(index), colours)

@@ -20,7 +20,8 @@ def check(run, tmp_path):
                 content = "".join(json.dumps(record) + "\n" for record in content)
             path.write_text(content, encoding="utf-8")
         done = run(*paths, *words, script="scripts/check_data.py", code=code)
-        return done.stdout.split("══ ")[1:], done.stderr
+        shown = done.stdout.replace("│", "")  # what stands between tokens
+        return shown.split("══ ")[1:], done.stderr
 
     return check
 
