@@ -110,8 +110,6 @@ def test_commands_can_be_typed(page):
     wrong = {}
     for script, *words in commands_of(text_of(page)):
         assert (ROOT / script).is_file(), script
-        if script == "benchmarks/sweep.py":  # the flags of a stage, and --vary
-            script, *words = (word for word in words if word != "--vary")
         if unknown := unknown_flags(script, words):
             wrong[script] = unknown
     assert wrong == {}
