@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import ROOT, UserError, make_parser, report_user_errors
+from common import ROOT, UserError, make_parser, report_user_errors, user_path
 
 FIGURES = ("val_bits_per_byte", "val_accuracy", "val_loss")  # shown of the last evaluation
 
@@ -32,7 +32,7 @@ def last_evaluation(folder: Path) -> dict[str, float]:
 def main() -> None:
     """Train all and print a table."""
     parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument("script", help="a stage's script")
+    parser.add_argument("script", type=user_path, help="a stage's script")
     varied = {"nargs": "+", "action": "append", "default": [], "metavar": ("FLAG", "VALUE")}
     parser.add_argument("--vary", **varied, help="a flag, without --, and its values")
     args, flags = parser.parse_known_args()

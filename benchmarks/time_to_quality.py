@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from common import ROOT, make_parser, positive_float, positive_int, user_path
+from common import ROOT, make_parser, named_path, positive_float, positive_int, user_path
 from dataset import PackedRows, PaddedRows, PretrainDataset, collate
 from dataset.packing import make_loader, pad_row
 from model import SIZES, LMConfig, MiniMindLM, load_tokenizer
@@ -167,11 +167,11 @@ def main() -> None:
     add("--seed", type=positive_int, default=42)
     for flag, default in MINUTES.items():
         add(f"--{flag}", type=positive_float, default=default, metavar="MINUTES")
-    add("--tokenizers", nargs="*", default=[], metavar="RECIPE=FOLDER")
+    add("--tokenizers", type=named_path, nargs="*", default=[], metavar="RECIPE=FOLDER")
     args = harness.parse_flags(parser, batch_size=8)
     default = ROOT / "model" / "minimind_tokenizer"
-    own = dict(word.split("=", 1) for word in args.tokenizers)
-    args.tokenizers = {name: Path(own.get(name, default)) for name in MINUTES}
+    own = dict(args.tokenizers)
+    args.tokenizers = {name: own.get(name, default) for name in MINUTES}
 
     curves: dict[str, Points] = {}
     for name in MINUTES:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def stage_parser():
     return make_stage_parser(
         "A stage.",
-        data_path="data.jsonl",
+        data_path=Path("data.jsonl"),
         from_weight="none",
         learning_rate=5e-4,
         weight_decay=0.1,
@@ -203,7 +203,8 @@ TEXTS = {
         "--api_key",
         "--cors_origin",
     ),
-    *("--prompt", "--system"),
+    *("--prompt", "--system", "--text_column", "--text_template", "--separator", "--name"),
+    "--vary",  # its values go on to the script
 }
 
 
@@ -268,7 +269,7 @@ def test_a_tilde_after_a_name_and_one_of_nobody(monkeypatch, tmp_path):
     assert named_path("~/a=b.jsonl") == ("a=b", tmp_path / "a=b.jsonl")
     args = stage_parser().parse_args(["--from_weight=~/x.pth", "--data_path=~nobody-here/x"])
     assert args.from_weight == str(tmp_path / "x.pth")
-    assert args.data_path == Path("~nobody-here/x")
+    assert args.data_path == [(Path("~nobody-here/x"), None)]
     assert stage_parser().parse_args(["--from_weight", "full_sft"]).from_weight == "full_sft"
 
 
@@ -331,7 +332,8 @@ def test_experts_of_a_run_stay_its_own(run, experts, more, said):
     flag, value = more
     start = ["--from_weight", experts[0] / "pretrain_32_moe.pth", "--run_name", "b"]
     error = run(*experts[1], *start, *more, code=2).stderr
-    assert f"weights of another model: {flag} is {EXPERTS[flag[2:]]} there, {value} here" in error
+    weights = experts[0] / "pretrain_32_moe.pth"
+    assert f"{flag} {value}: {weights} has {EXPERTS[flag[2:]]}; without the flag" in error
 
 
 def test_the_weight_of_the_balance_may_change(run, experts):

@@ -20,7 +20,10 @@ from model import LMConfig, MiniMindLM
 from training import explain_out_of_memory
 from training.guards import SpikeWatch
 
-SHAPE = ["--dim", "32", "--n_layers", "2", "--device", "cpu"]
+BASE = [
+    "--dim", "32", "--n_layers", "2", "--device", "cpu", "--optimizer", "adamw",
+    "--learning_rate", "5e-4", "--epochs", "1",
+]  # fmt: skip
 WORDS = ["red", "green", "blue", "一座山", "河流", "stone", "云"]
 NAN, INF = math.nan, math.inf
 
@@ -140,7 +143,7 @@ def test_a_bad_step_changes_nothing_and_is_reported(
     data = write_lines(tmp_path / "data.jsonl", documents(36))
     poisoned = Poisoned(monkeypatch, {3 * 3 + 1}, spoil, value)
     done = run(
-        *SHAPE, "--data_path", data, "--out_dir", tmp_path, "--max_seq_len", 64, "--no-packing",
+        *BASE, "--data_path", data, "--out_dir", tmp_path, "--max_seq_len", 64, "--no-packing",
         "--batch_size", 2, "--accumulation_steps", 3, "--keep_every", 1, "--log_interval", 1,
     )  # fmt: skip
     # A gradient belongs to the whole window, so the window's first text stands for it.
@@ -161,7 +164,7 @@ def test_it_is_as_if_the_bad_batch_had_not_been_there(run, tmp_path, monkeypatch
     """All texts are the same, so that a run over one batch less sees the same sequence."""
     same = ["the same words in every document"]
     common = [
-        *SHAPE, "--max_seq_len", 32, "--no-packing", "--batch_size", 2, "--accumulation_steps", 2,
+        *BASE, "--max_seq_len", 32, "--no-packing", "--batch_size", 2, "--accumulation_steps", 2,
         "--lr_decay", "constant", "--warmup_iters", 0, "--log_interval", 1,
     ]  # fmt: skip
     data = write_lines(tmp_path / "less.jsonl", 16 * same)
@@ -179,7 +182,7 @@ def test_a_packed_row_is_named_by_its_first_text(run, tmp_path, monkeypatch):
     data = write_lines(tmp_path / "data.jsonl", documents(36))
     poisoned = Poisoned(monkeypatch, {1, 2})
     done = run(
-        *SHAPE, "--data_path", data, "--out_dir", tmp_path, "--max_seq_len", 64, "--batch_size", 2
+        *BASE, "--data_path", data, "--out_dir", tmp_path, "--max_seq_len", 64, "--batch_size", 2
     )
     assert len(poisoned.seen) > 3
     assert skipped_at(done) == {2: poisoned.line(1, data), 3: poisoned.line(2, data)}
@@ -188,7 +191,7 @@ def test_a_packed_row_is_named_by_its_first_text(run, tmp_path, monkeypatch):
 def test_bad_steps_in_a_row_end_the_run(run, tmp_path, monkeypatch):
     data = write_lines(tmp_path / "data.jsonl", documents(24))
     words = [
-        *SHAPE, "--data_path", data, "--out_dir", tmp_path, "--max_seq_len", 64, "--no-packing",
+        *BASE, "--data_path", data, "--out_dir", tmp_path, "--max_seq_len", 64, "--no-packing",
         "--batch_size", 2, "--keep_every", 1, "--max_bad_steps", 3, "--log_interval", 2,
     ]  # fmt: skip
     with monkeypatch.context() as patched:
@@ -218,7 +221,7 @@ def test_a_good_step_starts_the_count_anew(run, tmp_path, monkeypatch):
     data = write_lines(tmp_path / "data.jsonl", documents(20))
     Poisoned(monkeypatch, {1, 2, 4, 5, 7, 8})
     done = run(
-        *SHAPE, "--data_path", data, "--out_dir", tmp_path, "--max_seq_len", 64, "--no-packing",
+        *BASE, "--data_path", data, "--out_dir", tmp_path, "--max_seq_len", 64, "--no-packing",
         "--batch_size", 2, "--max_bad_steps", 3, "--log_interval", 1,
     )  # fmt: skip
     assert list(skipped_at(done)) == [2, 3, 5, 6, 8, 9]
@@ -231,7 +234,7 @@ def test_a_good_step_starts_the_count_anew(run, tmp_path, monkeypatch):
 def test_a_run_that_really_diverges_names_its_learning_rate(run, tmp_path):
     data = write_lines(tmp_path / "data.jsonl", documents(20))
     done = run(
-        *SHAPE, "--data_path", data, "--out_dir", tmp_path, "--max_seq_len", 64, "--no-packing",
+        *BASE, "--data_path", data, "--out_dir", tmp_path, "--max_seq_len", 64, "--no-packing",
         "--batch_size", 1, "--learning_rate", 1e30, "--grad_clip", 1e30,
         code=2,
     )  # fmt: skip
@@ -270,7 +273,7 @@ def two_processes(run, tmp_path_factory):
     wrapper = folder / "wrapper.py"
     wrapper.write_text(WRAPPER, encoding="utf-8")
     done = run(
-        *SHAPE, "--data_path", data, "--val_data_path", val, "--out_dir", folder, "--max_seq_len",
+        *BASE, "--data_path", data, "--val_data_path", val, "--out_dir", folder, "--max_seq_len",
         64, "--batch_size", 2, "--accumulation_steps", 2, "--keep_every", 1, "--log_interval", 1,
         "--no-packing", "--learning_rate", 1e-2, *FLOAT32,
         script=wrapper, processes=2,
@@ -331,7 +334,7 @@ def test_a_garbled_text_is_a_spike_that_is_named(run, tmp_path):
     texts[order[60]] = "q7#Zk!)x@9vW^&j2$Lp%Tb"
     data = write_lines(tmp_path / "data.jsonl", texts)
     done = run(
-        *SHAPE, "--data_path", data, "--out_dir", tmp_path, "--max_seq_len", 32, "--no-packing",
+        *BASE, "--data_path", data, "--out_dir", tmp_path, "--max_seq_len", 32, "--no-packing",
         "--batch_size", 1, "--learning_rate", 1e-2, "--log_interval", 20,
     )  # fmt: skip
     found = re.findall(r"^step (\d+): loss spike.* (\S+)$", done.stdout, re.MULTILINE)
@@ -349,7 +352,7 @@ def test_a_line_of_figures_is_the_mean_since_the_last_one(run, tmp_path, monkeyp
         with monkeypatch.context() as patched:
             Poisoned(patched, {6})
             run(
-                *SHAPE, "--data_path", data, "--out_dir", tmp_path / f"{interval}",
+                *BASE, "--data_path", data, "--out_dir", tmp_path / f"{interval}",
                 "--max_seq_len", 64, "--no-packing", "--batch_size", 2, "--log_interval", interval,
                 "--learning_rate", 1e-2,
             )  # fmt: skip
@@ -380,7 +383,7 @@ def test_the_load_of_experts_by_hand(run, tmp_path, packing):
     texts = documents(30)
     data = write_lines(tmp_path / "data.jsonl", texts)
     run(
-        *SHAPE, "--use_moe", "--data_path", data, "--out_dir", tmp_path, "--max_seq_len", 64,
+        *BASE, "--use_moe", "--data_path", data, "--out_dir", tmp_path, "--max_seq_len", 64,
         "--packing", packing, "--batch_size", 4, "--accumulation_steps", 2, "--seed", 5,
         "--learning_rate", 1e-12, "--log_interval", 1000,
     )  # fmt: skip
@@ -471,7 +474,7 @@ def test_memory_that_really_runs_out(run, tmp_path):
     data = write_lines(tmp_path / "data.jsonl", ["1" * 500] * 256)
     wrapper = tmp_path / "limited.py"
     wrapper.write_text(LIMITED, encoding="utf-8")
-    words = [*SHAPE, "--data_path", data, "--out_dir", tmp_path / "out", "--batch_size", 128]
+    words = [*BASE, "--data_path", data, "--out_dir", tmp_path / "out", "--batch_size", 128]
     done = run(*words, script=wrapper, fresh=True, code=2)
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("train_pretrain.py: error: out of memory; ")

@@ -136,7 +136,7 @@ def weights_of_another_size(place: Place) -> list:
 
 
 def weights_of_another_tokenizer(place: Place) -> list:
-    shape = LMConfig(dim=32, n_layers=1)
+    shape = LMConfig(dim=32, n_layers=2)
     save_weights(place.folder / "my.pth", MiniMindLM(shape), shape, "pretrain", "?")
     return ["--from_weight", place.folder / "my.pth"]
 

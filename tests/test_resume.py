@@ -34,6 +34,7 @@ from training.resume import Resume, TrainState, save_resume
 from training.resume import read_resume as find_valid
 
 ROWS = [*SHAPE, "--max_seq_len", "32", "--batch_size", "2", "--accumulation_steps", "2"]
+ROWS += ["--optimizer", "adamw"]
 WHOLE = [
     *ROWS, "--epochs", "3", "--learning_rate", "3e-3", "--dropout", "0.2", "--val_ratio", "0.2",
     "--save_best", "--save_total_limit", "2", "--keep_every", "5", "--save_interval", "3",

@@ -29,7 +29,9 @@ from training import Run
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 
-ROWS = [*SHAPE, "--max_seq_len", "32", "--dropout", "0.2", "--learning_rate", "3e-3"]
+ROWS = [
+    *SHAPE, "--max_seq_len", "32", "--dropout", "0.2", "--learning_rate", "3e-3", "--epochs", "1",
+]  # fmt: skip
 WHOLE = [
     *ROWS, "--batch_size", "2", "--accumulation_steps", "2", "--epochs", "2", "--log_interval", "2",
     "--val_ratio", "0.2", "--eval_interval", "4", "--save_interval", "3",

@@ -589,10 +589,11 @@ def test_the_text_of_a_record(record, text):
         (b'{"text": "a"', "JSON ends too early"),
         (b'{"text": "\xff"}', "invalid UTF-8 at byte 11"),
         (b'{"text": "\\ud800"}', "surrogates not allowed"),
-        (b'{"txt": "a"}', 'no "conversations", "messages" or "instruction"'),
+        (b'{"txt": "a"}', 'no conversation: its fields are "txt"; nearest: '),
         (b'{"text": 5}', '"text" is a number, not a string'),
         (b'{"conversations": []}', "no assistant message"),
-        (b'{"chosen": [{"content": 1}]}', '"rejected" is missing'),
+        (b'{"chosen": [{"content": 1}]}', 'its fields are "chosen"; nearest: '),
+        (b'{"chosen": [{"content": 1}], "rejected": []}', '"chosen"'),
     ],
 )
 def test_a_bad_line_is_named(line, reason, tmp_path):

@@ -445,7 +445,8 @@ def test_mistakes_are_one_line(prefer, data, tmp_path, words, message):
 def test_missing_weights_are_named(prefer, data, tmp_path):
     done = prefer("--data_path", data, "--out_dir", tmp_path, code=2)
     missing = tmp_path / "full_sft_32.pth"
-    assert done.stderr == f"train_dpo.py: error: --from_weight full_sft: no file {missing}\n"
+    said = f"--from_weight full_sft: no file {missing}; {tmp_path} holds no weights"
+    assert done.stderr == f"train_dpo.py: error: {said}\n"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from dataset import PretrainDataset
 from model import LMConfig, MiniMindLM
 
-SHAPE = ["--dim", "32", "--n_layers", "2", "--device", "cpu"]
+BASE = [
+    "--dim", "32", "--n_layers", "2", "--device", "cpu", "--optimizer", "adamw",
+    "--learning_rate", "5e-4", "--epochs", "1",
+]  # fmt: skip
 WORDS = ["red", "green", "blue", "一座山", "河流", "stone", "云"]
 
 
@@ -92,7 +95,7 @@ def test_the_scores_by_hand(run, tmp_path, tokenizer, use_moe):
     """After some training, on texts shorter and longer than a row."""
     val = [*documents(12, first=500), "云河" * 150, "green " * 64, "green " * 63]
     run(
-        *SHAPE, "--data_path", write_lines(tmp_path / "train.jsonl", documents(40)),
+        *BASE, "--data_path", write_lines(tmp_path / "train.jsonl", documents(40)),
         "--val_data_path", write_lines(tmp_path / "val.jsonl", val), "--use_moe", use_moe,
         "--out_dir", tmp_path, "--max_seq_len", 64, "--batch_size", 4, "--learning_rate", 1e-2,
         "--save_interval", 1000,
@@ -114,7 +117,7 @@ def val_texts():
 def test_the_same_figure_for_any_batches(run, tmp_path, tokenizer, val_texts, packing, batch):
     """A learning rate of 1e-12 leaves the model as it is, whatever it is trained on."""
     run(
-        *SHAPE, "--data_path", write_lines(tmp_path / "train.jsonl", documents(2)),
+        *BASE, "--data_path", write_lines(tmp_path / "train.jsonl", documents(2)),
         "--val_data_path", write_lines(tmp_path / "val.jsonl", val_texts), "--out_dir", tmp_path,
         "--max_seq_len", 64, "--learning_rate", 1e-12, "--batch_size", batch, "--packing", packing,
     )  # fmt: skip
@@ -128,7 +131,7 @@ def test_each_set_and_all_together(run, tmp_path, tokenizer):
     sets = {"zh": ["山水之间", "云" * 40] * 3, "en": documents(9, first=500), "other": ["17 + 4"]}
     paths = {name: write_lines(tmp_path / f"{name}.jsonl", sets[name]) for name in sets}
     run(
-        *SHAPE, "--data_path", write_lines(tmp_path / "train.jsonl", documents(12)),
+        *BASE, "--data_path", write_lines(tmp_path / "train.jsonl", documents(12)),
         "--val_data_path", f"zh={paths['zh']}", f"en={paths['en']}", paths["other"],
         "--out_dir", tmp_path, "--max_seq_len", 64, "--batch_size", 4, "--learning_rate", 1e-2,
     )  # fmt: skip
@@ -148,7 +151,7 @@ def test_each_set_and_all_together(run, tmp_path, tokenizer):
 @pytest.mark.parametrize(("texts", "expected"), [(10, [2, 4, 5]), (8, [2, 4])])
 def test_it_is_evaluated_at_the_interval_and_once_at_the_end(run, tmp_path, texts, expected):
     run(
-        *SHAPE, "--data_path", write_lines(tmp_path / "train.jsonl", documents(texts)),
+        *BASE, "--data_path", write_lines(tmp_path / "train.jsonl", documents(texts)),
         "--val_data_path", write_lines(tmp_path / "val.jsonl", ["red"]), "--out_dir", tmp_path,
         "--max_seq_len", 64, "--no-packing", "--batch_size", 2, "--eval_interval", 2,
     )  # fmt: skip
@@ -159,7 +162,7 @@ def test_watching_changes_nothing(run, tmp_path):
     """Not even the noise of dropout: evaluations take no random numbers and leave train mode on."""
     data = write_lines(tmp_path / "train.jsonl", documents(24))
     common = [
-        *SHAPE, "--data_path", data, "--max_seq_len", 64, "--batch_size", 2, "--dropout", 0.2,
+        *BASE, "--data_path", data, "--max_seq_len", 64, "--batch_size", 2, "--dropout", 0.2,
         "--log_interval", 1,
     ]  # fmt: skip
     run(*common, "--out_dir", tmp_path / "blind")
@@ -232,7 +235,7 @@ def test_what_is_held_out_is_not_trained_on(run, tmp_path, tokenizer, monkeypatc
         inputs.clear()
         out = tmp_path / f"{seed}"
         run(
-            *SHAPE, "--data_path", data, "--val_ratio", 0.15, "--out_dir", out, "--seed", seed,
+            *BASE, "--data_path", data, "--val_ratio", 0.15, "--out_dir", out, "--seed", seed,
             "--max_seq_len", 64, "--no-packing", "--batch_size", 4, "--epochs", 2,
         )  # fmt: skip
         trained = Counter(text_of[ids] for ids in inputs)
@@ -258,7 +261,7 @@ def overfitted(run, tmp_path_factory):
     sets = {"train": documents(12), "val": reverse[::2], "test": reverse[1::2]}
     paths = {name: write_lines(folder / f"{name}.jsonl", texts) for name, texts in sets.items()}
     words = [
-        *SHAPE, "--data_path", paths["train"], "--val_data_path", paths["val"], "--test_data_path",
+        *BASE, "--data_path", paths["train"], "--val_data_path", paths["val"], "--test_data_path",
         paths["test"], "--out_dir", folder / "out", "--save_best", "--eval_interval", 3,
         "--keep_every", 3, "--batch_size", 4, "--no-packing", "--max_seq_len", 64, "--epochs", 6,
         "--learning_rate", 5e-2, "--lr_decay", "constant",
@@ -302,7 +305,7 @@ def test_a_finished_run_that_is_resumed_does_nothing(run, overfitted):
 def test_without_validation_the_last_weights_are_tested(run, tmp_path, tokenizer):
     test = documents(5, first=900)
     run(
-        *SHAPE, "--data_path", write_lines(tmp_path / "train.jsonl", documents(12)),
+        *BASE, "--data_path", write_lines(tmp_path / "train.jsonl", documents(12)),
         "--test_data_path", write_lines(tmp_path / "test.jsonl", test), "--out_dir", tmp_path,
         "--max_seq_len", 64, "--batch_size", 2, "--learning_rate", 1e-2,
     )  # fmt: skip
@@ -317,7 +320,7 @@ def test_best_weights_that_cannot_be_saved_are_missed_at_the_end(run, tmp_path):
     (tmp_path / "out" / "pretrain_32_best.pth").mkdir(parents=True)
     data = write_lines(tmp_path / "train.jsonl", documents(12))
     done = run(
-        *SHAPE, "--data_path", data, "--val_data_path", data, "--out_dir", tmp_path / "out",
+        *BASE, "--data_path", data, "--val_data_path", data, "--out_dir", tmp_path / "out",
         "--max_seq_len", 64, "--save_best",
         code=2,
     )  # fmt: skip
@@ -395,7 +398,7 @@ def test_early_stopping(run, tmp_path, tokenizer, monkeypatch, flags, losses, ma
     text = "red green"
     evaluate_to(monkeypatch, losses, text, tokenizer)
     done = run(
-        *SHAPE, "--data_path", write_lines(tmp_path / "train.jsonl", documents(8)),
+        *BASE, "--data_path", write_lines(tmp_path / "train.jsonl", documents(8)),
         "--val_data_path", write_lines(tmp_path / "val.jsonl", [text]), "--out_dir", tmp_path,
         "--max_seq_len", 64, "--no-packing", "--batch_size", 1, "--eval_interval", 1,
         "--keep_every", 1, *flags,
@@ -421,7 +424,7 @@ def test_a_run_that_stopped_early_does_not_train_on_to_be_tested(
     """--resume with a test set that was not there before scores the best weights, no more."""
     val = write_lines(tmp_path / "val.jsonl", ["red green"])
     words = [
-        *SHAPE, "--data_path", write_lines(tmp_path / "train.jsonl", documents(8)),
+        *BASE, "--data_path", write_lines(tmp_path / "train.jsonl", documents(8)),
         "--val_data_path", val, "--out_dir", tmp_path, "--max_seq_len", 64, "--no-packing",
         "--batch_size", 1, "--eval_interval", 1, "--early_stopping_patience", 2,
     ]  # fmt: skip
@@ -446,7 +449,7 @@ def test_the_record_of_a_run(run, tmp_path, root, monkeypatch):
     pytest.importorskip("matplotlib")
     data = write_lines(tmp_path / "train.jsonl", documents(24))
     run(
-        *SHAPE, "--data_path", data, "--val_ratio", 0.1, "--out_dir", tmp_path / "out",
+        *BASE, "--data_path", data, "--val_ratio", 0.1, "--out_dir", tmp_path / "out",
         "--batch_size", 2, "--max_seq_len", 64, "--log_interval", 2, "--learning_rate", 0.004,
     )  # fmt: skip
     folder = tmp_path / "out" / "logs" / "pretrain_32"
@@ -495,7 +498,7 @@ def test_wandb_gets_the_same_names(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     test = write_lines(tmp_path / "test.jsonl", documents(4, first=900))
     run(
-        *SHAPE, "--data_path", write_lines(tmp_path / "train.jsonl", documents(24)),
+        *BASE, "--data_path", write_lines(tmp_path / "train.jsonl", documents(24)),
         "--val_ratio", 0.1, "--test_data_path", test, "--out_dir", tmp_path, "--batch_size", 2,
         "--max_seq_len", 64, "--log_interval", 2, "--use_moe", "--use_wandb",
     )  # fmt: skip
@@ -510,7 +513,7 @@ def test_wandb_gets_the_same_names(run, tmp_path, monkeypatch):
 def test_a_dry_run_says_what_it_would_do_and_does_nothing(run, tmp_path, monkeypatch):
     data = write_lines(tmp_path / "train.jsonl", documents(24))
     words = [
-        *SHAPE, "--data_path", data, "--val_ratio", 0.25, "--out_dir", tmp_path / "out",
+        *BASE, "--data_path", data, "--val_ratio", 0.25, "--out_dir", tmp_path / "out",
         "--batch_size", 2, "--max_seq_len", 64, "--no-packing",
     ]  # fmt: skip
     run(*words, "--save_interval", 2)
@@ -533,7 +536,7 @@ def test_a_dry_run_leaves_no_trace_but_the_curve(run, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "matplotlib.figure")
     pytest.importorskip("matplotlib")
     data = write_lines(tmp_path / "train.jsonl", documents(24))
-    run(*SHAPE, "--data_path", data, "--out_dir", tmp_path / "out", "--dry_run")
+    run(*BASE, "--data_path", data, "--out_dir", tmp_path / "out", "--dry_run")
     (name,) = contents(tmp_path / "out")
     assert name.startswith("logs/pretrain_32/lr.") and name.endswith(".png")
 
@@ -541,7 +544,7 @@ def test_a_dry_run_leaves_no_trace_but_the_curve(run, tmp_path, monkeypatch):
 def test_the_cost_of_what_is_left(run, tmp_path):
     """At 3,600 per GPU-hour a second costs 1."""
     done = run(
-        *SHAPE, "--data_path", write_lines(tmp_path / "train.jsonl", documents(24)),
+        *BASE, "--data_path", write_lines(tmp_path / "train.jsonl", documents(24)),
         "--out_dir", tmp_path, "--batch_size", 1, "--max_seq_len", 64, "--no-packing",
         "--gpu_price", 3600,
     )  # fmt: skip
