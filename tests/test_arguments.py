@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def stage_parser():
     return make_stage_parser(
         "A stage.",
-        data_path="data.jsonl",
+        data_path=Path("data.jsonl"),
         from_weight="none",
         learning_rate=5e-4,
         weight_decay=0.1,
@@ -196,6 +196,9 @@ SCRIPTS = sorted(
 TEXTS = {
     *(
         "--wandb_project",
+        "--text_column",
+        "--text_template",
+        "--separator",
         "--sample_prompts",
         "--device",
         "--host",
@@ -268,7 +271,7 @@ def test_a_tilde_after_a_name_and_one_of_nobody(monkeypatch, tmp_path):
     assert named_path("~/a=b.jsonl") == ("a=b", tmp_path / "a=b.jsonl")
     args = stage_parser().parse_args(["--from_weight=~/x.pth", "--data_path=~nobody-here/x"])
     assert args.from_weight == str(tmp_path / "x.pth")
-    assert args.data_path == Path("~nobody-here/x")
+    assert args.data_path == [(Path("~nobody-here/x"), None)]
     assert stage_parser().parse_args(["--from_weight", "full_sft"]).from_weight == "full_sft"
 
 
