@@ -388,7 +388,7 @@ def _find_items(record: dict[str, Any], answered: bool = True) -> tuple[list[Any
     if "history" not in record:
         # A prompt may hold answers of its own, which are not learnt.
         items = [{**item, "train": False} if isinstance(item, dict) else item for item in items]
-    if answer in record or answered:
+    if answered or isinstance(record.get(answer), str | list | dict):
         if isinstance(record.get(answer), list | dict):
             return [*items, *as_messages(record[answer], "assistant", f'"{answer}"')], ""
         text = expect(record.get(answer), str, f'"{answer}"')
