@@ -111,7 +111,9 @@ def record_kind(record: Record) -> Kind | None:
         if not isinstance(record, bytes):
             return None
         names = {name for name in FIELDS if f'"{name}"'.encode() in record}
-    shape = find_shape(names) or find_shape({*names, "output"})
+    shape = find_shape(names)
+    for missing in ("output", "rejected", "chosen"):
+        shape = shape or find_shape({*names, missing})
     return None if shape is None else shape.kind
 
 
@@ -155,7 +157,7 @@ class ParsedChat(NamedTuple):
 def record_text(record: Record) -> str:
     """All text of a record, of a pair the chosen side, joined by newlines. Raises RecordError."""
     kind = record_kind(record)
-    if kind == "text":
+    if kind in ("text", None):
         return parse_text(record)
     messages = parse_preference(record).chosen if kind == "pair" else parse_chat(record).messages
     parts = [message.get(name) for message in messages for name in ("reasoning_content", "content")]
@@ -386,7 +388,7 @@ def _find_items(record: dict[str, Any], answered: bool = True) -> tuple[list[Any
     if "history" not in record:
         # A prompt may hold answers of its own, which are not learnt.
         items = [{**item, "train": False} if isinstance(item, dict) else item for item in items]
-    if answered or record.get(answer) is not None:
+    if answered or isinstance(record.get(answer), str | list | dict):
         if isinstance(record.get(answer), list | dict):
             return [*items, *as_messages(record[answer], "assistant", f'"{answer}"')], ""
         text = expect(record.get(answer), str, f'"{answer}"')

@@ -196,6 +196,9 @@ SCRIPTS = sorted(
 TEXTS = {
     *(
         "--wandb_project",
+        "--text_column",
+        "--text_template",
+        "--separator",
         "--sample_prompts",
         "--device",
         "--host",

@@ -642,7 +642,7 @@ def test_a_line_keeps_what_it_holds(run, chat_dir, tmp_path):
             ({}, "answer"),
             ({"answer": "gold"}, "response"),
             ({"answer": None, "response": 1}, "response_2"),
-            ({"answer": "1", "response": 1, "response_2": 2}, "response_3"),
+            ({"answer": 1, "response": 1, "response_2": 2}, "response_3"),
         ]
     ):
         lines = [{"prompt": "Hi"}, {"prompt": "Hi", **extra}]

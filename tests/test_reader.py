@@ -421,6 +421,7 @@ def test_text_is_cut_at_separators(tmp_path, monkeypatch, chunk):
     assert ([r["text"] for r in texts], lines) == (["one\n\ntwo", "three"], [1, 5])
 
 
+@settings(deadline=None)
 @given(st.text("ab\n ", min_size=1, max_size=60), st.integers(1, 9), st.integers(1, 9))
 def test_long_text_is_cut_into_documents(tmp_path_factory, text, longest, chunk):
     """They hold all of it, blank lines aside, and are not longer than they may be."""

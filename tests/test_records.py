@@ -3,7 +3,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import UserError
@@ -624,6 +624,7 @@ def test_a_bad_conversation_is_refused_with_its_reason(record, reason):
     assert len(str(error.value)) < 120
 
 
+@settings(deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

@@ -589,7 +589,7 @@ def test_the_text_of_a_record(record, text):
         (b'{"text": "a"', "JSON ends too early"),
         (b'{"text": "\xff"}', "invalid UTF-8 at byte 11"),
         (b'{"text": "\\ud800"}', "surrogates not allowed"),
-        (b'{"txt": "a"}', 'no conversation: its fields are "txt"; nearest: '),
+        (b'{"txt": "a"}', 'no text: its fields are "txt"; nearest: text ("text")'),
         (b'{"text": 5}', '"text" is a number, not a string'),
         (b'{"conversations": []}', "no assistant message"),
         (b'{"chosen": [{"content": 1}]}', 'its fields are "chosen"; nearest: '),
