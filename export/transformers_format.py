@@ -183,12 +183,14 @@ def transformers_config(config: LMConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def copy_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> None:
-    """Copy the two files of a tokenizer, with a class that every version of transformers knows."""
+    """Copy a tokenizer's files as two, with a class that every version of transformers knows."""
     source = Path(tokenizer.name_or_path)
     (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
     settings = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings["model_max_length"] = max_seq_len
+    if tokenizer.chat_template:  # which may be in a file of its own
+        settings["chat_template"] = tokenizer.chat_template
     write_json(folder / "tokenizer_config.json", settings)
 
 

@@ -65,6 +65,7 @@ def trained(tmp_path_factory, run, sample_dir, quick) -> Path:
         lines[name].write_text("\n".join(text), encoding="utf-8")
     common = ["--out_dir", out_dir, "--n_layers", 2, "--batch_size", 8, "--max_seq_len", 128]
     common += ["--learning_rate", 5e-3, "--device", "cpu"]
+    common += ["--optimizer", "adamw", "--epochs", 1]
     for dim, moe in ((64, False), (32, True)):
         flags = [*common, "--dim", dim, "--use_moe", moe, "--data_path"]
         run(*flags, lines["pretrain"])

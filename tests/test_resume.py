@@ -215,7 +215,8 @@ def test_two_damaged_resume_files_start_a_run(run, data, unbroken, out):
     assert re.search("--resume: nothing .* new run", done.stdout)
     (moved,) = (out / "replaced").iterdir()
     after = {path.relative_to(moved): kept for path, kept in snapshot(moved).items()}
-    assert before.items() <= after.items()
+    moving = {path: kept for path, kept in before.items() if path.parts[0] != "tokenizers"}
+    assert moving.items() <= after.items()
     assert_same(result(out), unbroken())
 
 

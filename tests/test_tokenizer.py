@@ -592,7 +592,7 @@ def test_the_text_of_a_record(record, text):
         (b'{"txt": "a"}', 'no text: its fields are "txt"; nearest: text ("text")'),
         (b'{"text": 5}', '"text" is a number, not a string'),
         (b'{"conversations": []}', "no assistant message"),
-        (b'{"chosen": [{"content": 1}]}', 'its fields are "chosen"; nearest: '),
+        (b'{"chosen": [{"content": 1}]}', '"rejected" is missing'),
         (b'{"chosen": [{"content": 1}], "rejected": []}', '"chosen"'),
     ],
 )
