@@ -32,9 +32,10 @@ ERRORS = {
 def folder(tmp_path_factory, tokenizer):
     out = tmp_path_factory.mktemp("out")
     model = random_model(dim=64)
-    save_tuned(model, out, tokenizer, "full_sft_64")
-    save_tuned(model, out, tokenizer, "pretrain_64", "pretrain")
-    save_tuned(model, out, tokenizer, "full_sft_64_a&b")
+    known = {"longest_conversation": {"exchanges": 2, "tokens": 40}, "examples": ["Who?"]}
+    save_tuned(model, out, tokenizer, "full_sft_64", conversations=known)
+    save_tuned(model, out, tokenizer, "pretrain_64", "pretrain", known)
+    save_tuned(model, out, tokenizer, "full_sft_64_a&b", conversations=known)
     return out
 
 

@@ -330,6 +330,8 @@ def script(backend, folder):
 @pytest.fixture
 def opened(root, tmp_path, monkeypatch):
     """Open the page on a source of answers, at an address with these parameters."""
+    # AppTest leaves its script there, which later processes would run as they are spawned.
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     monkeypatch.syspath_prepend(root / "scripts")
     testing = pytest.importorskip("streamlit.testing.v1")
 

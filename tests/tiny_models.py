@@ -49,10 +49,12 @@ def save_tuned(
     tokenizer: PreTrainedTokenizerBase,
     name: str = "full_sft_32",
     stage: str = "full_sft",
+    conversations: dict | None = None,
 ) -> Path:
     """Write a model as a stage leaves it, by default the second."""
     path = folder / f"{name}.pth"
-    save_weights(path, model, model.config, stage, tokenizer_hash(tokenizer))
+    hash_ = tokenizer_hash(tokenizer)
+    save_weights(path, model, model.config, stage, hash_, conversations=conversations)
     return path
 
 
