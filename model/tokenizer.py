@@ -60,8 +60,11 @@ def keep_tokenizer(tokenizer: Tokenizer, out_dir: Path, hash_: str) -> None:
     temporary = folder.with_name(f".{hash_}.{os.getpid()}.tmp")
     try:
         tokenizer.save_pretrained(temporary)
-        with suppress(FileExistsError, PermissionError):  # another run was faster
+        try:
             temporary.rename(folder)
+        except OSError:
+            if not (folder / "tokenizer.json").is_file():  # else another run was faster
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -14,6 +14,7 @@ import hashlib
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,6 +51,7 @@ from dataset import (
     record_text,
 )
 from dataset.fields import parse_object
+from dataset.reader import Place, Record
 from dataset.records import BadLines
 from dataset.shapes import find_shape
 from model import Tokenizer, load_tokenizer
@@ -72,9 +74,30 @@ class Survey:
 
 
 def survey(path: Path, options: RecordOptions) -> Survey:
-    """Look at all records of a source. UserError if it cannot be read."""
+    """Look at all records of a source. UserError if it cannot be read.
+
+    Records with a "label" of which no two make a pair are what they are without it.
+    """
+    paired = pair_judged(read_records(path, options.separator), BadLines())
+    found = _count(paired, options)
+    if found.total:
+        return found
+    return _count(_without_labels(read_records(path, options.separator)), options)
+
+
+def _without_labels(records: Iterable[tuple[Place, Record]]) -> Iterator[tuple[Place, Record]]:
+    for place, record in records:
+        try:
+            values = parse_object(record)
+        except RecordError:
+            yield place, record
+        else:
+            yield place, {name: value for name, value in values.items() if name != "label"}
+
+
+def _count(records: Iterable[tuple[Place, Record]], options: RecordOptions) -> Survey:
     found, seen = Survey(), set()
-    for _, record in pair_judged(read_records(path, options.separator), BadLines()):
+    for _, record in records:
         found.total += 1
         try:
             values = parse_object(record)

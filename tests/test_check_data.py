@@ -66,3 +66,13 @@ def test_nothing_usable_is_exit_status_2(check, tmp_path):
     (bad, good), error = check(files, "--examples", 0, code=2)
     assert "1 records: conversation (1)" in good and "records" not in bad
     assert f"{tmp_path}/bad.jsonl: not one good line in 1" in error
+
+
+def test_a_label_of_what_is_not_judged(check):
+    """Conversations and texts that have such a column are what they are without it."""
+    ((chats,), _) = check({"chats.jsonl": [{**CHAT, "label": 1}] * 3})
+    assert "3 records: conversation (3)" in chats
+    ((pairs,), _) = check(
+        {"pairs.jsonl": [{"prompt": "a", "completion": w, "label": w == "x"} for w in "xy"]}
+    )
+    assert "1 records: " in pairs

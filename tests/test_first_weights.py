@@ -154,3 +154,38 @@ def test_the_server_offers_them_by_folder_and_name(nested):
     finally:
         pool.close()
     assert describe_weights(nested / "a" / "b") == []
+
+
+def test_a_resumed_run_keeps_its_own_configuration(run, texts, tokenizer, tmp_path):
+    """Though the weights that it started from are gone: what the flags do not tell, as well."""
+    start = save_start(tmp_path, tokenizer, hidden_dim=80)
+    shape = ["--dim", 48, "--n_layers", 1, "--n_heads", 4, "--n_kv_heads", 1]
+    words = ["--from_weight", start, "--data_path", texts, *WORDS, "--run_name", "next", *shape]
+    run(*words, "--out_dir", tmp_path)
+    for path in (start, start.with_suffix(".json")):
+        path.unlink()
+    words[words.index("--max_steps") + 1] = 2
+    run(*words, "--out_dir", tmp_path, "--resume")
+    there = config(tmp_path, "pretrain_48_next")
+    assert (there["hidden_dim"], there["rope_theta"]) == (80, 1e4)
+
+
+def test_two_runs_that_keep_a_tokenizer_at_once(tokenizer, tmp_path, monkeypatch):
+    """The other one is faster, after the look whether it is there."""
+    kept, save = kept_tokenizer(tmp_path, "abc"), type(tokenizer).save_pretrained
+
+    def save_twice(self, folder):
+        save(self, kept)
+        return save(self, folder)
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", save_twice)
+    keep_tokenizer(tokenizer, tmp_path, "abc")
+    assert [path.name for path in kept.parent.iterdir()] == ["abc"]
+    assert (kept / "tokenizer.json").is_file()
+
+
+def test_a_folder_that_is_in_the_way_of_a_tokenizer(tokenizer, tmp_path):
+    kept = kept_tokenizer(tmp_path, "abc")
+    (kept / "notes").mkdir(parents=True)
+    with pytest.raises(OSError):
+        keep_tokenizer(tokenizer, tmp_path, "abc")

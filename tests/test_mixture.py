@@ -1,9 +1,14 @@
 """Several sources by weight: shares, order, repeats, changes of weights."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
 from dataset.mixture import Mixture
+from training import Run
+from training.distributed import find_processes
 
 
 class Data:
@@ -115,6 +120,26 @@ def test_rows_know_where_they_come_from():
         "c:0",
     ]
     assert mixed.sources(np.array([0, 299, 300, 1349])).tolist() == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("per_sample", "targets", "wanted"),
+    [
+        (1, [5, 2, 7], {"a": 5, "b": 2, "c": 7}),
+        (2, [5, 2, 7, 1, 3, 4], {"a": 6, "b": 5, "c": 11}),  # all chosen, then all rejected
+        (1, [5, 1, 2, 3, 7, 4], {"a": 6, "b": 5, "c": 11}),  # each row cut in two
+    ],
+)
+def test_targets_are_counted_for_their_source(per_sample, targets, wanted):
+    stage = SimpleNamespace(sequences_per_row=per_sample)
+    run = SimpleNamespace(
+        data=SimpleNamespace(train=mixture()),
+        setup=SimpleNamespace(stage=stage),
+        world=find_processes("cpu", ddp=False),
+    )
+    mask = (torch.arange(8) < torch.tensor(targets)[:, None]).float()
+    batch = {"sample": torch.tensor([3, 300, 400]), "loss_mask": mask}
+    assert Run._drawn(run, [batch]) == wanted
 
 
 def test_other_weights_are_another_content():

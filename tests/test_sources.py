@@ -1,6 +1,7 @@
 """Training on several sources: what is drawn, what is recorded, and that a run resumes exactly."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from interruptions import SHAPE, assert_same, killed, read_metrics, result, writ
 from test_train_full_sft import chat, known_of, write_chats
 
 from dataset import shorten_rows
+from dataset.mixture import Mixture
 from training import Run
 
 WORDS = [
@@ -75,6 +77,7 @@ def test_killed_and_resumed_is_as_not_killed(run, sources, tmp_path, variant):
         (["--data_path", "{a}", "{a}"], "--data_path: a source is named twice"),
         (["--data_path", "{a}=-1", "{b}=1"], "a weight is at least 0"),
         (["--data_path", "{a}", "{b}", "--mix_schedule", "{a}=1"], "--mix_schedule: PATH=WEIGHT"),
+        (["--data_path", "{a}=1", "--mix_schedule", "{a}=2"], "--mix_schedule needs several"),
         (
             ["--data_path", "{a}=1", "{b}=1", "--mix_schedule", "{code}=1"],
             "--mix_schedule: PATH=WEIGHT",
@@ -89,6 +92,21 @@ def test_mistakes_are_one_line(run, sources, tmp_path, words, named):
     words = [str(word).format(**sources) for word in words]
     done = run(*SHAPE, *words, "--out_dir", tmp_path, code=2)
     assert named in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_longer_run_goes_on_with_the_rows_that_are_left(run, sources, tmp_path):
+    """Weights that change with another end would give other rows, some of them once more."""
+    words, ends, set_total = words_of(sources, tmp_path, "schedule"), [], Mixture.set_total
+
+    def note_end(mixture, tokens):
+        ends.append(tokens)
+        set_total(mixture, tokens)
+
+    with mock.patch.object(Mixture, "set_total", note_end):
+        with killed(4, Run, "add_step"):
+            run(*words)
+        run(*words, "--resume", "--epochs", 3)
+    assert len(ends) == 2 and ends[0] == ends[1]
 
 
 def test_rows_are_shortened_without_losing_a_target():

@@ -232,6 +232,8 @@ def set_sources(args: argparse.Namespace) -> None:
     has_all = len(given) == len(paths) and None not in final.values()
     if final and not (has_all and final.keys() <= {*paths}):
         raise UserError("--mix_schedule: PATH=WEIGHT of sources that --data_path gives a weight")
+    if final and len(paths) < 2:
+        raise UserError("--mix_schedule needs several sources in --data_path")
     if final and args.source_end == "stop":
         raise UserError("--mix_schedule needs --source_end repeat")
     if final and not any(final.get(path, weight) for path, weight in args.data_path):

@@ -93,6 +93,7 @@ class TrainState:
     row: int = 0  # rows of the epoch that are done
     tokens: int = 0  # target tokens learnt from
     drawn: dict[str, float] = field(default_factory=dict)  # those of each source of a mixture
+    mixture_tokens: float | None = None  # at which --mix_schedule ends, as the run began
     seconds: float = 0.0  # spent in steps
     elapsed: float = 0.0  # wall-clock seconds, of all that --max_minutes counts
     budget_used: bool = False  # whether the run reached the end of its budget

@@ -220,7 +220,10 @@ class Run:
         counts = np.zeros(len(rows.parts))
         for batch in batches:
             samples = batch["sample"].cpu().numpy()
-            targets = (batch["loss_mask"] > 0).view(len(samples), -1).sum(1).cpu().numpy()
+            # Of a pair all chosen rows come first; parts of a row that is cut are neighbours.
+            targets = (batch["loss_mask"] > 0).sum(1)
+            targets = targets.view(self.setup.stage.sequences_per_row, len(samples), -1)
+            targets = targets.sum((0, 2)).cpu().numpy()
             sources = rows.sources(samples)
             counts += np.bincount(sources[samples >= 0], targets[samples >= 0], len(counts))
         counts = torch.from_numpy(counts).to(self.world.device, self.world.sum_dtype)
@@ -414,7 +417,7 @@ def next_commands(setup: Setup) -> list[str]:
     commands = [shlex.join(["python", "eval_model.py", "--weight", weights])]
     if not setup.stage.chats:
         tune = ["python", "train_full_sft.py", "--from_weight", weights]
-        commands.append(f"{shlex.join(tune)} --data_path chats.jsonl (your conversations)")
+        commands.append(f"{shlex.join(tune)} --data_path chats.jsonl  # your conversations")
     return commands
 
 

@@ -63,6 +63,8 @@ def choose_settings(setup: Setup, data: Splits) -> None:
         left_open.remove("epochs")  # a budget replaces them
     stored = setup.world.broadcast(setup.resume and setup.resume.arguments) or {}
     kept = [name for name in left_open if stored.get(name) is not None]
+    if "learning_rate" in kept and args.min_lr is None:
+        args.min_lr = stored["min_lr"]  # perhaps given, and of this rate
     for name in kept:
         setattr(args, name, stored[name])
     if kept:
@@ -79,8 +81,10 @@ def choose_settings(setup: Setup, data: Splits) -> None:
             _known_passes(setup, data),
         )
         enough = TOKENS_PER_PARAMETER * count_parameters(setup.raw_model).active
+        reason = f"{format_number(len(rows) * args.max_seq_len)} positions of data"
         if (args.size or args.depth) and found.epochs * data.train.dataset.n_tokens > enough:
             found = found._replace(epochs=enough / data.train.dataset.n_tokens)
+            reason = f"{TOKENS_PER_PARAMETER} tokens per parameter"
         share = args.accumulation_steps * setup.world.world_size
         values = {**found._asdict(), "batch_size": max(1, found.rows_per_step // share)}
         for name in chosen:
@@ -88,7 +92,7 @@ def choose_settings(setup: Setup, data: Splits) -> None:
         reasons = {
             "batch_size": f"{STEPS} steps or more, where the data allow it",
             "learning_rate": f"{args.optimizer} with {format_number(n_parameters)} parameters",
-            "epochs": f"{format_number(len(rows) * args.max_seq_len)} positions of data",
+            "epochs": reason,
         }
         setup.notes += [f"chosen: {_flags(args, [name])} ({reasons[name]})" for name in chosen]
     set_min_lr(args)

@@ -5,7 +5,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,12 +124,8 @@ def prepare(args: argparse.Namespace, stage: Stage) -> Setup:
     seed_everything(args.seed)
     names = ("dim", "n_layers", "n_heads", "n_kv_heads", *(MOE_DEFAULTS if args.use_moe else ()))
     shape = {name: getattr(args, name) for name in names}
-    start = _find_first_weights(args)
-    about = start and read_about(start)
-    kept = {name: getattr(about["config"], name) for name in KEPT} if about else {}
     try:
         config = LMConfig(
-            **kept,
             **shape,
             use_moe=args.use_moe,
             vocab_size=len(tokenizer),
@@ -142,10 +138,13 @@ def prepare(args: argparse.Namespace, stage: Stage) -> Setup:
     except ValueError as error:
         flags = " ".join(f"--{name} {value}" for name, value in shape.items())
         raise UserError(f"{flags}: {error}") from None
+    path = weights_path(args.out_dir, stage.name, config, args.run_name)
+    start = path if args.resume and path.is_file() else _find_first_weights(args)
+    if about := start and read_about(start):
+        config = replace(config, **{name: getattr(about["config"], name) for name in KEPT})
     check_context(args.max_seq_len, config)
     raw_model = MiniMindLM(config)
     raw_model.gradient_checkpointing = args.gradient_checkpointing
-    path = weights_path(args.out_dir, stage.name, config, args.run_name)
     return Setup(args, stage, world, dtype, tokenizer, raw_model, path, started=started)
 
 

@@ -62,10 +62,11 @@ def start_run(
     state.use_validation(" ".join(rows.dataset.fingerprint for rows in data.val.values()))
     budget = make_budget(setup, data)
     if args.mix_schedule:
-        total_tokens = budget.total_tokens()
-        if total_tokens is None:
+        if state.mixture_tokens is None:
+            state.mixture_tokens = budget.total_tokens()
+        if state.mixture_tokens is None:
             raise UserError("--mix_schedule: its end is not known; give --epochs or --max_tokens")
-        data.train.set_total(total_tokens)
+        data.train.set_total(state.mixture_tokens)  # another one would give other rows
     if resume is not None and is_finished(setup, state, data, budget):
         world.log(f"{path}: this run is finished, at step {state.step}; nothing to do")
         return None
