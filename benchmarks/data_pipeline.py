@@ -122,11 +122,11 @@ def measure_open(path: Path, tokenizer_path: Path, folder: Path, row_length: int
     """Open the data as a stage script does, building what is not there yet."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     with peak_memory() as memory:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         dataset = PretrainDataset(path, tokenizer, row_length + 1, cache_dir=folder)
         PackedRows(dataset, row_length)
-        seconds = time.perf_counter() - start
-    return {"s": seconds, **memory}
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    return {"s": seconds, "cpu_s": cpu_seconds, **memory}
 
 
 def measure_epoch(
@@ -169,7 +169,8 @@ def compare_containers(path: Path, folder: Path, args: argparse.Namespace) -> No
         if args.containers == "tokenise":
             options = (file, args.tokenizer_path, folder, args.max_seq_len)
             opened = in_own_process(measure_open, *options)
-            line += f"; tokenised in {opened['s']:.1f} s, RssAnon {opened['peak_mb']:,.0f} MB"
+            line += f"; tokenised at {read['mb'] / opened['cpu_s']:.2f} MB/s"
+            line += f", RssAnon {opened['peak_mb']:,.0f} MB"
         print(line, flush=True)
         file.unlink()
 

@@ -18,6 +18,7 @@ from .records import (
     record_kind,
     record_text,
 )
+from .stored import NoItems
 from .teacher import TeacherTopK, collate_with_teacher
 from .text import LANGUAGES, language
 from .turns import fit_prompt

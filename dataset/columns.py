@@ -1,7 +1,8 @@
 """Records of files that keep them by column, and of data sets that their own libraries read."""
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,19 @@ SCHEMES = ("hf:", "ms:")  # what the paths of data sets on a hub begin with
 Row = tuple[int, dict[str, Any]]  # its number, from 1, and its values by column
 
 
+def check_columns(names: Iterable[str], place: object) -> None:
+    """Raise UserError, with the place of the names, if two columns have the same one."""
+    for name, number in Counter(filter(None, names)).items():
+        if number > 1:
+            raise UserError(f'{place}: {number} columns have the name "{name}"; rename or drop one')
+
+
 def read_parquet(path: Path) -> Iterator[Row]:
     """The rows of a Parquet file. UserError if it is damaged, or pyarrow is not installed."""
     pyarrow, parquet = need("pyarrow", path), need("pyarrow.parquet", path)
     try:
         with parquet.ParquetFile(path, pre_buffer=False) as file:
+            check_columns(file.schema_arrow.names, path)
             batches = file.iter_batches(ROWS, use_threads=False)
             yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
     except pyarrow.ArrowException as error:
@@ -34,10 +43,11 @@ def read_arrow(path: Path) -> Iterator[Row]:
         with pyarrow.memory_map(str(path)) as file:
             is_stream = file.read(6) != b"ARROW1"
             file.seek(0)
+            reader = ipc.open_stream(file) if is_stream else ipc.open_file(file)
+            check_columns(reader.schema.names, path)
             if is_stream:
-                batches = iter(ipc.open_stream(file))
+                batches = iter(reader)
             else:
-                reader = ipc.open_file(file)
                 batches = map(reader.get_batch, range(reader.num_record_batches))
             parts = (batch[i : i + ROWS] for batch in batches for i in range(0, len(batch), ROWS))
             yield from enumerate((row for part in parts for row in part.to_pylist()), 1)

@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 
 from common import UserError
 
-from .columns import hub_name, is_on_hub, read_arrow, read_hub, read_parquet, saved_files
+from .columns import (
+    check_columns,
+    hub_name,
+    is_on_hub,
+    read_arrow,
+    read_hub,
+    read_parquet,
+    saved_files,
+)
 from .fields import MAX_LINE_BYTES, RecordError, explain_encoding
 from .streams import CHUNK_BYTES, DAMAGED, SUFFIXES, open_stream
 
@@ -214,20 +222,23 @@ def _read_array(path: Path, separator: str | None) -> Iterator[tuple[int, bytes]
 
 
 def _read_table(path: Path, separator: str | None) -> Iterator[tuple[int, Record]]:
-    """The rows of a CSV or TSV file by the names in its first line; cells are strings."""
+    """The rows of a CSV or TSV file, blank ones aside, by the names in the first; all strings."""
     csv.field_size_limit(MAX_LINE_BYTES)
     with _open_text(path, "") as file:
-        head = file.readline()
+        blank = 0
+        while (head := file.readline()).isspace():
+            blank += 1
         delimiter = max(",\t;", key=head.count)
         rows = csv.reader(chain([head], file), delimiter=delimiter)
-        line = 1
+        line = blank + 1
         try:
             names = next(rows)
-            line = rows.line_num + 1
+            check_columns(names, f"{path}:{line}")
+            line = blank + rows.line_num + 1
             for row in rows:
                 if row:
                     yield line, _as_record(names, row)
-                line = rows.line_num + 1
+                line = blank + rows.line_num + 1
         except csv.Error as error:
             raise UserError(f"{path}:{line}: the table is broken ({error})") from None
 

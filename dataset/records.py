@@ -264,7 +264,7 @@ def pair_judged(
             yield place, error
             continue
         if judged is None:
-            yield place, record
+            yield place, values
             continue
         prompt, completion = judged
         label = bool(values["label"])

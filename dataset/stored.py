@@ -29,6 +29,10 @@ CHUNK = 1 << 16  # rows of a table looked at together
 CHUNK_TOKENS = 1 << 20  # or tokens
 
 
+class NoItems(UserError):
+    """A source has records, but no item can be made of them."""
+
+
 class StoredDataset(Dataset, ABC):
     """Items made of the documents of a token store.
 
@@ -96,7 +100,7 @@ class StoredDataset(Dataset, ABC):
         """Two data sets that share no record: one to train on, and `val_ratio` of all held out.
 
         Which records are held out depends on their number and the ratio alone, so that runs with
-        different seeds are measured on the same ones. Raises UserError if a part has no items.
+        different seeds are measured on the same ones. Raises NoItems if a part has none.
         """
         if self._n_records < 2:
             raise UserError(f"{self.store.path}: one document cannot be split for validation")
@@ -134,7 +138,7 @@ class StoredDataset(Dataset, ABC):
         self._items = build_once(folder, self._COLUMNS, write)
         if len(self) == 0:
             problem = "nothing to learn, or nothing that fits; a larger --max_seq_len may help"
-            raise UserError(f"{self.store.path}: {problem}")
+            raise NoItems(f"{self.store.path}: {problem}")
 
     def _count(self, records: np.ndarray) -> dict[str, int]:
         """The number of some records, and what the encoder counted in them."""

@@ -254,8 +254,14 @@ def _read_batches(
     Yields the places of the good records, these records, and the bytes of all.
     """
     places, parsed, n_bytes = [], [], 0
-    for place, record in encoder.prepare(read_records(path, encoder.options.separator), bad_lines):
-        n_bytes += len(record if isinstance(record, bytes) else repr(record))
+
+    def read() -> Iterator[tuple[Place, Record]]:
+        nonlocal n_bytes
+        for place, record in read_records(path, encoder.options.separator):
+            n_bytes += len(record if isinstance(record, bytes) else repr(record))
+            yield place, record
+
+    for place, record in encoder.prepare(read(), bad_lines):
         bad_lines.total += 1
         try:
             parsed.append(encoder.parse(record))

@@ -37,6 +37,7 @@ from common import (
 from dataset import (
     LANGUAGES,
     DPODataset,
+    NoItems,
     PackedRows,
     PretrainDataset,
     RecordError,
@@ -138,9 +139,7 @@ def open_as(kind: str, path: Path, args: argparse.Namespace, tokenizer: Tokenize
         return PretrainDataset(path, tokenizer, args.max_seq_len + 1, **options)
     try:
         return SFTDataset(path, tokenizer, args.max_seq_len + 1, **options)
-    except UserError as error:
-        if "nothing to learn" not in str(error):
-            raise
+    except NoItems:
         return RLAIFDataset(path, tokenizer, args.max_seq_len + 1, **options)
 
 

@@ -292,10 +292,32 @@ def test_tables(tmp_path, suffix, delimiter):
         table.writeheader()
         table.writerows(RECORDS)
     assert fields_of(path) == (RECORDS, [2, 3, 4, 6, 7])
+    text = path.read_text(encoding="utf-8-sig")
+    later = write(tmp_path / f"later{suffix}", f"\ufeff\n  \n{text}".encode())
+    assert fields_of(later) == (RECORDS, [4, 5, 6, 8, 9])
     with path.open("a", encoding="utf-8") as file:
         file.write("one cell\n")
     (place, record) = list(read_records(path))[-1]
     assert place.line == 8 and "1 columns, not 2" in str(record)
+
+
+def test_two_columns_of_one_name_are_an_error_that_names_it(tmp_path):
+    """Of which one alone would be read; columns without a name cannot be meant."""
+    path = write(tmp_path / "a.csv", "\ntext,n,text\none,1,two\n")
+    with pytest.raises(UserError, match=f'^{path}:2: 2 columns have the name "text"; [^\n]*$'):
+        list(read_records(path))
+    unnamed = write(tmp_path / "b.csv", "text,,\none,,\n")
+    assert fields_of(unnamed) == ([{"text": "one", "": ""}], [2])
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table([["one"], ["two"]], names=["text", "text"])
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
+    for name, make in (("a.arrow", pyarrow.ipc.new_file), ("b.arrow", pyarrow.ipc.new_stream)):
+        with make(tmp_path / name, table.schema) as file:
+            file.write_table(table)
+    for name in ("a.parquet", "a.arrow", "b.arrow"):
+        path = tmp_path / name
+        with pytest.raises(UserError, match=f'^{path}: 2 columns have the name "text"; [^\n]*$'):
+            list(read_records(path))
 
 
 def test_columns(tmp_path, monkeypatch):
