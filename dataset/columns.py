@@ -13,6 +13,7 @@ from .streams import need
 
 ROWS = 256  # that are in memory together
 SCHEMES = ("hf:", "ms:")  # what the paths of data sets on a hub begin with
+MODELSCOPE = '-U "modelscope[datasets]"'  # what ms: needs; it takes datasets up to 4.8 alone
 
 Row = tuple[int, dict[str, Any]]  # its number, from 1, and its values by column
 
@@ -87,15 +88,17 @@ def read_hub(path: Path) -> Iterator[Row]:
     parts[-1], _, split = parts[-1].partition(":")
     split, _, first = split.removesuffix("]").partition("[:")
     name, config = "/".join(parts[:2]), "/".join(parts[2:]) or None
+    failures: tuple[type[Exception], ...] = (OSError, ValueError)
     try:
         if scheme == "hf:":
             load = need("datasets", path).load_dataset
             records = load(name, config, split=split or "train", streaming=True)
         else:
-            hub = need("modelscope.msdatasets", path).MsDataset
+            hub = need("modelscope.msdatasets", path, MODELSCOPE).MsDataset
+            failures += (need("modelscope_hub.errors", path, MODELSCOPE).HubError,)
             records = hub.load(name, subset_name=config, split=split or "train", use_streaming=True)
         yield from zip(count(1), islice(records, int(first) if first else None))
-    except (OSError, ValueError) as error:
+    except failures as error:
         raise UserError(f"{hub_name(path)}: {_first_line(error)}") from None
 
 

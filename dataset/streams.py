@@ -21,13 +21,13 @@ SUFFIXES = {".gz", ".bz2", ".xz", ".zst"}  # of compressed files
 DAMAGED = (EOFError, lzma.LZMAError, zlib.error)
 
 
-def need(module: str, path: Path) -> ModuleType:
-    """Import what a container needs; UserError that says how to install it."""
+def need(module: str, path: Path, packages: str = "-r dataset/requirements.txt") -> ModuleType:
+    """Import what a container needs; UserError that says how to install it: which `packages`."""
     try:
         return importlib.import_module(module)
     except ImportError:
         library = module.partition(".")[0]
-        install = f"needs {library}: pip install -r dataset/requirements.txt"
+        install = f"needs {library}: pip install {packages}"
         raise UserError(f"{path}: {install}") from None
 
 

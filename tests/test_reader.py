@@ -521,13 +521,28 @@ def test_data_sets_of_a_hub(tmp_path, monkeypatch):
             fields_of(Path(source))
         assert "\n" not in str(error.value)
 
+    class HubError(Exception):
+        pass
+
     class MsDataset:
         @staticmethod
         def load(name, *, subset_name, split, use_streaming):
+            if name == "a/none":
+                raise HubError("[E3020] no such data set\nRequest: …")
             assert (name, subset_name, split, use_streaming) == ("a/b", "c", "train", True)
             return iter(RECORDS)
 
     monkeypatch.setitem(sys.modules, "modelscope", SimpleNamespace())
     stand_in = SimpleNamespace(MsDataset=MsDataset)
     monkeypatch.setitem(sys.modules, "modelscope.msdatasets", stand_in)
+    monkeypatch.setitem(sys.modules, "modelscope_hub", SimpleNamespace())
+    errors = SimpleNamespace(HubError=HubError)
+    monkeypatch.setitem(sys.modules, "modelscope_hub.errors", errors)
     assert fields_of(Path("ms://a/b/c"))[0] == RECORDS
+    with pytest.raises(UserError, match=r"^ms://a/none: \[E3020\] no such data set$"):
+        fields_of(Path("ms://a/none"))
+    monkeypatch.setitem(sys.modules, "modelscope.msdatasets", None)
+    with pytest.raises(
+        UserError, match=r'needs modelscope: pip install -U "modelscope\[datasets\]"$'
+    ):
+        fields_of(Path("ms://a/b/c"))
