@@ -51,6 +51,7 @@ from dataset import (
     record_kind,
     record_text,
 )
+from dataset.columns import hub_name, is_on_hub
 from dataset.fields import parse_object
 from dataset.reader import Place, Record
 from dataset.records import BadLines
@@ -246,7 +247,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.tokenizer_path)
     errors = []
     for path in args.sources:
-        print(f"══ {path}")
+        print(f"══ {hub_name(path) if is_on_hub(path) else path}")
         try:
             check(path, args, tokenizer)
         except UserError as error:

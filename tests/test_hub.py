@@ -1,6 +1,7 @@
 """hf://NAME: data sets of the Hugging Face hub, for which a local server stands."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,6 +9,29 @@ from hub_server import serve_hub
 from interruptions import SHAPE, write_texts
 
 WORDS = [*SHAPE, "--max_seq_len", 32, "--batch_size", 2, "--epochs", 1]
+
+
+TEXT = {"text": "One text."}
+ASKED, ANSWERED = ({"role": r, "content": r} for r in ("user", "assistant"))
+PAIR = {"prompt": "user", "prompt_id": "0", "messages": [ASKED, ANSWERED]}
+PAIR |= {"chosen": [ASKED, ANSWERED], "rejected": [ASKED, {**ANSWERED, "content": "no"}]}
+# The data sets of docs/data.md as they are published: the file, its split and configuration, a row.
+PUBLISHED = {
+    "HuggingFaceFW/fineweb-edu": (
+        *("sample/10BT/000_00000.parquet", "train", "sample-10BT"),
+        {**TEXT, "id": "0", "url": "u", "language": "en", "token_count": 3, "score": 3.1},
+    ),
+    "Skywork/SkyPile-150B": ("data/2020-40_zh_head_0000.jsonl", "train", "default", TEXT),
+    "roneneldan/TinyStories": ("data/train-00000-of-00001.parquet", "train", "default", TEXT),
+    "HuggingFaceTB/smoltalk": (
+        *("data/all/train-00000-of-00001.parquet", "train", "all"),
+        {"messages": [ASKED, ANSWERED], "source": "x"},
+    ),
+    "HuggingFaceH4/ultrafeedback_binarized": (
+        *("data/train_prefs-00000-of-00001.parquet", "train_prefs", "default"),
+        {**PAIR, "score_chosen": 8.0, "score_rejected": 5.5},
+    ),
+}
 
 
 @pytest.fixture
@@ -60,3 +84,27 @@ def test_what_is_not_there_is_one_line_each(run, hub, tmp_path):
     errors = [line for line in done.stderr.splitlines() if "hf://" in line]
     for (source, reason), error in zip(sources.items(), errors, strict=True):
         assert f"{source}: " in error and reason in error
+
+
+def test_the_commands_of_the_documentation(run, root, hub, tmp_path):
+    """Their sources, served in the published schema, are for the stage that the command names."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    for name, (path, split, config, row) in PUBLISHED.items():
+        file = hub / name / path
+        file.parent.mkdir(parents=True)
+        if file.suffix == ".parquet":
+            parquet.write_table(pyarrow.Table.from_pylist([row] * 3), file)
+        else:
+            file.write_text(f"{json.dumps(row)}\n" * 3, encoding="utf-8")
+        configs = f"- config_name: {config}\n  data_files:\n  - split: {split}\n    path: {path}"
+        card = f"---\nconfigs:\n{configs}\n---\n"
+        (hub / name / "README.md").write_text(card, encoding="utf-8")
+    text = (root / "docs" / "data.md").read_text(encoding="utf-8")
+    commands = re.findall(r'`python (\S+) --data_path "?(hf://[^ "`]+)', text)
+    assert len(commands) == len(PUBLISHED)
+    words = [*(source for _, source in commands), "--cache_dir", tmp_path, "--min_margin", 1]
+    done = run(*words, script="scripts/check_data.py", fresh=True)
+    for (stage, source), shown in zip(commands, done.stdout.split("══ ")[1:], strict=True):
+        assert shown.startswith(f"{source}\n"), shown
+        assert "\n3 records: " in shown and f"\nfor {stage}" in shown
