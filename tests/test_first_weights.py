@@ -1,5 +1,6 @@
 """Shape and tokenizer that weights bring along, and weights one folder below."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -110,6 +111,31 @@ def test_where_a_tokenizer_is_found(own_tokenizer, tokenizer_dir, tmp_path):
     assert find_tokenizer(tmp_path / "out" / "replaced" / "x", hash_) is not None
 
 
+def test_a_tokenizer_is_found_by_its_file_alone(own_tokenizer, tokenizer, tmp_path, monkeypatch):
+    """Hashed as ever: what tokenizer.json holds, without what is not used, with sorted names."""
+    own = load_tokenizer(own_tokenizer)
+    hashes = [tokenizer_hash(own), tokenizer_hash(tokenizer)]
+    parts = json.loads((own_tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
+    for name in ("padding", "truncation", "post_processor"):
+        del parts[name]
+    text = json.dumps(parts, sort_keys=True)
+    assert hashlib.sha256(text.encode("utf-8")).hexdigest() == hashes[0]
+    keep_tokenizer(own, tmp_path, hashes[0])
+    monkeypatch.setattr("model.tokenizer.load_tokenizer", None)  # slow
+    assert find_tokenizer(tmp_path, hashes[0]) == kept_tokenizer(tmp_path, hashes[0])
+    assert find_tokenizer(tmp_path, hashes[1]) is not None  # the shipped one
+
+
+def test_a_tokenizer_that_older_versions_wrote_is_found(own_tokenizer, tmp_path):
+    """They wrote a merge as one text."""
+    folder = shutil.copytree(own_tokenizer, tmp_path / "tokenizer")
+    path = folder / "tokenizer.json"
+    parts = json.loads(path.read_text(encoding="utf-8"))
+    parts["model"]["merges"] = [" ".join(pair) for pair in parts["model"]["merges"]]
+    path.write_text(json.dumps(parts, ensure_ascii=False), encoding="utf-8")
+    assert find_tokenizer(tmp_path, tokenizer_hash(load_tokenizer(own_tokenizer))) == folder
+
+
 def save_at(path, tokenizer, when, stage="full_sft"):
     path.parent.mkdir(parents=True, exist_ok=True)
     model = random_model(seed=when)
@@ -154,6 +180,31 @@ def test_the_server_offers_them_by_folder_and_name(nested):
     finally:
         pool.close()
     assert describe_weights(nested / "a" / "b") == []
+
+
+def test_the_server_looks_for_each_tokenizer_where_the_weights_are(
+    own_tokenizer, tokenizer, tmp_path, monkeypatch
+):
+    """In another folder it does not count; what was not found is looked for again once it comes."""
+    own = load_tokenizer(own_tokenizer)
+    for folder in ("a", "b"):
+        save_at(tmp_path / folder / "full_sft_32.pth", own, 1_000_000_000)
+    save_at(tmp_path / "a" / "dpo_32.pth", tokenizer, 1_000_000_000)
+    shutil.copytree(own_tokenizer, tmp_path / "a" / "tokenizer")
+    looked = []
+    monkeypatch.setattr(
+        "inference.pool.find_tokenizer", lambda *key: looked.append(key) or find_tokenizer(*key)
+    )
+    pool = ModelPool(WeightSpec(tmp_path), CPU, "torch", 1, 1, 2)
+    try:
+        for _ in range(2):
+            assert set(pool.cards()) == {"a/full_sft_32", "a/dpo_32"}
+            assert len(looked) == 3
+        shutil.copytree(own_tokenizer, tmp_path / "b" / "tokenizer")
+        assert set(pool.cards()) == {"a/full_sft_32", "a/dpo_32", "b/full_sft_32"}
+        assert len(looked) == 4
+    finally:
+        pool.close()
 
 
 def test_a_resumed_run_keeps_its_own_configuration(run, texts, tokenizer, tmp_path):
