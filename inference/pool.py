@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from common import UserError
-from model import LMConfig, list_weights, load_tokenizer, read_about, tokenizer_hash
+from model import list_weights, load_tokenizer, read_about, tokenizer_hash
 from model.tokenizer import find_tokenizer, tokenizer_files
 from model.weights import CONVERSATIONS
 
@@ -20,7 +20,7 @@ from .batcher import Batcher, QueueFull
 from .loading import (
     PRETRAINED,
     WeightSpec,
-    find_weights,
+    choose_weights,
     is_pretrained,
     list_adapters,
     load_chat_model,
@@ -81,7 +81,7 @@ class ModelPool:
     def __post_init__(self) -> None:
         weight = self.spec.weight
         if weight is not None and not Path(weight).exists():
-            self.spec = replace(self.spec, weight=str(find_weights(self.spec, LMConfig())))
+            self.spec = replace(self.spec, weight=str(choose_weights(self.spec)))
         self._loads: dict[str, Future[Batcher]] = {}  # that have begun or wait for others
         self._loader = ThreadPoolExecutor(1, "loader")
         self._lock = threading.Lock()  # held to read or change the two dicts

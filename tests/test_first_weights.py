@@ -7,14 +7,15 @@ import shutil
 
 import pytest
 import torch
-from interruptions import SHAPE, write_texts
+from interruptions import FLOAT32, SHAPE, killed, write_texts
 from tiny_models import random_model, save_tuned
 from transformers import AutoTokenizer
 
 from inference import WeightSpec, describe_weights, load_trained
 from inference.pool import ModelPool
-from model import keep_tokenizer, load_tokenizer, save_weights, tokenizer_hash
+from model import keep_tokenizer, list_weights, load_tokenizer, save_weights, tokenizer_hash
 from model.tokenizer import find_tokenizer, kept_tokenizer
+from training import Run
 
 WORDS = ["--max_seq_len", 64, "--max_steps", 1, "--device", "cpu"]
 CPU = torch.device("cpu")
@@ -240,3 +241,69 @@ def test_a_folder_that_is_in_the_way_of_a_tokenizer(tokenizer, tmp_path):
     (kept / "notes").mkdir(parents=True)
     with pytest.raises(OSError):
         keep_tokenizer(tokenizer, tmp_path, "abc")
+
+
+def start_and_kill(run, texts, out, *words):
+    """A run that was broken off, whose shape only the weights that it began with told."""
+    words = ["--data_path", texts, *WORDS, "--out_dir", out, "--run_name", "next", *words]
+    words[words.index("--max_steps") + 1] = 4
+    with killed(3, Run, "add_step"):
+        run(*words, "--save_interval", 1)
+    return words
+
+
+@pytest.mark.parametrize("what", ["gone", "changed"])
+def test_a_run_is_resumed_in_its_own_shape(run, texts, tokenizer, tmp_path, what):
+    """Without flags of the shape, whatever has become of the weights that it started from."""
+    start = save_start(tmp_path, tokenizer, hidden_dim=80)
+    words = start_and_kill(run, texts, tmp_path, "--from_weight", "pretrain")
+    for path in (start, start.with_suffix(".json")):
+        path.unlink()
+    if what == "changed":
+        save_start(tmp_path, tokenizer, "pretrain_64", dim=64)
+    done = run(*words, "--resume")
+    assert "--resume: going on after step 2" in done.stdout
+    there = config(tmp_path, "pretrain_48_next")
+    assert (there["dim"], there["n_layers"], there["hidden_dim"]) == (48, 1, 80)
+
+
+def test_of_several_runs_the_one_that_the_command_began_is_resumed(run, texts, tokenizer, tmp_path):
+    start = save_start(tmp_path, tokenizer)
+    words = start_and_kill(run, texts, tmp_path, "--from_weight", start)
+    start_and_kill(run, texts, tmp_path, "--from_weight", "none", *SHAPE)
+    done = run(*words, "--resume")
+    assert f"saved {tmp_path / 'pretrain_48_next.pth'}" in done.stdout
+    assert "--resume: going on after step 2" in done.stdout
+
+
+def test_weights_are_looked_for_once(run, texts, tokenizer, tmp_path, monkeypatch):
+    save_start(tmp_path, tokenizer)
+    looks = []
+    monkeypatch.setattr(
+        "model.weights.list_weights",
+        lambda *where, **how: looks.append(where) or list_weights(*where, **how),
+    )
+    words = ["--from_weight", "pretrain", "--run_name", "next", "--data_path", texts, *WORDS]
+    run(*words, "--out_dir", tmp_path)
+    assert len(looks) == 1
+
+
+ELSEWHERE = """
+import os, runpy, sys
+if os.environ["RANK"] == "1":
+    sys.argv[sys.argv.index("--out_dir") + 1] += "/of_the_other_host"
+sys.argv[0] = "train_pretrain.py"
+runpy.run_path("train_pretrain.py", run_name="__main__")
+"""
+
+
+def test_only_the_main_process_needs_the_weights(run, texts, tokenizer, tmp_path):
+    """Those of a second host, which has another folder, get shape and weights from it."""
+    start = save_start(tmp_path, tokenizer, hidden_dim=80)
+    script = tmp_path / "elsewhere.py"
+    script.write_text(ELSEWHERE, encoding="utf-8")
+    words = ["--from_weight", "pretrain", "--run_name", "next", "--data_path", texts, *WORDS]
+    done = run(*words, *FLOAT32, "--out_dir", tmp_path, script=script, processes=2)
+    assert f"--from_weight: {start}\n" in done.stdout
+    there = config(tmp_path, "pretrain_48_next")
+    assert (there["dim"], there["hidden_dim"]) == (48, 80)
