@@ -79,7 +79,7 @@ def find_tokenizer(folder: Path, hash_: str) -> Path | None:
     It is one of `tokenizer_files`.
     """
     folders = [path.parent for path in tokenizer_files(folder, hash_)]
-    for has_hash in (_text_has_hash, _tokenizer_has_hash):
+    for has_hash in (text_has_hash, _tokenizer_has_hash):
         for candidate in folders:
             if has_hash(candidate, hash_):
                 return candidate
@@ -100,7 +100,7 @@ def tokenizer_files(folder: Path, hash_: str) -> list[Path]:
     return [path for path in files if path.is_file()]
 
 
-def _text_has_hash(folder: Path, hash_: str) -> bool:
+def text_has_hash(folder: Path, hash_: str) -> bool:
     """Whether tokenizer.json is as today's versions write it, and of that hash. Loads nothing."""
     try:
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")

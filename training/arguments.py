@@ -29,6 +29,7 @@ from common import (
     user_path,
     weighted_path,
 )
+from diagnosis.plan import BUDGETS
 from model import SIZES, LMConfig, shape_of_depth
 
 from .schedule import DECAYS
@@ -42,7 +43,6 @@ MOE_DEFAULTS = {
 }
 EXPERTS = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok")
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe")  # what --size and --depth set
-BUDGETS = ("max_steps", "max_tokens", "max_minutes", "tokens_per_parameter")
 
 
 def pattern_and_number(text: str) -> tuple[str, float]:

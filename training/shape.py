@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from common import TOKENIZER, UserError
 from model import LMConfig, find_weights, list_weights, read_about, tokenizer_folder
+from model.tokenizer import text_has_hash
 
 from .arguments import EXPERTS, MOE_DEFAULTS, SHAPE, fill
 from .distributed import Distributed
@@ -67,7 +68,10 @@ def _find_origin(args: argparse.Namespace, stage: str) -> Origin:
     about = weights and read_about(weights)
     if not about:
         return Origin(first, None, args.tokenizer_path)
-    tokenizer_path = tokenizer_folder(args.tokenizer_path, weights)
+    tokenizer_path = args.tokenizer_path
+    # A run keeps a copy of its tokenizer, also of the shipped one, which it goes on with.
+    if tokenizer_path is None and not (own and text_has_hash(TOKENIZER, about["tokenizer"])):
+        tokenizer_path = tokenizer_folder(None, weights)
     shipped = tokenizer_path == TOKENIZER  # which may be elsewhere on other hosts
     return Origin(first, about["config"], None if shipped else tokenizer_path)
 
