@@ -3,7 +3,6 @@
 import argparse
 import copy
 import math
-import platform
 import shlex
 import signal
 import time
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from common import UserError
 from dataset import Mixture, make_loader
+from diagnosis.memory import peak_memory
 from diagnosis.report import write_report
 from model import load_trained_state, mean_scores
 
@@ -432,17 +432,3 @@ def next_commands(setup: Setup) -> list[str]:
         tune = ["python", "train_full_sft.py", "--from_weight", weights]
         commands.append(f"{shlex.join(tune)} --data_path chats.jsonl  # your conversations")
     return commands
-
-
-def peak_memory(device: torch.device) -> float | None:
-    """The most bytes that this process has held: on a GPU, of its memory; else in RAM, if known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
