@@ -120,7 +120,7 @@ def student_losses(
 def open_teacher(setup: training.Setup) -> MiniMindLM:
     """The teacher on the CPU, in eval mode; without a .json file it has the student's shape."""
     args, shape = setup.args, setup.raw_model.config
-    path = resolve_weights("--teacher_weight", args.teacher_weight, args.out_dir, shape)
+    path = resolve_weights("--teacher_weight", args.teacher_weight, args.out_dir, {})
     teacher = load_model(path, shape, setup.tokenizer_hash)
     training.check_context(args.max_seq_len, teacher.config)
     return teacher.eval()

@@ -15,9 +15,9 @@ from statistics import median
 import harness
 
 from common import make_parser
+from diagnosis.memory import peak_memory
 from model import MiniMindLM, apply_lora, save_lora, save_weights
 from training import Distributed
-from training.run import peak_memory
 
 KINDS = ("full", "lora")
 

@@ -1,6 +1,7 @@
-"""The memory that a training step takes, estimated before it is run, and the memory there is."""
+"""The memory that a training step takes, estimated before and measured after, and what there is."""
 
 import os
+import platform
 from pathlib import Path
 
 import torch
@@ -142,3 +143,17 @@ def _cgroup_limits(root: Path = Path("/")) -> list[int]:
                 limit = (folder / "memory.max").read_text(encoding="ascii").strip()
                 limits += [int(limit)] if limit.isdecimal() else []  # "max" is none
     return limits
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """The most bytes that this process has held: on a GPU, of its memory; else in RAM, if known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024

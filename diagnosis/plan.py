@@ -22,6 +22,9 @@ SMALL_HEAD = 32  # docs/quickstart.md, run 6: 4 heads of 32 learnt what 8 of 16 
 # smallest models first, the last for any size (inf).
 LearningRates = Sequence[tuple[float, float, float, float]]
 
+# Flags that limit a run, beside --epochs.
+BUDGETS = ("max_steps", "max_tokens", "max_minutes", "tokens_per_parameter")
+
 
 def usual_rate(rates: LearningRates, n_parameters: int) -> float:
     """The usual learning rate for a model of that size."""
@@ -111,10 +114,9 @@ class Plan:
     def budget(self) -> Iterator[str]:
         """What ends the run, if not the default number of epochs, and what follows from it."""
         args = vars(self.args)
-        names = ("max_steps", "max_tokens", "max_minutes", "tokens_per_parameter")
-        if not any(args[name] for name in names):
+        if not any(args[name] for name in BUDGETS):
             return
-        given = [f"--{name} {args[name]:,.10g}" for name in ("epochs", *names) if args[name]]
+        given = [f"--{name} {args[name]:,.10g}" for name in ("epochs", *BUDGETS) if args[name]]
         first = ", whichever comes first" if len(given) > 1 else ""
         repeated = "the data are repeated for as long as there is time"
         if self.epochs is not None:

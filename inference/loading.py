@@ -43,11 +43,10 @@ PRETRAINED = "pretrain"  # the stage whose weights continue texts; those of all 
 class WeightSpec:
     """Which weights to use, as flags name them.
 
-    `weight` is a stage's name or a run's (its --run_name), of whose weights the newest are used;
-    the whole name of a file in `out_dir`; a .pth file; or a folder of an old version. None:
-    the weights that the adapter was trained on; without an adapter the newest chat weights, or the
-    newest pretrained ones if there are no others. `lora_name` is an adapter's name, its run's, or
-    the whole name of its file; or its .pth file. Names are looked up in `out_dir` and the folders
+    `weight` is what `find_weights` takes, or a folder of an old version. None: the weights that the
+    adapter was trained on; without an adapter the newest chat weights, or the newest pretrained
+    ones if there are no others. `lora_name` is an adapter's name, its run's, or the whole name of
+    its file; or its .pth file. Names are looked up in `out_dir` and the folders
     in it. `tokenizer_path` None: see `tokenizer_folder`. `dim`, `n_layers` and `use_moe` are the
     shape to look for, if given, and that of weights without a .json file.
     """
@@ -90,27 +89,22 @@ def is_pretrained(path: Path) -> bool:
     return stage == PRETRAINED
 
 
-def find_weights(spec: WeightSpec, shape: LMConfig) -> Path:
-    """The newest file that `spec` names; without a .json it has `shape`. Raises UserError."""
+def choose_weights(spec: WeightSpec) -> Path:
+    """The file of weights that `spec` names. Raises UserError."""
+    if spec.weight is not None:
+        return resolve_weights("--weight", spec.weight, spec.out_dir, spec.shape)
     matching = [
         (path, about)
         for path, about in list_weights(spec.out_dir, below=True)
         if spec.shape.items() <= vars(about["config"]).items()
     ]
-    if spec.weight is None:
-        if not matching:
-            flags = "".join(f" of --{name} {value}" for name, value in spec.shape.items())
-            raise UserError(
-                f"--out_dir {spec.out_dir}: no weights{flags} there; train some, or name a file "
-                "with --weight"
-            )
-        return min(matching, key=lambda entry: entry[1]["stage"] == PRETRAINED)[0]
-    if not spec.weight.endswith(".pth"):
-        for pattern in name_patterns(spec.weight):
-            for path, _ in matching:
-                if pattern.fullmatch(path.stem):
-                    return path
-    return resolve_weights("--weight", spec.weight, spec.out_dir, shape)
+    if not matching:
+        flags = "".join(f" of --{name} {value}" for name, value in spec.shape.items())
+        raise UserError(
+            f"--out_dir {spec.out_dir}: no weights{flags} there; train some, or name a file "
+            "with --weight"
+        )
+    return min(matching, key=lambda entry: entry[1]["stage"] == PRETRAINED)[0]
 
 
 def describe_weights(out_dir: Path, say: Translate = str.format) -> list[str]:
@@ -253,7 +247,7 @@ def load_trained(spec: WeightSpec) -> TrainedModel:
             raise UserError(f"{adapter}: not an adapter")
         path, model = load_base(base, spec.out_dir, given, adapter)
     else:
-        path = find_weights(spec, shape)
+        path = choose_weights(spec)
     tokenizer = load_tokenizer(tokenizer_folder(spec.tokenizer_path, path))
     if model is None:
         shape = replace(shape, vocab_size=len(tokenizer))

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from common import UserError
-from model import LMConfig, list_weights, load_tokenizer, read_about, tokenizer_hash
-from model.tokenizer import find_tokenizer
+from model import list_weights, load_tokenizer, read_about, tokenizer_hash
+from model.tokenizer import find_tokenizer, tokenizer_files
 from model.weights import CONVERSATIONS
 
 from .batcher import Batcher, QueueFull
 from .loading import (
     PRETRAINED,
     WeightSpec,
-    find_weights,
+    choose_weights,
     is_pretrained,
     list_adapters,
     load_chat_model,
@@ -81,14 +81,15 @@ class ModelPool:
     def __post_init__(self) -> None:
         weight = self.spec.weight
         if weight is not None and not Path(weight).exists():
-            self.spec = replace(self.spec, weight=str(find_weights(self.spec, LMConfig())))
+            self.spec = replace(self.spec, weight=str(choose_weights(self.spec)))
         self._loads: dict[str, Future[Batcher]] = {}  # that have begun or wait for others
         self._loader = ThreadPoolExecutor(1, "loader")
         self._lock = threading.Lock()  # held to read or change the two dicts
         self._tokenizer: str | None = None  # the hash of the one that a flag names
         if self.spec.tokenizer_path is not None:
             self._tokenizer = tokenizer_hash(load_tokenizer(self.spec.tokenizer_path))
-        self._found: set[str] = set()  # hashes of tokenizers that were found near weights
+        # By folder of weights and hash: the files looked at, and whether its tokenizer is there.
+        self._found: dict[tuple[Path, str], tuple[Versions, bool]] = {}
 
     def cards(self) -> dict[str, ModelCard]:
         """The models that can be asked for, the default first; those in memory as at loading."""
@@ -135,9 +136,11 @@ class ModelPool:
         """Whether the tokenizer of weights is the one that a flag names, or else is near them."""
         if self._tokenizer is not None:
             return hash_ == self._tokenizer
-        if hash_ not in self._found and find_tokenizer(path.parent, hash_) is not None:
-            self._found.add(hash_)
-        return hash_ in self._found
+        key = path.parent, hash_
+        versions = versions_of(tokenizer_files(*key))
+        if key not in self._found or self._found[key][0] != versions:
+            self._found[key] = versions, find_tokenizer(*key) is not None
+        return self._found[key][1]
 
     def get(self, name: str) -> Batcher:
         """The batcher of a model; waits for what `load` gives, and raises its errors."""
@@ -246,8 +249,16 @@ def is_outdated(model: LoadedModel) -> bool:
 
 def file_versions(card: ModelCard) -> Versions:
     """Versions of the files that a model is loaded from, without an adapter's base: one fits."""
-    path, versions = card.path, []
-    for file in sorted(path.iterdir()) if path.is_dir() else (path, path.with_suffix(".json")):
+    path = card.path
+    return versions_of(
+        sorted(path.iterdir()) if path.is_dir() else (path, path.with_suffix(".json"))
+    )
+
+
+def versions_of(files: Iterable[Path]) -> Versions:
+    """The versions of those of the files that are there."""
+    versions = []
+    for file in files:
         with suppress(OSError):
             status = file.stat()
             versions.append((file, status.st_mtime_ns, status.st_size, status.st_ino))

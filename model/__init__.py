@@ -19,7 +19,7 @@ from .model_lora import (
 from .sampling import Sampling
 from .tokenizer import Tokenizer, keep_tokenizer, load_tokenizer, tokenizer_hash
 from .weights import (
-    first_weights,
+    find_weights,
     list_weights,
     load_lora,
     load_model,

@@ -6,7 +6,7 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from common import TOKENIZER, UserError
 
@@ -41,9 +41,13 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
 
     The latter is not used here, and differs between versions of transformers.
     """
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    for name in ("padding", "truncation", "post_processor"):
-        parts.pop(name)
+    return _hash(json.loads(tokenizer.backend_tokenizer.to_str()))
+
+
+def _hash(parts: dict[str, Any]) -> str:
+    """`tokenizer_hash` of the parsed tokenizer.json."""
+    unused = ("padding", "truncation", "post_processor")
+    parts = {name: part for name, part in parts.items() if name not in unused}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()
 
 
@@ -72,16 +76,41 @@ def keep_tokenizer(tokenizer: Tokenizer, out_dir: Path, hash_: str) -> None:
 def find_tokenizer(folder: Path, hash_: str) -> Path | None:
     """The folder of the tokenizer of that hash, for weights in `folder`; None if it is not found.
 
-    It may be `kept_tokenizer`, the folder itself or its `tokenizer`, or one of the folders above,
-    as of out/lora and out/replaced/NAME; or the one that ships with the project.
+    It is one of `tokenizer_files`.
+    """
+    folders = [path.parent for path in tokenizer_files(folder, hash_)]
+    for has_hash in (text_has_hash, _tokenizer_has_hash):
+        for candidate in folders:
+            if has_hash(candidate, hash_):
+                return candidate
+    return None
+
+
+def tokenizer_files(folder: Path, hash_: str) -> list[Path]:
+    """The tokenizer.json files that weights in `folder` may belong to, the nearest first.
+
+    They are in `kept_tokenizer`, the folder itself or its `tokenizer`, or one of the folders above,
+    as of out/lora and out/replaced/NAME; the last one ships with the project.
     """
     places = (folder, folder.parent, folder.parent.parent)
     near = [
         path for place in places for path in (kept_tokenizer(place, hash_), place / "tokenizer")
     ]
-    for candidate in (*near, folder, TOKENIZER):
-        if (candidate / "tokenizer.json").is_file():
-            with suppress(UserError):
-                if tokenizer_hash(load_tokenizer(candidate)) == hash_:
-                    return candidate
-    return None
+    files = (candidate / "tokenizer.json" for candidate in (*near, folder, TOKENIZER))
+    return [path for path in files if path.is_file()]
+
+
+def text_has_hash(folder: Path, hash_: str) -> bool:
+    """Whether tokenizer.json is as today's versions write it, and of that hash. Loads nothing."""
+    try:
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        return _hash(json.loads(text)) == hash_
+    except (OSError, ValueError, AttributeError):  # gone meanwhile, or damaged
+        return False
+
+
+def _tokenizer_has_hash(folder: Path, hash_: str) -> bool:
+    """Whether the tokenizer is of that hash once it is loaded, which brings it into one form."""
+    with suppress(UserError):
+        return tokenizer_hash(load_tokenizer(folder)) == hash_
+    return False

@@ -38,22 +38,49 @@ def weights_path(out_dir: Path, stage: str, config: LMConfig, run_name: str | No
     return out_dir / f"{stage}_{config.dim}{moe}{run}.pth"
 
 
-def resolve_weights(flag: str, name: str, out_dir: Path, config: LMConfig) -> Path:
-    """Find the file that a flag names.
-
-    `name` is a .pth file; or the stage, the whole name or the --run_name of a file in `out_dir`.
-    UserError if there is no such file, or several have this --run_name.
-    """
-    usual = Path(name) if name.endswith(".pth") else weights_path(out_dir, name, config)
-    pattern = weights_path(Path(), "*", config, name).name
-    runs = sorted(out_dir.glob(pattern)) if is_run_name(name) else []
-    found = (path for path in (usual, out_dir / f"{name}.pth", *runs) if path.is_file())
-    path = next(found, None)
+def resolve_weights(flag: str, name: str, out_dir: Path, shape: Mapping[str, Any]) -> Path:
+    """The file that `find_weights` finds; UserError if there is none."""
+    path = find_weights(flag, name, out_dir, shape)
     if path is None:
+        usual = Path(name) if name.endswith(".pth") else _usual_path(out_dir, name, shape)
         raise UserError(f"{flag} {name}: no file {usual}; {_what_is_there(usual.parent)}")
-    if path in runs and len(runs) > 1:
-        raise UserError(f"{flag} {name}: name one of {', '.join(run.stem for run in runs)}")
     return path
+
+
+def find_weights(flag: str, name: str, out_dir: Path, shape: Mapping[str, Any]) -> Path | None:
+    """The file of weights that a flag names, of any shape that has the fields of `shape`.
+
+    `name` is a .pth file; or the name of a stage, of whose weights the newest are taken, the whole
+    name of a file, or a --run_name: in `out_dir`, else in the folders in it. A file in `out_dir`
+    that no .json describes has its whole name, or the one of a stage's weights of that shape.
+
+    None if there is no such file; UserError if several have this --run_name.
+    """
+    if name.endswith(".pth"):
+        return Path(name) if Path(name).is_file() else None
+    of_stage, of_run = name_patterns(name)
+    here, below = [], []
+    for path, about in list_weights(out_dir, below=True):
+        if shape.items() <= vars(about["config"]).items():
+            (here if path.parent == out_dir else below).append(path)
+    undescribed = (_usual_path(out_dir, name, shape), out_dir / f"{name}.pth")
+    here += [p for p in undescribed if p.is_file() and not p.with_suffix(".json").is_file()]
+    for paths in (here, below):
+        for path in paths:
+            if of_stage.fullmatch(path.stem):
+                return path
+        runs = [path for path in paths if is_run_name(name) and of_run.fullmatch(path.stem)]
+        if len(runs) > 1:
+            raise UserError(f"{flag} {name}: name one of {', '.join(map(str, runs))}")
+        if runs:
+            return runs[0]
+    return None
+
+
+def _usual_path(out_dir: Path, stage: str, shape: Mapping[str, Any]) -> Path:
+    """Where a stage leaves weights of a shape, of which fields may be left out."""
+    moe = "_moe" if shape.get("use_moe") else ""
+    return out_dir / f"{stage}_{shape.get('dim', LMConfig.dim)}{moe}.pth"
 
 
 def _what_is_there(folder: Path) -> str:
@@ -85,29 +112,6 @@ def name_patterns(name: str, dim: str = r"\d+") -> tuple[re.Pattern[str], ...]:
     """Patterns of the file names that a stage, an adapter or a run may have, the likelier first."""
     name = re.escape(name)
     return re.compile(rf"{name}_{dim}(_moe)?|{name}"), re.compile(rf".+_{dim}(_moe)?_{name}")
-
-
-def first_weights(flag: str, name: str, out_dir: Path, shape: Mapping[str, Any]) -> Path | None:
-    """The file of weights that a training flag names, of any shape that has the fields of `shape`.
-
-    `name` is as of `resolve_weights`; of a stage's weights the newest are taken. None if there is
-    no such file; UserError if several have this --run_name.
-    """
-    if name.endswith(".pth"):
-        return Path(name) if Path(name).is_file() else None
-    of_stage, of_run = name_patterns(name)
-    matching = [
-        path
-        for path, about in list_weights(out_dir)
-        if shape.items() <= vars(about["config"]).items()
-    ]
-    for path in matching:
-        if of_stage.fullmatch(path.stem):
-            return path
-    runs = [path for path in matching if is_run_name(name) and of_run.fullmatch(path.stem)]
-    if len(runs) > 1:
-        raise UserError(f"{flag} {name}: name one of {', '.join(run.stem for run in runs)}")
-    return runs[0] if runs else None
 
 
 def tokenizer_folder(given: Path | None, weights: Path) -> Path:

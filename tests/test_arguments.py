@@ -12,8 +12,9 @@ from interruptions import SHAPE, killed, read_metrics, write_texts
 
 from common import BooleanFlag, make_parser, named_path
 from model import LMConfig
-from training import Run, make_stage_parser
+from training import Run, find_processes, make_stage_parser
 from training.arguments import MOE_DEFAULTS, parse_stage_arguments
+from training.shape import settle_shape
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,7 +76,9 @@ def test_the_defaults_of_pretraining():
 
 def parsed(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
-    return parse_stage_arguments(stage_parser())
+    args = parse_stage_arguments(stage_parser())
+    settle_shape(args, "pretrain", find_processes("cpu", False))
+    return args
 
 
 @pytest.mark.parametrize(

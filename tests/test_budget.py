@@ -19,9 +19,10 @@ from interruptions import (
     write_texts,
 )
 
+import training.run
+from diagnosis.plan import BUDGETS
 from model import LMConfig, MiniMindLM
 from training import Run
-from training.arguments import BUDGETS
 from training.budget import Budget
 from training.resume import TrainState
 from training.saving import Saver
@@ -123,10 +124,10 @@ def test_where_a_run_is_and_where_it_ends_by_hand():
     # rows: 9 of 15; steps: 9 of 40; tokens: 8.9 of 12; time: 15 more steps of 2 s.
     assert budget.place(state) == (8.9, 12)
     assert budget.steps_left(state) == 2  # of 20 rows: 310 tokens
-    budget.reserve = 25
+    state.reserve = 25
     assert budget.place(state) == (9, 9 + 5 / 2 - 0.5)
     assert budget.steps_left(state) == 2
-    budget.reserve = 29.1  # less than half a step is left
+    state.reserve = 29.1  # less than half a step is left
     assert budget.is_used_up(state)
     # Half an epoch of 100 rows, begun in steps of 20 and gone on in steps of 10.
     budget = Budget(100, 1000, 10, epochs=1.5, max_steps=None, max_tokens=None, max_seconds=None)
@@ -204,13 +205,15 @@ def test_a_finished_run_is_not_called_unfinished(start):
 class Clock:
     """Stands for time.perf_counter."""
 
-    STEP, ROW, SAVE = 2.0, 0.25, 1.5  # seconds of a training step, of an evaluated row, of a save
+    # Seconds of a training step, of an evaluated row, of a save, of samples and of the report.
+    STEP, ROW, SAVE, SAMPLES, REPORT = 2.0, 0.25, 1.5, 5.0, 4.0
 
     def __init__(self, patch):
         self.began = self.now = 1000.0
         self.slowness = 1.0
         patch.setattr(time, "perf_counter", lambda: self.now)
-        forward, save = MiniMindLM.forward, Saver.save
+        forward, save, generate = MiniMindLM.forward, Saver.save, MiniMindLM.batch_generate
+        report = training.run.write_report
 
         def timed_forward(model, input_ids, *args, **kwargs):
             cost = self.STEP * self.slowness if model.training else self.ROW * len(input_ids)
@@ -221,8 +224,18 @@ class Clock:
             self.now += self.SAVE
             return save(saver, *args)
 
+        def timed_generate(model, prompts, **how):
+            self.now += self.SAMPLES
+            return generate(model, prompts, **how)
+
+        def timed_report(folder):
+            self.now += self.REPORT
+            return report(folder)
+
         patch.setattr(MiniMindLM, "forward", timed_forward)
+        patch.setattr(MiniMindLM, "batch_generate", timed_generate)
         patch.setattr(Saver, "save", timed_save)
+        patch.setattr(training.run, "write_report", timed_report)
 
 
 @pytest.fixture
@@ -239,16 +252,17 @@ TIMED = ["--max_minutes", 2, "--save_interval", 10]
         [],
         ["--val_ratio", 0.5, "--eval_interval", 8],
         ["--val_ratio", 0.5, "--eval_interval", 1000, "--test_data_path", "data"],
+        ["--val_ratio", 0.5, "--eval_interval", 1000, "--sample_prompts", "red"],
     ],
-    ids=["training only", "validation", "test"],
+    ids=["training only", "validation", "test", "samples"],
 )
 def test_a_run_takes_the_time_asked_for(start, clock, data, tmp_path, words):
-    """Within 5 %, with the evaluation, the test and the saves at the end."""
+    """Within 5 %, with the evaluation, the test, the saves, samples and report at the end."""
     figures, done = start(*TIMED, *(data if word == "data" else word for word in words))
     assert clock.now - clock.began == pytest.approx(120, rel=0.05)
     assert "the data are repeated for as long as there is time" in done.stdout
     assert "not repeat bit for bit" in done.stdout
-    assert re.search(r"to go; about [3456]\d steps, [\d.]+ epochs in all", done.stdout)
+    assert re.search(r"to go; about [23456]\d steps, [\d.]+ epochs in all", done.stdout)
     scored = [line["step"] for line in read_metrics(tmp_path) if "val_loss" in line]
     assert scored[-1:] == [figures[-1]["step"]] * ("--val_ratio" in words)
 
@@ -272,7 +286,7 @@ def test_a_resumed_run_counts_the_time_that_it_had(start, clock, tmp_path):
     with killed(25, Run, "add_step"):
         start(*TIMED)
     saved = read_resume(tmp_path)["state"]
-    assert saved["step"] == 20 and saved["elapsed"] == pytest.approx(41.5, abs=0.1)
+    assert saved["step"] == 20 and saved["elapsed"] == pytest.approx(40 + 2 * 1.5 + 9, abs=0.1)
     clock.began = clock.now
     figures, _ = start(*TIMED, "--resume")
     assert saved["elapsed"] + clock.now - clock.began == pytest.approx(120, rel=0.05)

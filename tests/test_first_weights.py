@@ -1,19 +1,21 @@
 """Shape and tokenizer that weights bring along, and weights one folder below."""
 
+import hashlib
 import json
 import os
 import shutil
 
 import pytest
 import torch
-from interruptions import SHAPE, write_texts
+from interruptions import FLOAT32, SHAPE, killed, write_texts
 from tiny_models import random_model, save_tuned
 from transformers import AutoTokenizer
 
 from inference import WeightSpec, describe_weights, load_trained
 from inference.pool import ModelPool
-from model import keep_tokenizer, load_tokenizer, save_weights, tokenizer_hash
+from model import keep_tokenizer, list_weights, load_tokenizer, save_weights, tokenizer_hash
 from model.tokenizer import find_tokenizer, kept_tokenizer
+from training import Run
 
 WORDS = ["--max_seq_len", 64, "--max_steps", 1, "--device", "cpu"]
 CPU = torch.device("cpu")
@@ -110,6 +112,31 @@ def test_where_a_tokenizer_is_found(own_tokenizer, tokenizer_dir, tmp_path):
     assert find_tokenizer(tmp_path / "out" / "replaced" / "x", hash_) is not None
 
 
+def test_a_tokenizer_is_found_by_its_file_alone(own_tokenizer, tokenizer, tmp_path, monkeypatch):
+    """Hashed as ever: what tokenizer.json holds, without what is not used, with sorted names."""
+    own = load_tokenizer(own_tokenizer)
+    hashes = [tokenizer_hash(own), tokenizer_hash(tokenizer)]
+    parts = json.loads((own_tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
+    for name in ("padding", "truncation", "post_processor"):
+        del parts[name]
+    text = json.dumps(parts, sort_keys=True)
+    assert hashlib.sha256(text.encode("utf-8")).hexdigest() == hashes[0]
+    keep_tokenizer(own, tmp_path, hashes[0])
+    monkeypatch.setattr("model.tokenizer.load_tokenizer", None)  # slow
+    assert find_tokenizer(tmp_path, hashes[0]) == kept_tokenizer(tmp_path, hashes[0])
+    assert find_tokenizer(tmp_path, hashes[1]) is not None  # the shipped one
+
+
+def test_a_tokenizer_that_older_versions_wrote_is_found(own_tokenizer, tmp_path):
+    """They wrote a merge as one text."""
+    folder = shutil.copytree(own_tokenizer, tmp_path / "tokenizer")
+    path = folder / "tokenizer.json"
+    parts = json.loads(path.read_text(encoding="utf-8"))
+    parts["model"]["merges"] = [" ".join(pair) for pair in parts["model"]["merges"]]
+    path.write_text(json.dumps(parts, ensure_ascii=False), encoding="utf-8")
+    assert find_tokenizer(tmp_path, tokenizer_hash(load_tokenizer(own_tokenizer))) == folder
+
+
 def save_at(path, tokenizer, when, stage="full_sft"):
     path.parent.mkdir(parents=True, exist_ok=True)
     model = random_model(seed=when)
@@ -156,6 +183,31 @@ def test_the_server_offers_them_by_folder_and_name(nested):
     assert describe_weights(nested / "a" / "b") == []
 
 
+def test_the_server_looks_for_each_tokenizer_where_the_weights_are(
+    own_tokenizer, tokenizer, tmp_path, monkeypatch
+):
+    """In another folder it does not count; what was not found is looked for again once it comes."""
+    own = load_tokenizer(own_tokenizer)
+    for folder in ("a", "b"):
+        save_at(tmp_path / folder / "full_sft_32.pth", own, 1_000_000_000)
+    save_at(tmp_path / "a" / "dpo_32.pth", tokenizer, 1_000_000_000)
+    shutil.copytree(own_tokenizer, tmp_path / "a" / "tokenizer")
+    looked = []
+    monkeypatch.setattr(
+        "inference.pool.find_tokenizer", lambda *key: looked.append(key) or find_tokenizer(*key)
+    )
+    pool = ModelPool(WeightSpec(tmp_path), CPU, "torch", 1, 1, 2)
+    try:
+        for _ in range(2):
+            assert set(pool.cards()) == {"a/full_sft_32", "a/dpo_32"}
+            assert len(looked) == 3
+        shutil.copytree(own_tokenizer, tmp_path / "b" / "tokenizer")
+        assert set(pool.cards()) == {"a/full_sft_32", "a/dpo_32", "b/full_sft_32"}
+        assert len(looked) == 4
+    finally:
+        pool.close()
+
+
 def test_a_resumed_run_keeps_its_own_configuration(run, texts, tokenizer, tmp_path):
     """Though the weights that it started from are gone: what the flags do not tell, as well."""
     start = save_start(tmp_path, tokenizer, hidden_dim=80)
@@ -189,3 +241,69 @@ def test_a_folder_that_is_in_the_way_of_a_tokenizer(tokenizer, tmp_path):
     (kept / "notes").mkdir(parents=True)
     with pytest.raises(OSError):
         keep_tokenizer(tokenizer, tmp_path, "abc")
+
+
+def start_and_kill(run, texts, out, *words):
+    """A run that was broken off, whose shape only the weights that it began with told."""
+    words = ["--data_path", texts, *WORDS, "--out_dir", out, "--run_name", "next", *words]
+    words[words.index("--max_steps") + 1] = 4
+    with killed(3, Run, "add_step"):
+        run(*words, "--save_interval", 1)
+    return words
+
+
+@pytest.mark.parametrize("what", ["gone", "changed"])
+def test_a_run_is_resumed_in_its_own_shape(run, texts, tokenizer, tmp_path, what):
+    """Without flags of the shape, whatever has become of the weights that it started from."""
+    start = save_start(tmp_path, tokenizer, hidden_dim=80)
+    words = start_and_kill(run, texts, tmp_path, "--from_weight", "pretrain")
+    for path in (start, start.with_suffix(".json")):
+        path.unlink()
+    if what == "changed":
+        save_start(tmp_path, tokenizer, "pretrain_64", dim=64)
+    done = run(*words, "--resume")
+    assert "--resume: going on after step 2" in done.stdout
+    there = config(tmp_path, "pretrain_48_next")
+    assert (there["dim"], there["n_layers"], there["hidden_dim"]) == (48, 1, 80)
+
+
+def test_of_several_runs_the_one_that_the_command_began_is_resumed(run, texts, tokenizer, tmp_path):
+    start = save_start(tmp_path, tokenizer)
+    words = start_and_kill(run, texts, tmp_path, "--from_weight", start)
+    start_and_kill(run, texts, tmp_path, "--from_weight", "none", *SHAPE)
+    done = run(*words, "--resume")
+    assert f"saved {tmp_path / 'pretrain_48_next.pth'}" in done.stdout
+    assert "--resume: going on after step 2" in done.stdout
+
+
+def test_weights_are_looked_for_once(run, texts, tokenizer, tmp_path, monkeypatch):
+    save_start(tmp_path, tokenizer)
+    looks = []
+    monkeypatch.setattr(
+        "model.weights.list_weights",
+        lambda *where, **how: looks.append(where) or list_weights(*where, **how),
+    )
+    words = ["--from_weight", "pretrain", "--run_name", "next", "--data_path", texts, *WORDS]
+    run(*words, "--out_dir", tmp_path)
+    assert len(looks) == 1
+
+
+ELSEWHERE = """
+import os, runpy, sys
+if os.environ["RANK"] == "1":
+    sys.argv[sys.argv.index("--out_dir") + 1] += "/of_the_other_host"
+sys.argv[0] = "train_pretrain.py"
+runpy.run_path("train_pretrain.py", run_name="__main__")
+"""
+
+
+def test_only_the_main_process_needs_the_weights(run, texts, tokenizer, tmp_path):
+    """Those of a second host, which has another folder, get shape and weights from it."""
+    start = save_start(tmp_path, tokenizer, hidden_dim=80)
+    script = tmp_path / "elsewhere.py"
+    script.write_text(ELSEWHERE, encoding="utf-8")
+    words = ["--from_weight", "pretrain", "--run_name", "next", "--data_path", texts, *WORDS]
+    done = run(*words, *FLOAT32, "--out_dir", tmp_path, script=script, processes=2)
+    assert f"--from_weight: {start}\n" in done.stdout
+    there = config(tmp_path, "pretrain_48_next")
+    assert (there["dim"], there["hidden_dim"]) == (48, 80)

@@ -324,6 +324,26 @@ def test_a_file_from_before_there_was_a_choice_of_optimizers(run, data, unbroken
     assert_same(result(out), unbroken())
 
 
+@pytest.mark.parametrize(("changed", "rate"), [([], 3e-3), (["--learning_rate", 1e-3], 1e-3)])
+def test_a_muon_run_from_before_the_embedding_had_a_rate_of_its_own(
+    run, data, tmp_path, changed, rate
+):
+    """The embedding was in one group with the norms, and keeps their rate."""
+    words = [*WHOLE, "--data_path", data, "--out_dir", tmp_path, "--optimizer", "muon"]
+    with killed(5, Run, "add_step"):
+        run(*words)
+    path = tmp_path / "pretrain_32_resume.pth"
+    contents = torch.load(path, weights_only=True)
+    matrices, embedding, norms = contents["optimizer"]["param_groups"]
+    assert embedding["initial_lr"] == pytest.approx(3 * norms["initial_lr"])
+    bare = {**norms, "params": embedding["params"] + norms["params"]}
+    contents["optimizer"]["param_groups"] = [matrices, bare]
+    torch.save(contents, path)
+    run(*words, "--resume", *changed)
+    groups = read_resume(tmp_path)["optimizer"]["param_groups"]
+    assert [group["initial_lr"] for group in groups] == pytest.approx([rate] * 3)
+
+
 def test_the_same_data_elsewhere(run, data, unbroken, out, tmp_path):
     elsewhere = shutil.copy(data, tmp_path / "moved.jsonl")
     run(*WHOLE, "--data_path", elsewhere, "--out_dir", out, "--resume")

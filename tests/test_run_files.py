@@ -29,7 +29,7 @@ from tiny_models import random_model, save_tuned
 
 from common import UserError, is_run_name
 from inference import WeightSpec
-from inference.loading import find_adapter, find_weights
+from inference.loading import choose_weights, find_adapter
 from model import LMConfig, resolve_weights
 from training import Run, find_processes, lock_run, run_files
 
@@ -392,29 +392,46 @@ def test_runs_of_two_names_lie_side_by_side(run, data, finished, tmp_path):
 
 
 def test_names_mean_files(tmp_path, tokenizer):
-    """Of a stage, of a file, of a run; the newest one to talk to, the only one to train from."""
+    """Of a stage the newest, of a file, of a run: the same to talk to and to train from."""
     names = ["full_sft_32", "full_sft_32_a", "full_sft_32_b", "dpo_32_a", "full_sft_32_moe_c"]
+    names += ["below/full_sft_32", "below/grpo_32", "else/grpo_32_d", "else/grpo_32_d_best"]
+    (tmp_path / "below").mkdir()
+    (tmp_path / "else").mkdir()
     for age, name in enumerate(names):
         model = random_model(use_moe="moe" in name)
         path = save_tuned(model, tmp_path, tokenizer, name, name.partition("_3")[0])
         os.utime(path, (1e9 + age, 1e9 + age))
+    (tmp_path / "full_sft_32.pth").rename(tmp_path / "public_512.pth")  # whose .json is not there
+    os.utime(save_tuned(random_model(), tmp_path, tokenizer, "full_sft_32"), (1e9, 1e9))
     shape, spec = LMConfig(dim=32), {"out_dir": tmp_path, "tokenizer_path": tmp_path}
     meant = {
-        "full_sft": "full_sft_32",
+        "full_sft": "full_sft_32",  # though there is a newer one below
         "full_sft_32_a": "full_sft_32_a",
         "b": "full_sft_32_b",
-        "a": "dpo_32_a",
         "c": "full_sft_32_moe_c",
+        "grpo": "below/grpo_32",
+        "d": "else/grpo_32_d",
+        "public": "public_512",
+        "public_512": "public_512",
     }
-    for name, file in meant.items():
-        assert find_weights(WeightSpec(weight=name, **spec), shape).stem == file
-    for name in ("full_sft", "full_sft_32_a", "b"):
-        assert resolve_weights("--from_weight", name, tmp_path, shape).stem == meant[name]
-    with pytest.raises(UserError, match="--from_weight a: name one of dpo_32_a, full_sft_32_a"):
-        resolve_weights("--from_weight", "a", tmp_path, shape)
-    for name in ("c", "sft", "../full_sft", "best", "*"):
+
+    def found(name, **shape):
+        """The file that every tool takes."""
+        ours = choose_weights(WeightSpec(weight=name, **spec, **shape))
+        assert resolve_weights("--from_weight", name, tmp_path, shape) == ours
+        return ours.relative_to(tmp_path).with_suffix("").as_posix()
+
+    assert {name: found(name) for name in meant} == meant
+    assert found("full_sft", dim=32, use_moe=False) == "full_sft_32"
+    for flag in ("--from_weight", "--weight"):
+        runs = ", ".join(str(tmp_path / f"{name}.pth") for name in ("dpo_32_a", "full_sft_32_a"))
+        with pytest.raises(UserError, match=re.escape(f"{flag} a: name one of {runs}")):
+            resolve_weights(flag, "a", tmp_path, {})
+    for name in ("sft", "../full_sft", "best", "*", "nothing.pth"):
         with pytest.raises(UserError, match="no file"):
-            resolve_weights("--from_weight", name, tmp_path, shape)
+            found(name)
+    with pytest.raises(UserError, match="no file"):
+        found("c", use_moe=False)
     (tmp_path / "lora").mkdir()
     for name in ("it_32", "it_32_a", "you_me_64_b"):
         (tmp_path / "lora" / f"{name}.pth").touch()

@@ -125,6 +125,27 @@ def test_a_run_ends_with_three_samples_and_the_next_command(run, talks, tokenize
     assert done.stdout.endswith(next_command)
 
 
+def test_a_question_is_shown_whole_whatever_it_says(run, tokenizer, tmp_path):
+    """Also one that looks like a role, and what a tool returned."""
+    asked = "Is every\nuser\nassistant\nhere?"
+    call = {"name": "look", "arguments": {}}
+    used = [
+        {"role": "user", "content": "Look."},
+        {"role": "assistant", "content": "", "weight": 0, "tool_calls": [call]},
+        {"role": "tool", "content": "a user\nof it"},
+    ]
+    talks = [[{"role": "user", "content": asked}]] * 10 + [used] * 10
+    answer = {"role": "assistant", "content": "Yes."}
+    data = tmp_path / "talks.jsonl"
+    lines = (json.dumps({"messages": [*talk, answer]}) + "\n" for talk in talks)
+    data.write_text("".join(lines), encoding="utf-8")
+    save_tuned(random_model(), tmp_path, tokenizer, "pretrain_32", "pretrain")
+    words = [*SHAPE, "--max_seq_len", 64, "--batch_size", 4, "--max_steps", 1]
+    run(*words, "--data_path", data, "--out_dir", tmp_path, script="train_full_sft.py")
+    shown = {ast.literal_eval(prompt) for prompt, _ in last_samples(tmp_path, "full_sft_32")}
+    assert shown == {asked, "a user\nof it"}
+
+
 def test_a_text_s_beginning_is_continued_at_the_end(run, texts, tokenizer, tmp_path):
     """Each prompt is the beginning of a text, and the weights that were saved continue it so."""
     done = run(*WORDS, "--data_path", texts, "--out_dir", tmp_path)

@@ -29,8 +29,8 @@ class FakeService(SimpleNamespace):
 
     errors = SimpleNamespace(Error=OSError)
 
-    def __init__(self):
-        super().__init__(id="abc", begun=[], logged=[], finished=0)
+    def __init__(self, name):
+        super().__init__(__name__=name, id="abc", begun=[], logged=[], finished=0)
 
     def init(self, **about):
         self.begun.append(about)
@@ -89,7 +89,7 @@ def recorded(out):
 
 @pytest.mark.parametrize("name", ["wandb", "swanlab"])
 def test_a_service_gets_the_figures_and_the_run_continues(run, texts, tmp_path, monkeypatch, name):
-    monkeypatch.setitem(sys.modules, name, fake := FakeService())
+    monkeypatch.setitem(sys.modules, name, fake := FakeService(name))
     words = [*WORDS, "--data_path", texts, "--out_dir", tmp_path, "--tracker", name]
     words += ["--wandb_project", "mine"]
     run(*words, "--sample_prompts", "red")
@@ -114,7 +114,7 @@ def test_what_is_not_finite_is_left_out_for_swanlab(run, texts, tmp_path, monkey
         "torch.nn.functional.cross_entropy", lambda *args, **how: loss(*args, **how) * torch.nan
     )
     for name in ("wandb", "swanlab"):
-        monkeypatch.setitem(sys.modules, name, FakeService())
+        monkeypatch.setitem(sys.modules, name, FakeService(name))
         out = tmp_path / name
         run(*WORDS, "--data_path", texts, "--out_dir", out, "--tracker", name, "--no-packing")
     figures = [[some for _, some in sys.modules[name].logged] for name in ("wandb", "swanlab")]
@@ -178,7 +178,7 @@ def test_a_service_that_cannot_be_had_is_named(run, texts, tmp_path, monkeypatch
     def refuse(**about):
         raise OSError("no account.")
 
-    fake = SimpleNamespace(init=refuse, errors=FakeService.errors)
+    fake = SimpleNamespace(__name__=name, init=refuse, errors=FakeService.errors)
     monkeypatch.setitem(sys.modules, name, fake)
     words = [*WORDS, "--data_path", texts, "--out_dir", tmp_path / "out", "--tracker", name]
     error = run(*words, code=2).stderr

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from common import (
-    TOKENIZER,
     BooleanFlag,
     StageParser,
     UserError,
@@ -30,13 +29,8 @@ from common import (
     user_path,
     weighted_path,
 )
-from model import (
-    SIZES,
-    first_weights,
-    read_about,
-    shape_of_depth,
-    tokenizer_folder,
-)
+from diagnosis.plan import BUDGETS
+from model import SIZES, LMConfig, shape_of_depth
 
 from .schedule import DECAYS
 
@@ -49,7 +43,6 @@ MOE_DEFAULTS = {
 }
 EXPERTS = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok")
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe")  # what --size and --depth set
-BUDGETS = ("max_steps", "max_tokens", "max_minutes", "tokens_per_parameter")
 
 
 def pattern_and_number(text: str) -> tuple[str, float]:
@@ -78,10 +71,10 @@ def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any
     named = "a shape by its number of parameters; a flag below that is given beside it counts"
     add("--size", choices=SIZES, help=named)
     add("--depth", type=positive_int, help="a dense shape by its layers: width 64 × depth")
-    add("--dim", type=positive_int, default=512, help="width")
-    add("--n_layers", type=positive_int, default=8, help="blocks")
-    add("--n_heads", type=positive_int, default=8, help="query heads")
-    add("--n_kv_heads", type=positive_int, default=2, help="key and value heads")
+    add("--dim", type=positive_int, default=LMConfig.dim, help="width")
+    add("--n_layers", type=positive_int, default=LMConfig.n_layers, help="blocks")
+    add("--n_heads", type=positive_int, default=LMConfig.n_heads, help="query heads")
+    add("--n_kv_heads", type=positive_int, default=LMConfig.n_kv_heads, help="key and value heads")
     add("--use_moe", **switch, help="mixture of experts")
     for name, kind, meaning in (
         ("n_routed_experts", positive_int, "routed experts per layer"),
@@ -243,7 +236,10 @@ def set_sources(args: argparse.Namespace) -> None:
 
 
 def parse_stage_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse, and fill in defaults that depend on other flags; UserError for a contradiction."""
+    """Parse, and fill in defaults that depend on other flags; UserError for a contradiction.
+
+    Flags of shape and tokenizer that were not given are None: `settle_shape` sets them.
+    """
     # Flags that are not given are None, whatever their defaults.
     args = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys((*SHAPE, "epochs"))))
     args.sample_prompts = [prompt for some in args.sample_prompts for prompt in some]
@@ -254,16 +250,9 @@ def parse_stage_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace
     if args.size and args.depth:
         raise UserError("--size and --depth: give one of them")
     shape = SIZES[args.size] if args.size else shape_of_depth(args.depth) if args.depth else {}
-    _fill(args, shape)
-    _follow_weights(args)
-    _fill(args, {name: parser.get_default(name) for name in SHAPE})
+    fill(args, shape)
     if args.epochs is None and not any(getattr(args, name) for name in BUDGETS):
         args.epochs = parser.get_default("epochs")
-    for name in MOE_DEFAULTS:
-        if not args.use_moe and getattr(args, name) is not None:
-            raise UserError(f"--{name} needs --use_moe")
-    if args.use_moe:
-        _fill(args, MOE_DEFAULTS)
     if args.learning_rate is not None:
         set_min_lr(args)
     if args.warmup_iters is not None and args.warmup_ratio is not None:
@@ -284,35 +273,11 @@ def parse_stage_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace
     return args
 
 
-def _fill(args: argparse.Namespace, values: Mapping[str, Any]) -> None:
+def fill(args: argparse.Namespace, values: Mapping[str, Any]) -> None:
     """Set the flags that were not given."""
     for name, value in values.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-
-
-def _follow_weights(args: argparse.Namespace) -> None:
-    """Take shape and tokenizer from the weights of --from_weight, where no flag gives them.
-
-    Weights that are missing, or have no .json file, give nothing. UserError for a flag that
-    contradicts them.
-    """
-    given = {n: getattr(args, n) for n in SHAPE + EXPERTS if getattr(args, n) is not None}
-    path = None
-    if args.from_weight != "none":
-        path = first_weights("--from_weight", args.from_weight, args.out_dir, given)
-    about = path and read_about(path)
-    if not about:
-        args.tokenizer_path = args.tokenizer_path or TOKENIZER
-        return
-    there = about["config"].shape
-    for name, value in given.items():
-        if there.get(name, value) != value:
-            raise UserError(
-                f"--{name} {value}: {path} has {there[name]}; without the flag it gives the shape"
-            )
-    _fill(args, there)
-    args.tokenizer_path = tokenizer_folder(args.tokenizer_path, path)
 
 
 def set_min_lr(args: argparse.Namespace) -> None:

@@ -25,12 +25,14 @@ class Budget:
     max_tokens: float | None  # target tokens
     max_seconds: float | None
     # What a run with `max_seconds` keeps for its end: the rows to validate and to test on, the
-    # saves, and what both take as far as it was measured.
+    # saves, the times that it writes samples, the report, and what they take as far as measured.
     rows_at_end: int = 0
     saves_at_end: int = 1
+    samplings_at_end: int = 1
     seconds_per_row: float | None = None
-    seconds_per_save: float = 0.0
-    reserve: float = 0.0  # seconds; the main process's, on all processes
+    seconds_per_save: float | None = None
+    seconds_per_sampling: float = 0.0
+    seconds_per_report: float = 0.0
 
     @property
     def has_limits(self) -> bool:
@@ -87,18 +89,25 @@ class Budget:
 
     def is_near_end(self, state: TrainState) -> bool:
         """Whether there is no time left for an evaluation before the one at the end."""
-        return self.max_seconds is not None and self.seconds_left(state) < self.reserve
+        return self.max_seconds is not None and self.seconds_left(state) < state.reserve
 
     def seconds_left(self, state: TrainState) -> float:
         """For steps, before `max_seconds` and what is kept for the end of the run."""
-        return self.max_seconds - self.reserve - state.elapsed
+        return self.max_seconds - state.reserve - state.elapsed
 
     def seconds_at_end(self, state: TrainState) -> float:
-        """What validating, testing and saving at the end will take, on this process."""
+        """What validation, test, saves, samples and report will take at the end, on this one."""
         per_row = self.seconds_per_row
         if per_row is None:
             per_row = FORWARD_SHARE * state.seconds / max(1, state.step * self.rows_per_step)
-        return self.rows_at_end * per_row + self.saves_at_end * self.seconds_per_save
+        seconds = (
+            self.rows_at_end * per_row
+            + self.saves_at_end * (self.seconds_per_save or 0.0)
+            + self.samplings_at_end * self.seconds_per_sampling
+            + self.seconds_per_report
+        )
+        # Until it is measured, what it was before the run was resumed.
+        return max(seconds, state.reserve) if self.seconds_per_save is None else seconds
 
 
 def _pace(state: TrainState) -> float:
@@ -123,4 +132,5 @@ def make_budget(setup: Setup, data: Splits) -> Budget:
         max_seconds=args.max_minutes and 60 * args.max_minutes,
         rows_at_end=sum(map(len, data.val.values())) + tests,
         saves_at_end=2 if tests else 1,
+        samplings_at_end=2 if args.sample_prompts else 1,
     )

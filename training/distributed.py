@@ -2,18 +2,21 @@
 
 import gc
 import os
+import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from common import UserError
 from model import choose_device
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,24 @@ class Distributed:
         values = [value]
         dist.broadcast_object_list(values)
         return values[0]
+
+    def share_early(self, find: Callable[[], T]) -> T:
+        """What `find` gives on the main process, on every process, before they join a group.
+
+        The launcher's store carries it.
+        """
+        if not self.is_distributed:
+            return find()
+        store, *_ = next(dist.rendezvous("env://", self.rank, self.world_size))
+        others = [f"minimind/{rank}" for rank in range(1, self.world_size)]
+        if not self.is_main:
+            value = pickle.loads(store.get("minimind/0"))
+            store.set(others[self.rank - 1], "")
+            return value
+        value = find()
+        store.set("minimind/0", pickle.dumps(value))
+        store.wait(others)  # where no launcher has the store, it ends with this function
+        return value
 
 
 def find_processes(device: str | None, ddp: bool) -> Distributed:

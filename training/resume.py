@@ -96,6 +96,7 @@ class TrainState:
     mixture_tokens: float | None = None  # at which --mix_schedule ends, as the run began
     seconds: float = 0.0  # spent in steps
     elapsed: float = 0.0  # wall-clock seconds, of all that --max_minutes counts
+    reserve: float = 0.0  # seconds of these that the end of the run will take
     budget_used: bool = False  # whether the run reached the end of its budget
     tally: Tally = field(default_factory=Tally)
     skipped: int = 0  # updates skipped

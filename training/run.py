@@ -3,7 +3,6 @@
 import argparse
 import copy
 import math
-import platform
 import shlex
 import signal
 import time
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from common import UserError
 from dataset import Mixture, make_loader
+from diagnosis.memory import peak_memory
 from diagnosis.report import write_report
 from model import load_trained_state, mean_scores
 
@@ -27,14 +27,12 @@ from .distributed import Distributed
 from .guards import find_sample
 from .record import Record, add_ending
 from .resume import Tally, TrainState
-from .samples import last_prompts, write_samples
+from .samples import last_samples, write_samples
 from .saving import Saver
 from .schedule import warmup_steps
 from .setup import Rows, Setup, Splits
 from .signals import StopSignal
 from .step import Batch, Score, StepTotals
-
-SHOWN = 80  # characters of a prompt, its last ones
 
 
 @dataclass
@@ -137,6 +135,7 @@ class Run:
             self._read_clock()
             self._show_progress()
             self.log_if_due()
+            self._rehearse_end_if_new()
             self.validate_if_due(model)
             if not self.going_on or self.check_signal():
                 return
@@ -151,7 +150,7 @@ class Run:
         if budget.max_seconds is None:
             return
         own = (state.seconds, state.elapsed, budget.seconds_at_end(state))
-        state.seconds, state.elapsed, budget.reserve = self.world.broadcast(own)
+        state.seconds, state.elapsed, state.reserve = self.world.broadcast(own)
         if budget.is_out_of_time(state):  # for good: what is kept for the end counts as spent
             state.elapsed = max(state.elapsed, budget.max_seconds)
 
@@ -313,8 +312,10 @@ class Run:
         args = self.args
         self.record.log_scores(state, scores)
         if args.sample_prompts and self.world.is_main:
+            started = time.perf_counter()
             texts = write_samples(self.setup, self.prompts)
             self.record.log_samples(state, list(zip(args.sample_prompts, texts, strict=True)))
+            self.budget.seconds_per_sampling = time.perf_counter() - started
         state.evaluated_at = state.step
         min_delta = args.early_stopping_min_delta if args.early_stopping_patience else 0.0
         if scores["val_loss"] < state.best_loss - min_delta:
@@ -351,6 +352,32 @@ class Run:
         self.saver.save(self.state, self.due(self.args.save_interval))
         self.budget.seconds_per_save = time.perf_counter() - started
 
+    def _rehearse_end_if_new(self) -> None:
+        """With --max_minutes, do after the first step what ends a run, to know how long it takes.
+
+        Validation is not part of it, which the time of a step tells well enough.
+        """
+        budget = self.budget
+        if budget.max_seconds is None or budget.seconds_per_save is not None or not self.going_on:
+            return
+        self.save()
+        if self.world.is_main:
+            started = time.perf_counter()
+            last_samples(self.setup, self.data)
+            sampled = time.perf_counter()
+            self._write_report(None)
+            budget.seconds_per_sampling = sampled - started
+            budget.seconds_per_report = time.perf_counter() - sampled
+
+    def _write_report(self, ending: str | None) -> str:
+        """Write how the run ended, if it has, and its report; a line for the user."""
+        try:
+            if ending is not None:
+                add_ending(self.record.folder / "config.json", ending)
+            return write_report(self.record.folder)
+        except Exception as error:  # the run itself is done and saved
+            return f"no report: {error}"
+
     def finish(self) -> int:
         """Score the test data, save, write the report, and print how the run ended.
 
@@ -367,14 +394,10 @@ class Run:
             parts = (f"{name} {n / sum(drawn.values()):.2%}" for name, n in drawn.items())
             self.record.print(f"target tokens by source: {', '.join(parts)}")
         if self.exit_status == 0 and self.world.is_main:
-            self._show_samples()
+            for prompt, text in last_samples(self.setup, self.data):
+                self.record.print(f"sample {prompt!r} → {text!r}")
         if self.world.is_main:
-            try:
-                add_ending(self.record.folder / "config.json", self.ending or "finished")
-                line = write_report(self.record.folder)
-            except Exception as error:  # the run itself is done and saved
-                line = f"no report: {error}"
-            self.record.print(line)
+            self.record.print(self._write_report(self.ending or "finished"))
         self.record.close()
         if self.saver.errors:
             raise UserError(f"the last save failed: {next(iter(self.saver.errors.values()))}")
@@ -385,16 +408,6 @@ class Run:
             for command in next_commands(self.setup):
                 self.world.log(f"next: {command}")
         return self.exit_status
-
-    def _show_samples(self) -> None:
-        """Print what the model now makes of three texts or questions."""
-        prompts = last_prompts(self.setup, self.data)
-        texts = write_samples(self.setup, prompts) if prompts else []
-        for ids, text in zip(prompts, texts, strict=True):
-            prompt = self.setup.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
-            if self.setup.stage.chats:  # the last message, without the header of the answer
-                prompt = prompt.removesuffix("assistant\n").rpartition("user\n")[2]
-            self.record.print(f"sample {prompt.strip()[-SHOWN:]!r} → {text!r}")
 
     def _test(self, rows: Rows) -> None:
         """Score the best weights, or where nothing was validated the last ones."""
@@ -419,17 +432,3 @@ def next_commands(setup: Setup) -> list[str]:
         tune = ["python", "train_full_sft.py", "--from_weight", weights]
         commands.append(f"{shlex.join(tune)} --data_path chats.jsonl  # your conversations")
     return commands
-
-
-def peak_memory(device: torch.device) -> float | None:
-    """The most bytes that this process has held: on a GPU, of its memory; else in RAM, if known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024

@@ -14,6 +14,7 @@ from dataset.text import TextEncoder
 from .setup import Setup, Splits
 
 NEW_TOKENS = 64  # at most
+SHOWN = 80  # characters of a prompt, its last ones
 LAST_SAMPLES, FIRST_TOKENS = 3, 16  # at the end of a run; tokens of the beginning of a text
 
 
@@ -43,7 +44,25 @@ def encode_prompts(setup: Setup) -> list[Tensor]:
     return encoded
 
 
-def last_prompts(setup: Setup, data: Splits) -> list[Tensor]:
+def last_samples(setup: Setup, data: Splits) -> list[tuple[str, str]]:
+    """Three prompts and what the model makes of them: as `_last_prompts`, shown without markup."""
+    prompts = _last_prompts(setup, data)
+    texts = write_samples(setup, prompts) if prompts else []
+    shown = (_shown(setup, ids)[-SHOWN:] for ids in prompts)
+    return list(zip(shown, texts, strict=True))
+
+
+def _shown(setup: Setup, ids: Tensor) -> str:
+    """A text's beginning, or the content of a conversation's last message before the answer."""
+    tokenizer = setup.tokenizer
+    if setup.stage.chats:
+        starts = (ids == tokenizer.bos_token_id).nonzero().flatten().tolist()
+        ids = ids[starts[-2] : starts[-1]] if len(starts) > 1 else ids[:0]
+    text = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+    return (text.partition("\n")[2] if setup.stage.chats else text).strip()  # without the role
+
+
+def _last_prompts(setup: Setup, data: Splits) -> list[Tensor]:
     """The ids of three prompts from the validation data, or without any from the training data.
 
     They are beginnings of texts, or conversations up to an answer that is learnt; of several

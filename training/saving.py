@@ -108,9 +108,17 @@ class Saver:
 def load_resume(
     setup: Setup, resume: Resume, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> None:
-    """Put model, optimizer and scaler where a resume file left them; the flags are those of now."""
+    """Put model, optimizer and scaler where a resume file left them; the flags are those of now.
+
+    A parameter's rate over --learning_rate stays, whatever a stage scales it by today.
+    """
     load_trained_state(setup.raw_model, resume.model)
     groups = optimizer.state_dict()["param_groups"]
+    before = {i: group for group in resume.optimizer["param_groups"] for i in group["params"]}
+    rate = resume.arguments["learning_rate"]
+    for group in groups:
+        peak = before[group["params"][0]].get("initial_lr", rate)  # the oldest files have one rate
+        group["initial_lr"] = peak * (setup.args.learning_rate / rate)  # by 1 without a change
     optimizer.load_state_dict({**resume.optimizer, "param_groups": groups})
     if resume.scaler:  # it is empty without float16
         scaler.load_state_dict(resume.scaler)

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from common import format_number
 from diagnosis.compute import count_parameters
-from diagnosis.plan import LearningRates, usual_rate
+from diagnosis.plan import BUDGETS, LearningRates, usual_rate
 
-from .arguments import BUDGETS, set_min_lr
+from .arguments import set_min_lr
 from .setup import Setup, Splits
 
 # With fewer optimizer steps than this little is learnt, so that small data get small batches.

@@ -29,7 +29,6 @@ from diagnosis.plan import LearningRates
 from model import (
     LMConfig,
     MiniMindLM,
-    first_weights,
     load_tokenizer,
     load_weights,
     lora_state,
@@ -40,10 +39,11 @@ from model import (
 )
 from model.weights import CONVERSATIONS, first_difference, read_state
 
-from .arguments import EXPERTS, MOE_DEFAULTS, SHAPE
+from .arguments import MOE_DEFAULTS
 from .distributed import Distributed, autocast_dtype, find_processes
 from .resume import Resume, check_identity, json_arguments, read_resume, seed_everything
 from .run_files import beside, log_folder
+from .shape import settle_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,6 +82,7 @@ class Setup:
     tokenizer: "PreTrainedTokenizerBase"
     raw_model: MiniMindLM  # without wrappers
     path: Path  # file that the weights are written to
+    first_weights: Path | None  # file of --from_weight, if it gave the shape
     frozen: dict[str, str] = field(default_factory=dict)  # hashes of untrained weights, by flag
     resume: Resume | None = None  # None for a new run
     notes: list[str] = field(default_factory=list)  # lines that the run reports first
@@ -115,11 +116,13 @@ class Setup:
 def prepare(args: argparse.Namespace, stage: Stage) -> Setup:
     """Find the processes, load the tokenizer and build the model, the same on every process.
 
-    UserError for a device, a dtype, a tokenizer or a shape that cannot be had.
+    Shape and tokenizer that no flag gives are those of the run that is resumed, else of the weights
+    to start from. UserError for a device, a dtype, a tokenizer or a shape that cannot be had.
     """
     started = time.perf_counter()
     world = find_processes(args.device, args.ddp)
     dtype = autocast_dtype(args.dtype, world)
+    origin = settle_shape(args, stage.name, world)
     tokenizer = load_tokenizer(args.tokenizer_path)
     seed_everything(args.seed)
     names = ("dim", "n_layers", "n_heads", "n_kv_heads", *(MOE_DEFAULTS if args.use_moe else ()))
@@ -139,13 +142,13 @@ def prepare(args: argparse.Namespace, stage: Stage) -> Setup:
         flags = " ".join(f"--{name} {value}" for name, value in shape.items())
         raise UserError(f"{flags}: {error}") from None
     path = weights_path(args.out_dir, stage.name, config, args.run_name)
-    start = path if args.resume and path.is_file() else _find_first_weights(args)
-    if about := start and read_about(start):
-        config = replace(config, **{name: getattr(about["config"], name) for name in KEPT})
+    if origin.config is not None:
+        config = replace(config, **{name: getattr(origin.config, name) for name in KEPT})
     check_context(args.max_seq_len, config)
     raw_model = MiniMindLM(config)
     raw_model.gradient_checkpointing = args.gradient_checkpointing
-    return Setup(args, stage, world, dtype, tokenizer, raw_model, path, started=started)
+    first = origin.first_weights
+    return Setup(args, stage, world, dtype, tokenizer, raw_model, path, first, started=started)
 
 
 def check_context(max_seq_len: int, config: LMConfig) -> None:
@@ -167,22 +170,14 @@ def load_first_weights(setup: Setup) -> None:
     if setup.resume is None:
         if args.from_weight == "none":
             return
-        path = _find_first_weights(args)
+        path = setup.first_weights
         if path is None:
-            path = resolve_weights("--from_weight", args.from_weight, args.out_dir, model.config)
+            shape = model.config.shape
+            path = resolve_weights("--from_weight", args.from_weight, args.out_dir, shape)
         load_weights(path, model, setup.tokenizer_hash)
         setup.notes.append(f"--from_weight: {path}")
     about = read_about(path) or {}
     setup.conversations = {name: about[name] for name in CONVERSATIONS if about.get(name)}
-
-
-def _find_first_weights(args: argparse.Namespace) -> Path | None:
-    """The file of --from_weight that has the shape of the flags; None if there is none."""
-    if args.from_weight == "none":
-        return None
-    names = SHAPE + EXPERTS if args.use_moe else SHAPE
-    shape = {name: getattr(args, name) for name in names}
-    return first_weights("--from_weight", args.from_weight, args.out_dir, shape)
 
 
 def find_resume(setup: Setup) -> None:

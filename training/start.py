@@ -9,10 +9,9 @@ import torch
 
 from common import UserError, report_os_errors
 from dataset import Mixture
-from diagnosis.plan import Plan
+from diagnosis.plan import BUDGETS, Plan
 from model import keep_tokenizer
 
-from .arguments import BUDGETS
 from .budget import Budget, make_budget
 from .record import Record, write_config
 from .resume import (

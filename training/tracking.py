@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from common import UserError
@@ -58,24 +59,47 @@ def start_tracker(args: argparse.Namespace, name: str, folder: Path, state: Trai
     return tracker
 
 
-class WandbTracker:
-    """Weights & Biases; `WANDB_MODE=offline` keeps the run on this machine."""
+class ServiceTracker:
+    """What wandb and SwanLab have in common: packages that are used alike.
+
+    `WANDB_MODE=offline` or `SWANLAB_MODE=offline` keeps the run on this machine. UserError for one
+    of the package's `errors` at the start.
+    """
 
     def __init__(
-        self, project: str, name: str, config: dict[str, Any], run_id: str | None, flag: str
+        self,
+        service: ModuleType,
+        errors: type[Exception],
+        project: str,
+        name: str,
+        config: dict[str, Any],
+        run_id: str | None,
+        flag: str,
     ):
-        import wandb
-
         about = {"project": project, "name": name, "config": config}
         try:
-            self._run = wandb.init(**about, id=run_id, resume="allow")
-        except wandb.errors.Error as error:
-            raise UserError(f"{flag}: {error}; WANDB_MODE=offline needs no account") from None
+            self._run = service.init(**about, id=run_id, resume="allow")
+        except errors as error:
+            offline = f"{service.__name__.upper()}_MODE=offline"
+            raise UserError(f"{flag}: {error}; {offline} needs no account") from None
         self.id = self._run.id
 
     def log(self, figures: Figures, step: int) -> None:
         """See Tracker."""
         self._run.log(dict(figures), step=step)
+
+    def finish(self) -> None:
+        """See Tracker."""
+        self._run.finish()
+
+
+class WandbTracker(ServiceTracker):
+    """Weights & Biases."""
+
+    def __init__(self, *run: Any):
+        import wandb
+
+        super().__init__(wandb, wandb.errors.Error, *run)
 
     def log_samples(self, samples: Samples, step: int) -> None:
         """See Tracker; as a table."""
@@ -84,29 +108,18 @@ class WandbTracker:
         table = Table(columns=["prompt", "text"], data=[list(sample) for sample in samples])
         self._run.log({"samples": table}, step=step)
 
-    def finish(self) -> None:
-        """See Tracker."""
-        self._run.finish()
 
+class SwanLabTracker(ServiceTracker):
+    """SwanLab."""
 
-class SwanLabTracker:
-    """SwanLab; `SWANLAB_MODE=offline` keeps the run on this machine."""
-
-    def __init__(
-        self, project: str, name: str, config: dict[str, Any], run_id: str | None, flag: str
-    ):
+    def __init__(self, *run: Any):
         import swanlab
 
-        about = {"project": project, "name": name, "config": config}
-        try:
-            self._run = swanlab.init(**about, id=run_id, resume="allow")
-        except Exception as error:  # of any kind: its errors have no class in common
-            raise UserError(f"{flag}: {error} SWANLAB_MODE=offline needs no account") from None
-        self.id = self._run.id
+        super().__init__(swanlab, Exception, *run)  # its errors have no class in common
 
     def log(self, figures: Figures, step: int) -> None:
         """See Tracker; a figure that is not finite is left out, since SwanLab rejects it."""
-        self._run.log(finite(figures), step=step)
+        super().log(finite(figures), step)
 
     def log_samples(self, samples: Samples, step: int) -> None:
         """See Tracker; as texts with their prompts as captions."""
@@ -114,10 +127,6 @@ class SwanLabTracker:
 
         texts = [Text(text, caption=prompt) for prompt, text in samples]
         self._run.log({"samples": texts}, step=step)
-
-    def finish(self) -> None:
-        """See Tracker."""
-        self._run.finish()
 
 
 class TensorBoardTracker:
