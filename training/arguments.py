@@ -48,7 +48,7 @@ MOE_DEFAULTS = {
     "aux_loss_alpha": 0.1,
 }
 EXPERTS = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok")
-SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe")  # what --size and --depth set
+SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe", "rope_theta")
 BUDGETS = ("max_steps", "max_tokens", "max_minutes", "tokens_per_parameter")
 
 
@@ -82,6 +82,8 @@ def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any
     add("--n_layers", type=positive_int, default=8, help="blocks")
     add("--n_heads", type=positive_int, default=8, help="query heads")
     add("--n_kv_heads", type=positive_int, default=2, help="key and value heads")
+    theta = "base of the rotary frequencies; 1e4 is better for short rows"
+    add("--rope_theta", type=positive_float, default=1e6, help=theta)
     add("--use_moe", **switch, help="mixture of experts")
     for name, kind, meaning in (
         ("n_routed_experts", positive_int, "routed experts per layer"),
