@@ -56,7 +56,7 @@ class LMConfig:
     @property
     def shape(self) -> dict[str, Any]:
         """What tells models apart whose tensors may have the same shapes, by field."""
-        names = ["use_moe", "dim", "n_layers", "n_heads", "n_kv_heads"]
+        names = ["use_moe", "dim", "n_layers", "n_heads", "n_kv_heads", "rope_theta"]
         if self.use_moe:
             names += ["n_routed_experts", "n_shared_experts", "num_experts_per_tok"]
         return {name: getattr(self, name) for name in names}

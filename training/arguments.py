@@ -42,7 +42,7 @@ MOE_DEFAULTS = {
     "aux_loss_alpha": 0.1,
 }
 EXPERTS = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok")
-SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe")  # what --size and --depth set
+SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe", "rope_theta")
 
 
 def pattern_and_number(text: str) -> tuple[str, float]:
@@ -75,6 +75,8 @@ def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any
     add("--n_layers", type=positive_int, default=LMConfig.n_layers, help="blocks")
     add("--n_heads", type=positive_int, default=LMConfig.n_heads, help="query heads")
     add("--n_kv_heads", type=positive_int, default=LMConfig.n_kv_heads, help="key and value heads")
+    theta = "base of the rotary frequencies; 1e4 is better for short rows"
+    add("--rope_theta", type=positive_float, default=LMConfig.rope_theta, help=theta)
     add("--use_moe", **switch, help="mixture of experts")
     for name, kind, meaning in (
         ("n_routed_experts", positive_int, "routed experts per layer"),

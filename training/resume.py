@@ -188,7 +188,7 @@ def check_identity(weights: Path, resume: Resume, own: dict[str, Any]) -> None:
     """Raise UserError, naming every flag that differs, if `own` is not the identity of the run."""
     # Older files have fewer flags in the identity, and there, after the hash of the data's content,
     # what is used of it.
-    older = {"n_heads": 8, "n_kv_heads": 2, **MOE_DEFAULTS}
+    older = {"n_heads": 8, "n_kv_heads": 2, "rope_theta": 1e6, **MOE_DEFAULTS}
     older |= {"optimizer": "adamw", "lr_scale": [], "weight_decay_for": []}
     flags = {**older, **resume.arguments}
     stored = {f"--{name}": value for name, value in flags.items()} | resume.identity

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # What weights to start from keep of their configuration, besides the shape that flags can give.
-KEPT = ("hidden_dim", "multiple_of", "norm_eps", "max_seq_len", "rope_theta")
+KEPT = ("hidden_dim", "multiple_of", "norm_eps", "max_seq_len")
 KEPT += ("scoring_func", "seq_aux", "norm_topk_prob")
 
 EXAMPLES = 6  # questions that weights keep, to offer them to whoever talks to the model
@@ -125,12 +125,11 @@ def prepare(args: argparse.Namespace, stage: Stage) -> Setup:
     origin = settle_shape(args, stage.name, world)
     tokenizer = load_tokenizer(args.tokenizer_path)
     seed_everything(args.seed)
-    names = ("dim", "n_layers", "n_heads", "n_kv_heads", *(MOE_DEFAULTS if args.use_moe else ()))
+    names = (*SHAPE, *(MOE_DEFAULTS if args.use_moe else ()))
     shape = {name: getattr(args, name) for name in names}
     try:
         config = LMConfig(
             **shape,
-            use_moe=args.use_moe,
             vocab_size=len(tokenizer),
             dropout=args.dropout,
             flash_attn=args.flash_attn,
@@ -139,7 +138,7 @@ def prepare(args: argparse.Namespace, stage: Stage) -> Setup:
             pad_token_id=tokenizer.pad_token_id,
         )
     except ValueError as error:
-        flags = " ".join(f"--{name} {value}" for name, value in shape.items())
+        flags = " ".join(f"--{name} {value}" for name, value in shape.items() if name != "use_moe")
         raise UserError(f"{flags}: {error}") from None
     path = weights_path(args.out_dir, stage.name, config, args.run_name)
     if origin.config is not None:
