@@ -148,7 +148,11 @@ def score_rows(
             logits, *_ = target_logits(teacher, batch, find_targets(batch)[0])
         top = F.log_softmax(logits / args.temperature, dim=-1).topk(args.cache_teacher)
         yield top.indices.cpu().numpy(), top.values.cpu().numpy(), counts
-    world.log(f"teacher: scored {len(rows):,} rows in {time.perf_counter() - started:.1f} s")
+    seconds = time.perf_counter() - started
+    scored = common.Text(
+        "teacher: scored {rows:,} rows in {seconds:.1f} s", rows=len(rows), seconds=seconds
+    )
+    world.log(scored)
 
 
 def train_epoch(
@@ -233,13 +237,19 @@ def main() -> int:
     teacher = open_teacher(setup)
     setup.frozen["--teacher_weight"] = weights_hash(teacher)
     size = sum(p.numel() for p in teacher.parameters())
-    note = f"teacher {args.teacher_weight}: {size / 1e6:.2f} M parameters"
+    note = common.Text(
+        "teacher {name}: {size:.2f} M parameters", name=args.teacher_weight, size=size / 1e6
+    )
     if args.cache_teacher and args.cache_teacher > len(setup.tokenizer):
         raise common.UserError(
             f"--cache_teacher {args.cache_teacher}: there are {len(setup.tokenizer)} tokens"
         )
     if not args.cache_teacher:
-        note += f"; {4 * size / 1e9:.2f} GB, and its logits, come on top of the memory below"
+        note = common.Text(
+            "{teacher}; {memory:.2f} GB, and its logits, come on top of the memory below",
+            teacher=note,
+            memory=4 * size / 1e9,
+        )
     setup.notes.append(note)
     with training.lock_run(setup.path, setup.world, args.dry_run):
         training.find_resume(setup)
@@ -255,7 +265,7 @@ def main() -> int:
                 return TeacherTopK(rows, key, args.cache_teacher, score)
 
             data, teacher = replace(data, train=training.map_sources(data.train, add_teacher)), None
-        with training.open_process_group(setup.world), training.StopSignal() as stop:
+        with training.open_process_group(setup.world), training.StopSignal(setup.world) as stop:
             return train(setup, teacher, data, stop)
 
 

@@ -236,10 +236,15 @@ def score_reference(run: training.Run, reference: nn.Module, key: str, rows: Pai
         scores[batch["sample"][real]] = logps.view(2, -1).T[real].to(scores.dtype)
     rows.keep_reference(key, world.all_reduce_sum(scores).cpu().numpy())
     seconds = time.perf_counter() - started
-    run.record.print(
-        f"reference on {rows.dataset.store.path}: {len(rows):,} pairs in {seconds:.1f} s "
-        f"({len(rows) / seconds:.0f} pairs/s), cached beside the data"
+    scored = common.Text(
+        "reference on {path}: {pairs:,} pairs in {seconds:.1f} s ({rate:.0f} pairs/s), cached "
+        "beside the data",
+        path=rows.dataset.store.path,
+        pairs=len(rows),
+        seconds=seconds,
+        rate=len(rows) / seconds,
     )
+    run.record.print(scored)
 
 
 def train(setup: training.Setup, data: training.Splits, stop: training.StopSignal) -> int:
@@ -303,7 +308,7 @@ def main() -> int:
             max_completion_length=args.max_completion_length,
         )
         data = training.open_splits(setup, ensure_sample, dataset, make_rows=PairRows)
-        with training.open_process_group(setup.world), training.StopSignal() as stop:
+        with training.open_process_group(setup.world), training.StopSignal(setup.world) as stop:
             return train(setup, data, stop)
 
 

@@ -143,7 +143,7 @@ def main() -> int:
         )
         training.find_resume(setup)
         data = training.open_chat_splits(setup, ensure_sample)
-        with training.open_process_group(setup.world), training.StopSignal() as stop:
+        with training.open_process_group(setup.world), training.StopSignal(setup.world) as stop:
             return train(setup, data, stop)
 
 

@@ -127,7 +127,7 @@ def main() -> int:
             max_length=args.max_seq_len + 1,  # so that X, one id shorter, can fill a row
         )
         data = training.open_splits(setup, ensure_sample, dataset)
-        with training.open_process_group(setup.world), training.StopSignal() as stop:
+        with training.open_process_group(setup.world), training.StopSignal(setup.world) as stop:
             return train(setup, data, stop)
 
 

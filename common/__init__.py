@@ -31,5 +31,5 @@ from .arguments import (
 )
 from .errors import LESS_MEMORY, UserError, report_os_errors, report_user_errors
 from .files import SaveError, report_save_errors, write_atomically
-from .language import Translate, add_lang, translator
+from .language import Text, Translate, add_lang, locale_language, translate, translator
 from .units import format_duration, format_number

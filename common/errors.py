@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-LESS_MEMORY = (
+from .language import Text
+
+LESS_MEMORY = Text(
     "what helps, in this order: a smaller --batch_size; with more --accumulation_steps the updates "
     "stay the same; --gradient_checkpointing; a shorter --max_seq_len"
 )

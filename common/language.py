@@ -1,9 +1,13 @@
 """The language in which a program talks to its user: English, or Chinese from a table of texts."""
 
 import argparse
+import json
 import locale
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
+
+CATALOGUE = Path(__file__).with_name("chinese.json")  # the Chinese of each template of a Text
 
 Translate = Callable[..., str]  # an English text and the values of its {names} → the text to show
 
@@ -32,3 +36,34 @@ def locale_language() -> str:
     set_ = filter(None, map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG")))
     name = next(set_, None) or locale.getlocale()[0] or ""  # Windows sets no variable
     return "zh" if name.lower().startswith(("zh", "chinese")) else "en"
+
+
+class Text(str):
+    """An English text, made as by `str.format`, that `translate` can show in Chinese as well.
+
+    Lists among the values are shown as their items with commas between; a value may be a Text, too.
+    """
+
+    def __new__(cls, template: str, /, **values: object) -> "Text":
+        """Fill in the values."""
+        lists = {name: ", ".join(v) for name, v in values.items() if isinstance(v, list)}
+        text = super().__new__(cls, template.format(**values | lists))
+        text.template, text.values = template, values
+        return text
+
+
+def translate(text: str, language: str) -> str:
+    """A text in a language, "en" or "zh"; one that is no Text, as a path or a figure, as it is."""
+    if language == "en" or not isinstance(text, Text):
+        return str(text)
+    chinese = json.loads(CATALOGUE.read_text(encoding="utf-8"))
+
+    def show(value: object) -> object:
+        if isinstance(value, list):
+            return "，".join(map(show, value))
+        if not isinstance(value, Text):
+            return value
+        template = chinese.get(value.template, value.template)
+        return template.format(**{name: show(v) for name, v in value.values.items()})
+
+    return show(text)

@@ -1,11 +1,13 @@
 """Numbers and times as a person reads them."""
 
+from .language import Text
+
 
 def format_number(number: float) -> str:
     """Three to five digits and a unit: 25,829,888 → "25.83 M"."""
-    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
-            return f"{number / size:.2f}{unit}"
+            return Text("{number:.2f} {unit}", number=number / size, unit=unit)
     return f"{number:.3g}"
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import Dataset
 
+from common import Text
+
 POINTS = 10_001  # at which the tokens drawn of each source are computed in between
 
 SourceEnd = Literal["repeat", "stop"]
@@ -102,17 +104,24 @@ class Mixture(Dataset):
         """The source of each of some items, as an index of `parts`."""
         return np.searchsorted(self._items_before, samples, side="right") - 1
 
-    def describe(self) -> Iterator[str]:
+    def describe(self) -> Iterator[Text]:
         """What an epoch takes of each source: a line each."""
         read = self.n_tokens * (self.weights + self.final_weights) / 2 / self._tokens
         for i, name in enumerate(self.parts):
             share = f"{self.weights[i]:.3g}"
             if self.final_weights[i] != self.weights[i]:
-                share += f" to {self.final_weights[i]:.3g}"
-            times = "once, then the others go on"
-            if self.source_end == "repeat":
-                times = f"{read[i]:.3g} times" + (", so it is repeated" if read[i] > 1 else "")
-            yield f"{name}: share {share} of the tokens, read {times} in an epoch"
+                share = Text("{first} to {last:.3g}", first=share, last=self.final_weights[i])
+            times = Text("once, then the others go on")
+            if self.source_end == "repeat" and read[i] > 1:
+                times = Text("{n:.3g} times, so it is repeated", n=read[i])
+            elif self.source_end == "repeat":
+                times = Text("{n:.3g} times", n=read[i])
+            yield Text(
+                "{name}: share {share} of the tokens, read {times} in an epoch",
+                name=name,
+                share=share,
+                times=times,
+            )
 
     def set_total(self, tokens: float) -> None:
         """Say how many tokens the run draws: where weights change, it ends with the last ones."""

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import UserError
+from common import Text, UserError
 
 from .columns import (
     check_columns,
@@ -297,15 +297,18 @@ def _is_long(path: Path) -> bool:
         return len(file.read(LONG_TEXT + 1)) > LONG_TEXT
 
 
-def text_note(source: Path, separator: str | None = None) -> str | None:
+def text_note(source: Path, separator: str | None = None) -> Text | None:
     """What a .txt or .md file was taken as, for the user; None for another source."""
     if not source.is_file() or _find_reader(source) is not _read_prose:
         return None
     if separator:
-        return "plain text, split at --separator"
+        return Text("plain text, split at --separator")
     if not _is_long(source):
-        return "plain text, taken as one document"
-    return f"plain text, split at blank lines into documents of {DOCUMENT_BYTES:,} bytes or more"
+        return Text("plain text, taken as one document")
+    return Text(
+        "plain text, split at blank lines into documents of {size:,} bytes or more",
+        size=DOCUMENT_BYTES,
+    )
 
 
 def _read_text(path: Path, separator: str | None) -> Iterator[tuple[int, Record]]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from common import UserError
+from common import Text, UserError
 
 from .arrays import INDEX_DTYPE, LENGTH_DTYPE, Append, build_once
 from .chat import ChatEncoder
@@ -200,13 +200,17 @@ class StoredDataset(Dataset, ABC):
         return {name: counts[name] for name in self._REASONS}
 
     @property
-    def notes(self) -> list[str]:
+    def notes(self) -> list[Text]:
         """What is to be known of the source, a line for each. UserError if it is gone."""
         counts = {"bad_lines": self.n_bad_lines, **self.counts}
         reasons = {"bad_lines": "bad lines of the file left out", **self._REASONS}
         notes = {reasons[name]: count for name, count in counts.items()}
         notes |= self.store.bad_lines.left_out
-        missing = [f"{count:,} {reason}" for reason, count in notes.items() if count]
+        missing = [
+            Text("{count:,} {reason}", count=count, reason=Text(reason))
+            for reason, count in notes.items()
+            if count
+        ]
         return [*filter(None, [text_note(self.store.path, self._separator)]), *missing]
 
     def __len__(self) -> int:

@@ -3,6 +3,8 @@
 import statistics
 from typing import NamedTuple
 
+from common import Text
+
 from .metrics import (
     Metrics,
     best_evaluation,
@@ -28,12 +30,12 @@ DEAD = 0.01
 class Finding(NamedTuple):
     """One thing that the metrics show."""
 
-    text: str  # what it is and, if it stands out, what to try
+    text: Text  # what it is and, if it stands out, what to try
     stands_out: bool = True  # it is not as it should be
     harmful: bool = False  # the run made the model worse, or was in vain
 
 
-def fine(text: str) -> Finding:
+def fine(text: Text) -> Finding:
     """A finding of something that is as it should be."""
     return Finding(text, stands_out=False)
 
@@ -59,15 +61,18 @@ def rose(low: float, end: float, share: float) -> bool:
 
 def _not_finite(metrics: Metrics) -> Finding | None:
     """Scores that are not a number, which all other findings pass over."""
-    for name, data in (("val_loss", "validation"), ("test_loss", "test")):
+    scores = (("val_loss", Text("validation loss")), ("test_loss", Text("test loss")))
+    for name, loss in scores:
         steps = [m.get("step", 0) for m in metrics if name in m and not has_number(m, name)]
         if steps:
-            return Finding(
-                f"The {data} loss is not finite at step {steps[0]:,}. Go back to earlier weights "
+            text = Text(
+                "The {loss} is not finite at step {step:,}. Go back to earlier weights "
                 "(--save_best, --keep_every) and try a smaller --learning_rate, a longer warm-up "
                 "or, if it is float16, another --dtype.",
-                harmful=True,
+                loss=loss,
+                step=steps[0],
             )
+            return Finding(text, harmful=True)
     return None
 
 
@@ -77,33 +82,54 @@ def _validation(lines: Metrics, evaluations: Metrics) -> Finding | None:
         return None
     first, best, last = evaluations[0], best_evaluation(evaluations), evaluations[-1]
     start, low, end = (m["val_loss"] for m in (first, best, last))
-    advice = "Try a smaller --learning_rate or fewer --epochs"
+    advice = Text("Try a smaller --learning_rate or fewer --epochs")
     if has_number(last, "val_margin"):
-        advice += " or a larger --beta"
+        advice = Text("Try a smaller --learning_rate or fewer --epochs or a larger --beta")
+    step = best["step"]
     if rose(start, end, VALIDATION_RISE):
-        better = f"the best weights (--save_best) are those of step {best['step']:,} with {low:.3f}"
-        if best is first and first["step"] == 0:
-            better = "the starting weights are better than the last ones"
-        return Finding(
-            f"The run made the model worse: the validation loss ends at {end:.3f}, up from "
-            f"{start:.3f} at step {first['step']:,}; {better}. {advice}, and check that the "
-            "training data are of the same kind as the validation data.",
-            harmful=True,
+        better = Text(
+            "the best weights (--save_best) are those of step {step:,} with {low:.3f}",
+            step=step,
+            low=low,
         )
+        if best is first and first["step"] == 0:
+            better = Text("the starting weights are better than the last ones")
+        text = Text(
+            "The run made the model worse: the validation loss ends at {end:.3f}, up from "
+            "{start:.3f} at step {first:,}; {better}. {advice}, and check that the "
+            "training data are of the same kind as the validation data.",
+            end=end,
+            start=start,
+            first=first["step"],
+            better=better,
+            advice=advice,
+        )
+        return Finding(text, harmful=True)
     then, now = (training_loss_at(lines, m["step"]) for m in (best, last))
     if rose(low, end, VALIDATION_RISE) and None not in (then, now) and now < then:
-        return Finding(
-            f"Over-fitting: the validation loss rose from {low:.3f} at step {best['step']:,} to "
-            f"{end:.3f}, while the training loss fell from {then:.3f} to {now:.3f}. Use the best "
-            "weights (--save_best), or try fewer --epochs, more data or some --dropout."
+        text = Text(
+            "Over-fitting: the validation loss rose from {low:.3f} at step {step:,} to {end:.3f}, "
+            "while the training loss fell from {then:.3f} to {now:.3f}. Use the best weights "
+            "(--save_best), or try fewer --epochs, more data or some --dropout.",
+            low=low,
+            step=step,
+            end=end,
+            then=then,
+            now=now,
         )
+        return Finding(text)
     if rose(low, end, LARGE_RISE):
-        return Finding(
-            f"The validation loss rose again, from {low:.3f} at step {best['step']:,} to "
-            f"{end:.3f}. Use the best weights (--save_best). {advice}."
+        text = Text(
+            "The validation loss rose again, from {low:.3f} at step {step:,} to {end:.3f}. Use the "
+            "best weights (--save_best). {advice}.",
+            low=low,
+            step=step,
+            end=end,
+            advice=advice,
         )
-    at = "at the end" if best is last else f"at step {best['step']:,}"
-    return fine(f"The validation loss is lowest {at}, {low:.3f}.")
+        return Finding(text)
+    at = Text("at the end") if best is last else Text("at step {step:,}", step=step)
+    return fine(Text("The validation loss is lowest {at}, {low:.3f}.", at=at, low=low))
 
 
 def _worse_sets(evaluations: Metrics) -> Finding | None:
@@ -114,17 +140,24 @@ def _worse_sets(evaluations: Metrics) -> Finding | None:
     if rose(first["val_loss"], last["val_loss"], VALIDATION_RISE):
         return None
     worse = [
-        f"{name.removeprefix('val_loss/')} from {first[name]:.3f} to {last[name]:.3f}"
+        Text(
+            "{name} from {first:.3f} to {last:.3f}",
+            name=name.removeprefix("val_loss/"),
+            first=first[name],
+            last=last[name],
+        )
         for name in last
         if name.startswith("val_loss/") and has_number(first, name) and has_number(last, name)
         if rose(first[name], last[name], LARGE_RISE)
     ]
     if not worse:
         return None
-    return Finding(
-        f"The loss rose on some of the validation sets: {', '.join(worse)}. The model forgets what "
-        "they hold: mix such texts into the training data, or try a smaller --learning_rate."
+    text = Text(
+        "The loss rose on some of the validation sets: {worse}. The model forgets what they hold: "
+        "mix such texts into the training data, or try a smaller --learning_rate.",
+        worse=worse,
     )
+    return Finding(text)
 
 
 def _test_gap(metrics: Metrics, evaluations: Metrics) -> Finding | None:
@@ -135,15 +168,26 @@ def _test_gap(metrics: Metrics, evaluations: Metrics) -> Finding | None:
     test, best = tests[-1], best_evaluation(evaluations)
     if has_number(test, "test_accuracy"):
         score, validation = test["test_accuracy"], best["val_accuracy"]
-        here = f"The test accuracy is {score:.1%}, that of validation {validation:.1%}"
+        here = Text(
+            "The test accuracy is {test:.1%}, that of validation {validation:.1%}",
+            test=score,
+            validation=validation,
+        )
         worse = score < validation - ACCURACY_GAP
     else:
         score, validation = test["test_loss"], best["val_loss"]
-        here = f"The test loss is {score:.3f}, the best validation loss {validation:.3f}"
+        here = Text(
+            "The test loss is {test:.3f}, the best validation loss {validation:.3f}",
+            test=score,
+            validation=validation,
+        )
         worse = rose(validation, score, LARGE_RISE)
     if not worse:
-        return fine(f"{here}.")
-    return Finding(f"{here}, far from it. Trust the test, and validate on more data of its kind.")
+        return fine(Text("{here}.", here=here))
+    text = Text(
+        "{here}, far from it. Trust the test, and validate on more data of its kind.", here=here
+    )
+    return Finding(text)
 
 
 def _skipped_updates(metrics: Metrics) -> Finding | None:
@@ -151,25 +195,30 @@ def _skipped_updates(metrics: Metrics) -> Finding | None:
         return None
     skipped, steps = latest(metrics, "skipped"), latest(metrics, "step")
     if not skipped:
-        return fine("No update was skipped.")
+        return fine(Text("No update was skipped."))
     most = skipped > MOST_SKIPPED * steps
-    return Finding(
-        f"{skipped:,} of {steps:,} updates were skipped{', most of the run' if most else ''}: loss "
-        "or gradient was not finite; training_log.txt names the texts. Except for a few at the "
-        "start with --dtype float16, try a smaller --learning_rate or a longer warm-up.",
-        harmful=most,
+    text = Text(
+        "{skipped:,} of {steps:,} updates were skipped{most}: loss or gradient was not finite; "
+        "training_log.txt names the texts. Except for a few at the start with --dtype float16, try "
+        "a smaller --learning_rate or a longer warm-up.",
+        skipped=skipped,
+        steps=steps,
+        most=Text(", most of the run") if most else "",
     )
+    return Finding(text, harmful=most)
 
 
 def _spikes(metrics: Metrics) -> Finding | None:
     if not having(metrics, "spikes"):
         return None
     spikes, steps = latest(metrics, "spikes"), latest(metrics, "step")
-    times = {0: "never spiked", 1: "spiked once"}.get(spikes, f"spiked {spikes:,} times")
-    here = f"The loss {times} in {steps:,} steps."
+    times = {0: Text("never spiked"), 1: Text("spiked once")}
+    spiked = times.get(spikes, Text("spiked {spikes:,} times", spikes=spikes))
+    here = Text("The loss {spiked} in {steps:,} steps.", spiked=spiked, steps=steps)
     if spikes < 2 or spikes <= SPIKES_PER_STEP * steps:
         return fine(here)
-    return Finding(f"{here} Try a smaller --learning_rate or --grad_clip, or a longer warm-up.")
+    advice = Text("Try a smaller --learning_rate or --grad_clip, or a longer warm-up.")
+    return Finding(Text("{here} {advice}", here=here, advice=advice))
 
 
 def _expert_load(lines: Metrics, n_routed_experts: int) -> Finding | None:
@@ -177,8 +226,18 @@ def _expert_load(lines: Metrics, n_routed_experts: int) -> Finding | None:
     if not loads or not n_routed_experts:
         return None
     late, even = statistics.fmean(last_third(loads)), 1 / n_routed_experts  # uneven at first
-    here = f"the least used expert gets {late:.1%} of its layer's tokens (even load: {even:.1%})."
     if late >= STARVED * even:
-        return fine(here.capitalize())
-    name = "Dead expert" if late < DEAD * even else "Starved expert"
-    return Finding(f"{name}: {here} Try a larger --aux_loss_alpha or fewer experts.")
+        text = Text(
+            "The least used expert gets {late:.1%} of its layer's tokens (even load: {even:.1%}).",
+            late=late,
+            even=even,
+        )
+        return fine(text)
+    text = Text(
+        "{name}: the least used expert gets {late:.1%} of its layer's tokens (even load: "
+        "{even:.1%}). Try a larger --aux_loss_alpha or fewer experts.",
+        name=Text("Dead expert") if late < DEAD * even else Text("Starved expert"),
+        late=late,
+        even=even,
+    )
+    return Finding(text)

@@ -4,6 +4,8 @@ import math
 import statistics
 from itertools import pairwise
 
+from common import Text
+
 from .findings import FEW_STEPS, LARGE_RISE, Finding, fine
 from .metrics import (
     Metrics,
@@ -75,21 +77,33 @@ def _whole_intervals(lines: Metrics) -> Metrics:
 
 def _first_loss(line: dict[str, float], vocab_size: int) -> Finding:
     loss, steps, uniform = line["loss"], line["step"], math.log(vocab_size)
-    name = "cross-entropy" if has_number(line, "kl") else "loss"
-    here = f"The first {name} is {loss:.2f}" + (f" (mean up to step {steps})" if steps > 1 else "")
-    start = f"the ln({vocab_size:,}) = {uniform:.2f} of an untrained model"
+    here = Text(
+        "The first {name} is {loss:.2f}{mean}",
+        name=Text("cross-entropy") if has_number(line, "kl") else Text("loss"),
+        loss=loss,
+        mean=Text(" (mean up to step {step})", step=steps) if steps > 1 else "",
+    )
+    start = Text(
+        "the ln({size:,}) = {loss:.2f} of an untrained model", size=vocab_size, loss=uniform
+    )
     if loss > uniform + FIRST_LOSS_MARGIN:
-        return Finding(
-            f"{here}, far above {start}. Check the initialisation; if the loss rose in the first "
-            "steps, try a smaller --learning_rate or a longer warm-up."
+        text = Text(
+            "{here}, far above {start}. Check the initialisation; if the loss rose in the first "
+            "steps, try a smaller --learning_rate or a longer warm-up.",
+            here=here,
+            start=start,
         )
+        return Finding(text)
     limit = uniform - FIRST_LOSS_MARGIN if steps == 1 else FIRST_LINE_SHARE * uniform
     if steps <= FIRST_LINE_STEPS and loss < limit:
-        return Finding(
-            f"{here}, far below {start}. The input holds its targets, the mask leaves only easy "
-            "ones, or the data repeat one text: inspect a few samples (scripts/show_batch.py)."
+        text = Text(
+            "{here}, far below {start}. The input holds its targets, the mask leaves only easy "
+            "ones, or the data repeat one text: inspect a few samples (scripts/show_batch.py).",
+            here=here,
+            start=start,
         )
-    return fine(f"{here}, against {start}.")
+        return Finding(text)
+    return fine(Text("{here}, against {start}.", here=here, start=start))
 
 
 def _divergence(lines: Metrics, losses: list[float]) -> Finding | None:
@@ -101,12 +115,14 @@ def _divergence(lines: Metrics, losses: list[float]) -> Finding | None:
     end, low = smooth[-1], min(smooth)
     if end <= (1 + (FEW_LINES_RISE if few else LARGE_RISE)) * low:
         return None
-    step = lines[smooth.index(low)]["step"]
-    return Finding(
-        f"The run diverges: the loss rose to {end:.2f} from {low:.2f} near step {step:,}, whose "
+    text = Text(
+        "The run diverges: the loss rose to {end:.2f} from {low:.2f} near step {step:,}, whose "
         "weights are better than the last ones. Try a smaller --learning_rate or a longer warm-up.",
-        harmful=True,
+        end=end,
+        low=low,
+        step=lines[smooth.index(low)]["step"],
     )
+    return Finding(text, harmful=True)
 
 
 def _little_learnt(
@@ -128,20 +144,25 @@ def _little_learnt(
     if end <= (1 - HARDLY_LEARNT) * uniform:
         return None
     nothing = len(whole) >= MIN_LINES and end > (1 - PLATEAU) * uniform
-    advice = (
-        f"Try a larger --learning_rate where the gradient norm is below {NORM_USUAL[0]:g}, a "
-        "smaller one where it is not, and inspect a few samples."
+    advice = Text(
+        "Try a larger --learning_rate where the gradient norm is below {norm:g}, a smaller one "
+        "where it is not, and inspect a few samples.",
+        norm=NORM_USUAL[0],
     )
     if step < FEW_STEPS:
-        advice = (
-            f"{step:,} optimizer steps are few: a smaller --batch_size, more --epochs or more data "
-            "give more."
+        advice = Text(
+            "{step:,} optimizer steps are few: a smaller --batch_size, more --epochs or more data "
+            "give more.",
+            step=step,
         )
-    return Finding(
-        f"{'Nothing' if nothing else 'Hardly anything'} was learnt: the loss ends at {end:.2f}; "
-        f"uniform guessing gives {uniform:.2f}. {advice}",
-        harmful=True,
+    text = Text(
+        "{learnt}: the loss ends at {end:.2f}; uniform guessing gives {uniform:.2f}. {advice}",
+        learnt=Text("Nothing was learnt") if nothing else Text("Hardly anything was learnt"),
+        end=end,
+        uniform=uniform,
+        advice=advice,
     )
+    return Finding(text, harmful=True)
 
 
 def _course(lines: Metrics, losses: list[float]) -> Finding | None:
@@ -153,23 +174,30 @@ def _course(lines: Metrics, losses: list[float]) -> Finding | None:
     logs = [math.log(max(loss, 1e-9)) for loss in smooth]
     swings = count_rises(logs, math.log(1 + SWING))
     if swings >= SWINGS and swings > latest(lines, "spikes"):
-        return Finding(
-            f"Sawtooth: the loss climbed by more than {SWING:.0%} {swings} times. Try a smaller "
-            "--learning_rate or a larger batch (--accumulation_steps)."
+        text = Text(
+            "Sawtooth: the loss climbed by more than {climb:.0%} {swings} times. Try a smaller "
+            "--learning_rate or a larger batch (--accumulation_steps).",
+            climb=SWING,
+            swings=swings,
         )
+        return Finding(text)
     fall, error = _fall(last_third(losses))
-    at_end = f"the loss fell by {fall:.1%} over the last third of the run"
+    change = Text("the loss fell by {fall:.1%} over the last third of the run", fall=fall)
     if fall >= PLATEAU:
-        return fine(f"Still learning: {at_end}.")
+        return fine(Text("Still learning: {change}.", change=change))
     rates = column(lines, "lr")
     share = rates[-1] / max(rates) if rates and max(rates) else 0.0
     if fall + error >= PLATEAU or share < LR_NEAR_END:
         return None
-    change = at_end if fall > 0 else "the loss did not fall over the last third of the run"
-    return Finding(
-        f"Plateau: {change}, with the learning rate still at {share:.0%} of its peak. Let it decay "
-        "now (a shorter run, or another --lr_decay), or try a larger model or more data."
+    if fall <= 0:
+        change = Text("the loss did not fall over the last third of the run")
+    text = Text(
+        "Plateau: {change}, with the learning rate still at {share:.0%} of its peak. Let it decay "
+        "now (a shorter run, or another --lr_decay), or try a larger model or more data.",
+        change=change,
+        share=share,
     )
+    return Finding(text)
 
 
 def _fall(losses: list[float]) -> tuple[float, float]:
@@ -190,14 +218,21 @@ def _gap(lines: Metrics, evaluations: Metrics) -> Finding | None:
     training = training_loss_at(lines, step)
     if training is None:
         return None
-    both = f"The last validation loss is {validation:.3f}, the training loss there {training:.3f}"
-    if validation < (1 + LARGE_RISE) * training:
-        return fine(f"{both}.")
-    return Finding(
-        f"{both}, a gap of {validation / training - 1:.0%}. If it grew during the run, try more "
-        "data, fewer --epochs or some --dropout; if it was there from the start, the validation "
-        "text is of another kind than the training text."
+    both = Text(
+        "The last validation loss is {validation:.3f}, the training loss there {training:.3f}",
+        validation=validation,
+        training=training,
     )
+    if validation < (1 + LARGE_RISE) * training:
+        return fine(Text("{here}.", here=both))
+    text = Text(
+        "{both}, a gap of {gap:.0%}. If it grew during the run, try more data, fewer --epochs or "
+        "some --dropout; if it was there from the start, the validation text is of another kind "
+        "than the training text.",
+        both=both,
+        gap=validation / training - 1,
+    )
+    return Finding(text)
 
 
 def _gradient_norm(lines: Metrics) -> Finding | None:
@@ -205,15 +240,24 @@ def _gradient_norm(lines: Metrics) -> Finding | None:
     if not norms:
         return None
     middle, (low, high) = statistics.median(norms), NORM_USUAL
-    here, usual = f"The median gradient norm is {middle:.3g}", f"{low:g} to {high:g} is usual"
+    here = Text("The median gradient norm is {middle:.3g}", middle=middle)
+    usual = Text("{low:g} to {high:g} is usual", low=low, high=high)
     if middle > NORM_UNSTABLE:
-        return Finding(
-            f"{here}, above {NORM_UNSTABLE:g}: training is unstable ({usual}). Try a third of the "
-            "--learning_rate and a longer warm-up, and look for broken texts in the data."
+        text = Text(
+            "{here}, above {limit:g}: training is unstable ({usual}). Try a third of the "
+            "--learning_rate and a longer warm-up, and look for broken texts in the data.",
+            here=here,
+            limit=NORM_UNSTABLE,
+            usual=usual,
         )
+        return Finding(text)
     if middle < NORM_NOTHING_LEARNT:
-        return Finding(
-            f"{here}, below {NORM_NOTHING_LEARNT:g}: next to nothing is learnt ({usual}). Unless "
-            "the loss is near 0, check that there are targets, and try a larger --learning_rate."
+        text = Text(
+            "{here}, below {limit:g}: next to nothing is learnt ({usual}). Unless the loss is near "
+            "0, check that there are targets, and try a larger --learning_rate.",
+            here=here,
+            limit=NORM_NOTHING_LEARNT,
+            usual=usual,
         )
-    return fine(f"{here}.")
+        return Finding(text)
+    return fine(Text("{here}.", here=here))

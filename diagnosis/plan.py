@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from common import LESS_MEMORY, format_number
+from common import LESS_MEMORY, Text, format_number
 from model import MiniMindLM
 
 from .compute import count_parameters, flops_per_token, peak_flops
@@ -52,7 +52,7 @@ class Plan:
         """Rows of an optimizer step, of all processes."""
         return self.args.batch_size * self.args.accumulation_steps * self.world_size
 
-    def describe(self, lr_at: Callable[[int], float], picture: Path | None) -> list[str]:
+    def describe(self, lr_at: Callable[[int], float], picture: Path | None) -> list[Text]:
         """The plan and its warnings, as lines.
 
         The learning rate, which `lr_at` gives for a step, is drawn into `picture`, a PNG, if any.
@@ -61,69 +61,101 @@ class Plan:
         try:
             if picture is not None and self.total_steps is not None:
                 draw_lr_curve(picture, lr_at, self.total_steps)
-                lines.append(f"learning rate: drawn in {picture}")
+                lines.append(Text("learning rate: drawn in {picture}", picture=picture))
         except ImportError:
-            lines.append("learning rate: pip install -r scripts/plot_requirements.txt to draw it")
+            command = "pip install -r scripts/plot_requirements.txt"
+            lines.append(Text("learning rate: {command} to draw it", command=command))
         except OSError as error:
-            lines.append(f"learning rate: not drawn ({error})")
+            lines.append(Text("learning rate: not drawn ({error})", error=error))
         available = device_memory(self.device)
         if available is not None and self.device.type != "cuda":
             available /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # a host's processes share RAM
         warnings = [*self.setting_warnings(), *memory_warnings(self.memory(), available)]
-        return lines + [f"warning: {warning}" for warning in warnings]
+        return lines + [Text("warning: {warning}", warning=warning) for warning in warnings]
 
-    def size(self) -> list[str]:
+    def size(self) -> list[Text]:
         """Parameters, tokens, steps, compute and memory, a line each."""
         args, counts = self.args, count_parameters(self.model)
         memory = self.memory()
-        needed = f"about {sum(memory.values()) / 1e9:.2f} GB"
+        of_gpu = in_each = active = trained = frozen = ""
         if self.device.type == "cuda":
-            needed += f" of the GPU's {device_memory(self.device) / 1e9:.2f}"
+            size = device_memory(self.device) / 1e9
+            of_gpu = Text(" of the GPU's {size:.2f}", size=size)
         if self.world_size > 1:
-            needed += " in each process"
-        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
-        kind, active, trained, frozen = "parameter", "", "", ""
+            in_each = Text(" in each process")
+        kind, kinds = Text("parameter"), Text("parameters")
         if counts.active < counts.total:
-            kind = "active parameter"
-            active = f", {format_number(counts.active)} active for each token"
+            kind, kinds = Text("active parameter"), Text("active parameters")
+            active = Text(", {n} active for each token", n=format_number(counts.active))
         if counts.trained < counts.total:
-            trained = f", {format_number(counts.trained)} of them trained"
-            frozen = ", 4 for frozen ones"
-        each = (
-            f"each of {self.rows_per_step:,} rows of {args.max_seq_len:,} (batch "
-            f"{args.batch_size} × accumulation {args.accumulation_steps} × processes "
-            f"{self.world_size})"
+            trained = Text(", {n} of them trained", n=format_number(counts.trained))
+            frozen = Text(", 4 for frozen ones")
+        each = Text(
+            "each of {rows:,} rows of {length:,} (batch {batch} × accumulation {accumulation} × "
+            "processes {processes})",
+            rows=self.rows_per_step,
+            length=args.max_seq_len,
+            batch=args.batch_size,
+            accumulation=args.accumulation_steps,
+            processes=self.world_size,
         )
-        lines = [f"parameters: {format_number(counts.total)}{active}{trained}", *self.budget()]
+        total, in_data = format_number(counts.total), format_number(self.tokens_per_epoch)
+        lines = [
+            Text("parameters: {n}{active}{trained}", n=total, active=active, trained=trained),
+            *self.budget(),
+        ]
         if self.total_steps is None:
-            lines.append(f"tokens: {format_number(self.tokens_per_epoch)} in the data")
-            lines.append(f"steps: as many as there is time for, {each}")
+            lines.append(Text("tokens: {n} in the data", n=in_data))
+            lines.append(Text("steps: as many as there is time for, {each}", each=each))
         else:
             tokens = self.epochs * self.tokens_per_epoch
-            epochs = f"{self.epochs:.3g} × {format_number(self.tokens_per_epoch)} = "
+            shown = format_number(tokens)
+            if self.epochs != 1:
+                shown = Text("{n:.3g} × {each} = {all}", n=self.epochs, each=in_data, all=shown)
             # https://arxiv.org/abs/2203.15556 (20 tokens), https://arxiv.org/abs/2001.08361 (6ND)
             lines += [
-                f"tokens: {epochs if self.epochs != 1 else ''}{format_number(tokens)}, or "
-                f"{format_number(tokens / counts.active)} per {kind}; "
-                "compute-optimal is about 20 (Chinchilla)",
-                f"steps: {self.total_steps:,}, {each}",
-                f"compute: {counts.flops * tokens:.3g} FLOPs (6 × {kind}s × tokens{frozen})",
+                Text(
+                    "tokens: {n}, or {ratio} per {kind}; compute-optimal is about 20 (Chinchilla)",
+                    n=shown,
+                    ratio=format_number(tokens / counts.active),
+                    kind=kind,
+                ),
+                Text("steps: {n:,}, {each}", n=self.total_steps, each=each),
+                Text(
+                    "compute: {n:.3g} FLOPs (6 × {kinds} × tokens{frozen})",
+                    n=counts.flops * tokens,
+                    kinds=kinds,
+                    frozen=frozen,
+                ),
             ]
-        return [*lines, f"memory: {needed} ({parts})"]
+        needed = Text(
+            "memory: about {all:.2f} GB{of_gpu}{in_each} (weights {weights:.2f}, gradients "
+            "{gradients:.2f}, optimizer {optimizer:.2f}, activations {activations:.2f}, logits "
+            "{logits:.2f})",
+            all=sum(memory.values()) / 1e9,
+            of_gpu=of_gpu,
+            in_each=in_each,
+            **{name: n_bytes / 1e9 for name, n_bytes in memory.items()},
+        )
+        return [*lines, needed]
 
-    def budget(self) -> Iterator[str]:
+    def budget(self) -> Iterator[Text]:
         """What ends the run, if not the default number of epochs, and what follows from it."""
         args = vars(self.args)
         if not any(args[name] for name in BUDGETS):
             return
         given = [f"--{name} {args[name]:,.10g}" for name in ("epochs", *BUDGETS) if args[name]]
-        first = ", whichever comes first" if len(given) > 1 else ""
-        repeated = "the data are repeated for as long as there is time"
+        repeated = Text("the data are repeated for as long as there is time")
         if self.epochs is not None:
-            repeated = f"the data are read {self.epochs:.3g} times"
-        yield f"budget: {' '.join(given)}{first}; {repeated}"
+            repeated = Text("the data are read {n:.3g} times", n=self.epochs)
+        yield Text(
+            "budget: {flags}{first}; {repeated}",
+            flags=" ".join(given),
+            first=Text(", whichever comes first") if len(given) > 1 else "",
+            repeated=repeated,
+        )
         if args["max_minutes"]:
-            yield (
+            yield Text(
                 "budget: with --max_minutes the learning rate follows the clock, so that a resumed "
                 "run does not repeat bit for bit what it would have been"
             )
@@ -147,79 +179,112 @@ class Plan:
             return None
         return self.world_size * peak / flops_per_token(self.model, self.args.max_seq_len)
 
-    def setting_warnings(self) -> Iterator[str]:
+    def setting_warnings(self) -> Iterator[Text]:
         """A line for each setting that is known to hurt: which one, why, what to do."""
         args, steps, warmup = self.args, self.total_steps, self.warmup
         size = count_parameters(self.model).total
         low, high = next((low, high) for most, low, _, high in self.learning_rates if size <= most)
         if not low <= args.learning_rate <= high:
-            what = "high" if args.learning_rate > high else "low"
-            yield (
-                f"--learning_rate {args.learning_rate:g} is {what} for {format_number(size)} "
-                f"parameters: try {low:g} to {high:g}"
+            yield Text(
+                "--learning_rate {rate:g} is {what} for {n} parameters: try {low:g} to {high:g}",
+                rate=args.learning_rate,
+                what=Text("high") if args.learning_rate > high else Text("low"),
+                n=format_number(size),
+                low=low,
+                high=high,
             )
         if steps is not None and warmup > steps / 2:
-            share = "all" if warmup >= steps else "more than half"
-            yield (
-                f"a warm-up of {warmup:,} steps takes {share} of the run's {steps:,}: "
-                "lower --warmup_iters or --warmup_ratio (3 % is usual)"
+            yield Text(
+                "a warm-up of {warmup:,} steps takes {share} of the run's {steps:,}: "
+                "lower --warmup_iters or --warmup_ratio (3 % is usual)",
+                warmup=warmup,
+                share=Text("all") if warmup >= steps else Text("more than half"),
+                steps=steps,
             )
         for name in ("warmup_iters", "warmup_ratio"):
             if getattr(args, name) == 0:
-                yield (
-                    f"--{name} 0: the first updates, the least reliable, take the whole "
-                    "--learning_rate: leave it out (3 % is usual)"
+                yield Text(
+                    "--{name} 0: the first updates, the least reliable, take the whole "
+                    "--learning_rate: leave it out (3 % is usual)",
+                    name=name,
                 )
         if steps is not None and steps < FEW_STEPS:
-            yield (
-                f"fewer than {FEW_STEPS} steps ({steps:,}) change little: lower --batch_size or "
-                "--accumulation_steps, or train longer, or on more data"
+            yield Text(
+                "fewer than {few} steps ({steps:,}) change little: lower --batch_size or "
+                "--accumulation_steps, or train longer, or on more data",
+                few=FEW_STEPS,
+                steps=steps,
             )
         head = args.dim // args.n_heads
         if head < SMALL_HEAD:
-            yield (
-                f"heads of {head} dimensions (--dim {args.dim} / --n_heads {args.n_heads}) are too "
-                f"narrow, {SMALL_HEAD} to 128 are usual: fewer --n_heads, or a larger --dim"
+            yield Text(
+                "heads of {head} dimensions (--dim {dim} / --n_heads {n_heads}) are too narrow, "
+                "{usual} to 128 are usual: fewer --n_heads, or a larger --dim",
+                head=head,
+                dim=args.dim,
+                n_heads=args.n_heads,
+                usual=SMALL_HEAD,
             )
         if self.rows_per_step == 1:
-            yield "--batch_size 1: one row's gradient is noise; raise it, or --accumulation_steps"
+            yield Text(
+                "--batch_size 1: one row's gradient is noise; raise it, or --accumulation_steps"
+            )
         tokens = self.rows_per_step * args.max_seq_len
         if tokens > 1e6:
-            yield (
-                f"{format_number(tokens)} tokens for each update ({self.rows_per_step:,} rows) "
-                "make few updates: lower --batch_size or --accumulation_steps"
+            yield Text(
+                "{tokens} tokens for each update ({rows:,} rows) make few updates: lower "
+                "--batch_size or --accumulation_steps",
+                tokens=format_number(tokens),
+                rows=self.rows_per_step,
             )
         if args.weight_decay > 0.1:
-            yield f"--weight_decay {args.weight_decay:g} makes models underfit: try 0.1"
+            yield Text("--weight_decay {x:g} makes models underfit: try 0.1", x=args.weight_decay)
         if args.dropout > 0.3:
-            yield f"--dropout {args.dropout:g} drops too much: try 0.1, or 0 for a single epoch"
+            yield Text(
+                "--dropout {x:g} drops too much: try 0.1, or 0 for a single epoch", x=args.dropout
+            )
         if args.beta2 > 0.999:
-            span = 1 / (1 - args.beta2)
-            yield f"--beta2 {args.beta2:g} averages over {span:,.0f} steps, which is slow: try 0.95"
+            yield Text(
+                "--beta2 {x:g} averages over {span:,.0f} steps, which is slow: try 0.95",
+                x=args.beta2,
+                span=1 / (1 - args.beta2),
+            )
         if args.grad_clip > 10:
-            yield f"--grad_clip {args.grad_clip:g} hardly limits the update of a bad batch: try 1"
+            yield Text(
+                "--grad_clip {x:g} hardly limits the update of a bad batch: try 1",
+                x=args.grad_clip,
+            )
         patience = args.early_stopping_patience
         if self.epochs is not None and self.epochs > 10 and not patience:
-            yield f"{self.epochs:.3g} epochs memorise the text: try --early_stopping_patience 3"
+            yield Text(
+                "{n:.3g} epochs memorise the text: try --early_stopping_patience 3", n=self.epochs
+            )
         if patience == 1:
-            yield "--early_stopping_patience 1 stops at one bad evaluation by chance: try 3"
+            yield Text("--early_stopping_patience 1 stops at one bad evaluation by chance: try 3")
         # The first evaluation is always progress, and the one at the end has nothing left to stop.
         elif patience and steps is not None and (steps - 1) // args.eval_interval <= patience:
-            yield (
-                f"--early_stopping_patience {patience} cannot stop a run of {steps:,} steps with "
-                f"--eval_interval {args.eval_interval}: lower that one"
+            yield Text(
+                "--early_stopping_patience {patience} cannot stop a run of {steps:,} steps with "
+                "--eval_interval {interval}: lower that one",
+                patience=patience,
+                steps=steps,
+                interval=args.eval_interval,
             )
 
 
-def memory_warnings(memory: dict[str, float], available: float | None) -> list[str]:
+def memory_warnings(memory: dict[str, float], available: float | None) -> list[Text]:
     """A line if a training step takes more bytes than are known to be available to this process."""
     needed = sum(memory.values())
     if available is None or needed <= available:
         return []
     remedies = LESS_MEMORY
     if needed - memory["activations"] - memory["logits"] > available:
-        remedies = "no batch is small enough: a smaller --dim or fewer --n_layers"
-    return [
-        f"about {needed / 1e9:.2f} GB are needed and {available / 1e9:.2f} GB are there, so that "
-        f"memory may run out; {remedies}"
-    ]
+        remedies = Text("no batch is small enough: a smaller --dim or fewer --n_layers")
+    warning = Text(
+        "about {needed:.2f} GB are needed and {available:.2f} GB are there, so that memory may run "
+        "out; {remedies}",
+        needed=needed / 1e9,
+        available=available / 1e9,
+        remedies=remedies,
+    )
+    return [warning]

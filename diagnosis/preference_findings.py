@@ -8,6 +8,8 @@ import math
 import statistics
 from itertools import combinations
 
+from common import Text
+
 from .findings import Finding, fine
 from .metrics import Metrics, column, count_rises, having, last_third, moving_mean
 
@@ -44,12 +46,15 @@ def _training_loss(lines: Metrics) -> Finding | None:
     error = statistics.stdev(last) / math.sqrt(len(last)) if len(last) > 1 else 0.0
     if end - start <= max(LOSS_RISE * start, CLEAR * error):
         return None
-    return Finding(
-        f"The loss rose from {start:.3f} up to step {lines[0]['step']:,} to {end:.3f} in the last "
-        "third of the run: the model is worse than its reference. Try a smaller --learning_rate, a "
-        "larger --beta or a longer warm-up.",
-        harmful=True,
+    text = Text(
+        "The loss rose from {start:.3f} up to step {step:,} to {end:.3f} in the last third of the "
+        "run: the model is worse than its reference. Try a smaller --learning_rate, a larger "
+        "--beta or a longer warm-up.",
+        start=start,
+        step=lines[0]["step"],
+        end=end,
     )
+    return Finding(text, harmful=True)
 
 
 def _margin(lines: Metrics) -> Finding:
@@ -57,9 +62,14 @@ def _margin(lines: Metrics) -> Finding:
     margins = column(lines, "margin")
     thirds = moving_mean(margins, max(1, len(margins) // 3))
     low, high = thirds[0], thirds[-1]
-    here = f"from a margin of {low:.3f} in the first third of the run to {high:.3f} in the last"
+    here = Text(
+        "from a margin of {low:.3f} in the first third of the run to {high:.3f} in the last",
+        low=low,
+        high=high,
+    )
     if len(margins) < 3:
-        low, here = 0.0, f"from a margin of 0 at the start to {high:.3f} at the end"
+        low = 0.0
+        here = Text("from a margin of 0 at the start to {high:.3f} at the end", high=high)
     grown, fallen = _clear_change(margins)
 
     width = max(1, round(SWING_STEPS * len(lines) / lines[-1]["step"]))
@@ -67,23 +77,33 @@ def _margin(lines: Metrics) -> Finding:
     gained = max(coarse) - min(0.0, *coarse)
     falls = count_rises([-margin for margin in coarse], SWING * gained)
     if falls >= SWINGS and max(coarse) > LITTLE:
-        return Finding(
-            f"The log-odds swing, {here}, with {falls} falls by half of all that was gained. Try "
-            "a smaller --learning_rate, a larger --beta or more --accumulation_steps."
+        text = Text(
+            "The log-odds swing, {here}, with {falls} falls by half of all that was gained. Try "
+            "a smaller --learning_rate, a larger --beta or more --accumulation_steps.",
+            here=here,
+            falls=falls,
         )
+        return Finding(text)
     taken_back = max(thirds) > LITTLE and high < (1 - SWING) * max(thirds)
     if fallen or taken_back or high < -LITTLE:
-        return Finding(
-            f"The log-odds fall{' again' if low > 0 or taken_back else ''}, {here}. Try a smaller "
-            "--learning_rate, fewer --epochs or a larger --beta."
+        text = Text(
+            "The log-odds {fall}, {here}. Try a smaller --learning_rate, fewer --epochs or a "
+            "larger --beta.",
+            fall=Text("fall again") if low > 0 or taken_back else Text("fall"),
+            here=here,
         )
+        return Finding(text)
     if not grown and high <= LITTLE:
-        return Finding(
-            f"The log-odds stall, {here}. Try a larger --learning_rate or more --epochs; a smaller "
-            "--beta lets the model move further from the reference."
+        text = Text(
+            "The log-odds stall, {here}. Try a larger --learning_rate or more --epochs; a smaller "
+            "--beta lets the model move further from the reference.",
+            here=here,
         )
-    course = "grow" if grown or len(margins) < 3 else "have grown early and hold"
-    return fine(f"The log-odds of the chosen replies {course}, {here}.")
+        return Finding(text)
+    early = not grown and len(margins) >= 3
+    course = Text("have grown early and hold") if early else Text("grow")
+    text = Text("The log-odds of the chosen replies {course}, {here}.", course=course, here=here)
+    return fine(text)
 
 
 def _clear_change(values: list[float]) -> tuple[bool, bool]:
@@ -105,13 +125,20 @@ def _accuracy(evaluations: Metrics) -> Finding | None:
     shares = column(evaluations, "val_accuracy")
     if len(shares) < 2:
         return None
-    here = f"{shares[0]:.1%} at the start, {max(shares):.1%} at best, {shares[-1]:.1%} at the end"
-    if shares[-1] >= max(shares) - ACCURACY_FALL:
-        return fine(f"The validation accuracy: {here}.")
-    return Finding(
-        f"The validation accuracy falls: {here}. Use the best weights (--save_best); for better "
-        "ones try fewer --epochs, a smaller --learning_rate or a larger --beta."
+    here = Text(
+        "{start:.1%} at the start, {best:.1%} at best, {end:.1%} at the end",
+        start=shares[0],
+        best=max(shares),
+        end=shares[-1],
     )
+    if shares[-1] >= max(shares) - ACCURACY_FALL:
+        return fine(Text("The validation accuracy: {here}.", here=here))
+    text = Text(
+        "The validation accuracy falls: {here}. Use the best weights (--save_best); for better "
+        "ones try fewer --epochs, a smaller --learning_rate or a larger --beta.",
+        here=here,
+    )
+    return Finding(text)
 
 
 def _price_of_margin(lines: Metrics, evaluations: Metrics) -> Finding | None:
@@ -127,12 +154,21 @@ def _price_of_margin(lines: Metrics, evaluations: Metrics) -> Finding | None:
     if not rewards or not margins:
         return None
     reward, margin = statistics.fmean(rewards), statistics.fmean(margins)
-    here = f"the reward of chosen replies is {reward:.3f}, the margin {margin:.3f}"
-    if reward >= -LITTLE:
-        return fine(f"The chosen replies keep their log-probability: {here}.")
-    if -reward <= margin * PRICE:
-        return fine(f"The chosen replies lose some log-probability, the rejected more: {here}.")
-    return Finding(
-        f"The log-probability of the chosen replies collapses: {here}; both replies lose. Try a "
-        "larger --beta, a smaller --learning_rate or fewer --epochs."
+    here = Text(
+        "the reward of chosen replies is {reward:.3f}, the margin {margin:.3f}",
+        reward=reward,
+        margin=margin,
     )
+    if reward >= -LITTLE:
+        return fine(Text("The chosen replies keep their log-probability: {here}.", here=here))
+    if -reward <= margin * PRICE:
+        text = Text(
+            "The chosen replies lose some log-probability, the rejected more: {here}.", here=here
+        )
+        return fine(text)
+    text = Text(
+        "The log-probability of the chosen replies collapses: {here}; both replies lose. Try a "
+        "larger --beta, a smaller --learning_rate or fewer --epochs.",
+        here=here,
+    )
+    return Finding(text)

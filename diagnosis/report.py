@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from common import format_duration, write_atomically
+from common import Text, format_duration, translate, write_atomically
 
 from .curves import draw_curves
 from .findings import Finding, general_findings
@@ -30,8 +30,10 @@ def find_all(
     return sorted(filter(None, found), key=lambda finding: not finding.harmful)
 
 
-def write_report(folder: Path) -> str:
+def write_report(folder: Path, language: str = "en") -> Text:
     """Write report.md and, where matplotlib is installed, curves.png into a run's folder.
+
+    The report is in a `language` of `translate`, the picture in English.
 
     The run may be finished or not. It has a metrics.jsonl; each key of config.json, which
     `training.record.write_config` writes, may be missing, as in a folder of an older release.
@@ -50,59 +52,72 @@ def write_report(folder: Path) -> str:
     outstanding = [finding.text for finding in found if finding.stands_out]
     good = [finding.text for finding in found if not finding.stands_out]
     n_lines = len(having(metrics, "loss"))
-    short = ""
+    parts = [
+        f"# {folder.name}",
+        Text("Ended: {ending}.", ending=_ending(config)),
+        _table(_key_figures(metrics), language),
+        Text("## What stands out"),
+        _bullets(outstanding, language) or Text("Nothing stands out."),
+    ]
     if n_lines < MIN_LINES and not having(metrics, "margin"):
-        short = (
-            f"\n\nThe course of the loss is judged from {MIN_LINES} training lines on; this run "
-            f"has {n_lines}. A smaller --log_interval gives more."
+        short = Text(
+            "The course of the loss is judged from {least} training lines on; this run has "
+            "{lines}. A smaller --log_interval gives more.",
+            least=MIN_LINES,
+            lines=n_lines,
         )
-    text = f"""# {folder.name}
-
-Ended: {config.get("ending", "not known; the run is going on, or was killed")}.
-
-{_table(_key_figures(metrics))}
-
-## What stands out
-
-{_bullets(outstanding) or "Nothing stands out."}{short}
-
-## What is as it should be
-
-{_bullets(good) or "Nothing could be judged."}
-
-## Curves
-
-{_picture(folder, metrics)}
-{_by_validation_set(metrics)}{_start(config)}"""
+        parts.append(short)
+    parts += [
+        Text("## What is as it should be"),
+        _bullets(good, language) or Text("Nothing could be judged."),
+        Text("## Curves"),
+        _picture(folder, metrics),
+    ]
+    if sets := _by_validation_set(metrics):
+        parts += [Text("## By validation set"), _table(sets, language)]
+    parts += _start(config)
+    text = "\n\n".join(translate(part, language) for part in parts) + "\n"
     path = folder / "report.md"
     write_atomically(path, lambda file: file.write(text.encode("utf-8")))
-    count = {0: "nothing stands out", 1: "one thing stands out"}
-    return f"{path}: {count.get(len(outstanding), f'{len(outstanding)} things stand out')}"
+    things = {0: Text("nothing stands out"), 1: Text("one thing stands out")}
+    n = len(outstanding)
+    return Text("{path}: {n}", path=path, n=things.get(n, Text("{n} things stand out", n=n)))
 
 
-def _bullets(texts: list[str]) -> str:
-    return "\n".join(f"- {text}" for text in texts)
+def _ending(config: dict[str, Any]) -> Text:
+    """How the run ended, as `training.record.add_ending` noted it."""
+    if "ending_text" in config:
+        template, values = config["ending_text"]
+        return Text(template, **values)
+    return config.get("ending", Text("not known; the run is going on, or was killed"))
 
 
-def _table(rows: list[tuple[str, str]]) -> str:
+def _bullets(texts: list[Text], language: str) -> str:
+    return "\n".join(f"- {translate(text, language)}" for text in texts)
+
+
+def _table(rows: list[tuple[str, str]], language: str) -> str:
     """A Markdown table whose first row is its head."""
-    head, *body = [" | ".join(cell.replace("|", r"\|") for cell in row) for row in rows]
+    lines = [[translate(cell, language).replace("|", r"\|") for cell in row] for row in rows]
+    head, *body = map(" | ".join, lines)
     return "\n".join(f"| {line} |" for line in (head, "--- | ---", *body))
 
 
-def _scores(line: dict[str, Any], kind: str, name: str = "") -> str:
+def _scores(line: dict[str, Any], kind: str, name: str = "") -> Text:
     """The scores of a line, as far as it holds them."""
-    texts = {
-        "loss": "{:.4f}",
-        "perplexity": "perplexity {:,.2f}",
-        "bits_per_byte": "bits per byte {:.4f}",
-        "accuracy": "accuracy {:.1%}",
-        "margin": "margin {:.3f}",
-    }
-    values = {text: f"{kind}_{score}{name}" for score, text in texts.items()}
-    return ", ".join(
-        text.format(line[key]) for text, key in values.items() if has_number(line, key)
+    figures = (
+        ("loss", Text(""), ".4f"),
+        ("perplexity", Text("perplexity "), ",.2f"),
+        ("bits_per_byte", Text("bits per byte "), ".4f"),
+        ("accuracy", Text("accuracy "), ".1%"),
+        ("margin", Text("margin "), ".3f"),
     )
+    scores = [
+        Text("{label}{value}", label=label, value=format(line[f"{kind}_{score}{name}"], form))
+        for score, label, form in figures
+        if has_number(line, f"{kind}_{score}{name}")
+    ]
+    return Text("{scores}", scores=scores)
 
 
 def _key_figures(metrics: Metrics) -> list[tuple[str, str]]:
@@ -111,58 +126,66 @@ def _key_figures(metrics: Metrics) -> list[tuple[str, str]]:
     if lines:
         first, last = lines[0], lines[-1]
         rows += [
-            ("optimizer steps", f"{last['step']:,}"),
-            ("target tokens", f"{last['tokens']:,}"),
-            ("training time", format_duration(last["seconds"])),
-            ("tokens per second", f"{last['tokens'] / (max(last['seconds'], 1e-3)):,.0f}"),
-            ("first loss", f"{first['loss']:.4f} (up to step {first['step']:,})"),
-            ("last loss", f"{last['loss']:.4f}"),
+            (Text("optimizer steps"), f"{last['step']:,}"),
+            (Text("target tokens"), f"{last['tokens']:,}"),
+            (Text("training time"), format_duration(last["seconds"])),
+            (Text("tokens per second"), f"{last['tokens'] / (max(last['seconds'], 1e-3)):,.0f}"),
+            (
+                Text("first loss"),
+                Text("{loss:.4f} (up to step {step:,})", loss=first["loss"], step=first["step"]),
+            ),
+            (Text("last loss"), f"{last['loss']:.4f}"),
         ]
         if mfu := column(lines, "mfu"):
             rows.append(("MFU", f"{statistics.median(mfu):.1%}"))
         if memory := column(lines, "memory_gb"):
-            rows.append(("memory", f"{max(memory):.2f} GB"))
+            rows.append((Text("memory"), f"{max(memory):.2f} GB"))
     if evaluations:
         best, last = best_evaluation(evaluations), evaluations[-1]
-        rows.append(("best validation", f"{_scores(best, 'val')} (step {best['step']:,})"))
+        named = [(Text("best validation"), best)]
         if last is not best:
-            rows.append(("last validation", f"{_scores(last, 'val')} (step {last['step']:,})"))
-    rows += [("test", _scores(line, "test")) for line in having(metrics, "test_loss")]
+            named.append((Text("last validation"), last))
+        for name, line in named:
+            scores, step = _scores(line, "val"), line["step"]
+            rows.append((name, Text("{scores} (step {step:,})", scores=scores, step=step)))
+    rows += [(Text("test"), _scores(line, "test")) for line in having(metrics, "test_loss")]
     return rows
 
 
-def _picture(folder: Path, metrics: Metrics) -> str:
+def _picture(folder: Path, metrics: Metrics) -> Text:
     """Draw the curves; returns the Markdown that shows them, or how to install what is missing."""
     try:
         draw_curves({folder.name: metrics}, folder / "curves.png")
     except ImportError:
         command = shlex.join(["python", "scripts/report_run.py", folder.as_posix()])
-        return (
+        return Text(
             "Drawing them needs matplotlib, which is not installed:\n\n"
-            f"```bash\npip install -r scripts/plot_requirements.txt\n{command}\n```"
+            "```bash\npip install -r scripts/plot_requirements.txt\n{command}\n```",
+            command=command,
         )
-    return "![loss, validation loss, learning rate and gradient norm](curves.png)"
+    return Text("![loss, validation loss, learning rate and gradient norm](curves.png)")
 
 
-def _by_validation_set(metrics: Metrics) -> str:
-    """A table of the validation sets at the best evaluation; nothing if there is only one set."""
+def _by_validation_set(metrics: Metrics) -> list[tuple[str, str]]:
+    """The rows of a table of validation sets at the best evaluation; none if there is one set."""
     evaluations = having(metrics, "val_loss")
     best = best_evaluation(evaluations) if evaluations else {}
     names = [key.removeprefix("val_loss") for key in best if key.startswith("val_loss/")]
     if not names:
-        return ""
-    rows = [("validation set", f"at step {best['step']:,}")]
-    rows += [(name.removeprefix("/"), _scores(best, "val", name)) for name in names]
-    return f"\n## By validation set\n\n{_table(rows)}\n"
+        return []
+    rows = [(Text("validation set"), Text("at step {step:,}", step=best["step"]))]
+    return rows + [(name.removeprefix("/"), _scores(best, "val", name)) for name in names]
 
 
-def _start(config: dict[str, Any]) -> str:
-    """The command that started the run, and the versions it ran with."""
+def _start(config: dict[str, Any]) -> list[str]:
+    """The command that started the run, and the versions it ran with, a paragraph each."""
     if "command" not in config:
-        return ""
-    versions = ", ".join(" ".join(item) for item in config.get("versions", {}).items())
+        return []
+    versions = [" ".join(item) for item in config.get("versions", {}).items()]
     command = shlex.join([*config.get("launcher", ["python"]), *config["command"]])
-    return (
-        f"\n## How it was started\n\nWith {versions}; commit {config.get('commit') or 'unknown'}."
-        f"\n\n```bash\n{command}\n```\n"
-    )
+    commit = config.get("commit") or Text("unknown")
+    return [
+        Text("## How it was started"),
+        Text("With {versions}; commit {commit}.", versions=versions, commit=commit),
+        f"```bash\n{command}\n```",
+    ]

@@ -8,7 +8,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import UserError, make_parser, report_os_errors, report_user_errors, user_path
+from common import (
+    UserError,
+    add_lang,
+    locale_language,
+    make_parser,
+    report_os_errors,
+    report_user_errors,
+    translate,
+    user_path,
+)
 from diagnosis.curves import draw_curves
 from diagnosis.metrics import having, read_metrics
 from diagnosis.report import write_report
@@ -24,11 +33,13 @@ def main() -> None:
         help="PNG file to draw the curves of all runs into, instead of report.md and curves.png in "
         "the folder of each",
     )
+    add_lang(parser)
     args = parser.parse_args()
     try:
         if args.out is None:
+            language = args.lang or locale_language()
             for run in args.runs:
-                print(write_report(run))
+                print(translate(write_report(run, language), language))
         else:
             draw_together(args.runs, args.out)
     except ValueError as error:

@@ -17,6 +17,8 @@ from interruptions import FLOAT32
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 ROOT = Path(__file__).resolve().parent.parent
+# Texts are compared in English, also where the machine's locale is Chinese; processes inherit it.
+os.environ["LC_ALL"] = "C.UTF-8"
 STAGES = {path.name for path in ROOT.glob("train_*.py")}
 
 # Tiny tensors gain nothing from threads, and waiting threads cost much on a busy machine.

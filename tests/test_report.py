@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+from common import Text
 from diagnosis.curves import draw_curves
 from diagnosis.metrics import read_metrics
 from diagnosis.report import find_all, write_report
@@ -608,7 +609,7 @@ def test_the_report_tells_the_command_as_a_shell_takes_it(
     write_config(tmp_path / "config.json", arguments, "run", VOCAB)
     text = report(tmp_path)[1]
     assert "Ended: not known; " in text
-    add_ending(tmp_path / "config.json", "stopped early")
+    add_ending(tmp_path / "config.json", Text("stopped early"))
     text = report(tmp_path)[1]
     assert "Ended: stopped early." in text
     assert "\nWith python 3." in text and "--batch_size" not in text

@@ -73,7 +73,7 @@ def main() -> int:
             partial(PretrainDataset, tokenizer=setup.tokenizer, max_length=33),
             make_rows=lambda dataset: PackedRows(dataset, 32),
         )
-        with training.open_process_group(setup.world), training.StopSignal() as stop:
+        with training.open_process_group(setup.world), training.StopSignal(setup.world) as stop:
             model = setup.raw_model.to(setup.world.device)
             optimizer = training.make_optimizer(model, args)
             scaler = torch.amp.GradScaler(setup.world.device.type, enabled=False)

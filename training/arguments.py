@@ -10,6 +10,7 @@ from common import (
     BooleanFlag,
     StageParser,
     UserError,
+    add_lang,
     add_parse_think,
     add_skip_bad_lines,
     add_tokenizer_path,
@@ -175,7 +176,8 @@ def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any
     add("--ddp", **switch, help="require torchrun")
     add("--local_rank", "--local-rank", type=int, help="accepted from launchers; not used")
 
-    add = parser.add_argument_group("output").add_argument
+    output = parser.add_argument_group("output")
+    add = output.add_argument
     add("--out_dir", type=user_path, default=Path("out"))
     suffix = "suffix of the names of weights and logs, so that runs can share an --out_dir"
     add("--run_name", type=run_name, help=suffix)
@@ -196,6 +198,7 @@ def make_stage_parser(description: str, *, packing: bool = True, **defaults: Any
     add("--tracker", choices=("wandb", "swanlab", "tensorboard"), help=shown)
     add("--use_wandb", **switch, help="the same as --tracker wandb")
     add("--wandb_project", default="MiniMind", help="project in wandb or SwanLab")
+    add_lang(output)
     parser.set_defaults(**defaults)
     return parser
 

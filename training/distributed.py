@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from common import UserError
+from common import Text, UserError, translate
 from model import choose_device
 
 T = TypeVar("T")
@@ -26,6 +26,7 @@ class Distributed:
     rank: int
     world_size: int  # 1 without torchrun
     device: torch.device
+    language: str = "en"  # of what the main process prints: en or zh
 
     @property
     def is_main(self) -> bool:
@@ -53,10 +54,13 @@ class Distributed:
         return {name: x.to(self.device, non_blocking=background) for name, x in batch.items()}
 
     def log(self, message: str) -> None:
-        """Print on the main process. A pipe that was closed, or a full disk, ends no run."""
+        """Print on the main process, in its language.
+
+        A pipe that was closed, or a full disk, ends no run.
+        """
         if self.is_main:
             try:
-                print(message, flush=True)
+                print(translate(message, self.language), flush=True)
             except OSError:
                 sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
 
@@ -109,7 +113,7 @@ class Distributed:
         return value
 
 
-def find_processes(device: str | None, ddp: bool) -> Distributed:
+def find_processes(device: str | None, ddp: bool, language: str = "en") -> Distributed:
     """Read torchrun's environment and choose the device, as `choose_device`. Opens nothing.
 
     UserError for `ddp`, the flag, without torchrun, or a device that is not there.
@@ -120,13 +124,13 @@ def find_processes(device: str | None, ddp: bool) -> Distributed:
             raise UserError(
                 f"--ddp: start with torchrun, e.g. torchrun --nproc_per_node 2 {script}"
             )
-        return Distributed(0, 1, choose_device(device))
+        return Distributed(0, 1, choose_device(device), language)
     local_rank, world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     chosen = choose_device(device, local_rank, local_world_size)
     if chosen.type == "mps" and world_size > 1:
         raise UserError("--device mps: several processes need --device cpu")
-    return Distributed(int(os.environ.get("RANK", 0)), world_size, chosen)
+    return Distributed(int(os.environ.get("RANK", 0)), world_size, chosen, language)
 
 
 @contextmanager
@@ -157,7 +161,11 @@ def autocast_dtype(dtype: str, world: Distributed) -> torch.dtype:
     if dtype == "float16" and world.device.type == "cpu":
         raise UserError("--dtype float16: not on a CPU; use bfloat16 or float32")
     if dtype == "bfloat16" and not _has_bfloat16(world.device):
-        world.log(f"bfloat16 is not in this {world.device.type}'s hardware: using float32 instead")
+        text = Text(
+            "bfloat16 is not in this {device}'s hardware: using float32 instead",
+            device=world.device.type,
+        )
+        world.log(text)
         return torch.float32
     return getattr(torch, dtype)
 

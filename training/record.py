@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common import ROOT, format_duration, write_atomically
+from common import ROOT, Text, format_duration, translate, write_atomically
 
 from .distributed import Distributed
 from .resume import TrainState, json_arguments
@@ -41,9 +41,10 @@ def write_config(path: Path, args: argparse.Namespace, run_id: str, vocab_size: 
     _write_json(path, contents)
 
 
-def add_ending(path: Path, ending: str) -> None:
-    """Add to the file of `write_config` how the run ended."""
-    _write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"ending": ending})
+def add_ending(path: Path, ending: Text) -> None:
+    """Add to the file of `write_config` how the run ended, also as a Text is made."""
+    contents = {"ending": ending, "ending_text": [ending.template, ending.values]}
+    _write_json(path, json.loads(path.read_text(encoding="utf-8")) | contents)
 
 
 def _write_json(path: Path, contents: dict[str, Any]) -> None:
@@ -157,7 +158,7 @@ class Record:
             self.metrics = LineFile(folder / "metrics.jsonl", state.metrics_bytes)
             self.log_file = LineFile(folder / "training_log.txt")
 
-    def advance(self, step: int, left: int, gpu_price: float | None, note: str) -> None:
+    def advance(self, step: int, left: int, gpu_price: float | None, note: Text) -> None:
         """Move the bar to `step`, with `left` to go.
 
         After a few, report how long the rest takes and what it costs, followed by `note`.
@@ -166,7 +167,8 @@ class Record:
         self.bar.update(step - self.bar.n)
         if left and step - self.first_step == STEPS_BEFORE_ESTIMATE:
             seconds = self.seconds_per_step(step)
-            self.print(cost_line(seconds, left, gpu_price, self.world.world_size) + note)
+            cost = cost_line(seconds, left, gpu_price, self.world.world_size)
+            self.print(Text("{cost}{note}", cost=cost, note=note))
 
     def log(self, state: TrainState, figures: dict[str, float]) -> None:
         """Report training steps: to screen, files and tracker."""
@@ -200,7 +202,8 @@ class Record:
         return (time.perf_counter() - self.started) / max(1, step - self.first_step)
 
     def print(self, message: str) -> None:
-        """Print a line without breaking the bar, and log it."""
+        """Print a line without breaking the bar, and log it, in the user's language."""
+        message = translate(message, self.world.language)
         if self.bar.disable:
             self.world.log(message)
         else:
@@ -244,12 +247,16 @@ def _format(value: float) -> str:
     return f"{value:.4f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2e}"
 
 
-def cost_line(seconds_per_step: float, steps_left: int, gpu_price: float | None, gpus: int) -> str:
+def cost_line(seconds_per_step: float, steps_left: int, gpu_price: float | None, gpus: int) -> Text:
     """How long the rest of a run takes and, with the price of a GPU-hour, what it costs."""
     seconds = seconds_per_step * steps_left
-    line = f"about {format_duration(seconds)} to go"
+    line = Text("about {time} to go", time=format_duration(seconds))
     if gpu_price is None:
         return line
-    cost = seconds / 3600 * gpus * gpu_price
-    times = f" × {gpus}" if gpus > 1 else ""
-    return f"{line}; at {gpu_price:.2f} per GPU-hour{times}: {cost:,.2f}"
+    return Text(
+        "{line}; at {price:.2f} per GPU-hour{times}: {cost:,.2f}",
+        line=line,
+        price=gpu_price,
+        times=f" × {gpus}" if gpus > 1 else "",
+        cost=seconds / 3600 * gpus * gpu_price,
+    )

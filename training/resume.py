@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from common import UserError, report_save_errors, write_atomically
+from common import Text, UserError, report_save_errors, write_atomically
 from model.weights import check_sums, read_pickle
 
 from .arguments import MOE_DEFAULTS
@@ -211,9 +211,9 @@ def check_identity(weights: Path, resume: Resume, own: dict[str, Any]) -> None:
 
 def changed_arguments(stored: dict[str, Any], own: dict[str, Any]) -> list[str]:
     """`--flag new (was old)` for every flag whose value is another one than in the resume file."""
-    of_a_start = ("resume", "overwrite", "dry_run", "local_rank")
+    of_a_start = ("resume", "overwrite", "dry_run", "local_rank", "lang")
     return [
-        f"--{name} {value} (was {stored[name]})"
+        Text("--{name} {value} (was {before})", name=name, value=value, before=stored[name])
         for name, value in own.items()
         if name not in of_a_start and stored.get(name, value) != value
     ]

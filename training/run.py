@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from common import UserError
+from common import Text, UserError
 from dataset import Mixture, make_loader
 from diagnosis.memory import peak_memory
 from diagnosis.report import write_report
@@ -49,7 +49,7 @@ class Run:
     score: Score
     prompts: list[Tensor]  # ids of --sample_prompts
     peak_tokens_per_second: float | None = None  # of all processes, at an MFU of 100 %, if known
-    ending: str | None = None  # why the run stops before its last step
+    ending: Text | None = None  # why the run stops before its last step
     exit_status: int = 0
 
     def __post_init__(self) -> None:
@@ -156,10 +156,13 @@ class Run:
 
     def _show_progress(self) -> None:
         left = self.budget.steps_left(self.state)
-        note = ""
+        note = Text("")
         if self.budget.max_seconds is not None:
-            epochs = self.budget.epochs_after(self.state, left)
-            note = f"; about {self.state.step + left:,} steps, {epochs:.3g} epochs in all"
+            note = Text(
+                "; about {steps:,} steps, {epochs:.3g} epochs in all",
+                steps=self.state.step + left,
+                epochs=self.budget.epochs_after(self.state, left),
+            )
         self.record.advance(self.state.step, left, self.args.gpu_price, note)
 
     def add_step(
@@ -206,10 +209,15 @@ class Run:
         mean, loss = state.spike_watch.mean, sums["loss"] / targets
         if state.spike_watch.is_spike(loss):
             state.spikes += 1
-            self.record.print(
-                f"step {state.step}: loss spike: {loss:.3f}, running mean {mean:.3f}, first sample "
-                f"{sample()}"
+            spike = Text(
+                "step {step}: loss spike: {loss:.3f}, running mean {mean:.3f}, first sample "
+                "{where}",
+                step=state.step,
+                loss=loss,
+                mean=mean,
+                where=sample(),
             )
+            self.record.print(spike)
 
     def _drawn(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Target tokens of a step from each source of a mixture, of all processes."""
@@ -245,15 +253,27 @@ class Run:
         state, scaler = self.state, self.saver.scaler
         state.skipped += 1
         state.bad_in_row += 1
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"
-        if math.isfinite(loss) and scaler.is_enabled():
-            what += f" at loss scale {scaler.get_scale():g}, which float16 lowers by itself"
-        self.record.print(f"step {state.step}: {what}; update skipped; {where}")
+        if not math.isfinite(loss):
+            what = Text("the loss is {loss}", loss=loss)
+        elif scaler.is_enabled():
+            what = Text(
+                "gradient norm {norm} at loss scale {scale:g}, which float16 lowers by itself",
+                norm=grad_norm,
+                scale=scaler.get_scale(),
+            )
+        else:
+            what = Text("gradient norm {norm}", norm=grad_norm)
+        skipped = Text(
+            "step {step}: {what}; update skipped; {where}", step=state.step, what=what, where=where
+        )
+        self.record.print(skipped)
         if state.bad_in_row >= self.args.max_bad_steps:
-            self.ending = (
-                f"stopped: {state.bad_in_row} steps in a row (--max_bad_steps) whose loss or "
-                f"gradient was not finite, the last with {where}; try a smaller --learning_rate "
-                f"(it is {self.args.learning_rate:g})"
+            self.ending = Text(
+                "stopped: {count} steps in a row (--max_bad_steps) whose loss or gradient was not "
+                "finite, the last with {where}; try a smaller --learning_rate (it is {rate:g})",
+                count=state.bad_in_row,
+                where=where,
+                rate=self.args.learning_rate,
             )
             self.exit_status = 2
             state.bad_in_row = 0
@@ -330,9 +350,11 @@ class Run:
     def _check_patience(self) -> None:
         patience, state = self.args.early_stopping_patience, self.state
         if patience and state.evaluations_since_best >= patience and not self.complete:
-            self.ending = (
-                f"stopped early: {state.evaluations_since_best} evaluations "
-                f"(--early_stopping_patience) without progress since step {state.best_step}"
+            self.ending = Text(
+                "stopped early: {count} evaluations (--early_stopping_patience) without progress "
+                "since step {step}",
+                count=state.evaluations_since_best,
+                step=state.best_step,
             )
 
     def check_signal(self) -> bool:
@@ -340,7 +362,11 @@ class Run:
         number = self.world.all_reduce_max(self.stop.number)
         if number:
             name = signal.Signals(number).name
-            self.ending = f"stopped by {name} at step {self.state.step}; --resume goes on"
+            self.ending = Text(
+                "stopped by {name} at step {step}; --resume goes on",
+                name=name,
+                step=self.state.step,
+            )
             self.exit_status = 128 + number
         return bool(number)
 
@@ -369,14 +395,14 @@ class Run:
             budget.seconds_per_sampling = sampled - started
             budget.seconds_per_report = time.perf_counter() - sampled
 
-    def _write_report(self, ending: str | None) -> str:
+    def _write_report(self, ending: Text | None) -> Text:
         """Write how the run ended, if it has, and its report; a line for the user."""
         try:
             if ending is not None:
                 add_ending(self.record.folder / "config.json", ending)
-            return write_report(self.record.folder)
+            return write_report(self.record.folder, self.world.language)
         except Exception as error:  # the run itself is done and saved
-            return f"no report: {error}"
+            return Text("no report: {error}", error=error)
 
     def finish(self) -> int:
         """Score the test data, save, write the report, and print how the run ended.
@@ -391,22 +417,22 @@ class Run:
         if self.ending is not None:
             self.record.print(self.ending)
         if drawn := self.state.drawn:
-            parts = (f"{name} {n / sum(drawn.values()):.2%}" for name, n in drawn.items())
-            self.record.print(f"target tokens by source: {', '.join(parts)}")
+            parts = [f"{name} {n / sum(drawn.values()):.2%}" for name, n in drawn.items()]
+            self.record.print(Text("target tokens by source: {parts}", parts=parts))
         if self.exit_status == 0 and self.world.is_main:
             for prompt, text in last_samples(self.setup, self.data):
-                self.record.print(f"sample {prompt!r} → {text!r}")
+                self.record.print(Text("sample {prompt!r} → {text!r}", prompt=prompt, text=text))
         if self.world.is_main:
-            self.record.print(self._write_report(self.ending or "finished"))
+            self.record.print(self._write_report(self.ending or Text("finished")))
         self.record.close()
         if self.saver.errors:
             raise UserError(f"the last save failed: {next(iter(self.saver.errors.values()))}")
         if self.exit_status == 2:
             raise UserError(self.ending)
-        self.world.log(f"saved {self.setup.path}")
+        self.world.log(Text("saved {path}", path=self.setup.path))
         if self.exit_status == 0:
             for command in next_commands(self.setup):
-                self.world.log(f"next: {command}")
+                self.world.log(Text("next: {command}", command=command))
         return self.exit_status
 
     def _test(self, rows: Rows) -> None:
@@ -430,5 +456,6 @@ def next_commands(setup: Setup) -> list[str]:
     commands = [shlex.join(["python", "eval_model.py", "--weight", weights])]
     if not setup.stage.chats:
         tune = ["python", "train_full_sft.py", "--from_weight", weights]
-        commands.append(f"{shlex.join(tune)} --data_path chats.jsonl  # your conversations")
+        command = f"{shlex.join(tune)} --data_path chats.jsonl"
+        commands.append(Text("{command}  # your conversations", command=command))
     return commands

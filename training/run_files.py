@@ -25,7 +25,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from common import UserError, report_os_errors
+from common import Text, UserError, report_os_errors
 
 from .distributed import Distributed
 
@@ -214,7 +214,7 @@ def move_earlier_run(weights: Path, out_dir: Path, overwrite: bool) -> list[str]
         if overwrite:
             for path in left:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            return [f"--overwrite: the earlier run {weights.stem} is deleted"]
+            return [Text("--overwrite: the earlier run {name} is deleted", name=weights.stem)]
         time_now = f"{datetime.now().astimezone():%Y%m%d-%H%M%S-%f}"
         folder = out_dir / "replaced" / f"{weights.stem}-{time_now}"
         for path in left:
@@ -223,7 +223,8 @@ def move_earlier_run(weights: Path, out_dir: Path, overwrite: bool) -> list[str]
             shutil.move(path, target)
     except OSError as error:
         raise UserError(f"--out_dir {out_dir}: {error.filename}: {error.strerror}") from None
-    return [f"the earlier run {weights.stem} is moved to {folder}"]
+    text = Text("the earlier run {name} is moved to {folder}", name=weights.stem, folder=folder)
+    return [text]
 
 
 def _left_by_run(weights: Path) -> list[Path]:

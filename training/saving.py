@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from common import SaveError, report_save_errors
+from common import SaveError, Text, report_save_errors
 from model import active_lora, load_trained_state, save_lora, save_weights, trained_state
 from model.weights import read_state
 
@@ -63,7 +63,7 @@ class Saver:
             save()
         except SaveError as error:
             self.errors[what] = str(error)
-            self.report(f"step {state.step}: {error}; going on")
+            self.report(Text("step {step}: {error}; going on", step=state.step, error=error))
             return False
         self.errors.pop(what, None)
         return True

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from common import format_number
+from common import Text, format_number
 from diagnosis.compute import count_parameters
 from diagnosis.plan import BUDGETS, LearningRates, usual_rate
 
@@ -68,7 +68,7 @@ def choose_settings(setup: Setup, data: Splits) -> None:
     for name in kept:
         setattr(args, name, stored[name])
     if kept:
-        setup.notes.append(f"--resume: {_flags(args, kept)}, as before")
+        setup.notes.append(Text("--resume: {flags}, as before", flags=_flags(args, kept)))
 
     chosen = [name for name in left_open if name not in kept]
     if chosen:
@@ -81,20 +81,28 @@ def choose_settings(setup: Setup, data: Splits) -> None:
             _known_passes(setup, data),
         )
         enough = TOKENS_PER_PARAMETER * count_parameters(setup.raw_model).active
-        reason = f"{format_number(len(rows) * args.max_seq_len)} positions of data"
+        positions = format_number(len(rows) * args.max_seq_len)
+        reason = Text("{n} positions of data", n=positions)
         if (args.size or args.depth) and found.epochs * data.train.dataset.n_tokens > enough:
             found = found._replace(epochs=enough / data.train.dataset.n_tokens)
-            reason = f"{TOKENS_PER_PARAMETER} tokens per parameter"
+            reason = Text("{n} tokens per parameter", n=TOKENS_PER_PARAMETER)
         share = args.accumulation_steps * setup.world.world_size
         values = {**found._asdict(), "batch_size": max(1, found.rows_per_step // share)}
         for name in chosen:
             setattr(args, name, values[name])
         reasons = {
-            "batch_size": f"{STEPS} steps or more, where the data allow it",
-            "learning_rate": f"{args.optimizer} with {format_number(n_parameters)} parameters",
+            "batch_size": Text("{n} steps or more, where the data allow it", n=STEPS),
+            "learning_rate": Text(
+                "{optimizer} with {n} parameters",
+                optimizer=args.optimizer,
+                n=format_number(n_parameters),
+            ),
             "epochs": reason,
         }
-        setup.notes += [f"chosen: {_flags(args, [name])} ({reasons[name]})" for name in chosen]
+        setup.notes += [
+            Text("chosen: {flags} ({reason})", flags=_flags(args, [name]), reason=reasons[name])
+            for name in chosen
+        ]
     set_min_lr(args)
 
 

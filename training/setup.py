@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from common import UserError, report_os_errors, write_atomically
+from common import Text, UserError, locale_language, report_os_errors, write_atomically
 from dataset import (
     Mixture,
     PackedRows,
@@ -39,7 +39,7 @@ from model import (
 )
 from model.weights import CONVERSATIONS, first_difference, read_state
 
-from .arguments import MOE_DEFAULTS
+from .arguments import MOE_DEFAULTS, SHAPE
 from .distributed import Distributed, autocast_dtype, find_processes
 from .resume import Resume, check_identity, json_arguments, read_resume, seed_everything
 from .run_files import beside, log_folder
@@ -120,7 +120,8 @@ def prepare(args: argparse.Namespace, stage: Stage) -> Setup:
     to start from. UserError for a device, a dtype, a tokenizer or a shape that cannot be had.
     """
     started = time.perf_counter()
-    world = find_processes(args.device, args.ddp)
+    language = args.lang or locale_language()
+    world = find_processes(args.device, args.ddp, language)
     dtype = autocast_dtype(args.dtype, world)
     origin = settle_shape(args, stage.name, world)
     tokenizer = load_tokenizer(args.tokenizer_path)
@@ -189,7 +190,10 @@ def find_resume(setup: Setup) -> None:
     args, path = setup.args, setup.path
     resume, notes = read_resume(path)
     if args.resume and resume is not None:
-        setup.notes += [*notes, f"--resume: going on after step {resume.state.step}"]
+        setup.notes += [
+            *notes,
+            Text("--resume: going on after step {step}", step=resume.state.step),
+        ]
         setup.resume = resume
         return
     if args.resume:
@@ -202,13 +206,19 @@ def find_resume(setup: Setup) -> None:
                 f"--resume: nothing of this --dim and --use_moe, but {other}; without --resume a "
                 "new run starts"
             )
-        nothing = f"--resume: nothing to go on from in {path.parent}: a new run starts"
+        nothing = Text(
+            "--resume: nothing to go on from in {folder}: a new run starts", folder=path.parent
+        )
         setup.notes += [*notes, nothing]
     elif resume is not None and not resume.is_finished:
-        setup.notes.append(
-            f"{beside(path, 'resume')} holds an unfinished run, at step {resume.state.step}: "
-            f"--resume goes on with it; this new run {'deletes' if args.overwrite else 'moves'} it"
+        unfinished = Text(
+            "{path} holds an unfinished run, at step {step}: --resume goes on with it; this new "
+            "run {moves} it",
+            path=beside(path, "resume"),
+            step=resume.state.step,
+            moves=Text("deletes") if args.overwrite else Text("moves"),
         )
+        setup.notes.append(unfinished)
     check_output(path, setup.raw_model)
 
 

@@ -5,9 +5,13 @@ import signal
 from contextlib import suppress
 from types import FrameType
 
+from common import Text, translate
+
+from .distributed import Distributed
+
 _NOTES = {
-    signal.SIGINT: b"\nstopping after this step; Ctrl-C again stops at once\n",
-    signal.SIGTERM: b"\nSIGTERM: stopping after this step\n",
+    signal.SIGINT: Text("stopping after this step; Ctrl-C again stops at once"),
+    signal.SIGTERM: Text("SIGTERM: stopping after this step"),
 }
 
 
@@ -17,8 +21,10 @@ class StopSignal:
     `number` is 0 until then. It works in the main thread only, as Python's signal handlers do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world: Distributed) -> None:
         self.number = 0
+        shown = {signal_: translate(note, world.language) for signal_, note in _NOTES.items()}
+        self._notes = {signal_: f"\n{note}\n".encode() for signal_, note in shown.items()}
 
     def __enter__(self) -> "StopSignal":
         self._before = {number: signal.signal(number, self._note) for number in _NOTES}
@@ -34,4 +40,4 @@ class StopSignal:
         self.number = number
         if os.environ.get("RANK", "0") == "0":
             with suppress(OSError):  # who reads our output may have got the signal too
-                os.write(2, _NOTES[signal.Signals(number)])  # print() may be interrupted just now
+                os.write(2, self._notes[number])  # print() may be interrupted just now

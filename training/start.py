@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from common import UserError, report_os_errors
+from common import Text, UserError, report_os_errors
 from dataset import Mixture
 from diagnosis.plan import BUDGETS, Plan
 from model import keep_tokenizer
@@ -67,7 +67,12 @@ def start_run(
             raise UserError("--mix_schedule: its end is not known; give --epochs or --max_tokens")
         data.train.set_total(state.mixture_tokens)  # another one would give other rows
     if resume is not None and is_finished(setup, state, data, budget):
-        world.log(f"{path}: this run is finished, at step {state.step}; nothing to do")
+        text = Text(
+            "{path}: this run is finished, at step {step}; nothing to do",
+            path=path,
+            step=state.step,
+        )
+        world.log(text)
         return None
     prompts = encode_prompts(setup)
     total_steps = planned_steps(budget, state)
@@ -101,15 +106,17 @@ def start_run(
 
     # A dry run leaves the picture of the run whose record this is as it is.
     picture = folder / ("lr.dry_run.png" if args.dry_run else "lr.png")
+    validation = Text("validation data")
     notes = [
         *notes,
-        *describe_rows("training", data.train),
-        *(note for rows in data.val.values() for note in describe_rows("validation", rows)),
-        *(describe_rows("test", data.test) if data.test is not None else ()),
+        *describe_rows(Text("training data"), data.train),
+        *(note for rows in data.val.values() for note in describe_rows(validation, rows)),
+        *(describe_rows(Text("test data"), data.test) if data.test is not None else ()),
         *plan.describe(lr_at, picture if world.is_main else None),
     ]
     if args.dry_run:
-        world.log("\n".join(notes))
+        for note in notes:
+            world.log(note)
         return None
     with report_os_errors(f"--out_dir {folder}"):
         record = Record(world, folder, total_steps, state, tracker)
@@ -125,17 +132,23 @@ def start_run(
     return Run(setup, data, state, budget, saver, record, stop, score, prompts, speed)
 
 
-def describe_rows(use: str, rows: Rows) -> list[str]:
+def describe_rows(use: Text, rows: Rows) -> list[Text]:
     """What there is to train on, to validate on or to test on, and what was left out: lines."""
     if isinstance(rows, Mixture):
         parts = [line for part in rows.parts.values() for line in describe_rows(use, part)]
-        return [*parts, *(f"{use} data: {line}" for line in rows.describe())]
+        return [*parts, *(Text("{use}: {line}", use=use, line=line) for line in rows.describe())]
     dataset = rows.dataset
-    size = (
-        f"{dataset.n_documents:,} documents, {dataset.n_tokens:,} target tokens in {len(rows):,} "
-        f"rows, {rows.fill:.1%} filled"
+    size = Text(
+        "{documents:,} documents, {tokens:,} target tokens in {rows:,} rows, {fill:.1%} filled",
+        documents=dataset.n_documents,
+        tokens=dataset.n_tokens,
+        rows=len(rows),
+        fill=rows.fill,
     )
-    return [f"{use} data {dataset.store.path}: {note}" for note in (size, *dataset.notes)]
+    return [
+        Text("{use} {path}: {note}", use=use, path=dataset.store.path, note=note)
+        for note in (size, *dataset.notes)
+    ]
 
 
 def planned_steps(budget: Budget, state: TrainState) -> int | None:
