@@ -7,17 +7,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
 from .. import chat_texts as texts
 from ..batcher import Token
 from ..chat_model import ChatModel
+from ..text import token_bytes
 from .choices import Chunk, Prompt
 from .errors import ApiError
 from .schema import BaseRequest, ChatRequest, CompletionRequest
 
 LOG = logging.getLogger("uvicorn.error")
-BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 class Format:
@@ -48,10 +46,7 @@ class Format:
 
     def token_bytes(self, id_: int) -> bytes:
         """The bytes of the text that a token stands for."""
-        name = self.chat_model.tokenizer.convert_ids_to_tokens(id_)
-        if all(character in BYTE_OF for character in name):
-            return bytes(BYTE_OF[character] for character in name)
-        return name.encode("utf-8")
+        return token_bytes(self.chat_model.tokenizer, id_)
 
     def token_text(self, id_: int) -> str:
         """The text that a token stands for; what is no whole character becomes �."""
