@@ -48,11 +48,13 @@ def render_chat(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] = (),
     add_generation_prompt: bool = False,
+    enable_thinking: bool | None = None,
 ) -> list[Piece]:
     """What the chat template renders of messages as in a `ParsedChat`, in pieces.
 
     The targets are all that follows the header of an assistant message, `</s>` included.
-    `add_generation_prompt` adds the header of the assistant's next message.
+    `add_generation_prompt` adds the header of the assistant's next message; `enable_thinking` then
+    opens a thought, or if it is False, closes an empty one.
     """
     messages = list(messages)
     if tools:
@@ -74,7 +76,13 @@ def render_chat(
         else:
             pieces.append(Piece(content, False, weight))
         pieces += [Piece("</s>", True, weight), Piece("\n", False)]
-    return pieces + _header("assistant") if add_generation_prompt else pieces
+    if add_generation_prompt:
+        pieces += _header("assistant")
+        if enable_thinking:
+            pieces += [Piece("<think>", True), Piece("\n", False)]
+        elif enable_thinking is not None:
+            pieces += [*_block("think", "", 0.0), Piece("\n", False)]
+    return pieces
 
 
 def _header(role: str) -> list[Piece]:

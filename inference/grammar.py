@@ -5,7 +5,7 @@ are the tokenizer's own and no characters of a text.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import llguidance.numpy
@@ -101,3 +101,29 @@ def json_rule(schema: Mapping[str, Any], separators: tuple[str, str], strict: bo
     options = {"whitespace_flexible": False, "item_separator": item, "key_separator": key}
     options |= {"lenient": not strict, "coerce_one_of": not strict}
     return f"%json {json.dumps({**schema, 'x-guidance': options})}"
+
+
+def calls_rule(functions: Sequence[Mapping[str, Any]], several: bool) -> str:
+    """The grammar's expression for a call of one of these functions, or `several`.
+
+    A function has a `name`, and maybe `parameters`, a JSON schema, and whether it is `strict`.
+    """
+    calls = []
+    for function in functions:
+        schema = function.get("parameters") or {"type": "object", "additionalProperties": False}
+        arguments = json_rule(schema, SPACED, bool(function.get("strict")))
+        begin = json.dumps(f'{{"name": "{function["name"]}", "arguments": ')
+        calls.append(f'{begin} {arguments} "}}"')
+    call = f'<tool_call> "\\n" ({" | ".join(calls)}) "\\n" </tool_call>'
+    return f'{call} ("\\n" {call})*' if several else call
+
+
+def answer_grammar(tokenizer: LLTokenizer, answer: str, thought: str) -> Grammar:
+    """The grammar of an answer, given as an expression, after its thought.
+
+    `thought` says what the prompt ends with: "open", within one; "closed", after one; "none": the
+    model may begin one. Raises GrammarError.
+    """
+    end = 'TEXT </think> "\\n"'
+    before = {"open": end, "closed": "", "none": f'(<think> "\\n" {end})?'}[thought]
+    return Grammar(tokenizer, f"start: {before} ({answer})")
