@@ -60,6 +60,7 @@ class PartStream:
         self._one_call = one_call
         self._part = ""  # the mark of the part that is open; content has none
         self._held = ""  # a newline that is left out if a mark follows
+        self._left_out = ""  # the newline before an open call
         self._drops_newline = False  # that follows a mark
         self._text = TextStream(tokenizer, stop)
         self.stopped = False
@@ -98,9 +99,11 @@ class PartStream:
         if self._part == "<tool_call>":
             call = parse_call(held) if before_mark else None
             end = "</tool_call>" if before_mark else ""
-            parts = Parts(f"<tool_call>{held}{end}") if call is None else Parts(calls=[call])
+            text = f"{self._left_out}<tool_call>{held}{end}"
+            parts = Parts(text) if call is None else Parts(calls=[call])
         elif not before_mark and not self.stopped:
             parts.add(Parts(**{self._name: held}))
+        self._left_out = held if before_mark else ""
         return parts
 
     @property
