@@ -1,138 +1,153 @@
-"""The parts of an answer: reasoning, content and calls, told apart by its control tokens."""
+"""What a model generates, told apart by its control tokens: reasoning, content and tool calls.
+
+The characters of a text never decide: `<think>` that a model spells in ordinary tokens is content.
+"""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, Literal, NamedTuple
 
 from model import Tokenizer
 
 from .text import TextStream
 
-
-@dataclass(frozen=True)
-class Call:
-    """A call of a tool; the arguments are JSON of an object, as the chat format renders it."""
-
-    name: str
-    arguments: str
+_TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+_ENDS = {("</think>", "reasoning"), ("</tool_call>", "call")}
+# What `dataset.render_chat` writes of a call whose arguments are `arguments`.
+_CALL = re.compile(r'\{"name": (?P<name>"(?:[^"\\]|\\.)*"), "arguments": (?P<arguments>.*)\}', re.S)
 
 
-@dataclass
-class Parts:
-    """What a token adds to an answer, or all of it."""
+class Delta(NamedTuple):
+    """A piece of an answer; a call comes whole, with its arguments, an object of JSON, as `text`.
 
-    content: str = ""
-    reasoning: str = ""
-    calls: list[Call] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.content or self.reasoning or self.calls)
-
-    def add(self, more: "Parts") -> None:
-        """Append what follows."""
-        self.content += more.content
-        self.reasoning += more.reasoning
-        self.calls += more.calls
-
-
-class PartStream:
-    """Decodes the tokens of an answer to its parts, as far as they are certain.
-
-    The newlines that the chat format puts around parts are left out. A call that is not whole, or
-    not a JSON object with a name and an object of arguments, is content with its marks. `thinking`
-    is whether the prompt ends within a thought. The answer ends before a `stop` string of its
-    content, and after its first call if it may have `one_call` only. Without `marks`, all of it is
-    content.
+    "broken" is what stood in a call's place without being one. It is content too.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        stop: Sequence[str] = (),
-        thinking: bool = False,
-        one_call: bool = False,
-        marks: bool = True,
-    ):
-        names = ("<think>", "</think>", "<tool_call>", "</tool_call>") if marks else ()
-        self._marks = {tokenizer.convert_tokens_to_ids(name): name for name in names}
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self._one_call = one_call
-        self._part = ""  # the mark of the part that is open; content has none
-        self._held = ""  # a newline that is left out if a mark follows
-        self._left_out = ""  # the newline before an open call
-        self._drops_newline = False  # that follows a mark
+    kind: Literal["reasoning", "content", "call", "broken"]
+    text: str
+    name: str = ""  # of a call's tool
+
+
+class AnswerParts:
+    """Tells the parts of an answer apart while its tokens come.
+
+    The chat template sets parts off by a newline on either side of a control token. These are in
+    no part, so that the message that the parts make, rendered again, gives the generated tokens.
+
+    Args:
+        tokenizer: what the tokens are decoded with.
+        thinks: whether the prompt has opened a thought.
+        stop: strings before which reasoning or content ends, and the answer with it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, thinks: bool = False, stop: Sequence[str] = ()):
+        self._tokenizer, self._stop = tokenizer, stop
+        known = tokenizer.get_added_vocab()
+        self._tags = {known[tag]: tag for tag in _TAGS if tag in known}
+        self._kind: Literal["reasoning", "content", "call"] = "reasoning" if thinks else "content"
         self._text = TextStream(tokenizer, stop)
-        self.stopped = False
-        if thinking:
-            self._open("<think>")
-
-    def add(self, token: int) -> Parts:
-        """Add a token, and return what it makes certain; nothing once the answer has ended."""
-        if self.stopped:
-            return Parts()
-        mark = self._marks.get(token)
-        if mark in ("<think>", "<tool_call>") and not self._part:
-            parts = self._close(before_mark=mark == "<tool_call>")
-            self._open(mark)
-            return parts
-        if self._part and mark == f"</{self._part[1:]}":
-            parts = self._close(before_mark=True)
-            self._open("")
-            self._drops_newline = True
-            self.stopped |= self._one_call and bool(parts.calls)
-            return parts
-        return self._take(self._text.add(token))
-
-    def finish(self) -> Parts:
-        """Return what was held back, when no token follows."""
-        return Parts() if self.stopped else self._close(before_mark=False)
-
-    def _open(self, mark: str) -> None:
-        self._part, self._drops_newline = mark, bool(mark)
-        self._text = TextStream(self._tokenizer, () if mark else self._stop)
-
-    def _close(self, before_mark: bool) -> Parts:
-        """End the open part, before a mark or where the answer ends."""
-        parts = self._take(self._text.finish())
-        held, self._held = self._held, ""
-        if self._part == "<tool_call>":
-            call = parse_call(held) if before_mark else None
-            end = "</tool_call>" if before_mark else ""
-            text = f"{self._left_out}<tool_call>{held}{end}"
-            parts = Parts(text) if call is None else Parts(calls=[call])
-        elif not before_mark and not self.stopped:
-            parts.add(Parts(**{self._name: held}))
-        self._left_out = held if before_mark else ""
-        return parts
+        self._call = ""  # the text of the call so far
+        self._began = thinks  # whether anything has come
+        self._drops_newline = False  # the next one, after a control token
+        self._held_newline = False  # perhaps the one before a control token
 
     @property
-    def _name(self) -> str:
-        return "reasoning" if self._part else "content"
+    def stopped(self) -> bool:
+        """Whether the answer has ended before a stop string."""
+        return self._text.stopped
 
-    def _take(self, piece: str) -> Parts:
-        """Text of the open part, without what is held back."""
-        self.stopped |= self._text.stopped
-        if self._part == "<tool_call>":  # held until it is whole
-            self._held += piece
-            return Parts()
-        if piece and self._drops_newline:
-            self._drops_newline = False
-            piece = piece.removeprefix("\n")
-        piece = self._held + piece
-        self._held = "\n" if self._marks and piece.endswith("\n") and not self.stopped else ""
-        return Parts(**{self._name: piece.removesuffix("\n") if self._held else piece})
+    def add(self, token: int) -> list[Delta]:
+        """Add a token, and return what it makes certain; nothing once the answer has ended."""
+        tag, began, self._began = self._tags.get(token), self._began, True
+        if tag == "<think>" and not began:
+            return [*self._begin("reasoning"), Delta("reasoning", "")]
+        if (tag, self._kind) in _ENDS:
+            return self._begin("content")
+        if tag == "<tool_call>" and self._kind == "content":
+            return self._begin("call")
+        return self._deltas(self._text.add(token))
+
+    def finish(self) -> list[Delta]:
+        """Return what was held back, when no token follows; a call that has no end is broken."""
+        found = self._deltas(self._text.finish())
+        if self._kind == "call":
+            return [Delta("broken", self._call)]
+        return [*found, Delta(self._kind, "\n")] if self._held_newline else found
+
+    def parse(self, tokens: Iterable[int]) -> Iterator[Delta]:
+        """Yield the parts of a whole answer."""
+        for token in tokens:
+            yield from self.add(token)
+        yield from self.finish()
+
+    def _begin(self, kind: Literal["reasoning", "content", "call"]) -> list[Delta]:
+        """End the part at a control token, and begin another."""
+        found = self._deltas(self._text.finish())
+        if self.stopped:
+            return found
+        if self._kind == "call":
+            found.append(read_call(self._call.removesuffix("\n")))
+        self._kind, self._call = kind, ""
+        self._drops_newline, self._held_newline = True, False
+        self._text = TextStream(self._tokenizer, () if kind == "call" else self._stop)
+        return found
+
+    def _deltas(self, text: str) -> list[Delta]:
+        """The certain part of what was held back and `text`."""
+        if text and self._drops_newline:
+            text, self._drops_newline = text.removeprefix("\n"), False
+        if self._kind == "call":
+            self._call += text
+            return []
+        if self._held_newline and (text or self.stopped):
+            text, self._held_newline = f"\n{text}", False
+        if text.endswith("\n") and not self.stopped:
+            text, self._held_newline = text[:-1], True
+        return [Delta(self._kind, text)] if text else []
 
 
-def parse_call(text: str) -> Call | None:
-    """The call that the text of a tool_call block makes; None if it is broken."""
-    try:
+def read_call(text: str) -> Delta:
+    """The call that the text between `<tool_call>` and `</tool_call>` makes, or a broken one.
+
+    Arguments keep their characters if the text is as `dataset.render_chat` writes it.
+    """
+    with suppress(ValueError, RecursionError):
+        if found := _CALL.fullmatch(text):
+            name, arguments = json.loads(found["name"]), found["arguments"]
+            with suppress(ValueError):
+                if isinstance(json.loads(arguments), dict):
+                    return Delta("call", arguments, name)
         call = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(call, dict) or not call.keys() <= {"name", "arguments"}:
-        return None
-    name, arguments = call.get("name"), call.get("arguments", {})
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        return None
-    return Call(name, json.dumps(arguments, ensure_ascii=False))
+        if isinstance(call, dict) and isinstance(call.get("name"), str):
+            arguments = call.get("arguments", {})
+            if isinstance(arguments, dict):
+                return Delta("call", json.dumps(arguments, ensure_ascii=False), call["name"])
+    return Delta("broken", text)
+
+
+def new_answer(enable_thinking: bool | None = None) -> dict[str, Any]:
+    """An assistant's message without any text yet, as a prompt with `enable_thinking` begins it."""
+    message: dict[str, Any] = {"role": "assistant", "content": ""}
+    return message if enable_thinking is None else {**message, "reasoning_content": ""}
+
+
+def extend_answer(message: dict[str, Any], delta: Delta) -> None:
+    """Add a piece to an assistant's message, which is as in training data."""
+    if delta.kind == "call":
+        calls = message.setdefault("tool_calls", [])
+        calls.append({"name": delta.name, "arguments": delta.text})
+    else:
+        field = "reasoning_content" if delta.kind == "reasoning" else "content"
+        message[field] = message.get(field, "") + delta.text
+
+
+def parse_answer(
+    tokenizer: Tokenizer, tokens: Iterable[int], enable_thinking: bool | None = None
+) -> dict[str, Any]:
+    """The assistant's message that tokens after a prompt with `enable_thinking` make."""
+    message = new_answer(enable_thinking)
+    for delta in AnswerParts(tokenizer, bool(enable_thinking)).parse(tokens):
+        extend_answer(message, delta)
+    return message

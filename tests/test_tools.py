@@ -13,9 +13,7 @@ import pytest
 from test_server import HI, serving
 from tiny_models import random_model, save_tuned
 
-from dataset import render_chat
 from inference.batcher import Batcher
-from inference.parts import Call, Parts, PartStream
 from model import SamplingLoop
 
 MODEL = "full_sft_32"
@@ -91,87 +89,6 @@ def thinking(value):
     return {"extra_body": {"chat_template_kwargs": {"enable_thinking": value}}}
 
 
-# Parts
-
-
-def parts_of(tokenizer, text, **options):
-    """The pieces of a text's parts, and their sum."""
-    stream, whole = PartStream(tokenizer, **options), Parts()
-    pieces = [stream.add(token) for token in tokenizer.encode(text, add_special_tokens=False)]
-    pieces.append(stream.finish())
-    for piece in pieces:
-        whole.add(piece)
-    return pieces, whole
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        {"content": "Hi\n\nyou\n"},
-        {"content": "你好", "reasoning_content": "Hm.\n\n</s>"},
-        {"content": "", "reasoning_content": "\nhm\n"},
-        {"content": "", "tool_calls": [CALL]},
-        {"content": "I look.\n", "tool_calls": [CALL, {"name": "clock", "arguments": {}}]},
-        {"content": "", "reasoning_content": "a", "tool_calls": [CALL, CALL, CALL]},
-        {"content": "<tool_call>\n{}\n</tool_call> <think>"},
-    ],
-    ids=range(7),
-)
-def test_what_the_template_renders_is_taken_apart_again(tokenizer, message):
-    """The tokens are those that training teaches; texts that spell marks stay texts."""
-    from dataset import ChatEncoder
-
-    pieces = render_chat([{"role": "user", "content": ""}, {"role": "assistant", **message}])
-    encoded = ChatEncoder(tokenizer).encode([pieces])
-    ids = encoded.ids[encoded.messages[1] :].tolist()
-    header = len(tokenizer.encode("<s>assistant\n", add_special_tokens=False))
-    stream, whole = PartStream(tokenizer), Parts()
-    for token in ids[header : ids.index(2)]:
-        whole.add(stream.add(token))
-    whole.add(stream.finish())
-    calls = [
-        Call(call["name"], json.dumps(call["arguments"], ensure_ascii=False))
-        for call in message.get("tool_calls", [])
-    ]
-    assert whole == Parts(message["content"], message.get("reasoning_content", ""), calls)
-
-
-@pytest.mark.parametrize(
-    "block",
-    [
-        "\nno JSON\n</tool_call>",
-        '\n["weather"]\n</tool_call>',
-        '\n{"name": 1, "arguments": {}}\n</tool_call>',
-        '\n{"name": "f", "arguments": "{}"}\n</tool_call>',
-        '\n{"name": "f", "other": {}}\n</tool_call>',
-        f"\n{CALL_TEXT}",
-        "",
-    ],
-)
-def test_a_broken_call_is_content_with_its_marks(tokenizer, block):
-    text = f"Look:\n<tool_call>{block}"
-    assert parts_of(tokenizer, text)[1] == Parts(text)
-    said = f"{text}\n<tool_call>\n{CALL_TEXT}\n</tool_call>"
-    if block.endswith("</tool_call>"):  # the next one may be right
-        call = Call("weather", json.dumps(CALL["arguments"], ensure_ascii=False))
-        assert parts_of(tokenizer, said)[1] == Parts(text, calls=[call])
-
-
-def test_parts_come_as_soon_as_they_are_certain(tokenizer):
-    text = f"<think>\nA b\n\nc\n</think>\nOne\ntwo\n<tool_call>\n{CALL_TEXT}\n</tool_call>"
-    pieces, whole = parts_of(tokenizer, text)
-    call = Call("weather", json.dumps(CALL["arguments"], ensure_ascii=False))
-    assert whole == Parts("One\ntwo", "A b\n\nc", [call])
-    assert sum(map(bool, pieces)) > 5
-    pieces, whole = parts_of(tokenizer, f"{text}\n<tool_call>\n{CALL_TEXT}", one_call=True)
-    assert whole == Parts("One\ntwo", "A b\n\nc", [call])
-    assert parts_of(tokenizer, "a\n</think>\nb", thinking=True)[1] == Parts("b", "a")
-    assert parts_of(tokenizer, "a\n</think>\nb stop c", thinking=True, stop=["stop"])[1] == Parts(
-        "b ", "a"
-    )
-    assert parts_of(tokenizer, "<think>a</think>b\n", marks=False)[1] == Parts("ab\n")
-
-
 # Calls
 
 
@@ -241,7 +158,7 @@ def test_a_call_that_is_cut_is_content(client, script):
     script(LOOK)
     done = ask(client, tools=TOOLS, max_tokens=30).choices[0]
     assert done.finish_reason == "length" and not done.message.tool_calls
-    assert done.message.content.startswith('I look.\n<tool_call>\n{"')
+    assert done.message.content.startswith('I look.{"name"')
 
 
 @pytest.mark.parametrize(

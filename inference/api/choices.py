@@ -9,7 +9,8 @@ from functools import partial
 
 from ..batcher import Batcher, Event, GenerationRequest, QueueFull, Token
 from ..grammar import Grammar
-from ..parts import Parts, PartStream
+from ..parts import AnswerParts, Delta
+from ..text import TextStream
 from .middleware import Limits
 from .schema import BaseRequest, CompletionRequest
 
@@ -33,7 +34,7 @@ class Chunk:
     """A part of choice `index`, or all of it: whole characters and their tokens."""
 
     index: int
-    parts: Parts = field(default_factory=Parts)
+    deltas: list[Delta] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     finish_reason: str | None = None
 
@@ -51,7 +52,7 @@ class Choices:
         prompts: Sequence[Prompt],
         request: BaseRequest,
         limits: Limits,
-        decode: Callable[[Prompt], PartStream],
+        decode: Callable[[Prompt], AnswerParts | TextStream],
     ):
         self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         self.completion_tokens = 0  # so far
@@ -101,7 +102,7 @@ class Choices:
         """
         for index, prompt in enumerate(self._prompts):
             if prompt.echo is not None and not self._scores_prompts:
-                yield Chunk(index, Parts(prompt.echo))
+                yield Chunk(index, as_deltas(prompt.echo))  # a chat's names the role
         running = set(range(len(self._prompts)))
         called: set[int] = set()  # choices that have made a call
         held: list[list[Token]] = [[] for _ in running]  # not yet a whole character
@@ -109,33 +110,33 @@ class Choices:
             index, event = await self._events.get()
             if index not in running:
                 continue
-            stream, parts, reason = self._streams[index], Parts(), None
+            stream, deltas, reason = self._streams[index], [], None
             began = self.completion_tokens and not self._scores_prompts
             if isinstance(event, list):
                 held[index] = event[self._prompts[index].n_hidden :]
                 if held[index]:  # the first one is unscored: in the text it has none before it
                     held[index][0] = Token(held[index][0].token)
-                parts = Parts(self._prompts[index].echo)
+                deltas = as_deltas(self._prompts[index].echo)
             elif isinstance(event, Token):
                 self.first_token_time = self.first_token_time or time.perf_counter()
                 self.completion_tokens += event.token != self._eos
                 held[index].append(event)
-                parts = stream.add(event.token)
+                deltas = as_deltas(stream.add(event.token))
                 if stream.stopped:
                     self._requests[index].cancelled = True
                     reason = "stop"
             elif isinstance(event, str):
-                parts, reason = stream.finish(), event
+                deltas, reason = as_deltas(stream.finish()), event
             elif isinstance(event, QueueFull) and began:
                 reason = "length"
             else:
                 raise event
-            if parts.calls:
+            if any(delta.kind == "call" for delta in deltas):
                 called.add(index)
             if reason == "stop" and index in called:
                 reason = "tool_calls"
-            if parts or reason:
-                yield Chunk(index, parts, held[index], reason)
+            if deltas or reason:
+                yield Chunk(index, deltas, held[index], reason)
                 held[index] = []
             if reason:
                 running.remove(index)
@@ -145,7 +146,7 @@ class Choices:
         choices = [Chunk(index) for index in range(len(self._prompts))]
         async for chunk in self.stream():
             choice = choices[chunk.index]
-            choice.parts.add(chunk.parts)
+            choice.deltas += chunk.deltas
             choice.tokens += chunk.tokens
             choice.finish_reason = chunk.finish_reason
         return choices
@@ -154,3 +155,10 @@ class Choices:
         """End the generation of all choices before the next step."""
         for request in self._requests:
             request.cancelled = True
+
+
+def as_deltas(found: str | list[Delta]) -> list[Delta]:
+    """Pieces of an answer; a text is content."""
+    if isinstance(found, list):
+        return found
+    return [Delta("content", found)] if found else []

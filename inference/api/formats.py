@@ -14,8 +14,8 @@ from .. import chat_texts as texts
 from ..batcher import Token
 from ..chat_model import ChatModel
 from ..grammar import COMPACT, Grammar, GrammarError, answer_grammar, calls_rule, json_rule
-from ..parts import Call, PartStream
-from ..text import token_bytes
+from ..parts import AnswerParts, Delta
+from ..text import TextStream, token_bytes
 from .choices import Chunk, Prompt
 from .errors import ApiError
 from .schema import BaseRequest, ChatRequest, CompletionRequest, Function, NamedTool
@@ -30,6 +30,23 @@ def thought_of(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     if end in answer:
         return "closed"
     return "open" if begin in answer else "none"
+
+
+class OneCall(AnswerParts):
+    """An answer that ends after its first call."""
+
+    _has_called = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the answer has ended, also before a stop string."""
+        return self._has_called or super().stopped
+
+    def add(self, token: int) -> list[Delta]:
+        """Add a token, and return what it makes certain; nothing once the answer has ended."""
+        found = super().add(token)
+        self._has_called |= any(delta.kind == "call" for delta in found)
+        return found
 
 
 class Format:
@@ -110,11 +127,10 @@ class ChatFormat(Format):
             Prompt(ids, "", grammar=self._grammar(functions, thought), thinking=thought == "open")
         ]
 
-    def decode(self, prompt: Prompt) -> PartStream:
+    def decode(self, prompt: Prompt) -> AnswerParts:
         """What turns the tokens of a choice into its parts."""
-        one_call = self.request.parallel_tool_calls is False
-        stop = self.request.stop_strings()
-        return PartStream(self.chat_model.tokenizer, stop, prompt.thinking, one_call)
+        make = OneCall if self.request.parallel_tool_calls is False else AnswerParts
+        return make(self.chat_model.tokenizer, prompt.thinking, self.request.stop_strings())
 
     def _functions(self) -> list[Function]:
         """The functions of which one must be called, if any. Raises ApiError."""
@@ -152,22 +168,24 @@ class ChatFormat(Format):
         LOG.warning(f"{self.chat_model.name}: {texts.LEFT_OUT.format(count=kept)}")
 
     def _content(self, chunk: Chunk) -> dict[str, Any]:
-        parts = chunk.parts
-        more: dict[str, Any] = {"reasoning_content": parts.reasoning} if parts.reasoning else {}
-        if parts.calls:
-            more["tool_calls"] = [self._call(chunk.index, call) for call in parts.calls]
+        deltas, calls = chunk.deltas, [delta for delta in chunk.deltas if delta.kind == "call"]
+        content = "".join(delta.text for delta in deltas if delta.kind in ("content", "broken"))
+        more: dict[str, Any] = {}
+        if reasoning := "".join(delta.text for delta in deltas if delta.kind == "reasoning"):
+            more["reasoning_content"] = reasoning
+        if calls:
+            more["tool_calls"] = [self._call(chunk.index, call) for call in calls]
         if not self.request.stream:
-            content = parts.content or (None if parts.calls else "")
-            return {"message": {"role": "assistant", "content": content, "refusal": None, **more}}
-        delta = {"content": parts.content, **more} if parts.content else more
+            text = content or (None if calls else "")
+            return {"message": {"role": "assistant", "content": text, "refusal": None, **more}}
         if chunk.index not in self._begun:
             self._begun.add(chunk.index)
-            delta = {"role": "assistant", "content": parts.content, **more}
-        return {"delta": delta}
+            return {"delta": {"role": "assistant", "content": content, **more}}
+        return {"delta": {"content": content, **more} if content else more}
 
-    def _call(self, index: int, call: Call) -> dict[str, Any]:
+    def _call(self, index: int, call: Delta) -> dict[str, Any]:
         """A choice's next call; in a stream it comes whole."""
-        function = {"name": call.name, "arguments": call.arguments}
+        function = {"name": call.name, "arguments": call.text}
         body = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
         if self.request.stream:
             body["index"] = self._n_calls[index]
@@ -212,12 +230,12 @@ class CompletionFormat(Format):
             raise ApiError(400, message, "prompt", "invalid_value")
         return Prompt(prompt, self._decode(prompt, skip_special_tokens=True) if echo else None)
 
-    def decode(self, prompt: Prompt) -> PartStream:
+    def decode(self, prompt: Prompt) -> TextStream:
         """What turns the tokens of a choice into text."""
-        return PartStream(self.chat_model.tokenizer, self.request.stop_strings(), marks=False)
+        return TextStream(self.chat_model.tokenizer, self.request.stop_strings())
 
     def _content(self, chunk: Chunk) -> dict[str, Any]:
-        return {"text": chunk.parts.content}
+        return {"text": "".join(delta.text for delta in chunk.deltas)}
 
     def _logprobs(self, chunk: Chunk) -> dict[str, Any]:
         return {
