@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from model import Continuation, Sampling, SamplingLoop
+from model import Continuation, SamplingLoop
 
 from .chat_model import ChatModel
 
@@ -207,11 +207,12 @@ class Batcher:
     def _sample(self, requests: Sequence[GenerationRequest], logits: Tensor) -> None:
         """Sample and emit the next token of n active requests from their logits (n, vocab_size).
 
-        Those that are finished end, and those whose sampling fails.
+        Those that are finished end, and those whose sampling fails; a constraint may fail alone.
         """
-        groups: dict[tuple[Sampling, torch.Generator | None], list[int]] = {}
+        groups: dict[tuple[object, ...], list[int]] = {}
         for i, request in enumerate(requests):
-            groups.setdefault((request.sampling, request.generator), []).append(i)
+            key = request.sampling, request.generator, request.constraint
+            groups.setdefault(key, []).append(i)
         for group in groups.values():
             rows = [requests[i] for i in group]
             try:

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,6 +12,9 @@ from dataset import ChatEncoder, fit_prompt, render_chat
 from model import Decoder, MiniMindLM, Tokenizer, TorchDecoder
 
 from .text import TextStream
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 
 @dataclass(eq=False)
@@ -39,6 +43,13 @@ class ChatModel:
         self.encoder = ChatEncoder(self.tokenizer) if self.chats else None
         self.decoder = make_decoder(self.model, self.engine, self.rows)
 
+    @cached_property
+    def grammar_tokenizer(self) -> "LLTokenizer":
+        """The tokenizer as grammars need it."""
+        from .grammar import grammar_tokenizer  # the server alone needs llguidance
+
+        return grammar_tokenizer(self.tokenizer, self.model.config.vocab_size)
+
     @property
     def context(self) -> int:
         """Tokens of prompt and answer together."""
@@ -54,8 +65,9 @@ class ChatModel:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
         room: int | None = None,
+        enable_thinking: bool | None = None,
     ) -> list[int]:
-        """Ids of a conversation, up to where the assistant's next answer begins.
+        """Ids of a conversation, up to where the assistant's next answer begins, or its thought.
 
         A model that continues texts gets the last message alone. To leave `room` tokens for the
         answer, at most half of the context, the oldest exchanges are dropped; the system message,
@@ -64,7 +76,7 @@ class ChatModel:
         """
         if self.encoder is None:
             return self.text_ids(messages[-1]["content"])
-        pieces = render_chat(messages, tools, add_generation_prompt=True)
+        pieces = render_chat(messages, tools, True, enable_thinking)
         prompt = self.encoder.encode([self.encoder.check_control(pieces)])
         if room is None:
             return prompt.ids.tolist()

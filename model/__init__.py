@@ -16,7 +16,7 @@ from .model_lora import (
     use_lora,
     weights_hash,
 )
-from .sampling import Sampling
+from .sampling import Constraint, Sampling
 from .tokenizer import Tokenizer, keep_tokenizer, load_tokenizer, tokenizer_hash
 from .weights import (
     find_weights,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .decoder import Decoder, TorchDecoder
 from .LMConfig import LMConfig
-from .sampling import History, Sampling, penalise, sample
+from .sampling import Constraint, History, Sampling, add_bias, constrain, penalise, sample
 
 
 @dataclass(eq=False)
@@ -26,12 +26,15 @@ class Continuation:
     # "stop" after an end token or a stop sequence, "length" at `max_new_tokens` or a full context.
     finish_reason: str | None = None
     history: History | None = None  # what penalties need
+    constraint: Constraint | None = None  # the form that the new tokens must have
 
     def append(self, token: int, max_seq_len: int) -> None:
         """Add a new token, and set `finish_reason` if it is the last one."""
         self.new_tokens.append(token)
         if self.history is not None:
             self.history.add(token)
+        if self.constraint is not None:
+            self.constraint.add(token)
         length = len(self.new_tokens)
         if token in self.end_tokens or any(self.new_tokens[-len(s) :] == s for s in self.stop):
             self.finish_reason = "stop"
@@ -67,6 +70,10 @@ class SamplingLoop:
                 if row.history is None:
                     row.history = History(row.ids, logits.shape[-1], logits.device)
             logits = penalise(logits, sampling, [row.history for row in rows])
+        if sampling.logit_bias:
+            logits = add_bias(logits, sampling)
+        if any(row.constraint is not None for row in rows):
+            logits = constrain(logits, [row.constraint for row in rows])
         tokens = sample(logits, sampling, rows[0].generator).tolist()
         for row, token in zip(rows, tokens, strict=True):
             row.append(token, self.decoder.max_seq_len)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0  # subtracted once for each time a token was generated
     presence_penalty: float = 0.0  # subtracted once if a token was generated at all
+    logit_bias: tuple[tuple[int, float], ...] = ()  # tokens and what is added to their logits
 
     def __post_init__(self) -> None:
         if self.do_sample and not self.temperature > 0:
@@ -72,6 +74,33 @@ def penalise(logits: Tensor, sampling: Sampling, histories: Sequence[History]) -
     logits = logits - sampling.presence_penalty * generated.to(logits.dtype)
     limits = torch.finfo(logits.dtype)
     return logits.clamp(limits.min, limits.max)  # a tiny factor must not make them infinite
+
+
+def add_bias(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Add the `logit_bias` to logits (B, vocab_size)."""
+    bias = torch.zeros_like(logits[0])
+    for token, value in sampling.logit_bias:
+        bias[token] += value
+    return logits + bias
+
+
+class Constraint(Protocol):
+    """The form that one text must have, as far as it has come."""
+
+    def allowed(self) -> Tensor:
+        """Which tokens may come next: (vocab_size,) bool on the CPU, at least one of them True."""
+        ...
+
+    def add(self, token: int) -> None:
+        """Go on to the next place of the text."""
+        ...
+
+
+def constrain(logits: Tensor, constraints: Sequence[Constraint | None]) -> Tensor:
+    """Exclude from the logits (B, vocab_size) what each row's constraint does not allow."""
+    every = torch.ones(logits.shape[-1], dtype=torch.bool)
+    allowed = torch.stack([every if one is None else one.allowed() for one in constraints])
+    return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:

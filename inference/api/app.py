@@ -167,7 +167,7 @@ async def complete(
     if number > batcher.rows + batcher.queue:
         message = f"{number} texts are more than this server takes at a time."
         raise ApiError(400, message, format_.prompt_param if len(prompts) > 1 else "n")
-    choices = Choices(batcher, prompts, body, limits)
+    choices = Choices(batcher, prompts, body, limits, format_.decode)
     request.state.choices = choices
     if body.stream:
         include_usage = bool(body.stream_options and body.stream_options.include_usage)

@@ -3,21 +3,50 @@
 import logging
 import time
 import uuid
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from dataset import RecordError
+from model import Tokenizer
 
 from .. import chat_texts as texts
 from ..batcher import Token
 from ..chat_model import ChatModel
+from ..grammar import COMPACT, Grammar, GrammarError, answer_grammar, calls_rule, json_rule
+from ..parts import AnswerParts, Delta
+from ..text import TextStream, token_bytes
 from .choices import Chunk, Prompt
 from .errors import ApiError
-from .schema import BaseRequest, ChatRequest, CompletionRequest
+from .schema import BaseRequest, ChatRequest, CompletionRequest, Function, NamedTool
 
 LOG = logging.getLogger("uvicorn.error")
-BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+def thought_of(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Whether a prompt ends within a thought ("open"), after one ("closed"), or with "none"."""
+    answer = ids[len(ids) - 1 - ids[::-1].index(tokenizer.bos_token_id) :]
+    begin, end = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    if end in answer:
+        return "closed"
+    return "open" if begin in answer else "none"
+
+
+class OneCall(AnswerParts):
+    """An answer that ends after its first call."""
+
+    _has_called = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the answer has ended, also before a stop string."""
+        return self._has_called or super().stopped
+
+    def add(self, token: int) -> list[Delta]:
+        """Add a token, and return what it makes certain; nothing once the answer has ended."""
+        found = super().add(token)
+        self._has_called |= any(delta.kind == "call" for delta in found)
+        return found
 
 
 class Format:
@@ -26,6 +55,11 @@ class Format:
     def __init__(self, chat_model: ChatModel, request: BaseRequest, kind: str, prefix: str):
         self.chat_model = chat_model
         self.request = request
+        vocab_size = chat_model.model.config.vocab_size
+        for token in request.logit_bias or {}:
+            if int(token) >= vocab_size:
+                message = f"Invalid 'logit_bias': {token} is no token; there are {vocab_size}."
+                raise ApiError(400, message, "logit_bias", "invalid_value")
         self._head = {
             "id": f"{prefix}-{uuid.uuid4().hex}",
             "object": kind,
@@ -48,10 +82,7 @@ class Format:
 
     def token_bytes(self, id_: int) -> bytes:
         """The bytes of the text that a token stands for."""
-        name = self.chat_model.tokenizer.convert_ids_to_tokens(id_)
-        if all(character in BYTE_OF for character in name):
-            return bytes(BYTE_OF[character] for character in name)
-        return name.encode("utf-8")
+        return token_bytes(self.chat_model.tokenizer, id_)
 
     def token_text(self, id_: int) -> str:
         """The text that a token stands for; what is no whole character becomes �."""
@@ -73,24 +104,93 @@ class ChatFormat(Format):
         kind = "chat.completion.chunk" if request.stream else "chat.completion"
         super().__init__(chat_model, request, kind, "chatcmpl")
         self._begun: set[int] = set()  # choices of which a stream has named the role
+        self._n_calls: Counter[int] = Counter()  # of each choice so far
 
     def prompts(self) -> list[Prompt]:
-        """The conversation; a stream of the answer begins with an event of its role alone."""
-        messages = [message.record() for message in self.request.messages]
-        messages = self.chat_model.recent(messages, self._note_left_out)
-        return [Prompt(self.chat_model.chat_ids(messages), echo="")]
+        """The conversation; a stream of the answer begins with an event of its role alone.
+
+        Raises ApiError for what the model, its tokenizer or its grammars cannot do.
+        """
+        request, chat_model = self.request, self.chat_model
+        functions = self._functions()
+        tools = [tool.record() for tool in request.tools or () if request.tool_choice != "none"]
+        messages = [message.record() for message in request.messages]
+        messages = chat_model.recent(messages, self._note_left_out)
+        kwargs = request.chat_template_kwargs
+        thinking = kwargs.enable_thinking if kwargs else None
+        try:
+            ids = chat_model.chat_ids(messages, tools, enable_thinking=thinking)
+        except RecordError as error:
+            raise ApiError(400, f"Invalid 'messages': {error}.", "messages") from None
+        thought = thought_of(ids, chat_model.tokenizer)
+        return [
+            Prompt(ids, "", grammar=self._grammar(functions, thought), thinking=thought == "open")
+        ]
+
+    def decode(self, prompt: Prompt) -> AnswerParts:
+        """What turns the tokens of a choice into its parts."""
+        make = OneCall if self.request.parallel_tool_calls is False else AnswerParts
+        return make(self.chat_model.tokenizer, prompt.thinking, self.request.stop_strings())
+
+    def _functions(self) -> list[Function]:
+        """The functions of which one must be called, if any. Raises ApiError."""
+        choice = self.request.tool_choice
+        functions = [tool.function for tool in self.request.tools or ()]
+        if isinstance(choice, NamedTool):
+            functions = [one for one in functions if one.name == choice.function.name]
+        elif choice != "required":
+            return []
+        if not functions:
+            message = "'tool_choice' asks for a call of what is not among the 'tools'."
+            raise ApiError(400, message, "tool_choice", "invalid_value")
+        return functions
+
+    def _grammar(self, functions: Sequence[Function], thought: str) -> Grammar | None:
+        """The form that an answer must have. Raises ApiError if it cannot be enforced."""
+        form, param = self.request.response_format, "response_format"
+        try:
+            if functions:
+                several = self.request.parallel_tool_calls is not False
+                param = "tools"
+                rule = calls_rule([one.model_dump() for one in functions], several)
+            elif form is None or form.type == "text":
+                return None
+            elif form.json_schema is None:
+                rule = json_rule({"type": "object"}, COMPACT, strict=True)
+            else:
+                schema = form.json_schema
+                rule = json_rule(schema.schema_, COMPACT, bool(schema.strict))
+            return answer_grammar(self.chat_model.grammar_tokenizer, rule, thought)
+        except GrammarError as error:
+            raise ApiError(400, f"Invalid '{param}': {error}.", param, "invalid_value") from None
 
     def _note_left_out(self, kept: int) -> None:
         LOG.warning(f"{self.chat_model.name}: {texts.LEFT_OUT.format(count=kept)}")
 
     def _content(self, chunk: Chunk) -> dict[str, Any]:
+        deltas, calls = chunk.deltas, [delta for delta in chunk.deltas if delta.kind == "call"]
+        content = "".join(delta.text for delta in deltas if delta.kind in ("content", "broken"))
+        more: dict[str, Any] = {}
+        if reasoning := "".join(delta.text for delta in deltas if delta.kind == "reasoning"):
+            more["reasoning_content"] = reasoning
+        if calls:
+            more["tool_calls"] = [self._call(chunk.index, call) for call in calls]
         if not self.request.stream:
-            return {"message": {"role": "assistant", "content": chunk.text, "refusal": None}}
-        delta = {"content": chunk.text} if chunk.text else {}
+            text = content or (None if calls else "")
+            return {"message": {"role": "assistant", "content": text, "refusal": None, **more}}
         if chunk.index not in self._begun:
             self._begun.add(chunk.index)
-            delta = {"role": "assistant", "content": chunk.text}
-        return {"delta": delta}
+            return {"delta": {"role": "assistant", "content": content, **more}}
+        return {"delta": {"content": content, **more} if content else more}
+
+    def _call(self, index: int, call: Delta) -> dict[str, Any]:
+        """A choice's next call; in a stream it comes whole."""
+        function = {"name": call.name, "arguments": call.text}
+        body = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+        if self.request.stream:
+            body["index"] = self._n_calls[index]
+        self._n_calls[index] += 1
+        return body
 
     def _logprobs(self, chunk: Chunk) -> dict[str, Any]:
         eos = self.chat_model.tokenizer.eos_token_id  # no part of the message
@@ -130,8 +230,12 @@ class CompletionFormat(Format):
             raise ApiError(400, message, "prompt", "invalid_value")
         return Prompt(prompt, self._decode(prompt, skip_special_tokens=True) if echo else None)
 
+    def decode(self, prompt: Prompt) -> TextStream:
+        """What turns the tokens of a choice into text."""
+        return TextStream(self.chat_model.tokenizer, self.request.stop_strings())
+
     def _content(self, chunk: Chunk) -> dict[str, Any]:
-        return {"text": chunk.text}
+        return {"text": "".join(delta.text for delta in chunk.deltas)}
 
     def _logprobs(self, chunk: Chunk) -> dict[str, Any]:
         return {

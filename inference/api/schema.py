@@ -1,4 +1,4 @@
-"""Request bodies of OpenAI's API, and beyond it top_k, min_p and repetition_penalty.
+"""Request bodies of OpenAI's API, and beyond it top_k, min_p, repetition_penalty, and thoughts.
 
 https://platform.openai.com/docs/api-reference/chat/create and …/completions/create. A parameter
 that would change the answer and is not offered is refused by name, unless it is null, empty or at
@@ -61,12 +61,33 @@ class TextPart(Body):
     prompt_cache_breakpoint: dict[str, Any] | None = None  # prompts are cached without it
 
 
+class CalledFunction(Body):
+    """The function of a call, and its arguments as the model wrote them: JSON, if it is right."""
+
+    name: Text
+    arguments: Text
+    parsed_arguments: Any = None  # what the openai client adds
+
+
+class ToolCall(Body):
+    """A call that an assistant's message makes."""
+
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    id: str | None = None  # results follow the order of their calls
+    index: int | None = None  # a client may leave it from a stream
+
+
 class Message(Body):
     """A message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[TextPart]
     name: str | None = None  # the speaker's; the chat format has no place for it
+    tool_call_id: str | None = None  # results follow the order of their calls
+    reasoning_content: Text | None = None
+    tool_calls: list[ToolCall] | None = None
+    parsed: Any = None  # what the openai client adds to an answer by a schema
     annotations: list[Any] | None = None  # sources of an answer, which are no part of its text
 
     @model_validator(mode="before")
@@ -78,11 +99,95 @@ class Message(Body):
             return {**fields, "content": ""}
         return fields
 
-    def record(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def check_role(self) -> "Message":
+        """Refuse what only an assistant's message may have."""
+        if self.role != "assistant" and (self.reasoning_content or self.tool_calls):
+            reason = "only an assistant's message has reasoning_content or tool_calls"
+            raise PydanticCustomError("role", reason)
+        return self
+
+    def record(self) -> dict[str, Any]:
         """The message as `dataset.render_chat` takes it."""
         is_text = isinstance(self.content, str)
         content = self.content if is_text else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        role = "system" if self.role == "developer" else self.role
+        record: dict[str, Any] = {"role": role, "content": content}
+        if self.reasoning_content:
+            record["reasoning_content"] = self.reasoning_content
+        if self.tool_calls:
+            record["tool_calls"] = [
+                {"name": call.function.name, "arguments": call.function.arguments}
+                for call in self.tool_calls
+            ]
+        return record
+
+
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+
+
+class Function(Body):
+    """A function that the model may call; its parameters are a JSON schema."""
+
+    name: Name
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None  # calls have arguments of the schema
+
+
+class Tool(Body):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+    def record(self) -> dict[str, Any]:
+        """The tool as `dataset.render_chat` takes it."""
+        function = self.function.model_dump(exclude={"strict"}, exclude_none=True)
+        return {"type": self.type, "function": function}
+
+
+class NamedFunction(Body):
+    """A function by its name."""
+
+    name: str
+
+
+class NamedTool(Body):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(Body):
+    """The schema of an answer."""
+
+    name: Name
+    description: str | None = None
+    schema_: dict[str, Any] = Field({}, alias="schema")
+    strict: bool | None = None  # refuse keywords of the schema that cannot be enforced
+
+
+class ResponseFormat(Body):
+    """The form of an answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def check_schema(self) -> "ResponseFormat":
+        """Refuse a schema without its type, and the type without a schema."""
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            reason = "json_schema belongs to the type of that name"
+            raise PydanticCustomError("schema", reason)
+        return self
+
+
+class TemplateOptions(Body):
+    """Options of the chat template; true opens a thought, false closes an empty one."""
+
+    enable_thinking: bool | None = None
 
 
 class StreamOptions(Body):
@@ -90,6 +195,9 @@ class StreamOptions(Body):
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
+
+
+TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 
 
 class BaseRequest(Body):
@@ -109,12 +217,14 @@ class BaseRequest(Body):
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logit_bias: only({}) = None
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
     user: str | None = None  # identifies a user to OpenAI; not needed here
 
     def sampling(self) -> Sampling:
         """How tokens are chosen; temperature 0 is greedy."""
-        settings = self.model_dump(include=SAMPLING, exclude_none=True)
+        settings = self.model_dump(include=SAMPLING - {"logit_bias"}, exclude_none=True)
+        bias = (self.logit_bias or {}).items()
+        settings["logit_bias"] = tuple((int(token), value) for token, value in bias)
         return Sampling(do_sample=settings.get("temperature", 1.0) > 1e-5, **settings)
 
     def stop_strings(self) -> list[str]:
@@ -129,6 +239,11 @@ class ChatRequest(BaseRequest):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None  # false: one call at most
+    chat_template_kwargs: TemplateOptions | None = None
     # Not offered:
     audio: only({}) = None
     function_call: only("none", "auto") = None
@@ -136,15 +251,11 @@ class ChatRequest(BaseRequest):
     modalities: only([], ["text"]) = None
     moderation: only({}) = None
     reasoning_effort: only("none") = None
-    response_format: only({"type": "text"}) = None
     store: only(False) = None
-    tool_choice: only("none", "auto") = None
-    tools: only([]) = None
     verbosity: only("medium") = None
     web_search_options: only() = None  # an empty one asks for a search
     # Not used, since they change no answer:
     metadata: dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
     prediction: dict[str, Any] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
