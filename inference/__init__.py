@@ -2,6 +2,8 @@
 
 from .chat_model import ChatModel
 from .command_line import (
+    THINKING,
+    add_answer_arguments,
     add_compute_arguments,
     add_engine,
     add_history_cnt,
