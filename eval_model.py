@@ -199,9 +199,6 @@ class Chat:
             for delta in rounds:
                 first = first or time.perf_counter()
                 printer.show(delta)
-                if delta.kind == "broken":
-                    printer.end_part()
-                    self.note(texts.BROKEN_CALL)
         except ValueError as error:
             raise UserError(self.say(texts.BAD_TEXT, reason=error)) from None
         except KeyboardInterrupt:
@@ -214,6 +211,8 @@ class Chat:
             self.note_cut(n_prompt, len(tokens) - n_before)
         elif made[-1].get("tool_calls"):
             self.note(texts.NOT_RUN)
+        if any("broken_calls" in message for message in made):
+            self.note(texts.BROKEN_CALL)
         if self.verbose and tokens:
             seconds, first = end - start, (first or end) - start
             values = {"count": len(tokens), "rate": len(tokens) / seconds}
@@ -295,7 +294,7 @@ class Chat:
             tools = []
         elif file:
             try:
-                with report_os_errors("/tools"):
+                with report_os_errors(f"/tools {file}"):
                     found = parse_tools(user_path(file).read_text(encoding="utf-8").strip())
             except (RecordError, UnicodeError) as error:
                 raise UserError(f"/tools {file}: {error}") from None

@@ -56,7 +56,7 @@ TOOLS = "tools: {names}"
 NO_TOOLS = "tools: none"
 THINKING = "thinking: {name}"
 NO_SUCH_THINKING = "/thinking takes one of {names}"
-BROKEN_CALL = "(not a valid call of a tool: it counts as text)"
+BROKEN_CALL = "(a call of a tool that is not valid counts as text)"
 NOT_RUN = "(the answer ends with a call that nothing here runs)"
 NO_SUCH_SETTING = "/set takes a value for one of {names}"
 BAD_SETTING = "/set {name}: {reason}"
@@ -90,7 +90,7 @@ CHINESE = {
     NO_TOOLS: "工具：无",
     THINKING: "思考：{name}",
     NO_SUCH_THINKING: "/thinking 的取值为 {names}",
-    BROKEN_CALL: "（不是有效的工具调用，按文本处理）",
+    BROKEN_CALL: "（无效的工具调用按文本处理）",
     NOT_RUN: "（回答以工具调用结尾，这里没有可以运行它的工具）",
     NO_SUCH_SETTING: "/set 可以修改：{names}",
     BAD_SETTING: "/set {name}：取值无效（{reason}）",
