@@ -8,6 +8,7 @@ from .command_line import (
     add_engine,
     add_history_cnt,
     add_model_arguments,
+    add_tool_file,
     add_weight_arguments,
     chosen_engine,
     listen,

@@ -68,8 +68,13 @@ def add_answer_arguments(parser: argparse._ActionsContainer) -> None:
     add("--thinking", choices=THINKING, default="auto", help=thinks)
     offered = "built-in tools that the model may call: calculator, clock"
     add("--tools", nargs="+", choices=BUILT_IN, default=[], metavar="TOOL", help=offered)
+    add_tool_file(parser)
+
+
+def add_tool_file(parser: argparse._ActionsContainer) -> None:
+    """Add `--tool_file`: tools of the user's own."""
     own = "a Python file whose functions the model may call, too"
-    add("--tool_file", type=user_path, metavar="FILE", help=own)
+    parser.add_argument("--tool_file", type=user_path, metavar="FILE", help=own)
 
 
 def add_history_cnt(parser: argparse._ActionsContainer) -> None:
