@@ -1,6 +1,6 @@
 """A model to talk to: weights, tokenizer, decoder, and the way from messages to ids to text."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from common import UserError
 from dataset import ChatEncoder, fit_prompt, render_chat
 from model import Decoder, MiniMindLM, Tokenizer, TorchDecoder
 
+from .parts import AnswerParts, Delta, parse_answer
 from .text import TextStream
 
 if TYPE_CHECKING:
@@ -104,11 +105,13 @@ class ChatModel:
         ids: Sequence[int],
         generator: torch.Generator,
         new_tokens: list[int],
+        enable_thinking: bool | None = None,
         **options: Any,
-    ) -> Iterator[str]:
-        """Generate text after a prompt, piece by piece; options and errors as of `generate`.
+    ) -> Iterator[Delta]:
+        """Generate after a prompt, and yield the parts; options and errors as of `generate`.
 
-        `new_tokens` gets the tokens; the last one is the end token unless the text was cut.
+        `enable_thinking` is the prompt's. `new_tokens` gets the tokens; the last one is the end
+        token unless the text was cut.
         """
         tokens = self.model.generate(
             torch.tensor([ids], device=self.decoder.device),
@@ -124,7 +127,22 @@ class ChatModel:
                 new_tokens.append(token.item())
                 yield new_tokens[-1]
 
-        yield from TextStream(self.tokenizer).decode(noted())
+        yield from self.parse(noted(), enable_thinking)
+
+    def parse(self, tokens: Iterable[int], enable_thinking: bool | None = None) -> Iterator[Delta]:
+        """The parts that tokens after a prompt make; of a model that does not chat, content."""
+        if self.chats:
+            yield from AnswerParts(self.tokenizer, bool(enable_thinking)).parse(tokens)
+        else:
+            for text in TextStream(self.tokenizer).decode(tokens):
+                yield Delta("content", text)
+
+    def message(self, tokens: Iterable[int], enable_thinking: bool | None = None) -> dict[str, Any]:
+        """The assistant's message that tokens after a prompt make."""
+        if self.chats:
+            return parse_answer(self.tokenizer, tokens, enable_thinking)
+        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return {"role": "assistant", "content": text}
 
 
 def earlier_exchanges(longest: Mapping[str, int] | None) -> int | None:

@@ -21,6 +21,7 @@ from tiny_models import greedy_answer, random_model, save_tuned
 from inference import WeightSpec
 from inference.backends import Endpoint, LocalModels, ModelInfo, Piece, Settings
 from inference.conversations import Conversation, ConversationStore
+from inference.parts import Delta
 from inference.pool import ModelPool
 
 CHROMIUM = next(
@@ -308,7 +309,7 @@ class Parrot:
     def is_loaded(self, model):
         return True
 
-    def stream(self, model, messages, settings):
+    def stream(self, model, messages, settings, tools=()):
         self.prompts.append([message["content"] for message in messages])
         for n_tokens, piece in enumerate(self.pieces, 1):
             if isinstance(piece, Exception):
@@ -316,7 +317,7 @@ class Parrot:
             if callable(piece):
                 piece()
             else:
-                yield Piece(piece, n_tokens)
+                yield Piece(Delta("content", piece), n_tokens)
 
 
 def script(backend, folder):
@@ -532,7 +533,7 @@ def test_local_models_say_what_they_were_trained_on_and_count_tokens(
     settings = Settings(max_tokens=16, temperature=0)
     pieces = list(backend.stream("full_sft_64", question, settings))
     assert backend.is_loaded("full_sft_64") and pieces[-1].tokens == 16
-    text = "".join(piece.text for piece in pieces)
+    text = "".join(piece.delta.text for piece in pieces)
     assert text == answer(tmp_path, tokenizer, "full_sft_64", question)
     pool.close()
 
