@@ -84,7 +84,8 @@ def is_right(record: Mapping[str, Any], answer: str) -> bool:
         named = _named(answer, record["choices"]) - _named(question, record["choices"])
         return named == set(expect)
     numbers = re.findall(r"\d+", answer)
-    return (numbers[-1:] if record["skill"] == "sums" else numbers) == expect
+    worked_out = record["skill"] in ("sums", "tools", "thinking")
+    return (numbers[-len(expect) :] if worked_out else numbers) == expect
 
 
 def _named(text: str, choices: Sequence[str]) -> set[str]:
