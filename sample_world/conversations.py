@@ -46,6 +46,7 @@ SKILLS = {
     "listing": (420, 0),
     "words": (450, 0),
 }
+APART = ("tools", "thinking")  # with tests of their own, and in nothing but these and tuning
 EXCHANGES = 10  # of the longest conversations in training
 LONGEST = 0.4  # of the conversations have as many; the others have any number, all equally often
 TOOLED, TOOL_EXCHANGES = 0.9, 7  # of questions for a tool, those where some are offered; with them
@@ -554,7 +555,7 @@ def tuning_records(world: World, seed: int) -> list[dict[str, Any]]:
     exercises = []
     for examiner in examiners(world, seed, "sft", testing=False):
         for exercise in examiner.exercises():
-            if exercise.skill in ("tools", "thinking"):
+            if exercise.skill in APART:
                 exercises.append(exercise)
                 continue
             if exercise.skill != "small_talk" and manners.chance(MANNERS):
@@ -607,15 +608,18 @@ def test_record(language: Language, exercise: Exercise) -> dict[str, Any]:
     }
 
 
-def test_records(world: World, seed: int) -> list[dict[str, Any]]:
-    """The questions of test.jsonl: the first of each skill and language, then the second, and on.
+def test_records(world: World, seed: int, apart: str = "") -> list[dict[str, Any]]:
+    """The questions of test.jsonl, or of the test of a skill `apart`.
 
-    So the beginning of the file is a test of everything, too.
+    The first of each skill and language comes first, then the second, and on. So the beginning of
+    the file is a test of everything, too.
     """
     asked: Counter[tuple[str, str]] = Counter()
     numbered = []
     for examiner in examiners(world, seed, "test", testing=True):
         for exercise in examiner.exercises():
+            if apart != (exercise.skill if exercise.skill in APART else ""):
+                continue
             kind = (exercise.skill, examiner.language.code)
             numbered.append((asked[kind], test_record(examiner.language, exercise)))
             asked[kind] += 1
@@ -627,7 +631,7 @@ def preference_records(world: World, seed: int, testing: bool) -> list[dict[str,
     records = []
     for examiner in examiners(world, seed, f"dpo {testing}", testing):
         exercises = examiner.dice.shuffled(list(examiner.exercises()))
-        unlike = ("small_talk", "tools", "thinking")
+        unlike = ("small_talk", *APART)
         exercises = [exercise for exercise in exercises if exercise.skill not in unlike]
         for exercise in exercises[: PREFERENCES[testing]]:
             kind, curt = examiner.manners()
@@ -654,8 +658,7 @@ def adapter_records(world: World, seed: int, testing: bool) -> list[dict[str, An
             exercises = [examiner.identity(another=True) for _ in range(asked)]
             records += [test_record(examiner.language, exercise) for exercise in exercises]
             continue
-        other = ("identity", "tools", "thinking")
-        rest = [e for e in examiner.exercises() if e.skill not in other]
+        rest = [e for e in examiner.exercises() if e.skill not in ("identity", *APART)]
         exercises = [examiner.put(examiner.identity(another=True)) for _ in range(selves)]
         exercises += examiner.dice.shuffled(rest)[:others]
         records += [{"conversations": chat(exercise)} for exercise in exercises]
