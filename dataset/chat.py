@@ -26,7 +26,7 @@ from .token_store import ROLES, Encoded, Parsed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 4  # of the ids, their messages, and the tables that dataset.turns derives
+FORMAT_VERSION = 5  # of the ids, their messages, and the tables that dataset.turns derives
 
 _BEFORE_TOOLS = "You can call these tools, described by one JSON schema per line:\n"
 _AFTER_TOOLS = (
@@ -48,11 +48,14 @@ def render_chat(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] = (),
     add_generation_prompt: bool = False,
+    enable_thinking: bool | None = None,
 ) -> list[Piece]:
     """What the chat template renders of messages as in a `ParsedChat`, in pieces.
 
-    The targets are all that follows the header of an assistant message, `</s>` included.
-    `add_generation_prompt` adds the header of the assistant's next message.
+    The targets are all that follows the header of an assistant message, `</s>` included, but an
+    empty thought: it is for a prompt to say that none is wanted. `add_generation_prompt` adds the
+    header of the assistant's next message, and `enable_thinking` to that the beginning of a thought
+    (True) or an empty one (False).
     """
     messages = list(messages)
     if tools:
@@ -74,7 +77,13 @@ def render_chat(
         else:
             pieces.append(Piece(content, False, weight))
         pieces += [Piece("</s>", True, weight), Piece("\n", False)]
-    return pieces + _header("assistant") if add_generation_prompt else pieces
+    if add_generation_prompt:
+        pieces += _header("assistant")
+        if enable_thinking:
+            pieces += [Piece("<think>", True), Piece("\n", False)]
+        elif enable_thinking is not None:
+            pieces += [*_block("think", "", 0.0), Piece("\n", False)]
+    return pieces
 
 
 def _header(role: str) -> list[Piece]:
@@ -92,10 +101,12 @@ def _block(name: str, text: str, weight: float) -> list[Piece]:
 
 def _answer(message: Mapping[str, Any], weight: float) -> list[Piece]:
     """Reasoning, content and calls of an assistant message."""
-    content, pieces = message["content"], []
-    if message.get("reasoning_content"):
-        pieces += _block("think", message["reasoning_content"], weight)
+    content, pieces, reasoning = message["content"], [], message.get("reasoning_content")
+    if reasoning:
+        pieces += _block("think", reasoning, weight)
         content = f"\n{content}"
+    elif reasoning is not None:
+        pieces += [*_block("think", "", 0.0), Piece("\n", False)]
     pieces.append(Piece(content, False, weight))
     for number, call in enumerate(message.get("tool_calls", ())):
         arguments = call["arguments"]

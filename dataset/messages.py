@@ -157,8 +157,9 @@ def parse_message(item: Any) -> dict[str, Any]:
         if calls:
             message["tool_calls"] = calls
             message["content"] = "" if message["content"] is None else message["content"]
-        reasoning = next((item[field] for field in _REASONING if item.get(field)), None)
-        if reasoning is not None:
+        thoughts = [item[field] for field in _REASONING if item.get(field) is not None]
+        if thoughts:  # an empty one is there for a prompt that wants none
+            reasoning = next(filter(None, thoughts), thoughts[0])
             message["reasoning_content"] = expect(reasoning, str, "its reasoning")
         weight = item.get("weight")
         if weight is not None:

@@ -87,7 +87,7 @@ def chats(draw, text, weights=NO_WEIGHTS):
             if draw(st.booleans()):
                 message["content"] = draw(st.sampled_from([None, ""]))
         if draw(st.booleans()):
-            message["reasoning_content"] = draw(text)
+            message["reasoning_content"] = draw(text | st.just(""))
         if (weight := draw(weights)) is not None:
             message["weight"] = weight
         return message
@@ -122,6 +122,10 @@ def test_ids_are_those_of_the_chat_template(record):
     prompt = encode_chat(messages[:-1], tools, add_generation_prompt=True)
     assert prompt[0] == template_ids(messages[:-1], tools, add_generation_prompt=True)
     assert set(prompt[1][-len(encode_text("assistant\n")) - 1 :]) == {0}
+    for enable_thinking in (True, False, None):
+        options = {"add_generation_prompt": True, "enable_thinking": enable_thinking}
+        prompt = encode_chat(messages[:-1], tools, **options)
+        assert prompt[0] == template_ids(messages[:-1], tools, **options)
 
 
 @settings(deadline=None, max_examples=40)
@@ -132,7 +136,8 @@ def test_weights_are_those_of_the_assistants_messages(record):
     expected = [0.0] * len(ids)
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            begin = len(template_ids(messages[:i], tools, add_generation_prompt=True))
+            empty = {"enable_thinking": False} if message.get("reasoning_content") == "" else {}
+            begin = len(template_ids(messages[:i], tools, add_generation_prompt=True, **empty))
             end = len(template_ids(messages[: i + 1], tools)) - 1  # a newline follows </s>
             assert ids[end - 1] == END
             expected[begin:end] = [message.get("weight", 1.0)] * (end - begin)
@@ -255,10 +260,12 @@ def expected_ids(messages):
         content = encode_text(message["content"])
         if message["role"] == "tool":
             content = [response, *newline, *content, *newline, end_response]
-        reasoning = message.get("reasoning_content")
+        reasoning, unlearnt = message.get("reasoning_content"), []
         if reasoning:
             thoughts = [think, *newline, *encode_text(reasoning), *newline, end_think, *newline]
             content = [*thoughts, *content]
+        elif reasoning is not None:
+            unlearnt = [think, *newline, *newline, end_think, *newline]
         for number, tool_call in enumerate(message.get("tool_calls", [])):
             arguments = tool_call["arguments"]
             if isinstance(arguments, dict):
@@ -269,6 +276,7 @@ def expected_ids(messages):
             call_ids = encode_text(f'\n{{"name": {name}, "arguments": {arguments}}}\n')
             content = [*content, call, *call_ids, end_call]
         is_target = message["role"] == "assistant"
+        add(unlearnt)
         add([*content, END], message.get("weight", 1.0) if is_target else 0.0)
         add(newline)
     return ids, weights
