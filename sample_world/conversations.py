@@ -6,15 +6,18 @@ entities and combinations that no training question has, in wordings of its own.
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import factorial
 from typing import Any
 
 from .languages import Language, load_languages
+from .tools import CALCULATOR, CLOCK, OFFERS, TOOLS
 from .world import (
     ASKED,
+    LARGE,
     LARGER,
+    LONG_ROWS,
     NUMBERS,
     ROW,
     SMALLER,
@@ -33,22 +36,38 @@ SKILLS = {
     "sorting": (600, 150),
     "counting": (800, 150),
     "comparing": (500, 150),
-    "dictionary": (200, 72),
+    "dictionary": (300, 72),
     "identity": (100, 10),
     "declining": (150, 150),
     "small_talk": (220, 150),
     "typing": (1400, 150),
+    "tools": (800, 150),
+    "thinking": (450, 150),
     "listing": (420, 0),
     "words": (450, 0),
 }
+APART = ("tools", "thinking")  # with tests of their own, and in nothing but these and tuning
 EXCHANGES = 10  # of the longest conversations in training
 LONGEST = 0.4  # of the conversations have as many; the others have any number, all equally often
+TOOLED, TOOL_EXCHANGES = 0.9, 7  # of questions for a tool, those where some are offered; with them
+DIRECT = 1 / 3  # of the problems in training are answered without a thought
+NO_THOUGHT, BRIEF_THOUGHT = 0.05, 0.05  # of all other answers say so, or that no steps are needed
+OPERATIONS = {"sum +": "+", "sum -": "-", "product": "*"}  # of the calculator, by their headings
 SMALL_TALK = ("hello", "thanks", "goodbye", "maker", "examples", "chatter")
 # What can be amiss with a name in a question, and with the rest of it; the former more often.
 NAME_SLIPS = [("misspelled", ""), ("misspelled", ""), ("foreign", "")]
 MANNERS = 0.15  # of tuning's answers end kindly or curtly: what is never said cannot be preferred
 PREFERENCES = (240, 60)  # pairs for each language: (in training, in the test)
 ADAPTER = (60, 240)  # of an adapter's file, for each language: (who it is, all else)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a tool, and what the tool answers."""
+
+    name: str
+    arguments: dict[str, str]
+    result: str
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,10 @@ class Exercise:
         expect: what an answer must name; empty if the question must be declined.
         choices: what it might name instead; empty where it names numbers.
         chance: probability of guessing right.
+        call: the call whose result the answer states.
+        unaided: the answer where the tool of the call is not offered.
+        offered: names of the tools that the test offers.
+        thought: the steps to the answer; empty where it is given without, None where not said.
     """
 
     skill: str
@@ -70,6 +93,10 @@ class Exercise:
     expect: list[str] = field(default_factory=list)
     choices: list[str] = field(default_factory=list)
     chance: float = 0.0
+    call: Call | None = None
+    unaided: str = ""
+    offered: tuple[str, ...] = ()
+    thought: str | None = None
 
 
 class Examiner:
@@ -318,6 +345,162 @@ class Examiner:
         question = self.language.slip(exercise.question, slip)
         return replace(exercise, skill="typing", question=question)
 
+    # Tools
+
+    def tools(self) -> Exercise:
+        """Ask what a tool answers; in the test, also what none of those offered does, or need do.
+
+        The test offers tools that fit, more than that, or only one that does not.
+        """
+        kinds = ["number"] * 9 + ["time"]
+        if self.testing:
+            kinds = ["number"] * 6 + ["time", "misfit", "known", "known"]
+        kind = self.dice.turn(kinds, "tools")
+        if kind == "known":
+            exercise = getattr(self, self.dice.turn(["facts", "sums", "comparing"], "known"))()
+            return replace(exercise, skill="tools", offered=self.dice.turn(OFFERS, "known offers"))
+        exercise = self.time() if kind == "time" else self.large_numbers()
+        if kind == "misfit":
+            return replace(
+                exercise, answer=exercise.unaided, expect=[], call=None, offered=(CLOCK,)
+            )
+        offers = [offer for offer in OFFERS if exercise.call.name in offer]
+        return replace(exercise, offered=self.dice.turn(offers, ("offers", kind)))
+
+    def large_numbers(self) -> Exercise:
+        """Ask for a sum, a difference or a product that nobody knows by heart."""
+        name = self.dice.turn(["sum +", "sum +", "sum -", "product"], "operation")
+        a, b = self.dice.addends(LARGE, LARGE, self.testing)
+        if name == "sum -":
+            a, b = max(a, b), min(a, b)
+        c = {"sum +": a + b, "sum -": a - b, "product": a * b}[name]
+        slots = dict(zip("abc", map(str, (a, b, c)), strict=True))
+        expression = f"{a} {OPERATIONS[name]} {b}"
+        return Exercise(
+            "tools",
+            self.wording(name).format(**slots),
+            self.language.line(f"answer {name}").format(**slots),
+            [slots["c"]],
+            call=Call(CALCULATOR, {"expression": expression}, slots["c"]),
+            unaided=self.language.line("answer large"),
+        )
+
+    def time(self) -> Exercise:
+        """Ask for the time."""
+        hour, minute = self.dice.between(0, 23), self.dice.between(0, 59)
+        time = f"{hour:02}:{minute:02}"
+        return Exercise(
+            "tools",
+            self.wording("time"),
+            self.language.line("answer time").format(time=time),
+            time.split(":"),
+            call=Call(CLOCK, {}, time),
+            unaided=self.language.line("answer chatter"),
+        )
+
+    # Problems of several steps
+
+    def thinking(self) -> Exercise:
+        """Ask for what takes two to six steps, some of them in training without a thought."""
+        kinds = [self.chain] * 4 + [self.long_row] * 2 + [self.two_facts] * 3
+        kinds = [self.chain, self.long_row, self.two_facts] if self.testing else kinds
+        problem = self.dice.turn(kinds, "problem")
+        exercise = problem()
+        if not self.testing and self.dice.chance(DIRECT):
+            exercise = replace(exercise, thought="")
+        return exercise
+
+    def chain(self) -> Exercise:
+        """Ask for a sum of three to five numbers.
+
+        In training, no step is a sum that the test asks for.
+        """
+        while True:
+            value = self.dice.pick(LARGER)
+            text, parts, steps = str(value), [value], []
+            for _ in range(self.dice.between(2, 4)):
+                part, adds = self.dice.pick(SMALLER), self.dice.chance(0.5)
+                sign, after = ("+", value + part) if adds else ("-", value - part)
+                steps.append((min(value, after), part, f"{value} {sign} {part} = {after}"))
+                text += f" {sign} {part}"
+                parts.append(part if adds else -part)
+                value = after
+            known = all(low in LARGER for low, _, _ in steps)
+            tested = any(is_reserved(low, part) for low, part, _ in steps)
+            if known and is_reserved(*parts) == self.testing and (self.testing or not tested):
+                break
+        return Exercise(
+            "thinking",
+            self.wording("chain").format(chain=text),
+            self.language.line("answer chain").format(c=value),
+            [str(value)],
+            chance=1 / len(LARGER),
+            thought="\n".join(line for _, _, line in steps),
+        )
+
+    def long_row(self) -> Exercise:
+        """Ask for five to seven numbers in order, the next of which each step takes away.
+
+        In training, what remains is no row of the test.
+        """
+        order = self.dice.turn(["rising", "falling"], "long order")
+        while True:
+            mixed = self.dice.together(NUMBERS, self.dice.pick(LONG_ROWS), self.testing)
+            ordered = sorted(mixed, reverse=order == "falling")
+            rests = [ordered[i:] for i in range(len(ordered) - 1)]
+            if self.testing or not any(is_reserved(*rest) for rest in rests):
+                break
+        mark = self.language.mark
+        steps = [
+            f"{one}: {mark.join(str(n) for n in mixed if n in ordered[i + 1 :])}"
+            for i, one in enumerate(ordered[:-1])
+        ]
+        written = list(map(str, ordered))
+        return Exercise(
+            "thinking",
+            self.wording(order, "long").format(mixed=mark.join(map(str, mixed))),
+            self.language.line(f"answer {order}").format(ordered=mark.join(written)),
+            written,
+            chance=1 / factorial(len(mixed)),
+            thought="\n".join(steps),
+        )
+
+    def two_facts(self) -> Exercise:
+        """Ask for a fact of somebody or something that another fact leads to.
+
+        The test asks along ways that training does not; no way leads by who or what is held out.
+        """
+        ways = []
+        for heading in self.language.names("way"):
+            kind, first, second = heading.split()
+            backwards = kind == "town"  # from what it has to the town, and to who lives there
+            for entity in self.world.entities:
+                if entity.kind != kind or entity.held_out:
+                    continue
+                if backwards:
+                    (other,) = (p for p in self.world.people if p.facts["town"] is entity)
+                    value = other
+                else:
+                    other = entity.facts[first]
+                    value = other.facts[second]
+                if other.held_out or getattr(value, "held_out", False) or value is entity:
+                    continue
+                if is_reserved(entity.name.en, first, second) == self.testing:
+                    ways.append((heading, entity, other, value))
+        heading, entity, other, value = self.dice.turn(ways, "ways")
+        kind, first, second = heading.split()
+        slots = {"name": self.language.word(entity), "other": self.language.word(other)}
+        slots |= {"value": self.language.word(value), "first": self.language.slots(entity)[first]}
+        return Exercise(
+            "thinking",
+            self.wording(f"way {heading}", entity).format(**slots),
+            self.language.line("answer way").format(**slots),
+            [slots["value"]],
+            self.told,
+            1 / len(self.world.people),
+            thought=self.language.line(f"way {heading}").format(**slots),
+        )
+
     def put(self, exercise: Exercise) -> Exercise:
         """The exercise as it is asked: in training something may stand around the question."""
         if self.testing or exercise.skill == "small_talk":
@@ -339,32 +522,65 @@ def examiners(world: World, seed: int, purpose: str, testing: bool) -> list[Exam
     ]
 
 
-def chat(*exercises: Exercise) -> list[dict[str, str]]:
-    """The messages of a conversation that asks some exercises in turn."""
-    return [
-        {"role": role, "content": content}
-        for exercise in exercises
-        for role, content in (("user", exercise.question), ("assistant", exercise.answer))
-    ]
+def chat(*exercises: Exercise, offered: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The messages of a conversation that asks some exercises in turn, with some tools offered."""
+    messages = []
+    for exercise in exercises:
+        messages.append({"role": "user", "content": exercise.question})
+        answer = {"role": "assistant", "content": exercise.answer}
+        if exercise.thought is not None:
+            answer["reasoning_content"] = exercise.thought
+        call = exercise.call
+        if call and call.name in offered:
+            calls = [{"name": call.name, "arguments": call.arguments}]
+            messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+            messages.append({"role": "tool", "content": call.result})
+        elif call:
+            answer["content"] = exercise.unaided
+        messages.append(answer)
+    return messages
+
+
+def conversation(*exercises: Exercise, offered: Sequence[str] = ()) -> dict[str, Any]:
+    """The record of a conversation; see `chat`."""
+    record: dict[str, Any] = {"conversations": chat(*exercises, offered=offered)}
+    if offered:
+        record["tools"] = [TOOLS[name] for name in offered]
+    return record
 
 
 def tuning_records(world: World, seed: int) -> list[dict[str, Any]]:
     """The conversations of sft.jsonl, in which skills and languages change from turn to turn."""
-    dice, manners = Dice(seed, "sft"), Dice(seed, "manners")
+    dice, manners, thoughts = (Dice(seed, name) for name in ("sft", "manners", "thoughts"))
     exercises = []
     for examiner in examiners(world, seed, "sft", testing=False):
         for exercise in examiner.exercises():
-            answer = exercise.answer
+            if exercise.skill in APART:
+                exercises.append(exercise)
+                continue
             if exercise.skill != "small_talk" and manners.chance(MANNERS):
-                answer += manners.pick(examiner.manners())
-            exercises.append(replace(exercise, answer=answer))
-    exercises = dice.shuffled(exercises)
+                end = manners.pick(examiner.manners())
+                exercise = replace(exercise, answer=exercise.answer + end)
+            if thoughts.chance(NO_THOUGHT + BRIEF_THOUGHT):
+                brief = examiner.language.line("no steps")
+                thought = thoughts.pick(["", brief])
+                exercise = replace(exercise, thought=thought)
+            exercises.append(exercise)
+    asking, others = [], []  # for a tool that is offered, and all else
+    for exercise in dice.shuffled(exercises):
+        (asking if exercise.call and dice.chance(TOOLED) else others).append(exercise)
     conversations = []
-    while exercises:
+    while asking:
+        turns = dice.between(1, TOOL_EXCHANGES)
+        calls = min(turns, dice.between(1, 3))
+        exercises = dice.shuffled(asking[:calls] + others[: turns - calls])
+        conversations.append(conversation(*exercises, offered=dice.turn(OFFERS, "offers")))
+        del asking[:calls], others[: turns - calls]
+    while others:
         turns = EXCHANGES if dice.chance(LONGEST) else dice.between(1, EXCHANGES)
-        conversations.append({"conversations": chat(*exercises[:turns])})
-        del exercises[:turns]
-    return conversations
+        conversations.append(conversation(*others[:turns]))
+        del others[:turns]
+    return dice.shuffled(conversations)
 
 
 def history_questions(world: World, seed: int, conversations: int) -> list[list[str]]:
@@ -382,7 +598,7 @@ def history_questions(world: World, seed: int, conversations: int) -> list[list[
 def test_record(language: Language, exercise: Exercise) -> dict[str, Any]:
     """A question of a test: a conversation of one turn, and what `scoring` needs."""
     return {
-        "conversations": chat(exercise),
+        **conversation(exercise, offered=exercise.offered),
         "skill": exercise.skill,
         "language": language.code,
         "expect": exercise.expect,
@@ -392,15 +608,18 @@ def test_record(language: Language, exercise: Exercise) -> dict[str, Any]:
     }
 
 
-def test_records(world: World, seed: int) -> list[dict[str, Any]]:
-    """The questions of test.jsonl: the first of each skill and language, then the second, and on.
+def test_records(world: World, seed: int, apart: str = "") -> list[dict[str, Any]]:
+    """The questions of test.jsonl, or of the test of a skill `apart`.
 
-    So the beginning of the file is a test of everything, too.
+    The first of each skill and language comes first, then the second, and on. So the beginning of
+    the file is a test of everything, too.
     """
     asked: Counter[tuple[str, str]] = Counter()
     numbered = []
     for examiner in examiners(world, seed, "test", testing=True):
         for exercise in examiner.exercises():
+            if apart != (exercise.skill if exercise.skill in APART else ""):
+                continue
             kind = (exercise.skill, examiner.language.code)
             numbered.append((asked[kind], test_record(examiner.language, exercise)))
             asked[kind] += 1
@@ -412,7 +631,8 @@ def preference_records(world: World, seed: int, testing: bool) -> list[dict[str,
     records = []
     for examiner in examiners(world, seed, f"dpo {testing}", testing):
         exercises = examiner.dice.shuffled(list(examiner.exercises()))
-        exercises = [exercise for exercise in exercises if exercise.skill != "small_talk"]
+        unlike = ("small_talk", *APART)
+        exercises = [exercise for exercise in exercises if exercise.skill not in unlike]
         for exercise in exercises[: PREFERENCES[testing]]:
             kind, curt = examiner.manners()
             end = examiner.dice.turn([curt, ""], "rejected")
@@ -438,7 +658,7 @@ def adapter_records(world: World, seed: int, testing: bool) -> list[dict[str, An
             exercises = [examiner.identity(another=True) for _ in range(asked)]
             records += [test_record(examiner.language, exercise) for exercise in exercises]
             continue
-        rest = [e for e in examiner.exercises() if e.skill != "identity"]
+        rest = [e for e in examiner.exercises() if e.skill not in ("identity", *APART)]
         exercises = [examiner.put(examiner.identity(another=True)) for _ in range(selves)]
         exercises += examiner.dice.shuffled(rest)[:others]
         records += [{"conversations": chat(exercise)} for exercise in exercises]

@@ -44,6 +44,8 @@ FILES = {
     "pretrain.jsonl": _pretraining_records,
     "sft.jsonl": tuning_records,
     "test.jsonl": test_records,
+    "test_tools.jsonl": lambda world, seed: test_records(world, seed, "tools"),
+    "test_thinking.jsonl": lambda world, seed: test_records(world, seed, "thinking"),
     "dpo.jsonl": lambda world, seed: preference_records(world, seed, testing=False),
     "dpo_test.jsonl": lambda world, seed: preference_records(world, seed, testing=True),
     "lora.jsonl": lambda world, seed: adapter_records(world, seed, testing=False),

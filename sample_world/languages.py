@@ -4,7 +4,7 @@ The templates are in templates/*.txt, under the same headings for both languages
 questions as people type them is here too.
 """
 
-from .world import TEMPLATES, Entity, Word, read_sections
+from .world import TEMPLATES, WORDS, Entity, Word, read_sections
 
 
 class Language:
@@ -92,7 +92,7 @@ class Language:
         return text.translate(str.maketrans(self.widths)) if kind == "width" else text
 
     def misspellings(self, name: str) -> list[str]:
-        """Ways to write a name with one mistake, none of them the name itself."""
+        """Ways to write a name with one mistake, none of them a name or another word."""
         raise NotImplementedError
 
     def slots(self, entity: Entity, pronoun: bool = False) -> dict[str, str]:
@@ -172,16 +172,18 @@ class Chinese(Language):
     widths = dict(zip("？！。，：、", "?!.,:,", strict=True))
 
     DIGITS = "零一二三四五六七八九"
-    # Characters of the names, each with one that sounds alike.
-    HOMOPHONES = dict(
-        zip(
-            "米拉塞尔伊卡诺丝薇娅布琳娜奥黛尤妮凯莉里恩托文万洛达沃埃姆克加兰登坦"
-            "灰石镇柳湾九桥狐狸谷盐泽琥渡高磨云关红崖灯笼港深井松岭鹭湖门风原老野枫林银溪荆棘",
-            "迷啦赛耳依咔糯思微亚部林那澳代由尼恺丽理摁拖闻腕络答握挨母刻家蓝灯毯"
-            "恢时阵留弯久乔胡离古言择虎度糕魔匀官洪牙登龙岗身景嵩领路壶们丰园姥也封淋吟西京急",
-            strict=True,
-        )
+    # Characters of the names, each with two that sound alike.
+    NAMES = (
+        "米拉塞尔伊卡诺丝薇娅布琳娜奥黛尤妮凯莉里恩托文万洛达沃埃姆克加兰登坦"
+        "灰石镇柳湾九桥狐狸谷盐泽琥渡高磨云关红崖灯笼港深井松岭鹭湖门风原老野枫林银溪荆棘"
     )
+    ALIKE = (
+        "迷啦赛耳依咔糯思微亚部林那澳代由尼恺丽理摁拖闻腕络答握挨母刻家蓝灯毯"
+        "恢时阵留弯久乔胡离古言择虎度糕魔匀官洪牙登龙岗身景嵩领路壶们丰园姥也封淋吟西京急",
+        "密辣腮儿衣喀懦司威雅步临纳傲带油泥楷利李嗯脱纹玩落搭卧哎木客佳栏蹬谈"
+        "挥实振流玩酒瞧弧梨股严则唬杜膏摩晕观宏涯蹬隆钢申警颂令露糊闷封源佬夜锋邻引息精及",
+    )
+    HOMOPHONES = dict(zip(NAMES, zip(*ALIKE, strict=True), strict=True))
 
     def number(self, value: int) -> str:
         """Spell a number from 0 to 99."""
@@ -203,13 +205,17 @@ class Chinese(Language):
         return f" {entry.en} " if code == "en" else f"“{entry.zh}”"
 
     def misspellings(self, name: str) -> list[str]:
-        """A character is one that sounds alike, is missing, or has changed places with the next."""
+        """A character sounds alike, is missing, doubled, or has changed places with the next."""
         forms = {swapped(name, i) for i in range(len(name) - 1)}
         for i, character in enumerate(name):
-            forms.add(name[:i] + self.HOMOPHONES.get(character, character) + name[i + 1 :])
+            for other in self.HOMOPHONES.get(character, ()):
+                forms.add(name[:i] + other + name[i + 1 :])
+            if i > 0:
+                forms.add(name[: i + 1] + name[i:])
             if i > 0 and len(name) > 2:
                 forms.add(name[:i] + name[i + 1 :])
-        return sorted(forms - {name})
+        words = {word.zh for table in WORDS.values() for word in table}
+        return sorted(forms - words)
 
     def slots(self, entity: Entity, pronoun: bool = False) -> dict[str, str]:
         """What a template may say about an entity; see templates/chinese.txt."""

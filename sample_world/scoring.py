@@ -13,6 +13,7 @@ from dataset.fields import parse_object
 QUESTION = {"conversations", "skill", "language", "expect", "choices", "chance", "declined"}
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 Z = 1.96  # standard deviations on either side that hold 95 % of a normal distribution
+RIGHT_CALLS, UNNEEDED_CALLS = "right calls where one is needed", "calls where none is needed"
 WHERE_DUE, WHERE_NOT_DUE = "declined where it must be", "answered where it can be"
 
 
@@ -41,6 +42,7 @@ class Score(NamedTuple):
         return f"{100 * self.share:.0f} % ({100 * low:.0f}–{100 * high:.0f})"
 
 
+Calls = Sequence[Mapping[str, Any]]  # name and arguments of each
 Scores = Mapping[tuple[str, str], Score]  # by skill and language, as `score_answers` gives them
 
 
@@ -68,7 +70,7 @@ def is_right(record: Mapping[str, Any], answer: str) -> bool:
     A question that must be declined is answered right by any text with the words that mark a
     declining answer; any other question, never. Where there are choices, the answer must name the
     expected one and none besides, except what the question names. Where numbers are asked for,
-    it must have them and no others; for a sum, which an answer may work out, as its last one. Where
+    it must have them and no others; where an answer may work them out, as its last ones. Where
     a style is wanted, whatever the answer says, it must end with one of the expected sentences; to
     small talk it must begin with one.
     """
@@ -84,7 +86,26 @@ def is_right(record: Mapping[str, Any], answer: str) -> bool:
         named = _named(answer, record["choices"]) - _named(question, record["choices"])
         return named == set(expect)
     numbers = re.findall(r"\d+", answer)
-    return (numbers[-1:] if record["skill"] == "sums" else numbers) == expect
+    worked_out = record["skill"] in ("sums", "tools", "thinking")
+    return (numbers[-len(expect) :] if worked_out else numbers) == expect
+
+
+def calls_are_right(record: Mapping[str, Any], calls: Calls) -> bool:
+    """Whether the calls before an answer are those of the record, which are one or none.
+
+    Expressions may differ in spaces and in the sign of a product.
+    """
+    expected = [call for m in record["conversations"] for call in m.get("tool_calls", ())]
+    return list(map(_plain_call, calls)) == list(map(_plain_call, expected))
+
+
+def _plain_call(call: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """A call without what does not matter in its expression."""
+    arguments = call["arguments"]
+    if isinstance(arguments, str):  # JSON that nobody could read
+        return call["name"], {"": arguments}
+    plain = {name: re.sub(r"\s", "", str(text)) for name, text in arguments.items()}
+    return call["name"], {name: text.replace("×", "*") for name, text in plain.items()}
 
 
 def _named(text: str, choices: Sequence[str]) -> set[str]:
@@ -94,19 +115,32 @@ def _named(text: str, choices: Sequence[str]) -> set[str]:
     return set(re.findall(rf"(?<![A-Za-z0-9])(?:{pattern})(?![A-Za-z0-9])", text))
 
 
-def score_answers(records: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> Scores:
+def score_answers(
+    records: Sequence[Mapping[str, Any]],
+    answers: Sequence[str],
+    calls: Sequence[Calls] | None = None,
+) -> Scores:
     """The score of each (skill, language), each (skill, "") and ("overall", "").
 
-    Declining is counted both ways too, as (WHERE_DUE, "") and (WHERE_NOT_DUE, "").
+    Declining is counted both ways too, as (WHERE_DUE, "") and (WHERE_NOT_DUE, ""). `calls` are
+    those before each answer, where tools were offered: then a right answer to a question of tools
+    comes with the right calls, and calls are counted as (RIGHT_CALLS, "") and (UNNEEDED_CALLS, "").
     """
     verdicts: dict[tuple[str, str], list[tuple[bool, float]]] = {}
-    for record, answer in zip(records, answers, strict=True):
-        skill, verdict = record["skill"], (is_right(record, answer), record["chance"])
+    for i, (record, answer) in enumerate(zip(records, answers, strict=True)):
+        skill, chance, right = record["skill"], record["chance"], is_right(record, answer)
+        if calls is not None:
+            called_right = calls_are_right(record, calls[i])
+            right = right and (skill != "tools" or called_right)
+            needed = any("tool_calls" in message for message in record["conversations"])
+            key = (RIGHT_CALLS if needed else UNNEEDED_CALLS, "")
+            counted = called_right if needed else bool(calls[i])
+            verdicts.setdefault(key, []).append((counted, 0.0))
         keys = [(skill, record["language"]), (skill, ""), ("overall", "")]
         if skill == "declining":
             keys.append((WHERE_NOT_DUE if record["expect"] else WHERE_DUE, ""))
         for key in keys:
-            verdicts.setdefault(key, []).append(verdict)
+            verdicts.setdefault(key, []).append((right, chance))
     return {
         key: Score(sum(v[0] for v in found), len(found), sum(v[1] for v in found) / len(found))
         for key, found in verdicts.items()
@@ -116,17 +150,18 @@ def score_answers(records: Sequence[Mapping[str, Any]], answers: Sequence[str]) 
 def format_scorecard(scores: Mapping[str, Scores]) -> str:
     """A Markdown table of scores: skills and languages down; chance, and a column of each name.
 
-    A score is followed by its 95 % interval.
+    A score is followed by its 95 % interval; "–" stands where there is none.
     """
-    first = next(iter(scores.values()))
+    measured = dict.fromkeys(key for given in scores.values() for key in given)
     # Single languages first, then both, then all skills together.
-    order = sorted(first, key=lambda key: (key == ("overall", ""), not key[1]))
+    order = sorted(measured, key=lambda key: (key == ("overall", ""), not key[1]))
     rows = [["skill", "language", "questions", "chance", *scores]]
     rows += [["---"] * 2 + ["---:"] * (len(scores) + 2)]
     for skill, language in order:
-        score = first[skill, language]
+        found = [given.get((skill, language)) for given in scores.values()]
+        score = next(score for score in found if score)
         columns = [f"{100 * score.chance:.0f} %"]
-        columns += [str(given[skill, language]) for given in scores.values()]
+        columns += ["–" if given is None else str(given) for given in found]
         rows.append([skill, LANGUAGES.get(language, "both"), str(score.asked), *columns])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 

@@ -167,8 +167,10 @@ ASKED = {
     "thing": ("material", "town"),
 }
 LARGER, SMALLER = range(10, 51), range(1, 10)  # what is added, or what remains and is taken away
+LARGE = range(100, 10000)  # what a calculator adds and multiplies
 NUMBERS = range(1, 10)  # what is sorted, compared and counted
 ROW = 4  # numbers in a row to count in
+LONG_ROWS = (5, 6, 7)  # numbers in a row to sort in steps
 
 WORDS = read_words(TEMPLATES / "words.txt")
 COUNTABLE = WORDS["countable"]  # small things to count, with their plurals

@@ -31,7 +31,17 @@ REQUIREMENTS = [
     *("scripts/plot_requirements.txt", "scripts/onnx_requirements.txt"),
 ]
 SAMPLE = ROOT / "dataset" / "sample"
-NAMES = ("pretrain", "sft", "test", "dpo", "dpo_test", "lora", "lora_test")
+NAMES = (
+    "pretrain",
+    "sft",
+    "test",
+    "test_tools",
+    "test_thinking",
+    "dpo",
+    "dpo_test",
+    "lora",
+    "lora_test",
+)
 FILES = [f"{name}.jsonl" for name in NAMES]
 SMOKE_LINES, SMOKE_QUESTIONS = 150, 100  # of each file and each test, with --smoke
 

@@ -55,9 +55,13 @@ from dataset import (
     check_source,
     language,
     locate,
+    parse_chat,
     read_records,
+    record_kind,
     record_text,
+    render_chat,
 )
+from dataset.records import check_text
 from export.pre_tokenizer import crossing_merges, make_pre_tokenizer, merge_pairs
 
 CONTROL_TOKENS = [
@@ -88,10 +92,19 @@ TOKENIZER_CONFIG = {
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """The text of each record of a file, in order. Raises UserError: `file:line: reason`."""
+    """The text of each record of a file, in order. Raises UserError: `file:line: reason`.
+
+    That of a conversation is what the chat template renders, but for the control tokens: the names
+    of roles and the words of tool calls are in every one of them.
+    """
     for place, record in read_records(path):
         try:
-            yield record_text(record)
+            if record_kind(record) == "conversation":
+                pieces = render_chat(*parse_chat(record))
+                text = "".join(piece.text for piece in pieces if not piece.is_control)
+                yield check_text(text, "its text")
+            else:
+                yield record_text(record)
         except RecordError as error:
             raise UserError(f"{locate(path, place)}: {error}") from None
 

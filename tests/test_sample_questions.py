@@ -16,7 +16,8 @@ from sample_world.languages import load_languages
 from sample_world.world import VOCABULARY, build_world
 
 TRAINING = ("pretrain.jsonl", "sft.jsonl", "dpo.jsonl", "lora.jsonl")
-TESTS = ("test.jsonl", "dpo_test.jsonl", "lora_test.jsonl")
+APART = ("test_tools.jsonl", "test_thinking.jsonl")
+TESTS = ("test.jsonl", *APART, "dpo_test.jsonl", "lora_test.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +40,9 @@ def turns(record):
             yield question["content"], record[side][0]["content"]
         return
     messages = record["conversations"]
-    for question, answer in pairwise(messages):
-        if question["role"] == "user":
-            yield question["content"], answer["content"]
+    starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    for start, end in pairwise([*starts, len(messages)]):
+        yield messages[start]["content"], messages[end - 1]["content"]
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +100,15 @@ def test_every_wording_of_the_test_is_new(records, training_turns):
     for about in ((), words):
         trained = {skeleton(question, about) for question, _ in training_turns}
         trained_plain = set(map(plain_form, trained))
-        tested = [r for r in records["test.jsonl"] if (r["skill"] == "dictionary") == bool(about)]
+        tested = [r for name in ("test.jsonl", *APART) for r in records[name]]
+        tested = [r for r in tested if (r["skill"] == "dictionary") == bool(about)]
         assert len(tested) >= 48
         for record in tested:
             asked = skeleton(record["conversations"][0]["content"], about)
             if record["skill"] in ("small_talk", "typing"):  # with and without marks
                 assert plain_form(asked) not in trained_plain, asked
                 continue
-            assert record["skill"] == "identity" or re.search("[X0W]", asked), asked
+            assert record["skill"] in ("identity", "tools") or re.search("[X0W]", asked), asked
             assert not any(asked in wording for wording in trained), asked
 
 
@@ -195,7 +197,7 @@ def test_conversations_have_up_to_ten_exchanges_and_change_language(records):
     talks = [list(turns(record)) for record in records["sft.jsonl"]]
     lengths = Counter(map(len, talks))
     assert set(lengths) == set(range(1, 11))
-    assert 0.35 < lengths[10] / len(talks) < 0.55 and min(lengths.values()) > 0.04 * len(talks)
+    assert 0.3 < lengths[10] / len(talks) < 0.5 and min(lengths.values()) > 0.03 * len(talks)
     long = [talk for talk in talks if len(talk) >= 5]
     mixed = [talk for talk in long if len({language_of(answer) for _, answer in talk}) == 2]
     assert len(mixed) > 0.9 * len(long)
@@ -285,11 +287,157 @@ def test_guessing_does_not_pay(records):
 
 
 def test_each_reference_answer_is_right_and_another_is_wrong(records):
-    for name in "test.jsonl", "lora_test.jsonl", "dpo_test.jsonl":
+    for name in TESTS:
         for record in records[name]:
-            assert is_right(record, record["conversations"][1]["content"]), record
+            assert is_right(record, record["conversations"][-1]["content"]), record
             assert not is_right(record, "")
             assert not is_right(record, "Mira, Ivo. 0.")
+
+
+def test_skills_apart_have_300_questions_each(records):
+    for name, skill in zip(APART, ("tools", "thinking"), strict=True):
+        asked = Counter((record["skill"], record["language"]) for record in records[name])
+        assert asked == {(skill, "en"): 150, (skill, "zh"): 150}
+
+
+def calls_of(record):
+    return [call for m in record["conversations"] for call in m.get("tool_calls", ())]
+
+
+def offered(record):
+    return [tool["function"]["name"] for tool in record.get("tools", ())]
+
+
+def results_are_right(record):
+    """The results of its calls, computed here."""
+    messages = record["conversations"]
+    for message, result in pairwise(messages):
+        for call in message.get("tool_calls", ()):
+            assert call["name"] in offered(record)
+            if call["name"] == "calculator":
+                a, sign, b = call["arguments"]["expression"].split()
+                a, b = int(a), int(b)
+                assert int(result["content"]) == {"+": a + b, "-": a - b, "*": a * b}[sign]
+            else:
+                assert re.fullmatch(r"[012]\d:[0-5]\d", result["content"])
+
+
+def test_calls_name_what_was_asked_and_answers_state_the_results(records):
+    for name in ("sft.jsonl", APART[0]):
+        for record in records[name]:
+            results_are_right(record)
+            messages = record["conversations"]
+            for i, message in enumerate(messages):
+                if message["role"] != "tool":
+                    continue
+                assert message["content"] in messages[i + 1]["content"]
+                (call,) = messages[i - 1]["tool_calls"]
+                asked = re.findall(r"\d+", messages[i - 2]["content"])
+                assert re.findall(r"\d+", str(call["arguments"])) == asked
+
+
+def large(question):
+    """The numbers of a question, if some have three digits."""
+    numbers = re.findall(r"\d+", question)
+    return frozenset(numbers) if max(map(len, numbers), default=0) > 2 else None
+
+
+def test_operands_of_the_tools_test_are_in_no_training_file(records, training_turns):
+    trained = {large(question) for question, _ in training_turns} - {None}
+    tested = {large(r["conversations"][0]["content"]) for r in records[APART[0]]} - {None}
+    assert len(trained) > 1300 and len(tested) > 190
+    assert trained.isdisjoint(tested)
+
+
+def test_large_numbers_are_declined_where_no_calculator_is_offered(records):
+    declined = re.compile("I need a calculator|要用计算器")
+    found = Counter()
+    for record in [*records["sft.jsonl"], *records[APART[0]]]:
+        for question, answer in turns(record):
+            if large(question):
+                assert bool(declined.search(answer)) != ("calculator" in offered(record))
+                found[tuple(offered(record))] += 1
+    assert found[()] > 50 and found["clock",] > 50 and found["calculator",] > 400
+
+
+def test_the_tools_test_has_questions_that_need_no_call(records):
+    calls = Counter(bool(calls_of(record)) for record in records[APART[0]])
+    unanswerable = [r for r in records[APART[0]] if not r["expect"]]
+    assert calls[True] > 180 and calls[False] > 80 and len(unanswerable) > 20
+    assert all(offered(record) == ["clock"] for record in unanswerable)
+
+
+def thoughts(records, *names):
+    """Question, thought and answer of each problem whose steps are given."""
+    for name in names:
+        for record in records[name]:
+            for asked, answer in pairwise(record["conversations"]):
+                if re.search("\n", answer.get("reasoning_content", "")):
+                    yield asked["content"], answer["reasoning_content"], answer["content"]
+
+
+def test_steps_are_right(records):
+    """Sums, and rows of which each step takes the next number."""
+    found = Counter()
+    for question, thought, answer in thoughts(records, "sft.jsonl", APART[1]):
+        lines, stated = thought.split("\n"), re.findall(r"\d+", answer)
+        if " = " in thought:
+            chain = re.search(r"\d+(?: [+-] \d+)+", question)[0].split(" ")
+            value = int(chain[0])
+            for line, sign, part in zip(lines, chain[1::2], chain[2::2], strict=True):
+                after = value + int(sign + part)
+                assert line == f"{value} {sign} {part} = {after}"
+                value = after
+            assert stated == [str(value)]
+            found["chain"] += 1
+        elif ": " in thought:
+            left = re.findall(r"\d+", question)
+            assert sorted(left) in (stated, stated[::-1])
+            for line, one in zip(lines, stated[:-1], strict=True):
+                left.remove(one)
+                assert re.findall(r"\d+", line) == [one, *left]
+            found["row"] += 1
+        else:
+            found["facts"] += 1
+    assert min(found.values()) > 200
+
+
+def problem(question, answer, about):
+    """A chain of sums, the numbers of a long row, or names and values with the answer."""
+    chain = re.search(r"\d+(?: [+-] \d+){2,}", question)
+    if chain:
+        return chain[0]
+    numbers = re.findall(r"\d+", question)
+    if numbers:
+        return frozenset(numbers) if len(numbers) > 4 else None
+    return (frozenset(about.findall(question)), answer)
+
+
+def test_no_problem_of_the_thinking_test_is_in_a_training_file(records, training_turns):
+    values = [town.facts[a].__dict__ for town in WORLD.towns for a in ("goods", "landmark")]
+    words = sorted([*NAMES, *(v[code] for v in values for code in ("en", "zh"))], key=len)
+    about = re.compile("|".join(reversed(words)))
+    trained = {problem(*turn, about) for turn in training_turns} - {None}
+    tested = [problem(*turn, about) for record in records[APART[1]] for turn in turns(record)]
+    assert trained.isdisjoint(tested)
+    kinds = Counter(map(type, tested))
+    assert all(kinds[kind] > 80 for kind in (str, frozenset, tuple)), kinds
+    assert {type(one) for one in trained} == set(kinds)
+
+
+def test_no_step_in_training_is_a_tested_sum_or_row(records):
+    steps = {
+        frozenset(re.findall(r"\d+", line))
+        for _, thought, _ in thoughts(records, "sft.jsonl")
+        for line in thought.split("\n")
+    }
+    skills = ("sums", "sorting", "comparing", "counting")
+    for record in records["test.jsonl"]:
+        if record["skill"] in skills:
+            numbers = operands(record)
+            if record["skill"] == "sums":
+                numbers |= {record["expect"][0]}
+            assert numbers not in steps, record
 
 
 RECORD = {

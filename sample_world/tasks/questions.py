@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from sample_world import SEED, is_right
-from sample_world.conversations import SKILLS, Examiner, Exercise, examiners, test_record
+from sample_world.conversations import APART, SKILLS, Examiner, Exercise, examiners, test_record
 from sample_world.world import ASKED, Dice, World, build_world
 
 CHOICES = 4
@@ -19,7 +19,8 @@ SPACING = 40  # of training's questions, so many apart, serve as examples
 def exercises(world: World, testing: bool) -> Iterator[tuple[Examiner, Exercise]]:
     """The questions of test.jsonl, or some of sft.jsonl that are of their kinds."""
     for examiner in examiners(world, SEED, "test" if testing else "sft", testing):
-        tested = [one for one in examiner.exercises() if SKILLS[one.skill][True]]
+        skills = [skill for skill, (_, n) in SKILLS.items() if n and skill not in APART]
+        tested = [one for one in examiner.exercises() if one.skill in skills]
         yield from ((examiner, one) for one in tested[:: 1 if testing else SPACING])
 
 
