@@ -10,5 +10,7 @@ from .scoring import (
     is_right,
     read_test,
     score_answers,
+    score_calls,
 )
+from .tools import CLOCK
 from .world import build_world

@@ -1,5 +1,6 @@
 """Tests of the sample: read the questions, judge the answers, tabulate the scores."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from math import sqrt
@@ -97,6 +98,28 @@ def calls_are_right(record: Mapping[str, Any], calls: Calls) -> bool:
     """
     expected = [call for m in record["conversations"] for call in m.get("tool_calls", ())]
     return list(map(_plain_call, calls)) == list(map(_plain_call, expected))
+
+
+def score_calls(
+    records: Sequence[Mapping[str, Any]], made: Sequence[Sequence[Mapping[str, Any]]]
+) -> dict[str, float]:
+    """The shares of right calls, where one is needed, and of calls where tools are for nothing.
+
+    `made` are a model's messages to each question, with calls as in training data.
+    """
+    right, unneeded = [], []
+    for record, messages in zip(records, made, strict=True):
+        calls = [
+            {**call, "arguments": json.loads(call["arguments"])}
+            for message in messages
+            for call in message.get("tool_calls", ())
+        ]
+        if any(message.get("tool_calls") for message in record["conversations"]):
+            right.append(calls_are_right(record, calls))
+        elif record.get("tools"):
+            unneeded.append(bool(calls))
+    found = {"right calls": right, "unneeded calls": unneeded}
+    return {name: sum(some) / len(some) for name, some in found.items() if some}
 
 
 def _plain_call(call: Mapping[str, Any]) -> tuple[str, dict[str, str]]:

@@ -12,6 +12,12 @@ of training's kinds and wordings, in both languages, drawn for this purpose; non
 Their answers are the model's own, right or wrong. There are 32 such beginnings, which the questions
 of the test share in turn: so they are generated and read once. All models are asked after the first
 number of exchanges, the last one named after the others too.
+
+    python scripts/score_world.py out/full_sft_256.pth --data_path dataset/sample/test_tools.jsonl
+    python scripts/score_world.py out/full_sft_256.pth --data_path dataset/sample/test_thinking.jsonl
+
+Tools that a question offers are run, unless --tools off offers none. Then right calls are counted
+too, and calls where none was needed.
 """
 
 import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
@@ -19,6 +25,7 @@ import common.interrupt  # noqa: F401  for Ctrl-C during the imports below
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +42,9 @@ from common import (
     report_user_errors,
     user_path,
 )
-from inference import ChatModel, add_engine
+from inference import THINKING, ChatModel, add_engine
 from inference.answers import generate_answers
+from inference.tools import BUILT_IN, Tool, run_calls
 from model import (
     LMConfig,
     MiniMindLM,
@@ -49,6 +57,7 @@ from model import (
     tokenizer_hash,
 )
 from sample_world import (
+    CLOCK,
     EXCHANGES,
     SAMPLE,
     SEED,
@@ -59,15 +68,17 @@ from sample_world import (
     history_questions,
     read_test,
     score_answers,
+    score_calls,
 )
 
 UNTRAINED = "untrained"
-LONGEST_ANSWER = 48  # tokens
+LONGEST_ANSWER = 96  # tokens, with the thought before it
+MOST_CALLS = 2  # answers that call, before a question is given up
 TOP_P = 0.9  # as in a chat
 ROWS = 64  # answers at a time
 HISTORIES = 32  # different beginnings of conversations
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 
 def parse_args() -> argparse.Namespace:
@@ -90,6 +101,9 @@ def parse_args() -> argparse.Namespace:
         metavar="N",
         help="exchanges before each question",
     )
+    offered = "off: a question's tools are not offered"
+    add("--tools", choices=("on", "off"), default="on", help=offered)
+    add("--thinking", choices=THINKING, default="auto", help="auto: as the model likes")
     add("--temperature", type=non_negative_float, default=0.0, help="0: greedy; 0.8: as in a chat")
     add("--out", type=user_path, help="write the scorecard here too, as Markdown")
     add("--json", type=user_path, help="write each model's share per skill here too")
@@ -131,36 +145,63 @@ def answer(
     engine: str | None = None,
     exchanges: Sequence[int] = (0,),
     temperature: float = 0.0,
-) -> list[list[str]]:
-    """The model's answers to the questions of a test, after each number of `exchanges`.
+    offers_tools: bool = True,
+    enable_thinking: bool | None = None,
+) -> list[list[Messages]]:
+    """What the model says to the questions of a test, after each number of `exchanges`.
 
-    For `engine` see ChatModel. A temperature of 0 is greedy; others sample with TOP_P.
+    To each question that is its answer, perhaps after calls and what the tools return. For `engine`
+    see ChatModel. A temperature of 0 is greedy; others sample with TOP_P.
     """
     sampling = {"do_sample": True, "temperature": temperature, "top_p": TOP_P, "seed": 0}
     options = {"max_new_tokens": LONGEST_ANSWER, **(sampling if temperature else {})}
     chat_model = ChatModel("", model, tokenizer, chats=True, engine=engine, rows=ROWS)
 
-    def ask(conversations: Sequence[Messages]) -> list[str]:
-        prompts = [chat_model.chat_ids(messages) for messages in conversations]
-        answers = generate_answers(chat_model, prompts, **options)
-        return [message["content"] for message in answers]
+    def ask(conversations: Sequence[Messages], records: Sequence[Mapping] = ()) -> list[Messages]:
+        offers = [record.get("tools", ()) if offers_tools else () for record in records]
+        offers = offers or [()] * len(conversations)
+        made: list[Messages] = [[] for _ in conversations]
+        waiting = list(range(len(made)))
+        while waiting:
+            prompts = [
+                chat_model.chat_ids(
+                    [*conversations[i], *made[i]], offers[i], enable_thinking=enable_thinking
+                )
+                for i in waiting
+            ]
+            thinks = [enable_thinking] * len(prompts)
+            answers = generate_answers(chat_model, prompts, thinks, **options)
+            for i, message in zip(waiting, answers, strict=True):
+                made[i].append(message)
+                if offers[i] and len(made[i]) <= 2 * MOST_CALLS:
+                    made[i] += run_calls(message, offers[i], tools_of(records[i]))
+            waiting = [i for i in waiting if made[i][-1]["role"] == "tool"]
+        return made
 
     asked = history_questions(build_world(SEED), SEED, HISTORIES) if max(exchanges) else [[]]
     histories: list[Messages] = [[] for _ in asked]
     for questions in list(zip(*asked, strict=True))[: max(exchanges)]:
         for history, question in zip(histories, questions, strict=True):
             history.append({"role": "user", "content": question})
-        for history, text in zip(histories, ask(histories), strict=True):
-            history.append({"role": "assistant", "content": text})
+        for history, made in zip(histories, ask(histories), strict=True):
+            history += made
     return [
         ask(
             [
                 [*histories[i % len(histories)][: 2 * number], *record["conversations"][:1]]
                 for i, record in enumerate(records)
-            ]
+            ],
+            records,
         )
         for number in exchanges
     ]
+
+
+def tools_of(record: Mapping[str, Any]) -> dict[str, Tool]:
+    """The tools that can be run for a question; its clock shows the time of the record."""
+    times = [m["content"] for m in record["conversations"] if m["role"] == "tool"]
+    clock = replace(BUILT_IN[CLOCK], function=lambda: times[0] if times else "00:00")
+    return {**BUILT_IN, CLOCK: clock}
 
 
 def main() -> None:
@@ -175,13 +216,24 @@ def main() -> None:
     *_, last = models
     torch.manual_seed(0)
     models = {UNTRAINED: MiniMindLM(models[last].config), **models}
-    answers = {}
+    answers, calls = {}, {}
     for name, model in models.items():
         exchanges = args.history if name == last else args.history[:1]
         model = model.to(device).eval()
-        given = answer(model, records, tokenizer, args.engine, exchanges, args.temperature)
+        given = answer(
+            model,
+            records,
+            tokenizer,
+            args.engine,
+            exchanges,
+            args.temperature,
+            args.tools == "on",
+            THINKING[args.thinking],
+        )
         columns = [name, *(f"{name}, after {number}" for number in exchanges[1:])]
-        answers |= zip(columns, given, strict=True)
+        for column, made in zip(columns, given, strict=True):
+            answers[column] = [messages[-1]["content"] for messages in made]
+            calls[column] = score_calls(records, made)
     scores = {name: score_answers(records, given) for name, given in answers.items()}
     table = format_scorecard(scores)
     if args.history[0]:
@@ -192,6 +244,8 @@ def main() -> None:
         name: {skill: score.share for (skill, language), score in given.items() if not language}
         for name, given in scores.items()
     }
+    for name, found in calls.items():
+        skills[name] |= found
     shares = ", ".join(f"{skill} {share:.1%}" for skill, share in skills[last].items())
     print(f"\n{last}: {shares}")
     for path, text in ((args.json, json.dumps(skills, indent=2)), (args.out, table)):
