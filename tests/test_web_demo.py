@@ -18,11 +18,13 @@ from interruptions import eventually
 from test_server import serving
 from tiny_models import greedy_answer, random_model, save_tuned
 
+from dataset import parse_chat
 from inference import WeightSpec
-from inference.backends import Endpoint, LocalModels, ModelInfo, Piece, Settings
+from inference.backends import Endpoint, LocalModels, ModelInfo, Piece, Settings, for_api
 from inference.conversations import Conversation, ConversationStore
 from inference.parts import Delta
 from inference.pool import ModelPool
+from inference.tools import BUILT_IN
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -645,3 +647,69 @@ def test_conversations_are_kept_and_names_reach_no_other_file(tmp_path):
     store.save(here)
     store.delete(store.list()[0])
     assert store.list() == []
+
+
+QUESTION = {"role": "user", "content": "2 + 3?"}
+CALLED = {"name": "calculator", "arguments": '{"expression": "2 + 3"}'}
+CALL = Delta("call", CALLED["arguments"], "calculator")
+
+
+class Thinker(Parrot):
+    """A source of answers in rounds: each is a list of pieces."""
+
+    def __init__(self, *rounds):
+        super().__init__()
+        self.rounds, self.given = iter(rounds), []
+
+    def stream(self, model, messages, settings, tools=()):
+        self.given.append((messages, settings.enable_thinking, list(tools)))
+        yield from map(Piece, next(self.rounds))
+
+
+def test_thoughts_calls_and_results_are_shown_and_exported(opened, tmp_path):
+    """The export is what training takes, and the next question's prompt begins with it."""
+    first = [Delta("reasoning", "a"), Delta("reasoning", "dd"), CALL]
+    second = [Delta("content", "It is 5.")]
+    backend = Thinker(first, second, [Delta("content", "Yes.")])
+    page = opened(backend)
+    page.button_group(key="thinking").set_value("on").run()
+    tools = next(g for g in page.button_group if g.key.startswith("tools"))
+    tools.set_value(["calculator"]).run()
+    asked(page, "2 + 3?")
+    assert [e.label for e in page.expander if e.label == "Thought"] == ["Thought"]
+    assert "add" in values(page.text)
+    shown = values(page.caption)
+    assert any("calculator" in text and "→" in text for text in shown) and r"← 5" in shown
+    messages = [
+        QUESTION,
+        {"role": "assistant", "content": "", "reasoning_content": "add", "tool_calls": [CALLED]},
+        {"role": "tool", "content": "5"},
+        {"role": "assistant", "content": "It is 5.", "reasoning_content": ""},
+    ]
+    chat = newest(tmp_path)
+    line = json.loads(chat.training_line())
+    schema = BUILT_IN["calculator"].schema
+    assert line == {"conversations": messages, "tools": [schema]}
+    assert parse_chat(json.dumps(line).encode()).messages == messages
+    asked(page, "Sure?")
+    more = [*messages, {"role": "user", "content": "Sure?"}]
+    assert backend.given == [
+        ([QUESTION], True, [schema]),
+        (messages[:3], True, [schema]),
+        (more, True, [schema]),
+    ]
+
+
+def test_a_server_gets_calls_with_ids():
+    messages = [
+        QUESTION,
+        {"role": "assistant", "content": "", "tool_calls": [CALLED, {**CALLED, "arguments": {}}]},
+        {"role": "tool", "content": "5"},
+        {"role": "tool", "content": "6"},
+    ]
+    given = for_api(messages)
+    calls = given[1]["tool_calls"]
+    assert [call["function"] for call in calls] == [CALLED, {**CALLED, "arguments": "{}"}]
+    assert [call["id"] for call in calls] == [m["tool_call_id"] for m in given[2:]]
+    assert len({call["id"] for call in calls}) == 2
+    assert messages[1]["tool_calls"][0] == CALLED
