@@ -18,7 +18,10 @@ PREFERENCE = [
     *("--loss_type", "sigmoid", "--beta", "1", "--learning_rate", "6e-5", "--batch_size", "4"),
 ]
 ADAPTER = ["--learning_rate", "1e-3", "--epochs", "10", "--batch_size", "4"]
-STUDENT = ["--dim", "128", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "4"]
+STUDENT = [
+    *("--dim", "128", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "4"),
+    *("--rope_theta", "1e4"),
+]
 SMOKE_STUDENT = ["--dim", "32", "--n_layers", "1", "--n_heads", "2", "--n_kv_heads", "2"]
 STUDENT_TEXTS = ["--batch_size", "4", "--learning_rate", "8e-3", "--epochs", "1"]
 # With the same optimizer, so that only the teacher differs.

@@ -13,8 +13,8 @@ Their answers are the model's own, right or wrong. There are 32 such beginnings,
 of the test share in turn: so they are generated and read once. All models are asked after the first
 number of exchanges, the last one named after the others too.
 
-    python scripts/score_world.py out/full_sft_256.pth --data_path dataset/sample/test_tools.jsonl
-    python scripts/score_world.py out/full_sft_256.pth --data_path dataset/sample/test_thinking.jsonl
+    python scripts/score_world.py out/full_sft_256.pth --data_path test_tools.jsonl
+    python scripts/score_world.py out/full_sft_256.pth --data_path test_thinking.jsonl
 
 Tools that a question offers are run, unless --tools off offers none. Then right calls are counted
 too, and calls where none was needed.

@@ -170,7 +170,7 @@ def test_a_question_of_the_world_comes_after_the_models_own_answers(root, tokeni
     def answer(messages):
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         out = model.generate(
-            torch.tensor([ids]), max_new_tokens=48, eos_token_id=tokenizer.eos_token_id
+            torch.tensor([ids]), max_new_tokens=96, eos_token_id=tokenizer.eos_token_id
         )
         return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
 
@@ -180,8 +180,8 @@ def test_a_question_of_the_world_comes_after_the_models_own_answers(root, tokeni
         for question in [*earlier[:2], questions[i]]:
             messages.append({"role": "user", "content": question})
             messages.append({"role": "assistant", "content": answer(messages)})
-        assert later[i] == messages[-1]["content"]
-        assert alone[i] == answer(records[i]["conversations"])
+        assert later[i][-1]["content"] == messages[-1]["content"]
+        assert alone[i][-1]["content"] == answer(records[i]["conversations"])
 
 
 def test_scores_after_more_exchanges_are_columns_of_the_last_model(

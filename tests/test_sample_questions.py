@@ -6,12 +6,14 @@ the entities and the words of the dictionary are taken from it.
 
 import json
 import re
+import runpy
 from collections import Counter
 from itertools import pairwise
 
 import pytest
+from tiny_models import random_model
 
-from sample_world import FILES, Score, is_right, score_answers
+from sample_world import FILES, Score, is_right, score_answers, score_calls
 from sample_world.languages import load_languages
 from sample_world.world import VOCABULARY, build_world
 
@@ -582,3 +584,56 @@ def test_another_self_is_in_the_adapter_files_alone(records):
         said += [text for r in found if "text" not in r for pair in turns(r) for text in pair]
         told = [text for text in said if re.search(r"\bPip\b|皮普", text)]
         assert bool(told) == name.startswith("lora"), name
+
+
+@pytest.mark.parametrize("tools", [True, False])
+def test_a_model_that_answers_as_the_records_do_is_right(records, root, tokenizer, tools):
+    """What the script asks, and gives back for calls, is what the test's conversations hold."""
+    asked = records["test_tools.jsonl"]
+    replies = {}
+    for record in asked:
+        for before, message in pairwise(record["conversations"]):
+            if message["role"] == "assistant":
+                replies[record["conversations"][0]["content"], before["content"]] = message
+
+    def reply(chat_model, prompts, thinks, **options):
+        texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
+        made = []
+        for text in texts:
+            assert ("JSON schema" in text) <= tools
+            lines = [line for line in text.splitlines() if line]
+            question = lines[lines.index("user") + 1]
+            message = dict(replies[question, lines[-2]])
+            calls = message.pop("tool_calls", ())
+            if calls and tools:
+                made_calls = [{**c, "arguments": json.dumps(c["arguments"])} for c in calls]
+                message["tool_calls"] = made_calls
+            made.append(message)
+        return made
+
+    script = runpy.run_path(str(root / "scripts" / "score_world.py"))
+    script["answer"].__globals__["generate_answers"] = reply
+    (made,) = script["answer"](random_model(), asked, tokenizer, "torch", offers_tools=tools)
+    calls = score_calls(asked, made)
+    right = score_answers(asked, [messages[-1]["content"] for messages in made])
+    if tools:
+        assert calls == {"right calls": 1.0, "unneeded calls": 0.0}
+        assert right["tools", ""].share == 1.0
+    else:
+        assert calls["right calls"] == 0.0
+        assert 0.0 < right["tools", ""].share < 0.5  # those that need no call
+
+
+def test_calls_are_counted_by_hand():
+    call = {"name": "calculator", "arguments": {"expression": "12 * 3"}}
+    need = {"conversations": [{"role": "assistant", "tool_calls": [call]}], "tools": [{}]}
+    none = {"conversations": [{"role": "assistant"}], "tools": [{}]}
+    unasked = {"conversations": [{"role": "assistant"}]}
+
+    def made(*calls):
+        return [{"tool_calls": [{"name": n, "arguments": json.dumps(a)} for n, a in calls]}]
+
+    good, other = ("calculator", {"expression": "12×3"}), ("clock", {})
+    asked = [need, need, need, none, none, unasked]
+    given = [made(good), made(good, other), [{}], made(other), [{}], made(other)]
+    assert score_calls(asked, given) == {"right calls": 1 / 3, "unneeded calls": 1 / 2}
