@@ -2,11 +2,13 @@
 
     python benchmarks/serve_load.py                     (26 M, 32 clients, 2 threads)
     python benchmarks/serve_load.py --quantize int8
+    python benchmarks/serve_load.py --clients 16 --schema
 
 The clients run beside the server, on the same processor. "As alone" counts the answers that equal
 the model's alone. A piece of a stream is a token, or a few where a letter is several tokens. The
 bound is the queue's: the last prompt's first token comes after as many rounds as there are clients,
-and none takes longer than the longest time between two pieces. Needs scripts/requirements.txt.
+and none takes longer than the longest time between two pieces. --schema asks the last number of clients
+also for JSON of a schema, in turn with free answers. Needs scripts/requirements.txt.
 """
 
 import argparse
@@ -22,7 +24,7 @@ import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 import torch
@@ -43,8 +45,23 @@ class Answer(NamedTuple):
     tokens: int
 
 
-async def ask(client: httpx.AsyncClient, prompt: str, new: int) -> Answer:
-    """Stream one answer."""
+# Longer than an answer may be, so that as many tokens come as without it.
+SCHEMA = {
+    "type": "array",
+    "minItems": 1000,
+    "items": {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "size": {"enum": ["small", "large"]}},
+        "required": ["name", "size"],
+        "additionalProperties": False,
+    },
+}
+JSON = {"type": "json_schema", "json_schema": {"name": "list", "schema": SCHEMA, "strict": True}}
+ROUNDS = 3  # of answers without and with the schema
+
+
+async def ask(client: httpx.AsyncClient, prompt: str, new: int, **more: Any) -> Answer:
+    """Stream one answer; `more` are fields of the request."""
     began, text, times, tokens = time.perf_counter(), "", [], 0
     body = {
         "model": MODEL,
@@ -53,6 +70,7 @@ async def ask(client: httpx.AsyncClient, prompt: str, new: int) -> Answer:
         "max_tokens": new,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **more,
     }
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         response.raise_for_status()
@@ -68,14 +86,14 @@ async def ask(client: httpx.AsyncClient, prompt: str, new: int) -> Answer:
 
 
 async def measure(
-    url: str, prompts: Sequence[str], new: int, clients: int
+    url: str, prompts: Sequence[str], new: int, clients: int, **more: Any
 ) -> tuple[float, list[Answer]]:
     """Tokens per second over all prompts, so many at a time, and the answers."""
     places = asyncio.Semaphore(clients)
 
     async def ask_in_turn(prompt: str) -> Answer:
         async with places:
-            return await ask(client, prompt, new)
+            return await ask(client, prompt, new, **more)
 
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         began = time.perf_counter()
@@ -117,11 +135,24 @@ def print_table(url: str, prompts: Sequence[str], args: argparse.Namespace) -> N
         )
 
 
+def compare_schema(url: str, prompts: Sequence[str], new: int) -> None:
+    """Print how fast all prompts at once are answered freely and in JSON of SCHEMA."""
+    asks: dict[str, dict[str, Any]] = {"free": {}, "schema": {"response_format": JSON}}
+    speeds: dict[str, list[float]] = {name: [] for name in asks}
+    for _ in range(ROUNDS):
+        for name, more in asks.items():
+            speeds[name].append(asyncio.run(measure(url, prompts, new, len(prompts), **more))[0])
+    ratio = statistics.median(b / a for a, b in zip(*speeds.values(), strict=True))
+    shown = (f"{name} {statistics.median(values):,.0f}" for name, values in speeds.items())
+    print(f"{len(prompts)} clients, tokens/s: {', '.join(shown)}; ratio {ratio:.2f}")
+
+
 def main() -> None:
     """Start the server, load it, print a table."""
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[8, 32], help="2 or more each")
     parser.add_argument("--quantize", choices=("int8",))
+    parser.add_argument("--schema", action="store_true", help="also answers in JSON of a schema")
     args = parse_flags(parser, prompt=40, new=64, threads=2, port=8765)
     tokenizer = load_tokenizer(ROOT / "model" / "minimind_tokenizer")
     torch.manual_seed(0)
@@ -142,6 +173,8 @@ def main() -> None:
             if not server.stdout.readline():  # it prints a line as soon as it listens
                 sys.exit("the server did not start")
             print_table(url, prompts, args)
+            if args.schema:
+                compare_schema(url, prompts[: args.clients[-1]], args.new)
         finally:
             server.terminate()
             server.wait()
