@@ -7,8 +7,8 @@
 The clients run beside the server, on the same processor. "As alone" counts the answers that equal
 the model's alone. A piece of a stream is a token, or a few where a letter is several tokens. The
 bound is the queue's: the last prompt's first token comes after as many rounds as there are clients,
-and none takes longer than the longest time between two pieces. --schema asks the last number of clients
-also for JSON of a schema, in turn with free answers. Needs scripts/requirements.txt.
+and none takes longer than the longest time between two pieces. --schema asks the last number of
+clients also for JSON of a schema, in turn with free answers. Needs scripts/requirements.txt.
 """
 
 import argparse
