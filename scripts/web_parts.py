@@ -43,7 +43,8 @@ DRAWER = st.components.v2.component(
   if (window.closedDrawer === data.chosen) return
   window.closedDrawer = data.chosen
   if (data.chosen && window.innerWidth < 768) {
-    const sidebar = document.querySelector('[data-testid="stSidebar"][aria-expanded="true"]')
+    const open = ':is([aria-expanded="true"], [data-collapsed="false"])'  // by Streamlit's version
+    const sidebar = document.querySelector('[data-testid="stSidebar"]' + open)
     sidebar?.querySelector('[data-testid="stSidebarCollapseButton"] button')?.click()
   }
 }""",

@@ -137,7 +137,7 @@ def test_a_conversation_a_model_switch_and_a_reload(site, page, out_dir, tokeniz
     first = answer(out_dir, tokenizer, "full_sft_64", messages)
     assert saved.prompt() == [*messages, {"role": "assistant", "content": first}]
     # Another model answers, and knows what was said before.
-    page.get_by_label("Model").first.click()
+    page.get_by_role("combobox").press("ArrowDown")
     page.get_by_role("option", name="dpo_64").click()
     eventually(lambda: page.get_by_role("combobox").input_value() == "dpo_64")
     page.get_by_test_id("stStatusWidget").wait_for(state="detached")
@@ -268,7 +268,8 @@ def test_the_drawer_of_a_phone_closes_after_a_choice(site, browser):
     assert page.get_by_role("combobox").is_visible()  # the model's name
     page.get_by_test_id("stExpandSidebarButton").click()
     page.get_by_role("button", name="New conversation").click()
-    page.locator('[data-testid="stSidebar"][aria-expanded="false"]').wait_for(state="attached")
+    closed = ':is([aria-expanded="false"], [data-collapsed="true"])'  # by Streamlit's version
+    page.locator(f'[data-testid="stSidebar"]{closed}').wait_for(state="attached")
     page.close()
 
 
