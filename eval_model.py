@@ -15,7 +15,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,11 @@ from common import (
     user_path,
 )
 from dataset import Place, RecordError, locate, parse_chat, read_records
+from dataset.messages import parse_tools
 from inference import (
+    THINKING,
     ChatModel,
+    add_answer_arguments,
     add_compute_arguments,
     add_history_cnt,
     add_weight_arguments,
@@ -53,7 +56,10 @@ from inference import (
 from inference import chat_texts as texts
 from inference.answers import answer_file, read_questions
 from inference.conversations import Conversation
+from inference.parts import Delta
 from inference.scoring import score
+from inference.terminal import AnswerPrinter
+from inference.tools import Tool, answer_in_rounds, find_tools, tool_name
 from model import choose_device
 
 # Flags that /set changes too: type, default, help.
@@ -84,6 +90,7 @@ def parse_args() -> argparse.Namespace:
         add(f"--{name}", type=kind, default=default, help=help_)
     add("--seed", type=seed, help="default: a new one each time")
     add("--system", type=without_stray_bytes, help="system message")
+    add_answer_arguments(writing)
     add_history_cnt(writing)
     add("--verbose", action="store_true", help="show tokens per second after each answer")
     add_lang(writing)
@@ -104,6 +111,9 @@ def parse_args() -> argparse.Namespace:
         raise UserError("--input_file needs --output_file")
     if args.output_file is not None and args.input_file is None and args.score is None:
         raise UserError("--output_file needs --input_file or --score")
+    reads_file = args.input_file is not None or args.score is not None
+    if reads_file and (args.tools or args.tool_file is not None):
+        raise UserError("--tools, --tool_file: the lines of a file have tools of their own")
     return args
 
 
@@ -128,56 +138,86 @@ class Chat:
     conversation: Conversation
     say: Translate
     verbose: bool = False
+    tools: dict[str, Tool] = field(default_factory=dict)  # those that can be run
+
+    @property
+    def enable_thinking(self) -> bool | None:
+        """Whether answers begin with a thought; None leaves it to the model."""
+        return THINKING[self.settings["thinking"]]
 
     def respond(self, text: str) -> None:
         """Print the model's answer to a text as it is generated; Ctrl-C ends it.
 
-        What is to say about the answer goes to stderr. Raises UserError if the text is too long, or
-        the tokenizer lacks a control token it needs.
+        Thoughts, calls of tools and what is to say about the answer go to stderr. Raises UserError
+        if the text is too long, or the tokenizer lacks a control token it needs.
         """
         question = {"role": "user", "content": text}
-        messages = self.chat_model.recent(
-            [*self.conversation.prompt(), question],
-            lambda kept: self.note(texts.LEFT_OUT, count=kept),
+        before = [*self.conversation.prompt(), question]
+        made = self.write("" if self.chat_model.chats else text, before)
+        if self.chat_model.chats:
+            self.conversation.messages += [question, *made]
+
+    def prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
+        """The ids of the newest messages, as many as fit; errors as of `respond`."""
+        recent = self.chat_model.recent(
+            messages, lambda kept: self.note(texts.LEFT_OUT, count=kept)
         )
         try:
             room = self.settings["max_new_tokens"]
-            ids = self.chat_model.chat_ids(messages, self.conversation.tools, room)
+            offered, thinks = self.conversation.tools, self.enable_thinking
+            ids = self.chat_model.chat_ids(recent, offered, room, thinks)
         except RecordError as error:  # of a conversation that was loaded
             raise UserError(self.say(texts.BAD_CONVERSATION, reason=error)) from None
         if len(ids) >= self.chat_model.context:
             values = {"count": len(ids), "context": self.chat_model.context}
             raise UserError(self.say(texts.TOO_LONG, **values))
-        answer = self.write("" if self.chat_model.chats else text, ids)
-        if self.chat_model.chats:
-            self.conversation.messages += [question, {"role": "assistant", "content": answer}]
+        return ids
 
-    def write(self, beginning: str, ids: list[int]) -> str:
-        """Print `beginning` and what follows the prompt `ids`, which is returned."""
-        print(beginning, end="", flush=True)
-        answer, tokens, stopped = "", [], False
+    def write(self, beginning: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Print `beginning` and the answer to messages; returns the messages that it consists of.
+
+        These are the assistant's and those of the tools that it calls.
+        """
+        made, tokens, stopped = [], [], False
+        n_prompt = n_before = 0  # tokens of the last prompt, and new ones before it
         start, first = time.perf_counter(), None
+        options = {**generation_options(self.settings), "enable_thinking": self.enable_thinking}
+        printer = AnswerPrinter()
+
+        def stream(messages: list[dict[str, Any]]) -> Iterator[Delta]:
+            nonlocal n_prompt, n_before
+            ids = self.prompt_ids(messages)
+            if not tokens:
+                print(beginning, end="", flush=True)
+            n_prompt, n_before = len(ids), len(tokens)
+            return self.chat_model.stream(ids, self.generator, tokens, **options)
+
+        rounds = answer_in_rounds(
+            stream, messages, made, self.conversation.tools, self.tools, self.enable_thinking
+        )
         try:
-            options = generation_options(self.settings)
-            for piece in self.chat_model.stream(ids, self.generator, tokens, **options):
+            for delta in rounds:
                 first = first or time.perf_counter()
-                answer += piece
-                print(piece, end="", flush=True)
+                printer.show(delta)
         except ValueError as error:
             raise UserError(self.say(texts.BAD_TEXT, reason=error)) from None
         except KeyboardInterrupt:
             print(" …", end="")
             stopped = True
-        print(flush=True)
+        printer.end_part()
         end = time.perf_counter()
         is_cut = not stopped and tokens[-1] != self.chat_model.tokenizer.eos_token_id
         if is_cut and self.chat_model.chats:
-            self.note_cut(len(ids), len(tokens))
+            self.note_cut(n_prompt, len(tokens) - n_before)
+        elif made[-1].get("tool_calls"):
+            self.note(texts.NOT_RUN)
+        if any("broken_calls" in message for message in made):
+            self.note(texts.BROKEN_CALL)
         if self.verbose and tokens:
             seconds, first = end - start, (first or end) - start
             values = {"count": len(tokens), "rate": len(tokens) / seconds}
             self.note(texts.SPEED, seconds=seconds, first=first, **values)
-        return answer
+        return made
 
     def note_cut(self, prompt: int, new: int) -> None:
         """Tell why an answer of `new` tokens was cut, after a prompt of so many."""
@@ -197,7 +237,8 @@ class Chat:
         if name in ("help", "?"):
             print(self.say(texts.HELP))
         elif name == "reset":
-            self.conversation = Conversation(self.conversation.system)
+            old = self.conversation
+            self.conversation = Conversation(old.system, tools=old.tools)
             print(self.say(texts.RESET))
         elif name == "system":
             self.conversation.system = rest
@@ -213,6 +254,13 @@ class Chat:
             if not rest:
                 raise UserError(self.say(texts.NO_FILE_NAME, name=name))
             (self.save if name == "save" else self.load)(user_path(rest))
+        elif name == "thinking":
+            if rest and rest not in THINKING:
+                raise UserError(self.say(texts.NO_SUCH_THINKING, names=", ".join(THINKING)))
+            self.settings["thinking"] = rest or self.settings["thinking"]
+            print(self.say(texts.THINKING, name=self.settings["thinking"]))
+        elif name == "tools":
+            self.offer(rest)
         elif name == "set":
             self.set(*rest.split(maxsplit=1))
         else:
@@ -238,6 +286,23 @@ class Chat:
             self.settings[name] = SETTINGS[name][0](value)
         except argparse.ArgumentTypeError as error:
             raise UserError(self.say(texts.BAD_SETTING, name=name, reason=error)) from None
+
+    def offer(self, file: str) -> None:
+        """Offer the tools of a file of schemas too, or none if it is "off"; then show them."""
+        tools = self.conversation.tools
+        if file == "off":
+            tools = []
+        elif file:
+            try:
+                with report_os_errors(f"/tools {file}"):
+                    found = parse_tools(user_path(file).read_text(encoding="utf-8").strip())
+            except (RecordError, UnicodeError) as error:
+                raise UserError(f"/tools {file}: {error}") from None
+            names = [tool_name(schema) for schema in found]
+            tools = [schema for schema in tools if tool_name(schema) not in names] + found
+        self.conversation.tools = tools
+        names = ", ".join(map(tool_name, tools))
+        print(self.say(texts.TOOLS, names=names) if names else self.say(texts.NO_TOOLS))
 
     def save(self, path: Path) -> None:
         """Write the conversation as a line of training data; an older file is kept."""
@@ -317,20 +382,26 @@ def main() -> None:
         for line in describe_weights(args.out_dir, say):
             print(line, file=sys.stderr)  # where it is no part of an answer
     chat_model = load_chat_model(named_weights(args), device, chosen_engine(args), rows)
+    if not chat_model.chats and (args.thinking != "auto" or args.tools or args.tool_file):
+        raise UserError(f"--thinking, --tools, --tool_file: {chat_model.name} continues texts")
     random_seed = secrets.randbits(63) if args.seed is None else args.seed
     generator = torch.Generator(device).manual_seed(random_seed)
     if args.score is not None:
-        score(chat_model, args.score, args.output_file, args.max_new_tokens, args.skip_bad_lines)
+        new, bad = args.max_new_tokens, args.skip_bad_lines
+        score(chat_model, args.score, args.output_file, new, bad, THINKING[args.thinking])
         return
     if args.input_file is not None:
-        questions = read_questions(chat_model, args.input_file, args.system, args.skip_bad_lines)
+        system, thinks = args.system, THINKING[args.thinking]
+        questions = read_questions(chat_model, args.input_file, args.skip_bad_lines, system, thinks)
         options = {**generation_options(vars(args)), "generator": generator}
         answer_file(chat_model, questions, args.output_file, options)
         return
-    conversation = Conversation(system=args.system or "")
+    tools = find_tools(args.tools, args.tool_file)
+    schemas = [tool.schema for tool in tools.values()]
+    conversation = Conversation(system=args.system or "", tools=schemas)
     if args.history_cnt is not None:
         chat_model.history_cnt = args.history_cnt
-    chat = Chat(chat_model, vars(args), generator, conversation, say, args.verbose)
+    chat = Chat(chat_model, vars(args), generator, conversation, say, args.verbose, tools)
     if args.prompt is not None:
         chat.respond(args.prompt)
     else:

@@ -5,6 +5,7 @@ from .arguments import (
     TOKENIZER,
     BooleanFlag,
     StageParser,
+    add_empty_think_ratio,
     add_parse_think,
     add_skip_bad_lines,
     add_text_columns,

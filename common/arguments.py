@@ -135,6 +135,18 @@ def add_parse_think(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--parse_think", action=BooleanFlag, default=False, help=thought)
 
 
+def add_empty_think_ratio(parser: argparse._ActionsContainer) -> None:
+    """Add `--empty_think_ratio`: in which conversations answers begin with an empty thought."""
+    parser.add_argument(
+        "--empty_think_ratio",
+        type=unit_interval,
+        default=0.0,
+        metavar="SHARE",
+        help="in this share of the conversations, answers without reasoning follow an empty "
+        "thought, as they do where a prompt turns thinking off",
+    )
+
+
 def add_tokenizer_path(
     parser: argparse._ActionsContainer, default: Path | None = TOKENIZER
 ) -> None:

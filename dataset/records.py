@@ -6,6 +6,7 @@ One that cannot be used raises `RecordError`; what reads the source collects the
 import json
 import math
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
@@ -84,6 +85,7 @@ class RecordOptions:
     text_template: str | None = None  # a text with the fields that it names in braces
     separator: str | None = None  # between documents of plain text
     parse_think: bool = False  # whether <think>…</think> at the start of an answer is reasoning
+    empty_think_ratio: float = 0.0  # of conversations whose plain answers follow an empty thought
     min_margin: float | None = None  # by which the chosen reply of a pair must score higher
 
     @classmethod
@@ -340,14 +342,30 @@ def parse_chat(
     if parse_flag(record.get("mask_history"), '"mask_history"'):
         _mask_history(messages)
     messages = _add_system(record, messages)
+    if options.empty_think_ratio:
+        _add_empty_thoughts(messages, options.empty_think_ratio)
     return ParsedChat(messages, _take_tools(record, messages))
 
 
-def parse_question(line: Record, options: RecordOptions = DEFAULT) -> tuple[ParsedChat, str | None]:
+def _add_empty_thoughts(messages: list[dict[str, Any]], ratio: float) -> None:
+    """Give answers without reasoning an empty thought, in a share of all conversations.
+
+    Which these are follows from their texts alone, so that a file is always read the same.
+    """
+    texts = json.dumps([message["content"] for message in messages])
+    if zlib.crc32(texts.encode()) < ratio * 2**32:
+        for message in messages:
+            if message["role"] == "assistant":
+                message.setdefault("reasoning_content", "")
+
+
+def parse_question(
+    line: Record, options: RecordOptions = DEFAULT
+) -> tuple[ParsedChat, dict[str, Any] | None]:
     """What is to be answered in one record, and the answer that it gives itself, if it does.
 
-    As `parse_chat`, but no answer is needed; "gt" may hold it, a string or an array of them. Raises
-    RecordError.
+    As `parse_chat`, but no answer is needed. The record's own is an assistant's message, or "gt"
+    holds it, a string or an array of them. Raises RecordError.
     """
     record = parse_object(line)
     items, name = _find_items(record, answered=False)
@@ -356,12 +374,15 @@ def parse_question(line: Record, options: RecordOptions = DEFAULT) -> tuple[Pars
     tools = _take_tools(record, messages)
     reference = None
     if messages and messages[-1]["role"] == "assistant":
-        reference = messages.pop()["content"] or None
+        reference = messages.pop()
+        if is_empty_answer(reference):
+            reference = None
     if not messages or messages[-1]["role"] == "system":
         raise RecordError("nothing to be answered")
     if reference is None and record.get("gt"):
         truths = [record["gt"]] if isinstance(record["gt"], str) else record["gt"]
-        reference = ", ".join(expect(t, str, '"gt"') for t in expect(truths, list, '"gt"'))
+        text = ", ".join(expect(t, str, '"gt"') for t in expect(truths, list, '"gt"'))
+        reference = {"role": "assistant", "content": text}
     return ParsedChat(messages, tools), reference
 
 

@@ -21,7 +21,7 @@ from common import UserError, report_os_errors
 from model import LMConfig, MiniMindLM, Tokenizer
 
 from .pre_tokenizer import PRE_TOKENIZER, check_tokenizer, merge_pairs
-from .transformers_format import scores_sum_to_one
+from .transformers_format import scores_sum_to_one, tag_ids
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 
 LLAMA_QUANTIZE_TYPE = "q4_k_m"
+
+# llama.cpp sets enable_thinking in every prompt, by default to true. A thought that is opened for a
+# model that never learnt any would end its chats, so there true leaves it to the model.
+THINKING_IS_FREE = "{%- set enable_thinking = false if enable_thinking == false else none -%}"
 
 BLOCK = {
     "attn_norm": "attention_norm",
@@ -224,13 +228,10 @@ def add_tokenizer(writer: "GGUFWriter", tokenizer: Tokenizer) -> None:
 
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     types = [gguf.TokenType.NORMAL] * len(tokenizer)
-    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    tags = tag_ids(tokenizer)
     for token in backend["added_tokens"]:
-        # Engines leave control tokens out of an answer's text, where their parsers look for the
-        # tags of thoughts and tool calls.
-        is_tag = token["id"] not in ends and token["content"] in (tokenizer.chat_template or "")
-        kind = gguf.TokenType.USER_DEFINED if is_tag else gguf.TokenType.CONTROL
-        types[token["id"]] = kind
+        is_tag = token["id"] in tags
+        types[token["id"]] = gguf.TokenType.USER_DEFINED if is_tag else gguf.TokenType.CONTROL
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(PRE_TOKENIZER)
     writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
@@ -244,4 +245,5 @@ def add_tokenizer(writer: "GGUFWriter", tokenizer: Tokenizer) -> None:
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+        knows_thinking = "enable_thinking" in tokenizer.chat_template
+        writer.add_chat_template(THINKING_IS_FREE * knows_thinking + tokenizer.chat_template)

@@ -182,10 +182,26 @@ def transformers_config(config: LMConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def tag_ids(tokenizer: Tokenizer) -> set[int]:
+    """The tokens around thoughts, calls of tools and results: those that the template writes.
+
+    In an export they are not special, as in Qwen's tokenizers: engines leave special tokens out of
+    an answer's text, in which their parsers look for these.
+    """
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    template = tokenizer.chat_template or ""
+    known = tokenizer.get_added_vocab()
+    return {id_ for text, id_ in known.items() if id_ not in ends and text in template}
+
+
 def copy_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> None:
     """Copy a tokenizer's files as two, with a class that every version of transformers knows."""
     source = Path(tokenizer.name_or_path)
-    (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    parts = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    tags = tag_ids(tokenizer)
+    for token in parts["added_tokens"]:
+        token["special"] = token["id"] not in tags
+    write_json(folder / "tokenizer.json", parts)
     settings = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings["model_max_length"] = max_seq_len

@@ -2,10 +2,13 @@
 
 from .chat_model import ChatModel
 from .command_line import (
+    THINKING,
+    add_answer_arguments,
     add_compute_arguments,
     add_engine,
     add_history_cnt,
     add_model_arguments,
+    add_tool_file,
     add_weight_arguments,
     chosen_engine,
     listen,

@@ -23,22 +23,31 @@ class Question(NamedTuple):
     record: dict[str, Any]  # all that the line holds
     ids: list[int]  # of the prompt
     text: str  # its last message
-    reference: str | None  # the answer in the line itself, if it has one
+    reference: dict[str, Any] | None = None  # the assistant's message after it, if there is one
+    thinking: bool | None = None  # `enable_thinking` of the prompt
 
 
 def read_questions(
-    chat_model: ChatModel, path: Path, system: str | None, skip_bad_lines: float
+    chat_model: ChatModel,
+    path: Path,
+    skip_bad_lines: float,
+    system: str | None = None,
+    enable_thinking: bool | None = None,
+    with_calls: bool = False,
 ) -> list[Question]:
     """Read the lines of a JSONL file: conversations, or texts for pretrained weights to continue.
 
-    Conversations without a system message get `system`. Raises UserError, which names the lines
-    that cannot be answered, if they are more than the share `skip_bad_lines` or all.
+    Conversations without a system message get `system`; their prompts turn thinking on or off by
+    `enable_thinking`. `with_calls`: each message of the assistant that calls tools is asked for
+    too, not only the last one. Raises UserError, which names the lines that cannot be answered, if
+    they are more than the share `skip_bad_lines` or all.
     """
     questions, bad = [], BadLines()
     for place, record in read_records(path):
         bad.total += 1
         try:
-            questions.append(parse_line(chat_model, record, system))
+            found = parse_line(chat_model, record, system, enable_thinking)
+            questions += found if with_calls else found[-1:]
         except RecordError as error:
             bad.add(place, str(error))
     try:
@@ -51,24 +60,52 @@ def read_questions(
     return questions
 
 
-def parse_line(chat_model: ChatModel, line: Record, system: str | None) -> Question:
-    """The question on a line; for arguments see `read_questions`. Raises RecordError."""
-    reference = None
+def parse_line(
+    chat_model: ChatModel,
+    line: Record,
+    system: str | None = None,
+    enable_thinking: bool | None = None,
+) -> list[Question]:
+    """The questions on a line, each before a call within it, and the last one.
+
+    For arguments see `read_questions`. Where `enable_thinking` is None, a prompt turns thinking off
+    if its reference begins with an empty thought. Raises RecordError.
+    """
+    record = parse_object(line)
     if chat_model.encoder is None:
         text = parse_text(line)
-        ids = chat_model.text_ids(text)
+        questions = [Question(record, chat_model.text_ids(text), text)]
     else:
         (messages, tools), reference = parse_question(line)
         if system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
-        ids, text = chat_model.chat_ids(messages, tools), messages[-1]["content"]
-    if len(ids) >= chat_model.context:
-        raise RecordError(f"{len(ids)} tokens leave no room in {chat_model.context}")
-    return Question(parse_object(line), ids, text, reference)
+        asked = [i for i, message in enumerate(messages) if message.get("tool_calls")]
+        questions = []
+        for end in [*asked, len(messages)]:
+            wanted = messages[end] if end < len(messages) else reference
+            thinking = enable_thinking
+            if thinking is None and wanted and wanted.get("reasoning_content") == "":
+                thinking = False
+            ids = chat_model.chat_ids(messages[:end], tools, None, thinking)
+            text = messages[end - 1]["content"]
+            questions.append(Question(record, ids, text, wanted, thinking))
+    longest = max(len(question.ids) for question in questions)
+    if longest >= chat_model.context:
+        raise RecordError(f"{longest} tokens leave no room in {chat_model.context}")
+    return questions
 
 
-def generate_answers(chat_model: ChatModel, prompts: list[list[int]], **options: Any) -> list[str]:
-    """Answer prompts, as many at a time as the decoder has rows; options as of `generate`."""
+def generate_answers(
+    chat_model: ChatModel,
+    prompts: Sequence[list[int]],
+    thinking: Sequence[bool | None] | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Answer prompts, as many at a time as the decoder has rows; options as of `generate`.
+
+    Returns messages of the assistant. `thinking` is each prompt's `enable_thinking`, or None
+    without any.
+    """
     answers = chat_model.model.batch_generate(
         list(map(torch.tensor, prompts)),
         batch_size=len(chat_model.decoder.tokens),
@@ -76,7 +113,9 @@ def generate_answers(chat_model: ChatModel, prompts: list[list[int]], **options:
         eos_token_id=chat_model.tokenizer.eos_token_id,
         **options,
     )
-    return [chat_model.tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in answers]
+    thinking = [None] * len(answers) if thinking is None else thinking
+    pairs = zip(answers, thinking, strict=True)
+    return [chat_model.message(ids.tolist(), thinks) for ids, thinks in pairs]
 
 
 def answer_file(
@@ -85,14 +124,23 @@ def answer_file(
     """Write each question's record with the answer added; raises as `new_file`.
 
     The field is "answer", or "response" if a record has an "answer" of its own; if there are both,
-    "response_2" and so on: no field of a record is replaced.
+    "response_2" and so on: no field of a record is replaced. Beside it stand the other fields of
+    the message, such as "reasoning_content" and "tool_calls".
     """
-    names = chain(("answer", "response"), (f"response_{i}" for i in count(2)))
-    name = next(name for name in names if not any(name in q.record for q in questions))
+    taken = {name for question in questions for name in question.record}
+
+    def free(*names: str) -> str:
+        numbered = (f"{names[-1]}_{i}" for i in count(2))
+        return next(name for name in chain(names, numbered) if name not in taken)
+
+    name = free("answer", "response")
+    prompts, thinking = [q.ids for q in questions], [q.thinking for q in questions]
     with new_file(out, "utf-8") as file:
-        answers = generate_answers(chat_model, [q.ids for q in questions], **options)
+        answers = generate_answers(chat_model, prompts, thinking, **options)
         for question, answer in zip(questions, answers, strict=True):
-            line = json.dumps({**question.record, name: answer}, ensure_ascii=False, default=str)
+            made = {name: answer.pop("content")}
+            made |= {free(part): value for part, value in answer.items() if part != "role"}
+            line = json.dumps({**question.record, **made}, ensure_ascii=False, default=str)
             file.write(f"{line}\n")
     print(f'{len(answers):,} answers in {out}, as "{name}"')
 

@@ -1,5 +1,6 @@
 """Where a page gets its answers from: weights on this machine, or a server of OpenAI's API."""
 
+import json
 import queue
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import wait
@@ -11,8 +12,8 @@ from model import Sampling
 from .batcher import Event, GenerationRequest, Token
 from .chat_model import earlier_exchanges
 from .loading import PRETRAINED
+from .parts import Delta
 from .pool import ModelPool
-from .text import TextStream
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Settings:
     top_p: float = 0.9
     repetition_penalty: float = 1.0
     seed: int | None = None
+    enable_thinking: bool | None = None  # None leaves it to the model
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,11 @@ class ModelInfo:
 class Piece:
     """A piece of an answer, and the tokens of the answer so far if the source counts them."""
 
-    text: str
+    delta: Delta
     tokens: int | None = None
+
+
+NOTHING = Piece(Delta("content", ""))
 
 
 class LocalModels:
@@ -66,22 +71,28 @@ class LocalModels:
         return model in self.pool.models
 
     def stream(
-        self, model: str, messages: Sequence[Mapping[str, str]], settings: Settings
+        self,
+        model: str,
+        messages: Sequence[Mapping[str, Any]],
+        settings: Settings,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> Iterator[Piece]:
         """Generate an answer, piece by piece. Closing the iterator ends the generation.
 
-        While the model is being loaded, the pieces are empty.
+        `messages` and `tools`, JSON schemas, are as in training data. While the model is being
+        loaded, the pieces are empty.
 
         A conversation that is too long for the model loses its oldest exchanges; a model that does
         not chat continues the last message. Raises many kinds of error, each with a text for users.
         """
         load = self.pool.load(model)
         while not load.done():
-            yield Piece("")
+            yield NOTHING
             wait([load], timeout=0.2)
         batcher = load.result()
         chat_model = batcher.chat_model
-        ids = chat_model.chat_ids(messages, room=settings.max_tokens)
+        thinks = settings.enable_thinking
+        ids = chat_model.chat_ids(messages, tools, settings.max_tokens, thinks)
         if len(ids) >= chat_model.context:
             raise ValueError(f"{len(ids)} tokens leave no room in {chat_model.context}")
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -110,8 +121,8 @@ class LocalModels:
 
         batcher.submit([request])
         try:
-            for text in TextStream(chat_model.tokenizer).decode(tokens()):
-                yield Piece(text, n_tokens)
+            for delta in chat_model.parse(tokens(), thinks):
+                yield Piece(delta, n_tokens)
         finally:
             request.cancelled = True
 
@@ -137,26 +148,66 @@ class Endpoint:
         return True
 
     def stream(
-        self, model: str, messages: Sequence[Mapping[str, str]], settings: Settings
+        self,
+        model: str,
+        messages: Sequence[Mapping[str, Any]],
+        settings: Settings,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> Iterator[Piece]:
         """Generate an answer, piece by piece. Closing the iterator ends the generation."""
         options = {name: value for name, value in vars(settings).items() if value is not None}
         options["stream_options"] = {"include_usage": True}
-        penalty = options.pop("repetition_penalty")
-        if penalty != 1:  # not every server knows it
-            options["extra_body"] = {"repetition_penalty": penalty}
+        # Not every server knows what is beyond OpenAI's API.
+        penalty, thinks = options.pop("repetition_penalty"), options.pop("enable_thinking", None)
+        extra = {"repetition_penalty": penalty} if penalty != 1 else {}
+        if thinks is not None:
+            extra["chat_template_kwargs"] = {"enable_thinking": thinks}
+        options |= {"extra_body": extra} if extra else {}
         chats = answers_conversations(model)
         if chats:
-            create, prompt = self.client.chat.completions.create, {"messages": list(messages)}
+            create, prompt = self.client.chat.completions.create, {"messages": for_api(messages)}
+            options |= {"tools": list(tools)} if tools else {}
         else:
             create, prompt = self.client.completions.create, {"prompt": messages[-1]["content"]}
+        calls: dict[int, Delta] = {}  # a call comes in pieces
         with create(model=model, **prompt, stream=True, **options) as chunks:
             for chunk in chunks:
                 for choice in chunk.choices:
-                    if text := choice.delta.content if chats else choice.text:
-                        yield Piece(text)
+                    if not chats:
+                        yield Piece(Delta("content", choice.text))
+                        continue
+                    if text := getattr(choice.delta, "reasoning_content", None):
+                        yield Piece(Delta("reasoning", text))
+                    if choice.delta.content:
+                        yield Piece(Delta("content", choice.delta.content))
+                    for call in choice.delta.tool_calls or ():
+                        _, text, name = calls.get(call.index, ("call", "", ""))
+                        text += call.function.arguments or ""
+                        calls[call.index] = Delta("call", text, name or call.function.name or "")
                 if chunk.usage:
-                    yield Piece("", chunk.usage.completion_tokens)
+                    yield Piece(NOTHING.delta, chunk.usage.completion_tokens)
+        yield from map(Piece, calls.values())
+
+
+def for_api(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as in training data in the form of OpenAI's API, where calls have ids."""
+    made: list[dict[str, Any]] = []
+    open_ids: list[str] = []  # of calls without a result
+    for message in messages:
+        message = dict(message)
+        if calls := message.get("tool_calls"):
+            message["tool_calls"] = []
+            open_ids = [f"call_{len(made)}_{number}" for number in range(len(calls))]
+            for id_, call in zip(open_ids, calls, strict=True):
+                arguments = call["arguments"]
+                if not isinstance(arguments, str):
+                    arguments = json.dumps(arguments, ensure_ascii=False)
+                function = {"name": call["name"], "arguments": arguments}
+                message["tool_calls"].append({"id": id_, "type": "function", "function": function})
+        elif message["role"] == "tool" and open_ids:
+            message["tool_call_id"] = open_ids.pop(0)
+        made.append(message)
+    return made
 
 
 def answers_conversations(name: str) -> bool:

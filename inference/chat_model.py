@@ -1,6 +1,6 @@
 """A model to talk to: weights, tokenizer, decoder, and the way from messages to ids to text."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from common import UserError
 from dataset import ChatEncoder, fit_prompt, render_chat
 from model import Decoder, MiniMindLM, Tokenizer, TorchDecoder
 
+from .parts import AnswerParts, Delta, parse_answer
 from .text import TextStream
 
 
@@ -54,8 +55,9 @@ class ChatModel:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
         room: int | None = None,
+        enable_thinking: bool | None = None,
     ) -> list[int]:
-        """Ids of a conversation, up to where the assistant's next answer begins.
+        """Ids of a conversation, up to where the assistant's next answer begins, or its thought.
 
         A model that continues texts gets the last message alone. To leave `room` tokens for the
         answer, at most half of the context, the oldest exchanges are dropped; the system message,
@@ -64,7 +66,7 @@ class ChatModel:
         """
         if self.encoder is None:
             return self.text_ids(messages[-1]["content"])
-        pieces = render_chat(messages, tools, add_generation_prompt=True)
+        pieces = render_chat(messages, tools, True, enable_thinking)
         prompt = self.encoder.encode([self.encoder.check_control(pieces)])
         if room is None:
             return prompt.ids.tolist()
@@ -92,11 +94,13 @@ class ChatModel:
         ids: Sequence[int],
         generator: torch.Generator,
         new_tokens: list[int],
+        enable_thinking: bool | None = None,
         **options: Any,
-    ) -> Iterator[str]:
-        """Generate text after a prompt, piece by piece; options and errors as of `generate`.
+    ) -> Iterator[Delta]:
+        """Generate after a prompt, and yield the parts; options and errors as of `generate`.
 
-        `new_tokens` gets the tokens; the last one is the end token unless the text was cut.
+        `enable_thinking` is the prompt's. `new_tokens` gets the tokens; the last one is the end
+        token unless the text was cut.
         """
         tokens = self.model.generate(
             torch.tensor([ids], device=self.decoder.device),
@@ -112,7 +116,22 @@ class ChatModel:
                 new_tokens.append(token.item())
                 yield new_tokens[-1]
 
-        yield from TextStream(self.tokenizer).decode(noted())
+        yield from self.parse(noted(), enable_thinking)
+
+    def parse(self, tokens: Iterable[int], enable_thinking: bool | None = None) -> Iterator[Delta]:
+        """The parts that tokens after a prompt make; of a model that does not chat, content."""
+        if self.chats:
+            yield from AnswerParts(self.tokenizer, bool(enable_thinking)).parse(tokens)
+        else:
+            for text in TextStream(self.tokenizer).decode(tokens):
+                yield Delta("content", text)
+
+    def message(self, tokens: Iterable[int], enable_thinking: bool | None = None) -> dict[str, Any]:
+        """The assistant's message that tokens after a prompt make."""
+        if self.chats:
+            return parse_answer(self.tokenizer, tokens, enable_thinking)
+        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return {"role": "assistant", "content": text}
 
 
 def earlier_exchanges(longest: Mapping[str, int] | None) -> int | None:

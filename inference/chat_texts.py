@@ -7,6 +7,9 @@ HELP = '''\
 /again                   answer the last question again
 /undo                    remove the last question and its answer
 /save FILE, /load FILE   the conversation, as one line of training data
+/thinking on|off|auto    whether answers begin with a thought; auto leaves it to the model
+/tools                   show the tools that the model may call
+/tools FILE              offer the tools, too, whose JSON schemas a file holds; "/tools off": none
 /set                     show the settings
 /set temperature 0.7     change one
 exit, quit               leave; so do /exit, /quit and Ctrl-D
@@ -19,6 +22,9 @@ HELP_ZH = '''\
 /again                   重新回答上一个问题
 /undo                    删除上一个问题及其回答
 /save 文件、/load 文件   保存或载入对话，格式为一行训练数据
+/thinking on|off|auto    回答前是否先思考；auto 由模型决定
+/tools                   显示模型可以调用的工具
+/tools 文件              再提供文件中 JSON schema 描述的工具；/tools off 则不提供任何工具
 /set                     显示各项设置
 /set temperature 0.7     修改一项设置
 exit、quit               退出；/exit、/quit 和 Ctrl-D 也可以
@@ -46,6 +52,12 @@ SPEED = "({count} tokens in {seconds:.1f} s: {rate:.1f} tokens/s, the first afte
 NO_COMMAND = "/{name}: no such command; /help lists them"
 EMPTY = "/{name}: the conversation is empty"
 NO_FILE_NAME = "/{name}: needs the name of a file"
+TOOLS = "tools: {names}"
+NO_TOOLS = "tools: none"
+THINKING = "thinking: {name}"
+NO_SUCH_THINKING = "/thinking takes one of {names}"
+BROKEN_CALL = "(a call of a tool that is not valid counts as text)"
+NOT_RUN = "(the answer ends with a call that nothing here runs)"
 NO_SUCH_SETTING = "/set takes a value for one of {names}"
 BAD_SETTING = "/set {name}: {reason}"
 BAD_TEXT = "the text is not usable: {reason}"
@@ -74,6 +86,12 @@ CHINESE = {
     NO_COMMAND: "/{name}：没有这个命令；/help 列出所有命令",
     EMPTY: "/{name}：对话是空的",
     NO_FILE_NAME: "/{name}：需要文件名",
+    TOOLS: "工具：{names}",
+    NO_TOOLS: "工具：无",
+    THINKING: "思考：{name}",
+    NO_SUCH_THINKING: "/thinking 的取值为 {names}",
+    BROKEN_CALL: "（无效的工具调用按文本处理）",
+    NOT_RUN: "（回答以工具调用结尾，这里没有可以运行它的工具）",
     NO_SUCH_SETTING: "/set 可以修改：{names}",
     BAD_SETTING: "/set {name}：取值无效（{reason}）",
     BAD_TEXT: "无法使用这段文本：{reason}",

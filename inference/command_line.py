@@ -19,6 +19,9 @@ from model import choose_device
 
 from .loading import WeightSpec
 from .pool import ModelPool
+from .tools import BUILT_IN
+
+THINKING = {"on": True, "off": False, "auto": None}  # `enable_thinking` of prompts
 
 
 def add_weight_arguments(parser: argparse._ActionsContainer) -> None:
@@ -56,6 +59,22 @@ def add_model_arguments(parser: argparse._ActionsContainer) -> None:
     )
     add_tokenizer_path(parser, default=None)
     add_compute_arguments(parser)
+
+
+def add_answer_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add the flags of thoughts and tools: --thinking, --tools and --tool_file."""
+    add = parser.add_argument
+    thinks = "whether answers begin with a thought; auto: the model decides"
+    add("--thinking", choices=THINKING, default="auto", help=thinks)
+    offered = "built-in tools that the model may call: calculator, clock"
+    add("--tools", nargs="+", choices=BUILT_IN, default=[], metavar="TOOL", help=offered)
+    add_tool_file(parser)
+
+
+def add_tool_file(parser: argparse._ActionsContainer) -> None:
+    """Add `--tool_file`: tools of the user's own."""
+    own = "a Python file whose functions the model may call, too"
+    parser.add_argument("--tool_file", type=user_path, metavar="FILE", help=own)
 
 
 def add_history_cnt(parser: argparse._ActionsContainer) -> None:

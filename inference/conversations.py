@@ -49,7 +49,8 @@ class Conversation:
     def prompt(self) -> list[dict[str, Any]]:
         """All messages, the system message first."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        kept = [{k: v for k, v in m.items() if k != "made"} for m in self.messages]
+        about = ("made", "broken_calls")
+        kept = [{k: v for k, v in m.items() if k not in about} for m in self.messages]
         return [*system, *kept]
 
     def training_line(self) -> str:

@@ -22,12 +22,13 @@ _CALL = re.compile(r'\{"name": (?P<name>"(?:[^"\\]|\\.)*"), "arguments": (?P<arg
 class Delta(NamedTuple):
     """A piece of an answer; a call comes whole, with its arguments, an object of JSON, as `text`.
 
-    "broken" is what stood in a call's place without being one. It is content too.
+    "broken" is what stood in a call's place without being one. It is content too. "result" is what
+    a tool returned, see `tools.answer_in_rounds`; a model generates none.
     """
 
-    kind: Literal["reasoning", "content", "call", "broken"]
+    kind: Literal["reasoning", "content", "call", "broken", "result"]
     text: str
-    name: str = ""  # of a call's tool
+    name: str = ""  # of a call's or a result's tool
 
 
 class AnswerParts:
@@ -134,7 +135,12 @@ def new_answer(enable_thinking: bool | None = None) -> dict[str, Any]:
 
 
 def extend_answer(message: dict[str, Any], delta: Delta) -> None:
-    """Add a piece to an assistant's message, which is as in training data."""
+    """Add a piece to an assistant's message, which is as in training data.
+
+    What broken calls say is content; their number is in `broken_calls`.
+    """
+    if delta.kind == "broken":
+        message["broken_calls"] = message.get("broken_calls", 0) + 1
     if delta.kind == "call":
         calls = message.setdefault("tool_calls", [])
         calls.append({"name": delta.name, "arguments": delta.text})

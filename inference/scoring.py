@@ -1,12 +1,13 @@
 """Score a model on data that it was not trained on: its loss, and its answers beside references."""
 
 import csv
+import json
 import re
 import tempfile
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import torch
@@ -25,12 +26,20 @@ if TYPE_CHECKING:
 ROW = 512  # tokens of a text that are scored together, and the mean of a full batch's rows
 RATINGS = ("relevance", "accuracy", "fluency", "completeness")  # 1 to 5, for a person to fill in
 
+Messages = Sequence[Mapping[str, Any]]  # of the assistant
+
 
 def score(
-    chat_model: ChatModel, path: Path, out: Path | None, max_new_tokens: int, skip_bad_lines: float
+    chat_model: ChatModel,
+    path: Path,
+    out: Path | None,
+    max_new_tokens: int,
+    skip_bad_lines: float,
+    enable_thinking: bool | None = None,
 ) -> None:
     """Print perplexity and bits per byte, and for conversations how answers compare to references.
 
+    Contents are compared with contents, and calls with calls; `enable_thinking` is the prompts'.
     The loss of a quantized model is compared with that of its full weights. `out` is a file for a
     table of answers that a person can rate. Raises UserError for more bad lines than the share
     `skip_bad_lines`, or a package that is not installed.
@@ -47,15 +56,20 @@ def score(
             print_loss(chat_model, dataset, path)
             return
         scorer = rouge_scorer()
-        questions = read_questions(chat_model, path, None, skip_bad_lines)
+        questions = read_questions(
+            chat_model, path, skip_bad_lines, enable_thinking=enable_thinking, with_calls=True
+        )
         questions = [question for question in questions if question.reference is not None]
         if not questions:
             raise UserError(f"--score {path}: no conversation ends with an answer")
         with nullcontext() if out is None else new_file(out, "utf-8-sig") as file:
             print_loss(chat_model, dataset, path)
             prompts = [question.ids for question in questions]
-            answers = generate_answers(chat_model, prompts, max_new_tokens=max_new_tokens)
-            compare_answers(questions, answers, scorer)
+            thinking = [question.thinking for question in questions]
+            answers = generate_answers(chat_model, prompts, thinking, max_new_tokens=max_new_tokens)
+            references = [question.reference for question in questions]
+            compare_contents(references, answers, scorer)
+            compare_calls(references, answers)
             if file is not None:
                 write_table(questions, answers, file)
     if out is not None:
@@ -140,28 +154,82 @@ class WordsAndCharacters:
         return re.findall(r"[a-z0-9]+|[^\W\sa-z0-9_]", text.lower())
 
 
-def compare_answers(
-    questions: Sequence[Question], answers: Sequence[str], scorer: "RougeScorer"
-) -> None:
-    """Print BLEU, chrF and ROUGE-L of answers against the questions' references."""
+def compare_contents(references: Messages, answers: Messages, scorer: "RougeScorer") -> None:
+    """Print BLEU, chrF and ROUGE-L of contents, where the reference has one."""
     import sacrebleu
 
-    references = [question.reference for question in questions]
+    pairs = [
+        (wanted["content"], answer["content"])
+        for wanted, answer in zip(references, answers, strict=True)
+        if wanted["content"]
+    ]
+    if not pairs:
+        return
+    references, answers = zip(*pairs, strict=True)
     n_chinese = sum(bool(re.search("[一-鿿]", text)) for text in references)
     tokenizer = "zh" if 2 * n_chinese > len(references) else "13a"
     bleu = sacrebleu.corpus_bleu(answers, [references], tokenize=tokenizer)
     chrf = sacrebleu.corpus_chrf(answers, [references])
-    pairs = zip(references, answers, strict=True)
     rouge = [scorer.score(reference, answer)["rougeL"].fmeasure for reference, answer in pairs]
     print(
-        f"{len(questions):,} greedy answers beside their references: BLEU {bleu.score:.1f}, "
+        f"{len(pairs):,} greedy answers beside their references: BLEU {bleu.score:.1f}, "
         f"chrF {chrf.score:.1f}, ROUGE-L {100 * sum(rouge) / len(rouge):.1f}"
     )
 
 
-def write_table(questions: Sequence[Question], answers: Sequence[str], file: TextIO) -> None:
+def compare_calls(references: Messages, answers: Messages) -> None:
+    """Print how often answers call the tools that their references call, and only then.
+
+    Calls are the same if names and values of arguments are, whatever the spaces in their JSON.
+    """
+    pairs = list(zip(references, answers, strict=True))
+    called = [pair for pair in pairs if pair[0].get("tool_calls")]
+    others = [answer for wanted, answer in pairs if not wanted.get("tool_calls")]
+    unneeded = sum(is_call(answer) for answer in others)
+    if called:
+        valid = sum(is_call(answer) and "broken_calls" not in answer for _, answer in called)
+        named = sum(_names(wanted) == _names(answer) for wanted, answer in called)
+        exact = sum(_calls(wanted) == _calls(answer) for wanted, answer in called)
+        print(
+            f"{len(called):,} answers that must call tools: {valid / len(called):.1%} call any by "
+            f"valid JSON, {named / len(called):.1%} the right ones, {exact / len(called):.1%} with "
+            "the very arguments"
+        )
+    if others and (called or unneeded):
+        print(f"{len(others):,} that need not: {unneeded / len(others):.1%} call one")
+
+
+def is_call(message: Mapping[str, Any]) -> bool:
+    """Whether an assistant's message calls a tool, or tries to."""
+    return bool(message.get("tool_calls") or message.get("broken_calls"))
+
+
+def _names(message: Mapping[str, Any]) -> list[str]:
+    return [call["name"] for call in message.get("tool_calls", ())]
+
+
+def _calls(message: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Names and values of the arguments."""
+    return [(call["name"], _value(call["arguments"])) for call in message.get("tool_calls", ())]
+
+
+def _value(arguments: Any) -> Any:
+    """The arguments of a call, which may be JSON of them."""
+    with suppress(ValueError, RecursionError, TypeError):
+        return json.loads(arguments)
+    return arguments
+
+
+def write_table(questions: Sequence[Question], answers: Messages, file: TextIO) -> None:
     """Write a table of references and answers, with empty columns for a person's ratings."""
     table = csv.writer(file)
     table.writerow(["input", "reference", "answer", *RATINGS])
     for question, answer in zip(questions, answers, strict=True):
-        table.writerow([question.text, question.reference, answer, *[""] * len(RATINGS)])
+        texts = [_shown(question.reference), _shown(answer)]
+        table.writerow([question.text, *texts, *[""] * len(RATINGS)])
+
+
+def _shown(message: Mapping[str, Any]) -> str:
+    """What a user gets to see of a message: its content, and calls as the model writes them."""
+    calls = [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return "\n".join([message["content"]] * bool(message["content"]) + calls)

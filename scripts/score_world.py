@@ -142,7 +142,8 @@ def answer(
 
     def ask(conversations: Sequence[Messages]) -> list[str]:
         prompts = [chat_model.chat_ids(messages) for messages in conversations]
-        return generate_answers(chat_model, prompts, **options)
+        answers = generate_answers(chat_model, prompts, **options)
+        return [message["content"] for message in answers]
 
     asked = history_questions(build_world(SEED), SEED, HISTORIES) if max(exchanges) else [[]]
     histories: list[Messages] = [[] for _ in asked]

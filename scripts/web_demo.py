@@ -13,8 +13,9 @@ import os
 import sys
 
 from common import UserError, make_parser, port, report_user_errors, user_path
-from inference import add_model_arguments, describe_weights, listen, open_pool
+from inference import add_model_arguments, add_tool_file, describe_weights, listen, open_pool
 from inference.backends import Backend, Endpoint, LocalModels
+from inference.tools import BUILT_IN, find_tools
 
 
 def parse_args() -> argparse.Namespace:
@@ -23,6 +24,7 @@ def parse_args() -> argparse.Namespace:
     add_model_arguments(parser)
     parser.add_argument("--endpoint", help="a server's address with /v1, instead of weights here")
     parser.add_argument("--api_key", help="key for that server; default: OPENAI_API_KEY")
+    add_tool_file(parser)
     parser.add_argument("--chats_dir", type=user_path, help="default: chats in --out_dir")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: also other machines")
     parser.add_argument("--port", type=port, default=8501)
@@ -47,6 +49,7 @@ def main() -> None:
         from streamlit.web.cli import main as streamlit
 
         make_backend(args)  # what is wrong with the flags shows here
+        find_tools(list(BUILT_IN), args.tool_file)
     except ImportError as error:
         raise UserError(f"needs {error.name}: pip install -r scripts/requirements.txt") from None
     if args.weight is None and args.endpoint is None:
@@ -70,7 +73,8 @@ if __name__ == "__main__":
         from web_page import draw
 
         flags = parse_args()
-        draw(lambda: make_backend(flags), flags.chats_dir)
+        tools = find_tools(list(BUILT_IN), flags.tool_file)
+        draw(lambda: make_backend(flags), flags.chats_dir, tools)
     else:
         with report_user_errors():
             main()

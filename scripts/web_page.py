@@ -1,9 +1,10 @@
 """The page of web_demo.py: Streamlit runs it from top to bottom at every click."""
 
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,11 @@ from web_texts import (
     tr,
 )
 
-from inference.backends import Backend, ModelInfo, Piece, Settings
+from inference import THINKING
+from inference.backends import NOTHING, Backend, ModelInfo, Settings
 from inference.conversations import Conversation, ConversationStore
+from inference.parts import Delta
+from inference.tools import BUILT_IN, Tool, answer_in_rounds, tool_name
 
 LANGUAGES = ["English", "中文"]
 EXAMPLES = 6
@@ -96,14 +100,38 @@ def number(key: str, label: str, default: str | None = None) -> int | None:
     )
 
 
-def choose_settings(chat: Conversation, info: ModelInfo) -> tuple[Settings, int | None]:
+def choose_tools(chat: Conversation, tools: Mapping[str, Tool]) -> None:
+    """Choose which tools a conversation offers; one that nothing here runs stays."""
+    names = [tool_name(schema) for schema in chat.tools]
+    on = [name for name in tools if name in names]
+    with st.container(key="tools"):
+        chosen = st.pills(
+            tr("Tools"), tools, selection_mode="multi", default=on, key=f"tools{chat.id}"
+        )
+    others = [schema for schema in chat.tools if tool_name(schema) not in tools]
+    chat.tools = [*others, *(tools[name].schema for name in tools if name in chosen)]
+
+
+def choose_settings(
+    chat: Conversation, info: ModelInfo, tools: Mapping[str, Tool]
+) -> tuple[Settings, int | None]:
     """Choose how answers are generated, and how many earlier exchanges the model sees."""
     with st.expander(tr("Settings"), icon=":material/tune:"):
         chat.system = st.text_area(tr("System prompt"), chat.system, height=80, key=f"s{chat.id}")
         fits = info.history is None
         default = tr("as many as fit") if fits else f"{info.history} ({tr('as trained')})"
         history = number("history", HISTORY, default)
+        thinks = None
+        if info.chats:
+            choose_tools(chat, tools)
+            options = {"default": "auto", "required": True, "format_func": tr}
+            thinks = THINKING[
+                st.segmented_control(
+                    tr("Thinking"), THINKING, key="thinking", bind="query-params", **options
+                )
+            ]
         settings = Settings(
+            enable_thinking=thinks,
             temperature=slider("temperature", "Temperature (0: greedy)", 0.0, 2.0, 0.8, 0.05),
             top_p=slider("top_p", "Top p", 0.05, 1.0, 0.9, 0.05),
             max_tokens=slider("max_tokens", "New tokens at most", 16, 2048, 512, 16),
@@ -119,7 +147,7 @@ def confirm_deletion(store: ConversationStore) -> None:
 
     def delete() -> None:
         store.delete(chat)
-        show(Conversation(chat.system, chat.model))
+        show(Conversation(chat.system, chat.model, tools=chat.tools))
 
     @st.dialog(tr("Delete this conversation?"))
     def dialog() -> None:
@@ -134,7 +162,7 @@ def confirm_deletion(store: ConversationStore) -> None:
 
 def list_conversations(store: ConversationStore, chat: Conversation) -> None:
     """Draw the conversations, the button for a new one, and what can be done with this one."""
-    new = Conversation(chat.system, chat.model)
+    new = Conversation(chat.system, chat.model, tools=chat.tools)
     icon = ":material/add:"
     st.button(tr("New conversation"), icon=icon, width="stretch", on_click=show, args=(new,))
     others = store.list()
@@ -186,12 +214,27 @@ def edit(index: int | None) -> None:
     st.session_state.editing = index
 
 
-def draw_text(place: DeltaGenerator, text: str, chats: bool) -> None:
-    """Draw an answer: Markdown from a model that chats, the text as it is from others."""
-    if chats:
-        place.markdown(answer_markdown(text))
-    else:
-        place.text(text)
+def draw_parts(messages: Sequence[Mapping[str, Any]], chats: bool) -> None:
+    """Draw an answer: Markdown from a model that chats, the text as it is from others.
+
+    Thoughts are folded; calls of tools and what these returned stand between the texts.
+    """
+    for message in messages:
+        if message["role"] == "tool":
+            st.caption(plain(f"← {message['content']}"))
+            continue
+        if thought := message.get("reasoning_content"):
+            with st.expander(tr("Thought"), icon=":material/psychology:"):
+                st.text(thought)
+        if message["content"] and chats:
+            st.markdown(answer_markdown(message["content"]))
+        elif message["content"]:
+            st.text(message["content"])
+        for call in message.get("tool_calls", ()):
+            arguments = call["arguments"]
+            if not isinstance(arguments, str):
+                arguments = json.dumps(arguments, ensure_ascii=False)
+            st.caption(plain(f"→ {call['name']} {arguments}"))
 
 
 def describe(made: dict[str, Any]) -> str:
@@ -204,14 +247,17 @@ def describe(made: dict[str, Any]) -> str:
     return " · ".join(facts)
 
 
-def draw_answer(chat: Conversation, index: int, chats: bool) -> None:
-    """Draw an answer, and under it what can be done with it."""
-    message, start = chat.messages[index], index - 1
-    question = chat.messages[start]["content"]
+def draw_answer(chat: Conversation, start: int, end: int, models: dict[str, ModelInfo]) -> None:
+    """Draw the answer to question `start`, up to message `end`, and what can be done with it."""
+    question, *messages = chat.messages[start:end]
+    made = next((m["made"] for m in reversed(messages) if "made" in m), {})
+    info = models.get(made.get("model", chat.model), ModelInfo(chats=True))
+    question, index = question["content"], start + 1
     with st.chat_message("assistant"):
-        draw_text(st.empty(), message["content"], chats)
+        with st.empty().container():
+            draw_parts(messages, info.chats)
         with under(index):
-            label = {"text": message["content"], "label": tr("Copy")}
+            label = {"text": messages[-1]["content"], "label": tr("Copy")}
             COPY(data=label, key=f"copy{index}", width="content")
             for name, icon, call, arguments in (
                 ("Answer again", ":material/refresh:", ask, (question, start)),
@@ -220,19 +266,18 @@ def draw_answer(chat: Conversation, index: int, chats: bool) -> None:
                 key = f"{name}{index}"
                 options = {"icon": icon, "type": "tertiary", "key": key}
                 st.button(tr(name), on_click=call, args=arguments, **options)
-            st.caption(describe(message.get("made", {})), width="content")
+            st.caption(describe(made), width="content")
 
 
 def draw_messages(chat: Conversation, models: dict[str, ModelInfo], history: int | None) -> None:
     """Draw the conversation, and where the part begins that the model sees of it."""
     seen = 0 if history is None else chat.last_exchanges(history)
-    for index, message in enumerate(chat.messages):
-        if message["role"] == "user":
-            draw_question(message["content"], index)
-        else:
-            model = message.get("made", {}).get("model", chat.model)
-            draw_answer(chat, index, models.get(model, ModelInfo(chats=True)).chats)
-        if index + 1 == seen:
+    starts = [i for i, message in enumerate(chat.messages) if message["role"] == "user"]
+    for start, end in pairwise([*starts, len(chat.messages)]):
+        draw_question(chat.messages[start]["content"], start)
+        if end > start + 1:
+            draw_answer(chat, start, end, models)
+        if end == seen:
             st.caption(tr(FORGOTTEN))
 
 
@@ -260,6 +305,7 @@ def answer(
     settings: Settings,
     history: int | None,
     chats: bool,
+    tools: Mapping[str, Tool],
 ) -> None:
     """Generate the answer to the question that was asked, and show it on the way.
 
@@ -271,28 +317,38 @@ def answer(
     question = {"role": "user", "content": asked.question}
     prompt = replace(chat, messages=[*past, question]).prompt()
     begun, if_empty, asked.is_begun = time.perf_counter(), tr(STOPPED), True
-    pieces = backend.stream(chat.model, prompt, settings)
+
+    def stream(messages: list[dict[str, Any]]) -> Iterator[Delta]:
+        before = asked.tokens or 0  # of earlier rounds
+        pieces = backend.stream(chat.model, messages, settings, chat.tools)
+        for piece in chain([NOTHING], pieces):
+            asked.seconds = time.perf_counter() - begun
+            if piece.tokens is not None:
+                asked.tokens = before + piece.tokens
+            if piece.delta.text and not asked.first_tokens:
+                asked.first, asked.first_tokens = asked.seconds, piece.tokens or 1
+            yield piece.delta
+
+    rounds = answer_in_rounds(
+        stream, prompt, asked.messages, chat.tools, tools, settings.enable_thinking
+    )
     try:
         with st.chat_message("user"):
             st.text(asked.question)
         with st.chat_message("assistant"):
             place, status = st.empty(), under(asked.start + 1).empty()
-        for piece in chain([Piece("")], pieces):
-            asked.seconds = time.perf_counter() - begun
-            asked.tokens = asked.tokens if piece.tokens is None else piece.tokens
-            if piece.text and not asked.text:
-                asked.first, asked.first_tokens = asked.seconds, piece.tokens or 1
-            asked.text += piece.text
-            if piece.text:
-                draw_text(place, asked.text, chats)
-            elif not asked.text:
+        for delta in rounds:
+            if delta.text:
+                with place.container():
+                    draw_parts(asked.messages, chats)
+            elif not asked.has_answer:
                 state = "Answering" if backend.is_loaded(chat.model) else "Loading the model"
                 status.caption(plain(f"{chat.model} · {tr(state)} …"))
         if_empty = tr(EMPTY)
     except Exception as error:  # of any kind, from a model here or from a client library
         asked.error = f"{backend.address}: {error}"
     finally:
-        pieces.close()
+        rounds.close()
         keep_answer(store, chat, asked, if_empty)
     st.rerun()
 
@@ -308,7 +364,9 @@ def welcome(backend: Backend, model: str, info: ModelInfo) -> None:
         st.button(plain(example), key=f"example{i}", on_click=ask, args=(example,))
 
 
-def draw(make_backend: Callable[[], Backend], chats_dir: Path) -> None:
+def draw(
+    make_backend: Callable[[], Backend], chats_dir: Path, tools: Mapping[str, Tool] = BUILT_IN
+) -> None:
     """Draw the page; `make_backend` opens the source of answers when it is first drawn."""
     st.set_page_config("MiniMind", layout="centered")  # other icons would be fetched from elsewhere
     st.html(STYLE)
@@ -327,7 +385,7 @@ def draw(make_backend: Callable[[], Backend], chats_dir: Path) -> None:
     with conversations:
         list_conversations(store, chat)
     with st.sidebar:
-        settings, history = choose_settings(chat, info)
+        settings, history = choose_settings(chat, info, tools)
         DRAWER(data={"chosen": state.chosen}, key="drawer")
     if not chat.model:
         return
@@ -346,4 +404,4 @@ def draw(make_backend: Callable[[], Backend], chats_dir: Path) -> None:
     if asked is not None and asked.is_running:
         st.bottom.button(tr("Stop"), icon=":material/stop_circle:", key="stop")
         with thread:
-            answer(backend, store, settings, history, info.chats)
+            answer(backend, store, settings, history, info.chats, tools)

@@ -1,12 +1,14 @@
 """The state of a session of the page: its conversation, and the question that is being answered."""
 
 import threading
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 import streamlit as st
 from web_texts import BRANCHED, STOPPED, tr
 
+from dataset.messages import is_empty_answer
 from inference.conversations import Conversation, ConversationStore
 
 
@@ -17,7 +19,7 @@ class Asked:
     question: str
     start: int  # index of its message
     replaced: list[dict[str, Any]] = field(default_factory=list)  # the messages it stands for
-    text: str = ""  # of the answer so far
+    messages: list[dict[str, Any]] = field(default_factory=list)  # of the answer so far
     tokens: int | None = None
     seconds: float = 0.0  # since it was asked
     first: float = 0.0  # seconds and tokens when the text began
@@ -26,6 +28,11 @@ class Asked:
     is_begun: bool = False
     is_running: bool = True
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether there is any text, thought or call of an answer."""
+        return not all(is_empty_answer(m) for m in self.messages if m["role"] == "assistant")
 
     def made(self, model: str) -> dict[str, Any]:
         """By which model the answer was made, in how many tokens and seconds."""
@@ -55,7 +62,7 @@ def ask(question: str, start: int | None = None) -> None:
     chat: Conversation = st.session_state.chat
     start = len(chat.messages) if start is None else start
     if start < chat.last_exchanges(1):
-        chat = Conversation(chat.system, chat.model, chat.messages[:start])
+        chat = Conversation(chat.system, chat.model, chat.messages[:start], chat.tools)
         show(chat)
         st.toast(tr(BRANCHED))
     st.session_state.asked = Asked(question, start, replaced=chat.messages[start:])
@@ -73,9 +80,11 @@ def keep_answer(store: ConversationStore, chat: Conversation, asked: Asked, if_e
         if not asked.is_running:
             return
         asked.is_running = False
-        if asked.text:
-            answer = {"role": "assistant", "content": asked.text, "made": asked.made(chat.model)}
-            chat.messages += [{"role": "user", "content": asked.question}, answer]
+        if asked.has_answer:
+            messages = deepcopy(asked.messages)  # a run that was told to end may add to them yet
+            last = next(m for m in reversed(messages) if m["role"] == "assistant")
+            last["made"] = asked.made(chat.model)
+            chat.messages += [{"role": "user", "content": asked.question}, *messages]
             store.save(chat)
         else:
             chat.messages += asked.replaced

@@ -174,6 +174,11 @@ def test_what_lies_in_the_folder(exported):
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e6
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "sft.jsonl" in card and "vllm serve" in card and ("routed" in card) == (kind == "moe")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = "<think>\na\n</think>\n<tool_call>\n{}\n</tool_call>"  # where engines look for the parts
+    ids = tokenizer(f"<s>{text}</s>")["input_ids"]
+    assert len([id_ for id_ in ids if id_ < 16]) == 6
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
     modes = {path.stat().st_mode for path in folder.iterdir()}
     assert len(modes) == 1  # no file for the owner alone
 

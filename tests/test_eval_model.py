@@ -25,8 +25,8 @@ from tiny_models import greedy_answer, llama_with_weights_of, random_model, save
 from transformers import AutoTokenizer
 
 from inference import ChatModel, chat_texts
-from inference.answers import Question, new_file
-from inference.scoring import compare_answers, rouge_scorer
+from inference.answers import new_file
+from inference.scoring import compare_contents, rouge_scorer
 from inference.text import TextStream
 from model import MiniMindLM, apply_lora, save_lora, save_weights, tokenizer_hash
 
@@ -806,8 +806,8 @@ def test_work_that_fails_leaves_no_output(tmp_path):
 )
 def test_scores_of_answers_by_hand(capsys, wanted, given, bleu, rouge):
     """BLEU and ROUGE-L worked out, chrF as sacrebleu scores answers against references."""
-    questions = [Question({}, [1], "?", text) for text in wanted]
-    compare_answers(questions, given, rouge_scorer())
+    wanted_messages, given_messages = ([{"content": t} for t in texts] for texts in (wanted, given))
+    compare_contents(wanted_messages, given_messages, rouge_scorer())
     chrf = sacrebleu.corpus_chrf(given, [wanted]).score
     said = capsys.readouterr().out
     assert f"BLEU {bleu:.1f}, chrF {chrf:.1f}, ROUGE-L {rouge:.1f}" in said

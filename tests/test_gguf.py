@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.llama_cpp import LlamaCpp
 from common import UserError
 from dataset import read_records, record_text
-from export.gguf_format import FILE_TYPES, tensor_sources, write_gguf
+from export.gguf_format import FILE_TYPES, THINKING_IS_FREE, tensor_sources, write_gguf
 from export.pre_tokenizer import check_tokenizer, crossing_merges
 from model import LMConfig, MiniMindLM, load_tokenizer
 
@@ -238,7 +238,7 @@ def test_what_the_file_says(models, tokenizer, tmp_path):
         "granitemoe.context_length": 1024,
         "granitemoe.rope.freq_base": 1e6,
         "granitemoe.expert_used_count": config.num_experts_per_tok,
-        "tokenizer.chat_template": tokenizer.chat_template,
+        "tokenizer.chat_template": THINKING_IS_FREE + tokenizer.chat_template,
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.padding_token_id": 0,
@@ -523,3 +523,6 @@ def test_llama_cpp_renders_our_template(engines, tokenizer):
         )
         body = {"messages": longer, **({"tools": tools} if tools else {})}
         assert engines["dense"].post("/apply-template", **body)["prompt"] == ours
+        body["chat_template_kwargs"] = {"enable_thinking": False}
+        closed = f"{ours}<think>\n\n</think>\n"
+        assert engines["dense"].post("/apply-template", **body)["prompt"] == closed

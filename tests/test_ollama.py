@@ -92,7 +92,7 @@ def conversation(source: random.Random) -> list[dict]:
         messages.append({"role": "user", "content": source.choice(TEXTS)})
         answer = {"role": "assistant", "content": source.choice(TEXTS)}
         if source.random() < 0.4:
-            answer["reasoning_content"] = source.choice(TEXTS)
+            answer["reasoning_content"] = source.choice(TEXTS) or "hm"  # Ollama has no empty ones
         calls = source.choice([0, 0, 1, 2])
         names = ["a", "b c", "城"]
         answer["tool_calls"] = [

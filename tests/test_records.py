@@ -829,12 +829,14 @@ def test_judged_completions_become_pairs():
 
 def test_questions_bring_their_answers():
     for record, answer in [
-        ({"prompt": "q", "answer": "a"}, "a"),
+        ({"prompt": "q", "answer": "a"}, {"content": "a"}),
         ({"prompt": "q"}, None),
-        ({"messages": [USER, {**ANSWER, "content": ""}], "gt": ["1", "2"]}, "1, 2"),
-        ({"messages": [USER], "gt": "1"}, "1"),
+        ({"messages": [USER, {**ANSWER, "content": ""}], "gt": ["1", "2"]}, {"content": "1, 2"}),
+        ({"messages": [USER], "gt": "1"}, {"content": "1"}),
+        ({"messages": [USER, CALLS]}, {k: CALLS[k] for k in ("content", "tool_calls")}),
     ]:
         (messages, _), reference = parse_question(json.dumps(record).encode())
+        answer = answer and {"role": "assistant", **answer}
         assert (messages, reference) == ([{**USER, **messages[0]}], answer)
 
 

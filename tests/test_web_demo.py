@@ -18,10 +18,13 @@ from interruptions import eventually
 from test_server import serving
 from tiny_models import greedy_answer, random_model, save_tuned
 
+from dataset import parse_chat
 from inference import WeightSpec
-from inference.backends import Endpoint, LocalModels, ModelInfo, Piece, Settings
+from inference.backends import Endpoint, LocalModels, ModelInfo, Piece, Settings, for_api
 from inference.conversations import Conversation, ConversationStore
+from inference.parts import Delta
 from inference.pool import ModelPool
+from inference.tools import BUILT_IN
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -308,7 +311,7 @@ class Parrot:
     def is_loaded(self, model):
         return True
 
-    def stream(self, model, messages, settings):
+    def stream(self, model, messages, settings, tools=()):
         self.prompts.append([message["content"] for message in messages])
         for n_tokens, piece in enumerate(self.pieces, 1):
             if isinstance(piece, Exception):
@@ -316,7 +319,7 @@ class Parrot:
             if callable(piece):
                 piece()
             else:
-                yield Piece(piece, n_tokens)
+                yield Piece(Delta("content", piece), n_tokens)
 
 
 def script(backend, folder):
@@ -532,7 +535,7 @@ def test_local_models_say_what_they_were_trained_on_and_count_tokens(
     settings = Settings(max_tokens=16, temperature=0)
     pieces = list(backend.stream("full_sft_64", question, settings))
     assert backend.is_loaded("full_sft_64") and pieces[-1].tokens == 16
-    text = "".join(piece.text for piece in pieces)
+    text = "".join(piece.delta.text for piece in pieces)
     assert text == answer(tmp_path, tokenizer, "full_sft_64", question)
     pool.close()
 
@@ -644,3 +647,69 @@ def test_conversations_are_kept_and_names_reach_no_other_file(tmp_path):
     store.save(here)
     store.delete(store.list()[0])
     assert store.list() == []
+
+
+QUESTION = {"role": "user", "content": "2 + 3?"}
+CALLED = {"name": "calculator", "arguments": '{"expression": "2 + 3"}'}
+CALL = Delta("call", CALLED["arguments"], "calculator")
+
+
+class Thinker(Parrot):
+    """A source of answers in rounds: each is a list of pieces."""
+
+    def __init__(self, *rounds):
+        super().__init__()
+        self.rounds, self.given = iter(rounds), []
+
+    def stream(self, model, messages, settings, tools=()):
+        self.given.append((messages, settings.enable_thinking, list(tools)))
+        yield from map(Piece, next(self.rounds))
+
+
+def test_thoughts_calls_and_results_are_shown_and_exported(opened, tmp_path):
+    """The export is what training takes, and the next question's prompt begins with it."""
+    first = [Delta("reasoning", "a"), Delta("reasoning", "dd"), CALL]
+    second = [Delta("content", "It is 5.")]
+    backend = Thinker(first, second, [Delta("content", "Yes.")])
+    page = opened(backend)
+    page.button_group(key="thinking").set_value("on").run()
+    tools = next(g for g in page.button_group if g.key.startswith("tools"))
+    tools.set_value(["calculator"]).run()
+    asked(page, "2 + 3?")
+    assert [e.label for e in page.expander if e.label == "Thought"] == ["Thought"]
+    assert "add" in values(page.text)
+    shown = values(page.caption)
+    assert any("calculator" in text and "→" in text for text in shown) and r"← 5" in shown
+    messages = [
+        QUESTION,
+        {"role": "assistant", "content": "", "reasoning_content": "add", "tool_calls": [CALLED]},
+        {"role": "tool", "content": "5"},
+        {"role": "assistant", "content": "It is 5.", "reasoning_content": ""},
+    ]
+    chat = newest(tmp_path)
+    line = json.loads(chat.training_line())
+    schema = BUILT_IN["calculator"].schema
+    assert line == {"conversations": messages, "tools": [schema]}
+    assert parse_chat(json.dumps(line).encode()).messages == messages
+    asked(page, "Sure?")
+    more = [*messages, {"role": "user", "content": "Sure?"}]
+    assert backend.given == [
+        ([QUESTION], True, [schema]),
+        (messages[:3], True, [schema]),
+        (more, True, [schema]),
+    ]
+
+
+def test_a_server_gets_calls_with_ids():
+    messages = [
+        QUESTION,
+        {"role": "assistant", "content": "", "tool_calls": [CALLED, {**CALLED, "arguments": {}}]},
+        {"role": "tool", "content": "5"},
+        {"role": "tool", "content": "6"},
+    ]
+    given = for_api(messages)
+    calls = given[1]["tool_calls"]
+    assert [call["function"] for call in calls] == [CALLED, {**CALLED, "arguments": "{}"}]
+    assert [call["id"] for call in calls] == [m["tool_call_id"] for m in given[2:]]
+    assert len({call["id"] for call in calls}) == 2
+    assert messages[1]["tool_calls"][0] == CALLED

@@ -11,6 +11,7 @@ from common import (
     BooleanFlag,
     StageParser,
     UserError,
+    add_empty_think_ratio,
     add_parse_think,
     add_skip_bad_lines,
     add_tokenizer_path,
@@ -216,6 +217,7 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     means = "token: mean over the tokens of all answers; sample: each answer counts the same"
     add("--loss_weighting", choices=("token", "sample"), default="token", help=means)
     add_parse_think(group)
+    add_empty_think_ratio(group)
 
 
 def set_sources(args: argparse.Namespace) -> None:

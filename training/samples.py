@@ -73,11 +73,13 @@ def _first_ids(setup: Setup, item: Any) -> Tensor:
 def write_samples(setup: Setup, prompts: list[Tensor]) -> list[str]:
     """What the model most probably continues or answers to the ids of each prompt.
 
-    Nothing is drawn, so that a run is the same with and without samples.
+    The marks of thoughts and calls are shown, as they are in the tokens. Nothing is drawn, so that
+    a run is the same with and without samples.
     """
     model = setup.raw_model
     was_training = model.training
     model.eval()
     answers = model.batch_generate(prompts, max_new_tokens=NEW_TOKENS)
     model.train(was_training)
-    return [setup.tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in answers]
+    texts = [setup.tokenizer.decode(ids.tolist(), skip_special_tokens=False) for ids in answers]
+    return [text.removesuffix(setup.tokenizer.eos_token) for text in texts]
