@@ -14,7 +14,6 @@ from dataset.fields import parse_object
 QUESTION = {"conversations", "skill", "language", "expect", "choices", "chance", "declined"}
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 Z = 1.96  # standard deviations on either side that hold 95 % of a normal distribution
-RIGHT_CALLS, UNNEEDED_CALLS = "right calls where one is needed", "calls where none is needed"
 WHERE_DUE, WHERE_NOT_DUE = "declined where it must be", "answered where it can be"
 
 
@@ -125,8 +124,6 @@ def score_calls(
 def _plain_call(call: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
     """A call without what does not matter in its expression."""
     arguments = call["arguments"]
-    if isinstance(arguments, str):  # JSON that nobody could read
-        return call["name"], {"": arguments}
     plain = {name: re.sub(r"\s", "", str(text)) for name, text in arguments.items()}
     return call["name"], {name: text.replace("×", "*") for name, text in plain.items()}
 
@@ -138,32 +135,19 @@ def _named(text: str, choices: Sequence[str]) -> set[str]:
     return set(re.findall(rf"(?<![A-Za-z0-9])(?:{pattern})(?![A-Za-z0-9])", text))
 
 
-def score_answers(
-    records: Sequence[Mapping[str, Any]],
-    answers: Sequence[str],
-    calls: Sequence[Calls] | None = None,
-) -> Scores:
+def score_answers(records: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> Scores:
     """The score of each (skill, language), each (skill, "") and ("overall", "").
 
-    Declining is counted both ways too, as (WHERE_DUE, "") and (WHERE_NOT_DUE, ""). `calls` are
-    those before each answer, where tools were offered: then a right answer to a question of tools
-    comes with the right calls, and calls are counted as (RIGHT_CALLS, "") and (UNNEEDED_CALLS, "").
+    Declining is counted both ways too, as (WHERE_DUE, "") and (WHERE_NOT_DUE, "").
     """
     verdicts: dict[tuple[str, str], list[tuple[bool, float]]] = {}
-    for i, (record, answer) in enumerate(zip(records, answers, strict=True)):
-        skill, chance, right = record["skill"], record["chance"], is_right(record, answer)
-        if calls is not None:
-            called_right = calls_are_right(record, calls[i])
-            right = right and (skill != "tools" or called_right)
-            needed = any("tool_calls" in message for message in record["conversations"])
-            key = (RIGHT_CALLS if needed else UNNEEDED_CALLS, "")
-            counted = called_right if needed else bool(calls[i])
-            verdicts.setdefault(key, []).append((counted, 0.0))
+    for record, answer in zip(records, answers, strict=True):
+        skill, verdict = record["skill"], (is_right(record, answer), record["chance"])
         keys = [(skill, record["language"]), (skill, ""), ("overall", "")]
         if skill == "declining":
             keys.append((WHERE_NOT_DUE if record["expect"] else WHERE_DUE, ""))
         for key in keys:
-            verdicts.setdefault(key, []).append((right, chance))
+            verdicts.setdefault(key, []).append(verdict)
     return {
         key: Score(sum(v[0] for v in found), len(found), sum(v[1] for v in found) / len(found))
         for key, found in verdicts.items()
@@ -173,18 +157,17 @@ def score_answers(
 def format_scorecard(scores: Mapping[str, Scores]) -> str:
     """A Markdown table of scores: skills and languages down; chance, and a column of each name.
 
-    A score is followed by its 95 % interval; "–" stands where there is none.
+    A score is followed by its 95 % interval.
     """
-    measured = dict.fromkeys(key for given in scores.values() for key in given)
+    first = next(iter(scores.values()))
     # Single languages first, then both, then all skills together.
-    order = sorted(measured, key=lambda key: (key == ("overall", ""), not key[1]))
+    order = sorted(first, key=lambda key: (key == ("overall", ""), not key[1]))
     rows = [["skill", "language", "questions", "chance", *scores]]
     rows += [["---"] * 2 + ["---:"] * (len(scores) + 2)]
     for skill, language in order:
-        found = [given.get((skill, language)) for given in scores.values()]
-        score = next(score for score in found if score)
+        score = first[skill, language]
         columns = [f"{100 * score.chance:.0f} %"]
-        columns += ["–" if given is None else str(given) for given in found]
+        columns += [str(given[skill, language]) for given in scores.values()]
         rows.append([skill, LANGUAGES.get(language, "both"), str(score.asked), *columns])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
