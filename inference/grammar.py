@@ -110,8 +110,8 @@ def calls_rule(functions: Sequence[Mapping[str, Any]], several: bool) -> str:
     """
     calls = []
     for function in functions:
-        schema = function.get("parameters") or {"type": "object", "additionalProperties": False}
-        arguments = json_rule(schema, SPACED, bool(function.get("strict")))
+        schema = function.get("parameters") or {"additionalProperties": False}
+        arguments = json_rule({**schema, "type": "object"}, SPACED, bool(function.get("strict")))
         begin = json.dumps(f'{{"name": "{function["name"]}", "arguments": ')
         calls.append(f'{begin} {arguments} "}}"')
     call = f'<tool_call> "\\n" ({" | ".join(calls)}) "\\n" </tool_call>'

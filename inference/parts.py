@@ -40,7 +40,7 @@ class AnswerParts:
     Args:
         tokenizer: what the tokens are decoded with.
         thinks: whether the prompt has opened a thought.
-        stop: strings before which reasoning or content ends, and the answer with it.
+        stop: strings before which the content ends, and the answer with it.
     """
 
     def __init__(self, tokenizer: Tokenizer, thinks: bool = False, stop: Sequence[str] = ()):
@@ -48,7 +48,7 @@ class AnswerParts:
         known = tokenizer.get_added_vocab()
         self._tags = {known[tag]: tag for tag in _TAGS if tag in known}
         self._kind: Literal["reasoning", "content", "call"] = "reasoning" if thinks else "content"
-        self._text = TextStream(tokenizer, stop)
+        self._text = TextStream(tokenizer, () if thinks else stop)
         self._call = ""  # the text of the call so far
         self._began = thinks  # whether anything has come
         self._drops_newline = False  # the next one, after a control token
@@ -68,6 +68,9 @@ class AnswerParts:
             return self._begin("content")
         if tag == "<tool_call>" and self._kind == "content":
             return self._begin("call")
+        if self._drops_newline and self._tokenizer.decode([token]) == "\n":
+            self._drops_newline = False  # before a stop string could begin with it
+            return []
         return self._deltas(self._text.add(token))
 
     def finish(self) -> list[Delta]:
@@ -92,7 +95,7 @@ class AnswerParts:
             found.append(read_call(self._call.removesuffix("\n")))
         self._kind, self._call = kind, ""
         self._drops_newline, self._held_newline = True, False
-        self._text = TextStream(self._tokenizer, () if kind == "call" else self._stop)
+        self._text = TextStream(self._tokenizer, self._stop if kind == "content" else ())
         return found
 
     def _deltas(self, text: str) -> list[Delta]:
@@ -118,14 +121,26 @@ def read_call(text: str) -> Delta:
         if found := _CALL.fullmatch(text):
             name, arguments = json.loads(found["name"]), found["arguments"]
             with suppress(ValueError):
-                if isinstance(json.loads(arguments), dict):
+                if isinstance(_load(arguments), dict):
+                    name.encode()
                     return Delta("call", arguments, name)
-        call = json.loads(text)
+        call = _load(text)
         if isinstance(call, dict) and isinstance(call.get("name"), str):
             arguments = call.get("arguments", {})
             if isinstance(arguments, dict):
-                return Delta("call", json.dumps(arguments, ensure_ascii=False), call["name"])
+                arguments = json.dumps(arguments, ensure_ascii=False)
+                f"{call['name']}{arguments}".encode()
+                return Delta("call", arguments, call["name"])
     return Delta("broken", text)
+
+
+def _load(text: str) -> Any:
+    """The value of JSON. Raises ValueError, also for NaN and the like, which are none."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def new_answer(enable_thinking: bool | None = None) -> dict[str, Any]:

@@ -1,20 +1,26 @@
 """Decoding of new tokens to text, token by token."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 
 from tokenizers.decoders import DecodeStream
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from model import Tokenizer
 
-BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
+
+@cache
+def _byte_of() -> dict[str, int]:
+    """The byte that each character in the name of a token stands for."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # slow to import
+
+    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def token_bytes(tokenizer: Tokenizer, id_: int) -> bytes:
     """The bytes of the text that a token stands for; those of its name if it is a control token."""
-    name = tokenizer.convert_ids_to_tokens(id_)
-    if all(character in BYTE_OF for character in name):
-        return bytes(BYTE_OF[character] for character in name)
+    name, byte_of = tokenizer.convert_ids_to_tokens(id_), _byte_of()
+    if all(character in byte_of for character in name):
+        return bytes(byte_of[character] for character in name)
     return name.encode("utf-8")
 
 

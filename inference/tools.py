@@ -16,6 +16,7 @@ from .calculator import calculator
 from .parts import Delta, extend_answer, new_answer
 
 MOST_ROUNDS = 5  # of calls before an answer
+LONGEST_RESULT = 4000  # characters of what a tool returns
 
 Message = dict[str, Any]
 
@@ -84,7 +85,7 @@ def read_tool_file(path: Path) -> list[Tool]:
     sys.modules[spec.name] = module  # where dataclasses and types look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise UserError(f"--tool_file {path}: {type(error).__name__}: {error}") from None
     tools = []
     for name, function in vars(module).items():
@@ -92,16 +93,26 @@ def read_tool_file(path: Path) -> list[Tool]:
         if name.startswith("_") or not is_own:
             continue
         try:
-            tools.append(Tool(get_json_schema(function), function))
-        except (DocstringParsingException, TypeHintParsingException) as error:
+            schema = get_json_schema(function)
+        except (DocstringParsingException, TypeHintParsingException, NameError) as error:
             raise UserError(f"--tool_file {path}: {name}: {error}") from None
+        schema["function"].pop("return", None)  # no part of OpenAI's schemas
+        tools.append(Tool(schema, function))
     if not tools:
         raise UserError(f"--tool_file {path}: it defines no public function")
     return tools
 
 
 def run_call(call: Mapping[str, Any], tools: Mapping[str, Tool]) -> str:
-    """What a tool returns to a call: text, or JSON of a value; an error is text for the model."""
+    """What a tool returns to a call: text, or JSON of a value; an error is text for the model.
+
+    Of a longer text than LONGEST_RESULT the beginning.
+    """
+    text = _run(call, tools)
+    return text if len(text) <= LONGEST_RESULT else f"{text[:LONGEST_RESULT]}…"
+
+
+def _run(call: Mapping[str, Any], tools: Mapping[str, Tool]) -> str:
     if call["name"] not in tools:
         return f"error: there is no tool {call['name']}"
     arguments = call["arguments"]

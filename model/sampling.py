@@ -78,10 +78,9 @@ def penalise(logits: Tensor, sampling: Sampling, histories: Sequence[History]) -
 
 def add_bias(logits: Tensor, sampling: Sampling) -> Tensor:
     """Add the `logit_bias` to logits (B, vocab_size)."""
-    bias = torch.zeros_like(logits[0])
-    for token, value in sampling.logit_bias:
-        bias[token] += value
-    return logits + bias
+    tokens, values = zip(*sampling.logit_bias, strict=True)
+    indices = torch.tensor(tokens, device=logits.device)
+    return logits.index_add(-1, indices, logits.new_tensor(values).expand(len(logits), -1))
 
 
 class Constraint(Protocol):

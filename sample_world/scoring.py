@@ -116,7 +116,8 @@ def score_calls(
         if any(message.get("tool_calls") for message in record["conversations"]):
             right.append(calls_are_right(record, calls))
         elif record.get("tools"):
-            unneeded.append(bool(calls))
+            broken = any(message.get("broken_calls") for message in messages)
+            unneeded.append(bool(calls) or broken)
     found = {"right calls": right, "unneeded calls": unneeded}
     return {name: sum(some) / len(some) for name, some in found.items() if some}
 

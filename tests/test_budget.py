@@ -228,9 +228,9 @@ class Clock:
             self.now += self.SAMPLES
             return generate(model, prompts, **how)
 
-        def timed_report(folder):
+        def timed_report(*args):
             self.now += self.REPORT
-            return report(folder)
+            return report(*args)
 
         patch.setattr(MiniMindLM, "forward", timed_forward)
         patch.setattr(MiniMindLM, "batch_generate", timed_generate)

@@ -104,6 +104,10 @@ def test_parts_that_are_not_as_trained(tokenizer, pieces, expected):
         ('{"name": "f", "arguments": [1]}', None),
         ('{"name": 1, "arguments": {}}', None),
         ('["f"]', None),
+        ('{"name": "f", "arguments": {"x": NaN}}', None),
+        (r'{"name": "f", "arguments": {"x": "\ud800"}}', Delta("call", r'{"x": "\ud800"}', "f")),
+        (r'{"name":"f","arguments":{"x":"\ud800"}}', None),
+        (r'{"name": "\ud800", "arguments": {}}', None),
         ("", None),
         ('{"name": "f", "arguments": {"x": 1}', None),
         ("[" * 100_000, None),
@@ -117,3 +121,12 @@ def test_text_ends_before_a_stop_string(tokenizer):
     parts = AnswerParts(tokenizer, stop=["STOP"])
     found = "".join(d.text for d in parts.parse(generate(tokenizer, "a\nST", "OP and more")))
     assert (found, parts.stopped) == ("a\n", True)
+
+
+def test_a_stop_string_ends_the_content_alone(tokenizer):
+    """Neither a line of the thought nor the newline after it is the end."""
+    generated = generate(tokenizer, "a\nb\n", ("</think>",), "\nc\nd")
+    parts = AnswerParts(tokenizer, thinks=True, stop=["\n"])
+    kinds = groupby(parts.parse(generated), lambda delta: delta.kind)
+    joined = [(kind, "".join(d.text for d in some)) for kind, some in kinds]
+    assert joined == [("reasoning", "a\nb"), ("content", "c")] and parts.stopped

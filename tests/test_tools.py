@@ -12,7 +12,7 @@ from common import UserError
 from dataset import parse_chat
 from inference.calculator import calculator
 from inference.parts import Delta
-from inference.tools import BUILT_IN, MOST_ROUNDS, answer_in_rounds, find_tools, run_call
+from inference.tools import BUILT_IN, MOST_ROUNDS, Tool, answer_in_rounds, find_tools, run_call
 
 USER = {"role": "user", "content": "?"}
 
@@ -53,10 +53,13 @@ def test_values(expression, value):
         *["9 ** 9 ** 9", "10 ** 101", "1e99 * 1e99", "1e400", "(-8) ** 0.5", "2 << 9", "1j"],
         *["().__class__", "__import__('os')", "open('a')", "sqrt(-1)", "max()", "abs(x=1)"],
         *["1" * 201, "(" * 150 + "1" + ")" * 20, "\0", "round(1e308 * 10)", "(lambda: 1)()"],
+        *["round(1, -1000000000)", "round(2.5, 10 ** 9)"],
     ],
 )
 def test_what_is_no_expression_is_refused(expression):
-    with pytest.raises(ValueError, match=r"expression|number|power|zero|argument|domain|too large"):
+    with pytest.raises(
+        ValueError, match=r"expression|number|digits|power|zero|argument|domain|too large"
+    ):
         calculator(expression)
 
 
@@ -112,6 +115,9 @@ def test_functions_of_a_file_are_tools(tmp_path):
     assert "radius" in run_call({"name": "area", "arguments": {}}, tools)
     assert run_call({"name": "other", "arguments": {}}, tools) == "error: there is no tool other"
     assert run_call({"name": "clock", "arguments": "{}"}, tools).count(":") == 1
+    assert all("return" not in tool.schema["function"] for tool in tools.values())
+    long = {"long": Tool({}, lambda: "x" * 5000)}
+    assert run_call({"name": "long", "arguments": {}}, long) == "x" * 4000 + "…"
 
 
 @pytest.mark.parametrize(
@@ -121,6 +127,7 @@ def test_functions_of_a_file_are_tools(tmp_path):
         ("def f(x: int):\n    return x", "f: "),
         ('def f(x):\n    """Say x."""', "f: "),
         ("1 / 0", "ZeroDivisionError"),
+        ("raise SystemExit(3)", "SystemExit"),
         ("def f(:", "SyntaxError"),
         ('def calculator():\n    """Calculate."""', "calculator is one of --tools"),
     ],

@@ -150,7 +150,8 @@ class ChatFormat(Format):
         form, param = self.request.response_format, "response_format"
         try:
             if functions:
-                several = self.request.parallel_tool_calls is not False
+                several = self.request.tool_choice == "required"  # a named one is called once
+                several = several and self.request.parallel_tool_calls is not False
                 param = "tools"
                 rule = calls_rule([one.model_dump() for one in functions], several)
             elif form is None or form.type == "text":

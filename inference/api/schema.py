@@ -113,7 +113,7 @@ class Message(Body):
         content = self.content if is_text else "".join(part.text for part in self.content)
         role = "system" if self.role == "developer" else self.role
         record: dict[str, Any] = {"role": role, "content": content}
-        if self.reasoning_content:
+        if self.reasoning_content is not None:
             record["reasoning_content"] = self.reasoning_content
         if self.tool_calls:
             record["tool_calls"] = [
@@ -198,6 +198,10 @@ class StreamOptions(Body):
 
 
 TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
+Biases = Annotated[
+    dict[TokenId, Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=300),  # so that no request slows down the others
+]
 
 
 class BaseRequest(Body):
@@ -217,7 +221,7 @@ class BaseRequest(Body):
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Biases | None = None
     user: str | None = None  # identifies a user to OpenAI; not needed here
 
     def sampling(self) -> Sampling:
