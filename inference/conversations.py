@@ -59,8 +59,18 @@ class Conversation:
         return json.dumps({"conversations": self.prompt(), **tools}, ensure_ascii=False) + "\n"
 
     def markdown(self) -> str:
-        """The conversation as a text to read."""
-        return "".join(f"**{m['role']}**\n\n{m['content']}\n\n" for m in self.prompt())
+        """The conversation as a text to read: thoughts as quotations, calls as code."""
+        blocks = []
+        for message in self.prompt():
+            thought, calls = message.get("reasoning_content"), message.get("tool_calls", ())
+            parts = [
+                f"**{message['role']}**",
+                *(["> " + thought.replace("\n", "\n> ")] if thought else []),
+            ]
+            parts += [message["content"]] if message["content"] else []
+            parts += [f"`{call['name']} {call['arguments']}`" for call in calls]
+            blocks += parts
+        return "".join(f"{block}\n\n" for block in blocks)
 
 
 class ConversationStore:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from common import UserError
 from dataset import parse_chat
 from inference.calculator import calculator
+from inference.conversations import Conversation
 from inference.parts import Delta
 from inference.tools import BUILT_IN, MOST_ROUNDS, Tool, answer_in_rounds, find_tools, run_call
 
@@ -196,3 +197,18 @@ def test_what_has_come_is_kept_when_it_is_interrupted():
     assert next(rounds) == SAYS
     rounds.close()
     assert made == [{"role": "assistant", "content": "It is 5."}]
+
+
+def test_a_conversation_to_read_has_thoughts_and_calls():
+    chat = Conversation(system="Be kind.")
+    call = {"name": "clock", "arguments": "{}"}
+    chat.messages = [
+        {"role": "user", "content": "Late?"},
+        {"role": "assistant", "content": "", "reasoning_content": "Hm.\nSo.", "tool_calls": [call]},
+        {"role": "tool", "content": "10:20"},
+        {"role": "assistant", "content": "Yes.", "reasoning_content": ""},
+    ]
+    assert chat.markdown() == (
+        "**system**\n\nBe kind.\n\n**user**\n\nLate?\n\n**assistant**\n\n> Hm.\n> So.\n\n"
+        "`clock {}`\n\n**tool**\n\n10:20\n\n**assistant**\n\nYes.\n\n"
+    )
