@@ -63,13 +63,12 @@ class Conversation:
         blocks = []
         for message in self.prompt():
             thought, calls = message.get("reasoning_content"), message.get("tool_calls", ())
-            parts = [
-                f"**{message['role']}**",
-                *(["> " + thought.replace("\n", "\n> ")] if thought else []),
-            ]
-            parts += [message["content"]] if message["content"] else []
-            parts += [f"`{call['name']} {call['arguments']}`" for call in calls]
-            blocks += parts
+            blocks.append(f"**{message['role']}**")
+            if thought:
+                blocks.append("> " + thought.replace("\n", "\n> "))
+            if message["content"]:
+                blocks.append(message["content"])
+            blocks += [f"`{call['name']} {call['arguments']}`" for call in calls]
         return "".join(f"{block}\n\n" for block in blocks)
 
 
