@@ -46,7 +46,7 @@ SKILLS = {
     "listing": (420, 0),
     "words": (450, 0),
 }
-APART = ("tools", "thinking")  # with tests of their own, and in nothing but these and tuning
+APART = ("tools", "thinking")  # in tests and a tuning file of their own
 EXCHANGES = 10  # of the longest conversations in training
 LONGEST = 0.4  # of the conversations have as many; the others have any number, all equally often
 TOOLED, TOOL_EXCHANGES = 0.9, 7  # of questions for a tool, those where some are offered; with them
@@ -549,19 +549,22 @@ def conversation(*exercises: Exercise, offered: Sequence[str] = ()) -> dict[str,
     return record
 
 
-def tuning_records(world: World, seed: int) -> list[dict[str, Any]]:
-    """The conversations of sft.jsonl, in which skills and languages change from turn to turn."""
+def tuning_records(world: World, seed: int, apart: bool = False) -> list[dict[str, Any]]:
+    """The conversations of sft.jsonl, in which skills and languages change from turn to turn.
+
+    With the skills that are `apart` they are those of sft_tools.jsonl.
+    """
     dice, manners, thoughts = (Dice(seed, name) for name in ("sft", "manners", "thoughts"))
     exercises = []
     for examiner in examiners(world, seed, "sft", testing=False):
         for exercise in examiner.exercises():
             if exercise.skill in APART:
-                exercises.append(exercise)
+                exercises += [exercise] if apart else []
                 continue
             if exercise.skill != "small_talk" and manners.chance(MANNERS):
                 end = manners.pick(examiner.manners())
                 exercise = replace(exercise, answer=exercise.answer + end)
-            if thoughts.chance(NO_THOUGHT + BRIEF_THOUGHT):
+            if apart and thoughts.chance(NO_THOUGHT + BRIEF_THOUGHT):
                 brief = examiner.language.line("no steps")
                 thought = thoughts.pick(["", brief])
                 exercise = replace(exercise, thought=thought)

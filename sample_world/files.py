@@ -9,6 +9,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def _pretraining_records(world: World, seed: int) -> Iterator[dict[str, Any]]:
 FILES = {
     "pretrain.jsonl": _pretraining_records,
     "sft.jsonl": tuning_records,
+    "sft_tools.jsonl": partial(tuning_records, apart=True),
     "test.jsonl": test_records,
     "test_tools.jsonl": lambda world, seed: test_records(world, seed, "tools"),
     "test_thinking.jsonl": lambda world, seed: test_records(world, seed, "thinking"),

@@ -31,17 +31,7 @@ REQUIREMENTS = [
     *("scripts/plot_requirements.txt", "scripts/onnx_requirements.txt"),
 ]
 SAMPLE = ROOT / "dataset" / "sample"
-NAMES = (
-    "pretrain",
-    "sft",
-    "test",
-    "test_tools",
-    "test_thinking",
-    "dpo",
-    "dpo_test",
-    "lora",
-    "lora_test",
-)
+NAMES = ("pretrain", "sft", "test", "dpo", "dpo_test", "lora", "lora_test")
 FILES = [f"{name}.jsonl" for name in NAMES]
 SMOKE_LINES, SMOKE_QUESTIONS = 150, 100  # of each file and each test, with --smoke
 
@@ -74,7 +64,6 @@ IN_CONVERSATION = f"{BOTH}, after {EARLIER}"
 # What the result must reach, as shares of right answers.
 OVERALL, LATER, EACH_SKILL, RECALL, ONE_STAGE_ALONE = 0.80, 0.70, 0.55, 0.70, 0.10
 HIGHER = {"recall": RECALL, "overall": OVERALL}
-SWITCHED = {"tools on": 0.80, "thinking on": 0.60}
 
 
 def parse_args() -> argparse.Namespace:
@@ -181,20 +170,8 @@ def train(start: Quickstart, control: bool, recipe: Mapping = RECIPE) -> dict[st
     return weights | {BOTH: start.weights("full_sft")}
 
 
-def score_switches(start: Quickstart, weights: Path) -> dict[str, float]:
-    """Shares of right answers with tools and with thoughts, each off and on, by "tools on" etc."""
-    found = {}
-    for skill in ("tools", "thinking"):
-        for switch in ("off", "on"):
-            words = [f"--{skill}", switch]
-            title = f"With {skill} {switch}"
-            scores = start.score(title, f"test_{skill}.jsonl", {BOTH: weights}, *words)
-            found[f"{skill} {switch}"] = scores[BOTH]["overall"]
-    return found
-
-
-def misses(scores: dict[str, dict[str, float]], switched: dict[str, float]) -> list[str]:
-    """The goals that the scores, by model and skill, and those with switches do not reach."""
+def misses(scores: dict[str, dict[str, float]]) -> list[str]:
+    """The goals that the scores, by model and skill, do not reach."""
     both = scores[BOTH]
     wanted = dict.fromkeys(both, EACH_SKILL) | HIGHER
     found = [
@@ -207,9 +184,6 @@ def misses(scores: dict[str, dict[str, float]], switched: dict[str, float]) -> l
         found.append(
             f"overall, after {EARLIER} exchanges: {later:.1%}, at least {LATER:.0%} wanted"
         )
-    for switch, least in SWITCHED.items():
-        if switched[switch] < least:
-            found.append(f"{switch}: {switched[switch]:.1%}, at least {least:.0%} wanted")
     found += [
         f"recall, {name}: {scores[name]['recall']:.1%}, below {ONE_STAGE_ALONE:.0%} wanted"
         for name in (PRETRAINED, TUNED)
@@ -241,10 +215,9 @@ def main() -> int:
     title, out = "Scores on questions that no training file holds", args.out_dir / "scorecard.md"
     words = ["--out", out, "--history", "0", str(EARLIER)]
     scores = start.score(title, "test.jsonl", weights, *words, figures="scores.json")
-    switched = score_switches(start, weights[BOTH])
     further = run_further_stages(start, scores[PRETRAINED], scores[BOTH]) if args.all else []
     print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes of computing in this start.")
-    below = [] if args.smoke else misses(scores, switched) + further
+    below = [] if args.smoke else misses(scores) + further
     if below:
         print("Below the goals:\n  " + "\n  ".join(below), file=sys.stderr, flush=True)
     elif not args.smoke:

@@ -17,7 +17,7 @@ from sample_world import FILES, Score, is_right, score_answers, score_calls
 from sample_world.languages import load_languages
 from sample_world.world import VOCABULARY, build_world
 
-TRAINING = ("pretrain.jsonl", "sft.jsonl", "dpo.jsonl", "lora.jsonl")
+TRAINING = ("pretrain.jsonl", "sft.jsonl", "sft_tools.jsonl", "dpo.jsonl", "lora.jsonl")
 APART = ("test_tools.jsonl", "test_thinking.jsonl")
 TESTS = ("test.jsonl", *APART, "dpo_test.jsonl", "lora_test.jsonl")
 
@@ -326,7 +326,7 @@ def results_are_right(record):
 
 
 def test_calls_name_what_was_asked_and_answers_state_the_results(records):
-    for name in ("sft.jsonl", APART[0]):
+    for name in ("sft_tools.jsonl", APART[0]):
         for record in records[name]:
             results_are_right(record)
             messages = record["conversations"]
@@ -355,7 +355,7 @@ def test_operands_of_the_tools_test_are_in_no_training_file(records, training_tu
 def test_large_numbers_are_declined_where_no_calculator_is_offered(records):
     declined = re.compile("I need a calculator|要用计算器")
     found = Counter()
-    for record in [*records["sft.jsonl"], *records[APART[0]]]:
+    for record in [*records["sft_tools.jsonl"], *records[APART[0]]]:
         for question, answer in turns(record):
             if large(question):
                 assert bool(declined.search(answer)) != ("calculator" in offered(record))
@@ -382,7 +382,7 @@ def thoughts(records, *names):
 def test_steps_are_right(records):
     """Sums, and rows of which each step takes the next number."""
     found = Counter()
-    for question, thought, answer in thoughts(records, "sft.jsonl", APART[1]):
+    for question, thought, answer in thoughts(records, "sft_tools.jsonl", APART[1]):
         lines, stated = thought.split("\n"), re.findall(r"\d+", answer)
         if " = " in thought:
             chain = re.search(r"\d+(?: [+-] \d+)+", question)[0].split(" ")
@@ -431,7 +431,7 @@ def test_no_problem_of_the_thinking_test_is_in_a_training_file(records, training
 def test_no_step_in_training_is_a_tested_sum_or_row(records):
     steps = {
         frozenset(re.findall(r"\d+", line))
-        for _, thought, _ in thoughts(records, "sft.jsonl")
+        for _, thought, _ in thoughts(records, "sft_tools.jsonl")
         for line in thought.split("\n")
     }
     skills = ("sums", "sorting", "comparing", "counting")
