@@ -150,7 +150,7 @@ def test_a_conversation_a_model_switch_and_a_reload(site, page, out_dir, tokeniz
     # All of it is there again after a reload, and in another session.
     page.reload()
     page.get_by_text("Answer again").last.wait_for()
-    assert page.get_by_test_id("stChatMessage").count() == 4
+    eventually(lambda: page.get_by_test_id("stChatMessage").count() == 4)
     with page.expect_download() as download:
         page.get_by_text("Export as training data").click()
     exported = json.loads(download.value.path().read_text(encoding="utf-8"))
@@ -174,7 +174,7 @@ def test_an_answer_is_stopped_and_the_page_goes_on(site, page, out_dir):
     eventually(lambda: len(newest(out_dir).messages) == 4)
     page.get_by_role("button", name="New conversation").click()
     page.get_by_text("And now").wait_for(state="detached")
-    assert page.get_by_test_id("stChatMessage").count() == 0
+    eventually(lambda: page.get_by_test_id("stChatMessage").count() == 0)
     page.get_by_role("button", name="Go on").click()
     page.get_by_text("And now").wait_for()
 
@@ -198,7 +198,7 @@ def test_what_is_set_outlives_a_change_of_language(site, page):
     page.get_by_role("radio", name="中文").or_(page.get_by_text("中文")).first.click()
     page.get_by_placeholder("说点什么").wait_for()
     page.get_by_text("设置").click()
-    assert page.get_by_role("slider", name=re.compile("温度")).input_value() == "2"
+    eventually(lambda: page.get_by_role("slider", name=re.compile("温度")).input_value() == "2")
 
 
 @in_a_browser
@@ -253,7 +253,7 @@ def test_an_answer_is_copied_and_nothing_jumps_when_it_ends(site, browser, out_d
         assert place["x"] + place["width"] <= box["x"] + box["width"]
         assert box["y"] <= place["y"] and place["y"] + place["height"] <= box["y"] + box["height"]
     page.get_by_text("Answer again").wait_for()
-    assert page.get_by_text("3*4*5").first.is_visible()
+    page.get_by_text("3*4*5").first.wait_for()
     page.get_by_role("button", name="Copy").click()
     copied = page.evaluate("navigator.clipboard.readText()")
     assert copied == newest(out_dir).messages[1]["content"]
@@ -265,7 +265,7 @@ def test_the_drawer_of_a_phone_closes_after_a_choice(site, browser):
     page = browser.new_page(viewport={"width": 390, "height": 844}, locale="en-US")
     page.goto(site)
     page.get_by_placeholder("Type a message").wait_for(timeout=60_000)
-    assert page.get_by_role("combobox").is_visible()  # the model's name
+    page.get_by_role("combobox").wait_for()  # the model's name
     page.get_by_test_id("stExpandSidebarButton").click()
     page.get_by_role("button", name="New conversation").click()
     closed = ':is([aria-expanded="false"], [data-collapsed="true"])'  # by Streamlit's version
